@@ -1,0 +1,43 @@
+# Everything a fresh machine needs: Python 3.11 or later, GNU Make, a C library. `make help` explains.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint bench results screenshots clean
+
+help:  ## Show this list
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: $(READY)  ## Teach the starter model a reward, on the CPU, in minutes
+	$(BIN)/ddpo train configs/starter.yaml
+	@echo "Look at it: $(BIN)/ddpo ui"
+
+test: $(READY)  ## Run all tests
+	$(BIN)/python -m pytest
+
+lint: $(READY)  ## Check style and docstrings (ruff) and types (pyright)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+bench: $(READY)  ## Measure the share of an epoch that is not model compute
+	$(BIN)/python -m bench.overhead
+
+results: $(READY)  ## Train three seeds for both JPEG rewards, with shuffled controls (hours)
+	$(BIN)/python -m bench.results
+
+screenshots: $(READY)  ## Photograph a run's MLflow pages for the README (needs Chromium)
+	$(BIN)/python -m bench.screenshots
+
+clean:  ## Remove the virtual environment and caches; runs in ddpo-data/ stay
+	rm -rf $(VENV) .pytest_cache .ruff_cache *.egg-info
+
+# Exact versions that were installed and tested together; installed again only when they change.
+$(READY): pyproject.toml constraints.txt
+	@test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	@echo "Installing into $(VENV) (minutes, the first time) ..."
+	@# torch first and by itself: an exact version keeps pip from weighing other builds of it.
+	@$(BIN)/pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
+	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test,lint]"
+	@touch $@

@@ -1,0 +1,130 @@
+"""Rewards to advantages: per-prompt statistics (arXiv 2305.13301, section 4.3) or the batch's.
+
+Failed samples (reward NaN) stay out of every statistic and get advantage 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ddpo.config import BatchAdvantages, PerPromptAdvantages
+from ddpo.errors import RewardError
+
+_STD_FLOOR = 1e-6
+
+PromptStatistics = Mapping[str, tuple[float, ...]]
+"""The last rewards of each prompt, oldest first."""
+
+
+@dataclass(frozen=True)
+class AdvantageBatch:
+    """Advantages of one epoch and what each was normalised by.
+
+    Attributes:
+        advantages: [N] float64, clipped.
+        mean: [N] float64.
+        std: [N] float64, population standard deviation, without the floor of 1e-6.
+        count: [N] int64, rewards behind mean and std.
+        statistics: What the next epoch starts from.
+    """
+
+    advantages: NDArray[np.float64]
+    mean: NDArray[np.float64]
+    std: NDArray[np.float64]
+    count: NDArray[np.int64]
+    statistics: PromptStatistics
+
+
+def compute_advantages(
+    config: PerPromptAdvantages | BatchAdvantages,
+    statistics: PromptStatistics,
+    prompts: Sequence[str],
+    rewards: NDArray[np.floating],
+    *,
+    shuffle_seed: int = 0,
+) -> AdvantageBatch:
+    """Normalise one epoch's rewards.
+
+    Args:
+        config: How.
+        statistics: Rewards that earlier epochs left.
+        prompts: N texts, in the order of ``sample_id``.
+        rewards: [N]; NaN where scoring failed.
+        shuffle_seed: Decides the dealing of a control experiment (``config.shuffle``).
+
+    Returns:
+        The advantages and the statistics after them.
+
+    Raises:
+        RewardError: No sample has a reward.
+    """
+    rewards = np.asarray(rewards, dtype=np.float64)
+    if not np.isfinite(rewards).any():
+        raise RewardError(
+            f"none of the {len(rewards)} samples of this epoch has a finite reward, so there is "
+            "nothing to learn from; look at the status column of the epoch's rewards"
+        )
+    if isinstance(config, PerPromptAdvantages):
+        batch = _per_prompt(config, statistics, prompts, rewards)
+    else:
+        batch = _whole_batch(config, statistics, rewards)
+    if not config.shuffle:
+        return batch
+    dealt = np.random.default_rng(shuffle_seed).permutation(len(rewards))
+    return AdvantageBatch(
+        batch.advantages[dealt], batch.mean, batch.std, batch.count, batch.statistics
+    )
+
+
+def _per_prompt(
+    config: PerPromptAdvantages,
+    statistics: PromptStatistics,
+    prompts: Sequence[str],
+    rewards: NDArray[np.float64],
+) -> AdvantageBatch:
+    names = np.asarray(prompts)
+    scored = np.isfinite(rewards)
+    mean, std, count = _moments(rewards)
+    after = dict(statistics)
+    for prompt in dict.fromkeys(prompts):
+        own = names == prompt
+        # The current rewards are appended first: a prompt's statistics include them.
+        history = (*after.get(prompt, ()), *map(float, rewards[own & scored]))
+        after[prompt] = history[-config.buffer_size :]
+        if len(after[prompt]) >= config.min_count:
+            remembered = np.asarray(after[prompt])
+            mean[own], std[own] = remembered.mean(), remembered.std()
+            count[own] = len(remembered)
+    return AdvantageBatch(_normalise(rewards, mean, std, config.clip), mean, std, count, after)
+
+
+def _whole_batch(
+    config: BatchAdvantages, statistics: PromptStatistics, rewards: NDArray[np.float64]
+) -> AdvantageBatch:
+    mean, std, count = _moments(rewards)
+    return AdvantageBatch(_normalise(rewards, mean, std, config.clip), mean, std, count, statistics)
+
+
+def _moments(
+    rewards: NDArray[np.float64],
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.int64]]:
+    scored = rewards[np.isfinite(rewards)]
+    return (
+        np.full(len(rewards), scored.mean()),
+        np.full(len(rewards), scored.std()),
+        np.full(len(rewards), len(scored), dtype=np.int64),
+    )
+
+
+def _normalise(
+    rewards: NDArray[np.float64],
+    mean: NDArray[np.float64],
+    std: NDArray[np.float64],
+    clip: float,
+) -> NDArray[np.float64]:
+    advantages = np.clip((rewards - mean) / (std + _STD_FLOOR), -clip, clip)
+    return np.where(np.isfinite(rewards), advantages, 0.0)

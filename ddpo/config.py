@@ -1,0 +1,311 @@
+"""What a run is: one YAML file, read into frozen models.
+
+A config has two halves. Its *identity* (model, prompts, sampler, reward, algorithm, optimizer,
+seed, numerics) makes a run what it is and may not change under a ``run_id``; its *operation*
+(number of epochs, storage, tracking) may.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class ModelConfig(_Part):
+    """The diffusion pipeline that is fine-tuned: Stable Diffusion 1.x or 2.x, or the starter."""
+
+    path: str
+    """`starter`, a folder that holds `model_index.json`, or a hub id such as `owner/name`."""
+    revision: str | None = None
+    """Commit of a hub model. Pin it: a branch may move under a run."""
+    resolution: PositiveInt | None = None
+    """Pixels a side; by default the size that the model was trained at."""
+
+
+class LoraConfig(_Part):
+    """Train low-rank adapters on the UNet's attention (peft)."""
+
+    type: Literal["lora"] = "lora"
+    rank: PositiveInt = 4
+    """Rank of the adapters; 4 is the paper's code's, and its file is a few MB."""
+    alpha: PositiveFloat = 4.0
+    """The adapter's output is scaled by alpha / rank."""
+    target_modules: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
+    """Names of the layers that get an adapter, as peft matches them."""
+
+
+class FullConfig(_Part):
+    """Train every weight of the UNet. Wants a learning rate near 1e-5: LoRA's collapses it."""
+
+    type: Literal["full"]
+
+
+class NamedConfig(_Part):
+    """Something by name, with its parameters."""
+
+    name: str
+    """A registered name, or an import path `package.module:attribute` of your own."""
+    parameters: dict[str, JsonValue] = Field(default_factory=dict)
+    """Checked against what the named thing takes."""
+
+
+class SamplerConfig(_Part):
+    """How trajectories are drawn: DDIM with eta (arXiv 2010.02502)."""
+
+    steps: PositiveInt = 50
+    """Denoising steps a picture, T."""
+    eta: float = Field(default=1.0, ge=0.0, le=1.0)
+    """Noise of a step: 1 is DDPM's, 0 is deterministic and leaves nothing to train on."""
+    guidance_scale: float = Field(default=5.0, ge=1.0)
+    """Classifier-free guidance, in sampling and in the update alike; 1 is none."""
+    samples_per_epoch: PositiveInt = 256
+    """Pictures an epoch. More make the gradient truer and the epoch longer."""
+    shard_size: PositiveInt = 64
+    """Pictures a task: what is committed, scored and redone as one."""
+
+
+class PerPromptAdvantages(_Part):
+    """Advantage = (reward - mean) / std of the prompt's own last rewards (paper, section 4.3)."""
+
+    type: Literal["per_prompt"] = "per_prompt"
+    buffer_size: PositiveInt = 16
+    """Rewards that are remembered for each prompt."""
+    min_count: PositiveInt = 16
+    """A prompt with fewer remembered rewards is normalised by the whole batch instead."""
+    clip: PositiveFloat = 5.0
+    """Advantages are clipped to plus and minus this: 5 with LoRA, 10 with the whole UNet."""
+    shuffle: bool = False
+    """Control experiment: deal the advantages to random samples. Nothing can be learned then."""
+
+    @model_validator(mode="after")
+    def _buffer_can_reach_min_count(self) -> PerPromptAdvantages:
+        if self.min_count > self.buffer_size:
+            raise ValueError(
+                f"min_count {self.min_count} is never reached by a buffer of {self.buffer_size}, "
+                "so per-prompt statistics would never be used; "
+                f"set min_count to at most {self.buffer_size}"
+            )
+        return self
+
+
+class BatchAdvantages(_Part):
+    """Advantage = (reward - mean) / std over the whole epoch."""
+
+    type: Literal["batch"]
+    clip: PositiveFloat = 5.0
+    """Advantages are clipped to plus and minus this."""
+    shuffle: bool = False
+    """Control experiment: deal the advantages to random samples. Nothing can be learned then."""
+
+
+class DdpoIsConfig(_Part):
+    """DDPO-IS: several updates on one round of samples, corrected by clipped importance ratios."""
+
+    type: Literal["ddpo_is"] = "ddpo_is"
+    clip_range: PositiveFloat = 1e-4
+    """The ratio is clipped to 1 ± this. So small since log-densities are means over dimensions."""
+    updates_per_epoch: PositiveInt = 4
+    """Optimizer steps an epoch; each sees samples_per_epoch / updates_per_epoch samples."""
+    old_log_probs: Literal["auto", "stored", "recompute"] = "auto"
+    """Where the ratio's denominator comes from. `auto` recomputes it in the update's own graph if
+    low precision moves the ratio by more than a tenth of the clip range before any update."""
+
+
+class DdpoSfConfig(_Part):
+    """DDPO-SF: the score function estimator, exactly one update on a round of samples."""
+
+    type: Literal["ddpo_sf"]
+    updates_per_epoch: int = 1
+    """Always 1: the estimator holds only for samples of the policy that is being updated."""
+
+    @field_validator("updates_per_epoch")
+    @classmethod
+    def _one_update(cls, value: int) -> int:
+        if value != 1:
+            raise ValueError(
+                f"ddpo_sf takes exactly one update a sampling round, not {value}: after the first, "
+                "the samples are no longer the policy's own and nothing corrects for it; "
+                "set it to 1, or use `type: ddpo_is`"
+            )
+        return value
+
+
+class OptimizerConfig(_Part):
+    """AdamW, as the paper's code sets it."""
+
+    learning_rate: PositiveFloat = 3e-4
+    """3e-4 for LoRA on Stable Diffusion, 1e-5 for the whole UNet."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of the two moments."""
+    weight_decay: NonNegativeFloat = 1e-4
+    """Decoupled weight decay."""
+    epsilon: PositiveFloat = 1e-8
+    """Added to the root of the second moment."""
+    max_grad_norm: PositiveFloat = 1.0
+    """The gradient's global norm is clipped to this."""
+
+
+class NumericsConfig(_Part):
+    """What the bytes of a result depend on. `auto` is settled at the first start and frozen."""
+
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """`auto` takes a GPU if there is one."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Of the UNet's arithmetic; trained weights stay float32. `auto`: bfloat16 on CUDA, or float16
+    where the GPU lacks it; float32 elsewhere."""
+    sample_batch_size: PositiveInt = 8
+    """Pictures a forward while sampling (guidance doubles it inside)."""
+    micro_batch_size: PositiveInt = 8
+    """(sample, timestep) pairs a forward and backward in the update. Any size gives the same
+    gradient; equal to sample_batch_size it repeats the sampler's forwards to the bit."""
+    threads: PositiveInt | Literal["auto"] = "auto"
+    """CPU threads of torch."""
+    tf32: bool = True
+    """TF32 matrix products on CUDA."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward: less memory, about a third more time."""
+
+
+class StorageConfig(_Part):
+    """Where a run is remembered."""
+
+    root: str | None = None
+    """Folder or fsspec URL (`s3://bucket/prefix`). By default DDPO_ROOT, else `ddpo-data/store`."""
+    keep_newest_checkpoints: PositiveInt | None = None
+    """Keep this many of the newest checkpoints; by default all. A whole UNet's are about 10 GB
+    each."""
+    keep_every_checkpoint: PositiveInt | None = None
+    """Of the older ones keep each n-th."""
+
+
+class PicturesConfig(_Part):
+    """The same prompts and seeds drawn before every epoch, to watch the model change."""
+
+    prompts: tuple[str, ...] = ()
+    """By default the first four of the run's own prompt set."""
+    seeds: tuple[int, ...] = (0,)
+    """Each prompt is drawn with each seed."""
+
+
+class TrackingConfig(_Part):
+    """Where a run is shown (MLflow)."""
+
+    uri: str = "sqlite:///ddpo-data/mlflow.db"
+    """MLflow's tracking URI: a SQLite file or a server."""
+    experiment: str = "ddpo"
+    """MLflow experiment that the run appears in."""
+    pictures: PicturesConfig = PicturesConfig()
+    """What is drawn at every step."""
+    adapter_every: PositiveInt = 10
+    """Log the adapter every so many epochs, and after the last."""
+    system_metrics: bool = True
+    """Log CPU, memory and GPU use."""
+
+
+Advantages = Annotated[PerPromptAdvantages | BatchAdvantages, Field(discriminator="type")]
+Algorithm = Annotated[DdpoIsConfig | DdpoSfConfig, Field(discriminator="type")]
+Trainable = Annotated[LoraConfig | FullConfig, Field(discriminator="type")]
+
+OPERATION_FIELDS = frozenset({"epochs", "storage", "tracking", "outputs"})
+"""The half of a config that may change under a run_id."""
+
+
+class RunConfig(_Part):
+    """One run, whole."""
+
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    """What everything random is derived from."""
+    model: ModelConfig
+    """A path alone (`model: starter`) is short for `model: {path: starter}`."""
+    trainable: Trainable = LoraConfig()
+    """`type: lora` or `type: full`."""
+    prompts: NamedConfig
+    """The prompts to draw from, all with equal chance."""
+    sampler: SamplerConfig = SamplerConfig()
+    """How pictures are drawn."""
+    reward: NamedConfig
+    """What is to be raised."""
+    advantages: Advantages = PerPromptAdvantages()
+    """How rewards become advantages."""
+    algorithm: Algorithm = DdpoIsConfig()
+    """How advantages become gradients."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    """How gradients become weights."""
+    numerics: NumericsConfig = NumericsConfig()
+    """Batches, dtype, device."""
+    epochs: PositiveInt = 100
+    """Rounds of sampling and updating. May be raised later: the run goes on."""
+    storage: StorageConfig = StorageConfig()
+    """Where the run is remembered."""
+    tracking: TrackingConfig = TrackingConfig()
+    """Where the run is shown."""
+    outputs: str = "ddpo-data/outputs"
+    """Local folder for the report and the trained weights, a folder a run."""
+
+    @field_validator("model", mode="before")
+    @classmethod
+    def _path_alone(cls, value: Any) -> Any:
+        return {"path": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _batches_divide(self) -> RunConfig:
+        samples = self.sampler.samples_per_epoch
+        _must_divide("sampler.shard_size", self.sampler.shard_size, "samples_per_epoch", samples)
+        _must_divide(
+            "numerics.sample_batch_size",
+            self.numerics.sample_batch_size,
+            "sampler.shard_size",
+            self.sampler.shard_size,
+        )
+        _must_divide(
+            "algorithm.updates_per_epoch",
+            self.algorithm.updates_per_epoch,
+            "samples_per_epoch",
+            samples,
+        )
+        return self
+
+    @model_validator(mode="after")
+    def _something_to_train_on(self) -> RunConfig:
+        if self.sampler.eta == 0:
+            raise ValueError(
+                "sampler.eta is 0: every step is then deterministic, has no log-prob and no "
+                "gradient; set it above 0 (the paper uses 1.0)"
+            )
+        return self
+
+    def identity(self) -> dict[str, JsonValue]:
+        """Return the half that may not change under a run_id, numerics apart, as plain JSON."""
+        return self.model_dump(mode="json", exclude=set(OPERATION_FIELDS | {"numerics"}))
+
+    def operation(self) -> dict[str, JsonValue]:
+        """Return the half that may change under a run_id, as plain JSON."""
+        return self.model_dump(mode="json", include=set(OPERATION_FIELDS))
+
+
+def _must_divide(name: str, value: int, of_name: str, whole: int) -> None:
+    if whole % value == 0:
+        return
+    divisors = {
+        d for i in range(1, math.isqrt(whole) + 1) if whole % i == 0 for d in (i, whole // i)
+    }
+    nearest = sorted(sorted(divisors, key=lambda d: abs(d - value))[:4])
+    raise ValueError(
+        f"{name} {value} does not divide {of_name} {whole}; {', '.join(map(str, nearest))} would"
+    )

@@ -1,0 +1,141 @@
+"""Reading configs: YAML, overrides, and one clear message for each thing that is wrong."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from ddpo.config import RunConfig
+from ddpo.errors import ConfigError
+
+
+def read_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a run's config.
+
+    Args:
+        path: A YAML file.
+        overrides: ``a.b=value``, the value as YAML; applied in order.
+
+    Returns:
+        The config, checked as far as it can be without anything loaded.
+
+    Raises:
+        ConfigError: One message that names every problem and its way out.
+    """
+    file = Path(path)
+    try:
+        raw = yaml.safe_load(file.read_text())
+    except FileNotFoundError as error:
+        shipped = sorted(str(p) for p in Path("configs").glob("*.yaml"))
+        hint = f" The shipped ones: {', '.join(shipped)}." if shipped else ""
+        raise ConfigError(f"there is no config file {file}.{hint}") from error
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{file} cannot be read as YAML: {error}") from error
+    if not isinstance(raw, dict):
+        raise ConfigError(
+            f"{file} holds {type(raw).__name__}, not a mapping; expected keys such as `model:`, "
+            "`prompts:` and `reward:` (see configs/starter.yaml)"
+        )
+    for override in overrides:
+        _apply(raw, override)
+    return parse_config(raw, str(file))
+
+
+def parse_config(raw: Mapping[str, Any], source: str) -> RunConfig:
+    """Check a config that is already read.
+
+    Args:
+        raw: Nested keys and values.
+        source: Where it came from, for the message.
+
+    Returns:
+        The config.
+
+    Raises:
+        ConfigError: One message that names every problem and its way out.
+    """
+    try:
+        return RunConfig.model_validate(raw)
+    except ValidationError as error:
+        problems = [_problem(dict(e)) for e in error.errors(include_url=False)]
+        lines = "".join(f"\n  {line}" for line in problems)
+        raise ConfigError(f"{source} cannot be run:{lines}") from error
+
+
+def _apply(raw: dict[str, Any], override: str) -> None:
+    name, separator, text = override.partition("=")
+    if not separator or not name.strip():
+        raise ConfigError(f"--set {override!r} is no `a.b=value`")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {override!r}: the value is no YAML: {error}") from error
+    *parents, last = name.strip().split(".")
+    if parents[:1] == ["model"] and isinstance(raw.get("model"), str):
+        raw["model"] = {"path": raw["model"]}
+    place = raw
+    for depth, parent in enumerate(parents):
+        below = place.setdefault(parent, {})
+        if not isinstance(below, dict):
+            above = ".".join(parents[: depth + 1])
+            raise ConfigError(f"--set {override!r}: {above} is {below!r}, which has no parts")
+        place = below
+    place[last] = value
+
+
+def _problem(error: dict[str, Any]) -> str:
+    path, model = _walk(error["loc"])
+    name = ".".join(path) or "the config"
+    kind, found = error["type"], error.get("input")
+    if kind == "extra_forbidden":
+        known = list(model.model_fields) if model else []
+        near = difflib.get_close_matches(path[-1], known, n=1)
+        hint = f"did you mean `{near[0]}`?" if near else f"expected one of {', '.join(known)}"
+        return f"{name}: there is no such key; {hint}"
+    if kind == "missing":
+        return f"{name}: missing"
+    if kind in ("union_tag_invalid", "union_tag_not_found"):
+        tags = error["ctx"].get("expected_tags", error["ctx"].get("discriminator"))
+        return f"{name}.type: found {error['ctx'].get('tag')!r}, expected one of {tags}"
+    if kind == "value_error":
+        message = str(error["ctx"]["error"])
+        return message if not path else f"{name}: {message}"
+    return f"{name}: found {found!r}; {error['msg'].lower()}"
+
+
+def _walk(location: Sequence[int | str]) -> tuple[list[str], type[BaseModel] | None]:
+    """Follow an error's location; the tags of discriminated unions are no keys of the file.
+
+    Returns:
+        The dotted path's parts, and the model that should have held the last of them.
+    """
+    path: list[str] = []
+    owner: type[BaseModel] | None = RunConfig
+    choices: dict[str, type[BaseModel]] = {}
+    inside: type[BaseModel] | None = RunConfig
+    for part in map(str, location):
+        if part in choices:
+            inside, choices = choices[part], {}
+            continue
+        owner = inside
+        path.append(part)
+        field = owner.model_fields.get(part) if owner else None
+        models = _models(field.annotation) if field else []
+        inside = models[0] if len(models) == 1 else None
+        choices = {
+            m.model_fields["type"].annotation.__args__[0]: m
+            for m in models[:]  # pyright: ignore
+            if len(models) > 1
+        }
+    return path, owner
+
+
+def _models(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for argument in get_args(annotation) for model in _models(argument)]

@@ -1,0 +1,94 @@
+"""Digests: when two values, files or sets of weights count as the same.
+
+All are sha256 in lower-case hex, equal across processes, machines and devices.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+
+def sha256_bytes(data: bytes | bytearray | memoryview) -> str:
+    """Returns the sha256 of bytes, 64 hex digits."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def canonical_json(value: Any) -> bytes:
+    """Serialises a JSON value to the one form that digests and commits use.
+
+    Keys sorted, no spaces, UTF-8 unescaped, no trailing newline. Tuples become arrays.
+
+    Args:
+        value: A JSON value: None, bool, int, finite float, str, list or tuple, mapping with str
+            keys.
+
+    Returns:
+        The bytes; `canonical_json(json.loads(b)) == b` for every result b.
+
+    Raises:
+        TypeError: The value holds something that is not JSON, or a key that is not a str (which
+            `json` would turn into one, so that the order depends on its former type).
+        ValueError: A float is NaN or infinite, or a str is not valid Unicode.
+    """
+    _check_keys(value)
+    return json.dumps(
+        value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
+    ).encode("utf-8")
+
+
+def json_digest(value: Any) -> str:
+    """Digests a JSON value.
+
+    Args:
+        value: As for `canonical_json`.
+
+    Returns:
+        The sha256 of its canonical JSON, 64 hex digits.
+
+    Raises:
+        TypeError: As `canonical_json`.
+        ValueError: As `canonical_json`.
+    """
+    return sha256_bytes(canonical_json(value))
+
+
+def tensors_digest(tensors: Mapping[str, torch.Tensor]) -> str:
+    """Returns the digest of named tensors, independent of device, strides and file format.
+
+    Over the tensors in the order of their names: name, dtype and shape as canonical JSON, a
+    newline, then the elements' bytes in row-major order. The header fixes how many bytes follow,
+    so no two sets of tensors share a stream.
+
+    Args:
+        tensors: Dense tensors of any dtype and shape, by name.
+
+    Returns:
+        64 hex digits.
+    """
+    # torch takes seconds to import, and commands that only list or compare need no tensors.
+    import torch
+
+    sha = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        header = [name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape)]
+        sha.update(canonical_json(header) + b"\n")
+        sha.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return sha.hexdigest()
+
+
+def _check_keys(value: Any) -> None:
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            if not isinstance(key, str):
+                raise TypeError(f"JSON key {key!r} is a {type(key).__name__}, expected a str")
+            _check_keys(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            _check_keys(item)

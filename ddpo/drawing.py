@@ -1,0 +1,46 @@
+"""Drawing with a run's model, as it is at one of its checkpoints."""
+
+from __future__ import annotations
+
+from PIL import Image
+
+from ddpo.errors import ConfigError
+from ddpo.policies import Policy
+from ddpo.run import Run
+from ddpo.sampling import sample
+from ddpo.store.checkpoints import find_checkpoint, latest_checkpoint, load_checkpoint
+from ddpo.store.manifests import Ref
+
+
+def draw(run: Run, prompt: str, *, seed: int, checkpoint: int | None = None) -> Image.Image:
+    """Draw one picture with a run's sampler.
+
+    Args:
+        run: The run.
+        prompt: What to draw.
+        seed: Of the noise: the same as a ``torch.Generator`` with this seed gives plain diffusers.
+        checkpoint: Epochs trained; by default the last that is committed.
+
+    Returns:
+        An RGB picture.
+
+    Raises:
+        ConfigError: There is no such checkpoint.
+        RetiredObject: Retention deleted its weights.
+    """
+    policy_weights = load_checkpoint(run.store, _checkpoint(run, checkpoint)).weights
+    policy = Policy(run.config.model, run.config.trainable, run.numerics, seed=run.config.seed)
+    policy.weights.load(policy_weights)
+    return sample(policy, [prompt], [seed], run.config.sampler).images[0]
+
+
+def _checkpoint(run: Run, epoch: int | None) -> Ref:
+    latest = latest_checkpoint(run.store, run.run_id)
+    if latest is None:
+        raise ConfigError(f"run {run.run_id!r} has no checkpoint yet; start it with `ddpo resume`")
+    if epoch is None:
+        return latest[1]
+    found = find_checkpoint(run.store, run.run_id, epoch)
+    if found is None:
+        raise ConfigError(f"run {run.run_id!r} has no checkpoint {epoch}; it has 0 to {latest[0]}")
+    return found.ref

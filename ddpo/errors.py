@@ -1,0 +1,190 @@
+"""The project's named errors.
+
+Every message says what was found, what was expected, and the way out. The parts of a message are
+attributes too, so that a caller never parses text. All of them survive pickling, since an error
+crosses processes when a worker reports it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+
+class DdpoError(Exception):
+    """Base of every error that this project raises by name."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, (type(self), self.args, self.__dict__)
+
+
+def _rebuild(kind: type[DdpoError], args: tuple[Any, ...], state: dict[str, Any]) -> DdpoError:
+    """Unpickles an error without calling its `__init__`, whose arguments are not `args`."""
+    error = kind.__new__(kind, *args)
+    error.__dict__.update(state)
+    return error
+
+
+class StoreError(DdpoError):
+    """Base of the errors of the object store."""
+
+
+class StoreNotWritable(StoreError):
+    """The store cannot do what a commit needs: create exclusively, read back, delete."""
+
+    def __init__(self, root: str, reason: str, way_out: str) -> None:
+        self.root = root
+        self.reason = reason
+        super().__init__(
+            f"the store {root} failed its probe: {reason}. Expected: a new object can be created "
+            f"once, read back and deleted. {way_out}"
+        )
+
+
+class InvalidKey(StoreError):
+    """A key, or an id that becomes part of one, is outside the whitelist."""
+
+    def __init__(self, what: str, found: object, expected: str) -> None:
+        self.found = found
+        super().__init__(f"{what} {found!r} is not allowed. Expected: {expected}.")
+
+
+class CorruptObject(StoreError):
+    """The bytes under a key are not those that were committed."""
+
+    def __init__(self, key: str, expected: str, found: str) -> None:
+        self.key = key
+        self.expected = expected
+        self.found = found
+        super().__init__(
+            f"object {key} is corrupt: expected sha256 {expected}, found {found}. Restore it from "
+            "a copy; or delete it together with the manifest that lists it, so that it is made anew"
+        )
+
+
+class MissingObject(StoreError):
+    """There is nothing under a key that should hold an object."""
+
+    def __init__(self, key: str, root: str) -> None:
+        self.key = key
+        self.root = root
+        super().__init__(
+            f"nothing under the key {key} in {root}, where an object was expected. Check that this "
+            "is the right store; restore the object from a copy, or delete the manifest that lists "
+            "it, so that it is made anew"
+        )
+
+
+class RetiredObject(MissingObject):
+    """The object was deleted on purpose, by a checkpoint's retirement."""
+
+    def __init__(self, key: str, root: str, retired_key: str) -> None:
+        super().__init__(key, root)
+        self.retired_key = retired_key
+        self.args = (
+            f"object {key} is gone from {root} because its checkpoint was retired (recorded in "
+            f"{retired_key}). Start from a checkpoint that is kept, or keep more of them "
+            "(retention) in the next run",
+        )
+
+
+class UnreadableData(StoreError):
+    """Bytes that should be a manifest, a table or tensors do not parse as such."""
+
+    def __init__(self, what: str, reason: str) -> None:
+        self.what = what
+        self.reason = reason
+        super().__init__(
+            f"{what} cannot be read: {reason}. Expected what this project writes; the bytes are "
+            "damaged, or were written by something else: restore them from a copy"
+        )
+
+
+class UnknownSchema(StoreError):
+    """A document has a schema version that this release does not know."""
+
+    def __init__(self, key: str, found: object, expected: int) -> None:
+        self.key = key
+        self.found = found
+        self.expected = expected
+        super().__init__(
+            f"{key} has schema version {found!r}, this release reads {expected}. Use the release "
+            "of ddpo that wrote it, or a newer one"
+        )
+
+
+class InvalidTable(StoreError):
+    """Rows that cannot become a table: duplicate samples, clashing columns, mixed types."""
+
+    def __init__(self, table: str, found: str, expected: str) -> None:
+        self.table = table
+        super().__init__(f"rows of the {table} table have {found}. Expected: {expected}")
+
+
+class ConflictingCommit(StoreError):
+    """A manifest with other inputs is already committed under the key."""
+
+    def __init__(self, key: str, differences: Sequence[Any]) -> None:
+        self.key = key
+        self.differences = tuple(differences)
+        lines = "".join(f"\n  {difference}" for difference in self.differences)
+        super().__init__(
+            f"{key} is already committed, made from other inputs:{lines}\nA commit is never "
+            "overwritten. Use another --run-id, or the inputs that are in the store"
+        )
+
+
+class RunIdentityMismatch(StoreError):
+    """A run exists with another identity than the config's."""
+
+    def __init__(self, run_id: str, differences: Sequence[Any]) -> None:
+        self.run_id = run_id
+        self.differences = tuple(differences)
+        lines = "".join(f"\n  {difference}" for difference in self.differences)
+        super().__init__(
+            f"run {run_id!r} exists with another identity:{lines}\nThe identity of a run never "
+            "changes. Start another run (another --run-id), or go back to the stored values"
+        )
+
+
+class RunNotFound(StoreError):
+    """The store has no run of this id."""
+
+    def __init__(self, run_id: str, root: str, nearest: Sequence[str]) -> None:
+        self.run_id = run_id
+        self.nearest = tuple(nearest)
+        hint = f"Did you mean {', '.join(self.nearest)}?" if self.nearest else "It has none alike."
+        super().__init__(
+            f"no run {run_id!r} in {root}. {hint} Check --root (or DDPO_ROOT); `ddpo runs` lists "
+            "the runs of a store"
+        )
+
+
+class ModelError(DdpoError):
+    """A model that cannot be had, or is not one that this project trains."""
+
+
+class NonFiniteError(DdpoError):
+    """A NaN or infinity turned up; the run stopped before it reached the weights."""
+
+
+class PolicyMismatch(DdpoError):
+    """Rollouts were drawn by another policy or sampler than the one that is to be updated."""
+
+
+class ConfigError(DdpoError):
+    """A configuration that cannot be run, found before anything is loaded."""
+
+
+class RewardError(DdpoError):
+    """A reward that raised, or gave something that is no score."""
+
+
+class InvalidRetention(StoreError):
+    """A retention rule that could delete the state that a run resumes from."""
+
+    def __init__(self, keep_newest: int, keep_every: int | None) -> None:
+        super().__init__(
+            f"retention keeps the newest {keep_newest} checkpoints and every {keep_every}. "
+            "Expected: at least 1 of each (keep_every may be None), or the run could not resume"
+        )

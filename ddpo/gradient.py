@@ -1,0 +1,203 @@
+"""The policy gradient over micro-batches of (sample, timestep) pairs (arXiv 2305.13301, 4.2).
+
+Shapes: S samples, T denoising steps, P = S·T (sample, timestep) pairs, N pairs of one micro-batch,
+C latent channels, h x w latent pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ddpo.algorithms.ddpo_is import ddpo_is_loss
+from ddpo.algorithms.ddpo_sf import ddpo_sf_loss
+from ddpo.config import DdpoIsConfig, DdpoSfConfig, SamplerConfig
+from ddpo.errors import NonFiniteError
+from ddpo.policies import Policy
+from ddpo.transitions import NoiseSchedule, ddim_transition
+
+# float16's smallest normal number is 6e-5: gradients inside the UNet are scaled up past it and back
+# down before they are looked at. A power of two, so the scaling itself is exact.
+_FLOAT16_LOSS_SCALE = 1024.0
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """The samples of one epoch, in the order of ``sample_id``.
+
+    Attributes:
+        prompts: S texts.
+        latents: [S, T+1, C, h, w] float32, from noise to clean.
+        log_probs: [S, T] float32, of the policy that sampled.
+        timesteps: [T] int64.
+    """
+
+    prompts: Sequence[str]
+    latents: Tensor
+    log_probs: Tensor
+    timesteps: Tensor
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """One micro-batch of (sample, timestep) pairs, as indices into rollouts.
+
+    Attributes:
+        samples: [N] int64, rows of the rollouts.
+        steps: [N] int64, columns: 0 is the noisiest.
+    """
+
+    samples: Tensor
+    steps: Tensor
+
+
+def micro_batches(samples: Sequence[int], steps: Sequence[int], size: int) -> Iterator[Pairs]:
+    """Cut the pairs of one update into micro-batches, timestep by timestep.
+
+    With ``size`` equal to the sampler's batch, each micro-batch repeats a forward of the sampler's.
+
+    Args:
+        samples: Rows of the rollouts.
+        steps: Columns with a log-prob.
+        size: Pairs a micro-batch; the last may be smaller.
+
+    Yields:
+        Micro-batches that cover every pair once.
+    """
+    pairs = torch.cartesian_prod(torch.tensor(steps), torch.tensor(samples)).view(-1, 2)
+    for chunk in pairs.split(size):
+        yield Pairs(samples=chunk[:, 1], steps=chunk[:, 0])
+
+
+class PolicyGradient:
+    """Log-probs and gradients of a policy on rollouts.
+
+    Args:
+        policy: Whose weights are updated, in place.
+        sampler: As in sampling: guidance is part of the policy.
+        algorithm: The loss.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        sampler: SamplerConfig,
+        algorithm: DdpoIsConfig | DdpoSfConfig,
+    ) -> None:
+        self.policy = policy
+        self.sampler = sampler
+        self.algorithm = algorithm
+        self.schedule = NoiseSchedule.from_scheduler(
+            policy.pipeline.scheduler, steps=sampler.steps, eta=sampler.eta
+        ).to(policy.device)
+        self.parameters = policy.weights.parameters()
+        self.loss_scale = _FLOAT16_LOSS_SCALE if policy.numerics.dtype == "float16" else 1.0
+
+    def log_probs(self, rollouts: Rollouts, pairs: Pairs) -> Tensor:
+        """Compute the log-prob of each pair's own next latent under the policy as it is now.
+
+        Args:
+            rollouts: Where the latents are.
+            pairs: N pairs.
+
+        Returns:
+            [N], with a gradient where gradients are on.
+        """
+        device = self.policy.device
+        latents = rollouts.latents[pairs.samples, pairs.steps].to(device)
+        next_latents = rollouts.latents[pairs.samples, pairs.steps + 1].to(device)
+        timesteps = rollouts.timesteps[pairs.steps].to(device)
+        embeddings = self.policy.embed([rollouts.prompts[i] for i in pairs.samples.tolist()])
+        output = self.policy.predict(latents, timesteps, embeddings, self.sampler.guidance_scale)
+        return ddim_transition(self.schedule, output, latents, timesteps).log_prob(next_latents)
+
+    def accumulate(
+        self,
+        rollouts: Rollouts,
+        advantages: Tensor,
+        samples: Sequence[int],
+        old: Tensor,
+        on_pairs: Callable[[int], None] = lambda count: None,
+    ) -> tuple[float, Tensor]:
+        """Add the gradient of one update's loss to the parameters, micro-batch by micro-batch.
+
+        The loss is the mean over all pairs of the update, so any micro-batch size gives the same
+        gradient.
+
+        Args:
+            rollouts: All samples of the epoch.
+            advantages: [S].
+            samples: Rows that this update sees.
+            old: [S, T], the log-probs in the ratio's denominator.
+            on_pairs: Called with the number of pairs that were just done.
+
+        Returns:
+            The loss, and the new log-probs [S, T], NaN outside this update's pairs.
+
+        Raises:
+            NonFiniteError: A log-prob or loss is NaN or infinite.
+        """
+        steps = self.trained_steps()
+        count = len(samples) * len(steps)
+        seen = torch.full_like(rollouts.log_probs, torch.nan)
+        total = 0.0
+        for pairs in micro_batches(samples, steps, self.policy.numerics.micro_batch_size):
+            log_probs = self.log_probs(rollouts, pairs)
+            losses = self._losses(
+                log_probs,
+                old[pairs.samples, pairs.steps].to(log_probs.device),
+                advantages[pairs.samples].to(log_probs.device, log_probs.dtype),
+            )
+            _check_finite(rollouts, pairs, log_probs, losses)
+            loss = losses.sum() / count
+            (loss * self.loss_scale).backward()
+            total += float(loss.detach())
+            seen[pairs.samples, pairs.steps] = log_probs.detach().to(seen)
+            on_pairs(len(pairs.samples))
+        if self.loss_scale != 1.0:
+            for parameter in self.parameters.values():
+                if parameter.grad is not None:
+                    parameter.grad /= self.loss_scale
+        return total, seen
+
+    @torch.no_grad()
+    def recompute(self, rollouts: Rollouts, samples: Sequence[int]) -> Tensor:
+        """Compute the log-probs of whole trajectories as the update's own forwards give them.
+
+        Args:
+            rollouts: All samples of the epoch.
+            samples: Rows to compute.
+
+        Returns:
+            [S, T] on the CPU; NaN outside the rows and where a step is deterministic.
+        """
+        result = torch.full_like(rollouts.log_probs, torch.nan)
+        size = self.policy.numerics.micro_batch_size
+        for pairs in micro_batches(samples, self.trained_steps(), size):
+            result[pairs.samples, pairs.steps] = self.log_probs(rollouts, pairs).to(result)
+        return result
+
+    def trained_steps(self) -> list[int]:
+        """Return the columns of a trajectory that have a log-prob, noisiest first."""
+        return self.schedule.stochastic().nonzero().flatten().tolist()
+
+    def _losses(self, log_probs: Tensor, old: Tensor, advantages: Tensor) -> Tensor:
+        if isinstance(self.algorithm, DdpoIsConfig):
+            return ddpo_is_loss(log_probs, old, advantages, clip_range=self.algorithm.clip_range)
+        return ddpo_sf_loss(log_probs, advantages)
+
+
+def _check_finite(rollouts: Rollouts, pairs: Pairs, log_probs: Tensor, losses: Tensor) -> None:
+    bad = ~(torch.isfinite(log_probs) & torch.isfinite(losses))
+    if bad.any():
+        first = int(bad.nonzero()[0])
+        row, step = int(pairs.samples[first]), int(pairs.steps[first])
+        raise NonFiniteError(
+            f"log-prob {float(log_probs[first])}, loss {float(losses[first])} for sample {row} "
+            f"(prompt {rollouts.prompts[row]!r}) at timestep {int(rollouts.timesteps[step])} (step "
+            f"{step}); the weights were left as they were. Lower optimizer.learning_rate, or use "
+            "numerics.dtype float32 or bfloat16."
+        )

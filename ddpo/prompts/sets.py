@@ -1,0 +1,155 @@
+"""The prompt sets that come with the project.
+
+Each is finite and its prompts are drawn with equal chance. Names and lists are those of Black et
+al. 2023 (arXiv 2305.13301) and of the code published with it.
+"""
+
+from __future__ import annotations
+
+import functools
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
+
+from ddpo.errors import ConfigError
+from ddpo.prompts.base import Prompt
+
+if TYPE_CHECKING:
+    import inflect
+
+
+def _shipped_lines(file_name: str) -> tuple[str, ...]:
+    text = resources.files("ddpo.prompts").joinpath(file_name).read_text(encoding="utf-8")
+    return tuple(text.splitlines())
+
+
+ANIMALS = _shipped_lines("simple_animals.txt")
+"""The 45 common animals of the aesthetic and alignment tasks, without article."""
+
+ACTIVITIES = _shipped_lines("activities.txt")
+"""The 3 activities of the alignment task."""
+
+IMAGENET_ANIMALS = _shipped_lines("imagenet_animals.txt")
+"""First synonyms of the 398 animal classes of ILSVRC-2012 (indices 0 to 397), without article."""
+
+
+def simple_animals(article: bool = True) -> list[Prompt]:
+    """Return 45 common animals: the aesthetic task.
+
+    Args:
+        article: ``"a cat"``, as the paper writes; otherwise ``"cat"``, as its code draws.
+    """
+    return [Prompt(_with_article(animal) if article else animal) for animal in ANIMALS]
+
+
+def imagenet_animals(article: bool = True) -> list[Prompt]:
+    """Return the 398 animals of ImageNet: the JPEG tasks.
+
+    Args:
+        article: ``"a sea urchin"``, as the paper writes; otherwise ``"sea urchin"``, as its code
+            draws.
+    """
+    return [Prompt(_with_article(animal) if article else animal) for animal in IMAGENET_ANIMALS]
+
+
+def animal_activities() -> list[Prompt]:
+    """Return 45 animals x 3 activities: the alignment task. ``"a cat washing the dishes"``."""
+    return [
+        Prompt(f"{_with_article(animal)} {activity}")
+        for animal in ANIMALS
+        for activity in ACTIVITIES
+    ]
+
+
+def counting(
+    low: Annotated[int, Field(ge=1)] = 2, high: Annotated[int, Field(ge=1)] = 8
+) -> list[Prompt]:
+    """Return numbers x 45 animals, ``"two cats"``, with the questions that a VQA reward asks.
+
+    Metadata: ``questions`` ("How many cats are there in this image?", "What animal is in this
+    image?") and their ``answers`` ("two", "cat"). The published code counts 2 to 8, of 22 of these
+    animals.
+
+    Args:
+        low: Smallest number, at least 1.
+        high: Largest number, included.
+    """
+    if low > high:
+        raise ConfigError(f"low is {low}, which is above high, {high}; swap them")
+    return [_count(number, animal) for number in range(low, high + 1) for animal in ANIMALS]
+
+
+def prompt_list(prompts: list[str]) -> list[Prompt]:
+    """Return the given prompts.
+
+    Args:
+        prompts: Their texts. One that is listed twice is drawn twice as often.
+    """
+    return [Prompt(text) for text in prompts]
+
+
+def text_file(path: str) -> list[Prompt]:
+    """Return the prompts of a UTF-8 file: a line each, blank lines skipped.
+
+    Args:
+        path: The file. Lines of a ``.jsonl`` are objects with ``text`` and, if wanted,
+            ``metadata``; those of any other file are the text itself. A relative path starts at
+            the working folder. One that is listed twice is drawn twice as often.
+    """
+    file = Path(path).expanduser()
+    try:
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"prompts cannot be read from {file.absolute()} "
+            f"({getattr(error, 'strerror', None) or error}); "
+            "give the path of a UTF-8 text file with a prompt a line"
+        ) from error
+    numbered = [(number, line.strip()) for number, line in enumerate(lines, start=1)]
+    if file.suffix == ".jsonl":
+        return [_json_prompt(file, number, line) for number, line in numbered if line]
+    return [Prompt(line) for _, line in numbered if line]
+
+
+class _JsonPrompt(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+    text: str
+    metadata: dict[str, JsonValue] = Field(default_factory=dict)
+
+
+def _json_prompt(file: Path, number: int, line: str) -> Prompt:
+    try:
+        read = _JsonPrompt.model_validate_json(line)
+        return Prompt(read.text, read.metadata)
+    except (ValidationError, ConfigError) as error:
+        raise ConfigError(
+            f'{file.absolute()}, line {number}: {error}; write {{"text": "...", "metadata": {{}}}}'
+        ) from error
+
+
+def _count(number: int, animal: str) -> Prompt:
+    words = _words().number_to_words(str(number))
+    animals = _words().plural_noun(animal)
+    return Prompt(
+        f"{words} {animal if number == 1 else animals}",
+        {
+            "questions": [
+                f"How many {animals} are there in this image?",
+                "What animal is in this image?",
+            ],
+            "answers": [str(words), animal],
+        },
+    )
+
+
+def _with_article(noun: str) -> str:
+    return _words().a(noun)
+
+
+@functools.cache
+def _words() -> inflect.engine:
+    import inflect  # here, since importing it takes about a second
+
+    return inflect.engine()

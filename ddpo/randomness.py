@@ -1,0 +1,26 @@
+"""Randomness by name: what a sample draws depends on run seed, epoch, index and purpose alone."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+
+
+def derive_seed(run_seed: int, *path: int | str) -> int:
+    """Derive the seed of one purpose from the run's.
+
+    Args:
+        run_seed: The config's ``seed``.
+        *path: What the randomness is for, e.g. ``"noise", epoch, index``.
+
+    Returns:
+        A seed in [0, 2**63).
+    """
+    name = "/".join(str(part) for part in (run_seed, *path))
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") >> 1
+
+
+def generator(seed: int) -> torch.Generator:
+    """Return a CPU generator: the same numbers whatever device they are used on."""
+    return torch.Generator(device="cpu").manual_seed(seed)

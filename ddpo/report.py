@@ -1,0 +1,132 @@
+"""What a run achieved: its reward by epoch, and the same prompts and seeds before and after."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from PIL import Image
+
+from ddpo.run import Run
+from ddpo.store import keys, manifests
+from ddpo.store.tables import RolloutRow, decode_advantages, decode_rollouts
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt  # after the backend is chosen
+
+_MOST_PICTURES = 8
+
+
+@dataclass(frozen=True)
+class EpochRewards:
+    """The rewards of one epoch.
+
+    Attributes:
+        epoch: The epoch.
+        mean: Mean over its samples.
+        std: Standard deviation over its samples.
+    """
+
+    epoch: int
+    mean: float
+    std: float
+
+
+def reward_curve(run: Run) -> list[EpochRewards]:
+    """Read a run's rewards by epoch.
+
+    Args:
+        run: The run.
+
+    Returns:
+        One entry an epoch whose advantages are committed, in order.
+    """
+    reward_id = run.reward.identity.reward_id
+    curve: list[EpochRewards] = []
+    while True:
+        key = keys.advantage_manifest_key(reward_id, run.run_id, len(curve))
+        committed = manifests.find(run.store, key)
+        if committed is None:
+            return curve
+        rows = decode_advantages(run.store.get(committed.manifest.objects["advantages"]))
+        rewards = np.asarray([row.reward for row in rows if row.reward is not None])
+        curve.append(EpochRewards(len(curve), float(rewards.mean()), float(rewards.std())))
+
+
+def checkpoint_pictures(run: Run, pictures_id: str, epoch: int) -> list[RolloutRow]:
+    """Read the pictures that a checkpoint drew of the fixed prompts and seeds.
+
+    Args:
+        run: The run.
+        pictures_id: Which set.
+        epoch: The checkpoint's epoch.
+
+    Returns:
+        The rows; none where they are not committed.
+    """
+    key = keys.pictures_manifest_key(pictures_id, run.run_id, epoch)
+    committed = manifests.find(run.store, key)
+    if committed is None:
+        return []
+    return decode_rollouts(run.store.get(committed.manifest.objects["pictures"]))
+
+
+def write_report(run: Run, pictures_id: str, path: Path) -> Path:
+    """Draw a run's report: reward by epoch with its spread, pictures before and after.
+
+    Args:
+        run: The run.
+        pictures_id: The fixed prompts and seeds.
+        path: The PNG to write.
+
+    Returns:
+        ``path``.
+    """
+    curve = reward_curve(run)
+    before = checkpoint_pictures(run, pictures_id, 0)[:_MOST_PICTURES]
+    after = checkpoint_pictures(run, pictures_id, len(curve))[:_MOST_PICTURES]
+    columns = max(len(before), 1)
+    figure = plt.figure(figsize=(10, 4.2 + 2 * 10 / columns), layout="constrained")
+    upper, lower = figure.subfigures(2, 1, height_ratios=[4.2, 2 * 10 / columns])
+    _draw_curve(upper.subplots(), run, curve)
+    _draw_pictures(lower, before, after, len(curve))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110, facecolor="white")
+    plt.close(figure)
+    return path
+
+
+def _draw_curve(axes: plt.Axes, run: Run, curve: list[EpochRewards]) -> None:
+    epochs = [point.epoch for point in curve]
+    mean = np.asarray([point.mean for point in curve])
+    std = np.asarray([point.std for point in curve])
+    axes.fill_between(epochs, mean - std, mean + std, color="#4c78a8", alpha=0.18, lw=0)
+    axes.plot(epochs, mean, color="#4c78a8", lw=2, marker="o", ms=4)
+    axes.set_title(f"{run.run_id}: {run.config.reward.name}", loc="left", fontsize=13)
+    axes.set_xlabel("epoch")
+    axes.set_ylabel("reward: mean and standard deviation")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", alpha=0.25)
+
+
+def _draw_pictures(
+    figure: plt.Figure, before: list[RolloutRow], after: list[RolloutRow], epochs: int
+) -> None:
+    columns = max(len(before), 1)
+    grid = figure.subplots(2, columns, squeeze=False)
+    for row, (rows, label) in enumerate(((before, "before"), (after, f"after {epochs}"))):
+        for column in range(columns):
+            axes = grid[row][column]
+            axes.set_xticks([])
+            axes.set_yticks([])
+            axes.spines[:].set_visible(False)
+            if column < len(rows):
+                picture = Image.open(io.BytesIO(rows[column].image_png))
+                axes.imshow(picture, interpolation="nearest")
+                if row == 0:
+                    axes.set_title(rows[column].prompt, fontsize=9)
+        grid[row][0].set_ylabel(label, fontsize=11)

@@ -1,0 +1,16 @@
+"""Rewards: by name or import path, with an identity; images and prompts in, `Scores` out."""
+
+from ddpo.rewards.base import Reward, Scores
+from ddpo.rewards.identity import RewardIdentity, source_digest
+from ddpo.rewards.registry import available_rewards, load_reward
+from ddpo.rewards.scoring import score_images
+
+__all__ = [
+    "Reward",
+    "RewardIdentity",
+    "Scores",
+    "available_rewards",
+    "load_reward",
+    "score_images",
+    "source_digest",
+]

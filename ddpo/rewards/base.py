@@ -1,0 +1,100 @@
+"""What a reward is, and what it returns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+from PIL import Image
+
+from ddpo.errors import RewardError
+from ddpo.prompts.base import Prompt
+from ddpo.rewards.identity import RewardIdentity
+
+RESERVED_COLUMNS = frozenset({"sample_id", "reward", "status", "reward_name", "run_id", "epoch"})
+"""Columns and partition keys of the stored reward table; a reward's own go by other names."""
+
+
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """What a reward says of B pictures; higher is better.
+
+    Attributes:
+        values: Rewards, float32 [B], in the reward's own unit. Anything that NumPy can convert is
+            taken. Finite, except where ``failed``: there it is nan, whatever was given.
+        failed: Samples that could not be scored, bool [B]; by default none.
+        columns: The reward's own findings by name (a caption, a component), B plain Python values
+            each; kept beside the reward.
+
+    Raises:
+        RewardError: Shapes that do not agree, values that are no numbers, a non-finite value of a
+            sample that is not marked as failed, or a reserved column name.
+    """
+
+    values: np.ndarray
+    failed: np.ndarray = field(default=None)  # pyright: ignore[reportAssignmentType]  # set below
+    columns: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        values = _array("values", self.values, np.float32)
+        count = len(values)
+        failed = np.zeros(count, bool) if self.failed is None else _array("failed", self.failed)
+        if failed.dtype != bool or failed.shape != (count,):
+            raise RewardError(
+                f"failed must be bool [{count}], as values are, not {failed.dtype} "
+                f"{list(failed.shape)}"
+            )
+        values[failed] = np.nan
+        wrong = np.flatnonzero(~np.isfinite(values) & ~failed)
+        if len(wrong):
+            more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+            raise RewardError(
+                f"sample {wrong[0]} of {count}{more} has the reward {values[wrong[0]]}; return a "
+                "finite float32, or mark the sample in Scores.failed"
+            )
+        values.setflags(write=False)
+        failed.setflags(write=False)
+        object.__setattr__(self, "values", values)
+        object.__setattr__(self, "failed", failed)
+        object.__setattr__(
+            self, "columns", {name: _column(name, c, count) for name, c in self.columns.items()}
+        )
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+
+@runtime_checkable
+class Reward(Protocol):
+    """Scores pictures. Higher is better; what is scored together changes no score."""
+
+    @property
+    def identity(self) -> RewardIdentity:
+        """What makes its scores the same scores."""
+        ...
+
+    def __call__(self, images: Sequence[Image.Image], prompts: Sequence[Prompt]) -> Scores:
+        """Score B images, each drawn for the prompt of its own index."""
+        ...
+
+
+def _array(name: str, given: Any, dtype: type | None = None) -> np.ndarray:
+    try:
+        with np.errstate(over="ignore"):  # becomes inf, which is refused by sample
+            array = np.array(given, dtype=dtype)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise RewardError(f"{name} cannot be made an array of numbers: {error}") from error
+    if array.ndim != 1:
+        raise RewardError(f"{name} must have the shape [B], one a sample, not {list(array.shape)}")
+    return array
+
+
+def _column(name: str, given: Any, count: int) -> list[Any]:
+    if name in RESERVED_COLUMNS:
+        raise RewardError(f"a column cannot be called {name!r}, which the table itself has; rename")
+    if isinstance(given, str) or not hasattr(given, "__len__") or len(given) != count:
+        found = f"{len(given)} values" if hasattr(given, "__len__") else type(given).__name__
+        raise RewardError(f"column {name!r} needs {count} values, one a sample, not {found}")
+    return given.tolist() if hasattr(given, "tolist") else list(given)

@@ -1,0 +1,140 @@
+"""Rewards by name."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from PIL import Image
+from pydantic import JsonValue
+
+from ddpo import plugins
+from ddpo.errors import ConfigError, DdpoError, RewardError
+from ddpo.prompts.base import Prompt
+from ddpo.rewards.base import Reward, Scores
+from ddpo.rewards.identity import RewardIdentity, source_digest
+from ddpo.rewards.scoring import as_scores
+
+ENTRY_POINT_GROUP = "ddpo.rewards"
+"""Packages register rewards of their own here."""
+
+_OURS = {
+    "jpeg_compressibility": "ddpo.rewards.jpeg:JpegCompressibility",
+    "jpeg_incompressibility": "ddpo.rewards.jpeg:JpegIncompressibility",
+}
+
+_SCORED = ("images", "prompts")  # first parameters of a plain function that is itself the reward
+
+
+def available_rewards() -> tuple[str, ...]:
+    """Return the names of rewards, sorted, entry points among them."""
+    return plugins.available(_OURS, ENTRY_POINT_GROUP)
+
+
+def load_reward(name: str, parameters: Mapping[str, Any]) -> Reward:
+    """Build a reward.
+
+    What a name or import path stands for may be
+
+    - a class: built with the parameters, then called with ``(images, prompts)``;
+    - a function whose first parameters are ``images, prompts``: the reward itself, further
+      parameters of it come from the config;
+    - any other function: called with the parameters, returns the reward;
+    - another callable object: the reward itself; it takes no parameters.
+
+    A reward returns `Scores`, or B numbers as a list or array. Its ``identity`` is its own where it
+    has one (a `RewardIdentity`). Otherwise it is made of name, parameters, its attribute
+    ``revisions`` (model name to revision) and its attribute ``version``, which defaults to a digest
+    of the source of its module.
+
+    Args:
+        name: One of ``available_rewards()``, or an import path ``my_package.my_module:MyReward``.
+        parameters: From the config; checked for names and types before anything is called.
+
+    Returns:
+        The reward.
+
+    Raises:
+        ConfigError: No such reward, parameters that do not fit it, or something that is no reward.
+        RewardError: Building it failed.
+    """
+    plugin = plugins.resolve("reward", name, _OURS, ENTRY_POINT_GROUP)
+    what = f"reward {name!r}"
+    score, in_force = _build(what, plugin.target, parameters)
+    own = getattr(score, "identity", None)
+    if isinstance(own, RewardIdentity):
+        return _Identified(score, own)
+    described = score if not isinstance(score, functools.partial) else plugin.target
+    version = getattr(described, "version", None)
+    if version is None:
+        version = f"source-{source_digest(described, {plugin.module, _module(plugin.target)})}"
+    revisions = getattr(described, "revisions", {})
+    if not isinstance(version, str) or not _is_text_by_text(revisions):
+        raise ConfigError(
+            f"{what}: its `version` must be a string and its `revisions` map model names to "
+            f"strings; they are {version!r} and {revisions!r}"
+        )
+    return _Identified(score, RewardIdentity(name, in_force, dict(revisions), version))
+
+
+@dataclass(frozen=True)
+class _Identified:
+    score: Callable[..., Any]
+    identity: RewardIdentity
+
+    def __call__(self, images: Sequence[Image.Image], prompts: Sequence[Prompt]) -> Scores:
+        return as_scores(self.score(images, prompts))
+
+
+def _build(
+    what: str, target: Any, parameters: Mapping[str, Any]
+) -> tuple[Callable[..., Any], Mapping[str, JsonValue]]:
+    if not callable(target):
+        raise ConfigError(
+            f"{what} is a {type(target).__name__}; name a class or function that scores "
+            "(images, prompts)"
+        )
+    if not (inspect.isclass(target) or inspect.isroutine(target)):
+        if parameters:
+            raise ConfigError(
+                f"{what} is an object that is built already, and takes no parameters; "
+                "name its class instead"
+            )
+        return target, {}
+    if not inspect.isclass(target) and _scores_itself(target):
+        checked = plugins.check_parameters(what, target, parameters, taken=_SCORED)
+        return functools.partial(target, **checked.values), checked.identity
+    checked = plugins.check_parameters(what, target, parameters)
+    try:
+        score = target(**checked.values)
+    except DdpoError:
+        raise
+    except Exception as error:
+        raise RewardError(f"{what} could not be built: {type(error).__name__}: {error}") from error
+    if not callable(score):
+        raise ConfigError(
+            f"{what} makes a {type(score).__name__}, which cannot be called with (images, "
+            "prompts); a function that is itself the reward names its first parameters so"
+        )
+    return score, checked.identity
+
+
+def _scores_itself(function: Callable[..., Any]) -> bool:
+    try:
+        return tuple(inspect.signature(function).parameters)[: len(_SCORED)] == _SCORED
+    except (TypeError, ValueError):
+        return False
+
+
+def _module(target: Any) -> str:
+    inner = inspect.unwrap(target)
+    return getattr(inner, "__module__", None) or type(inner).__module__
+
+
+def _is_text_by_text(revisions: Any) -> bool:
+    return isinstance(revisions, Mapping) and all(
+        isinstance(text, str) for pair in revisions.items() for text in pair
+    )

@@ -1,0 +1,182 @@
+"""A run: its config, its place in a store, and what they resolve to."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from pydantic import JsonValue
+
+import ddpo
+from ddpo.config import NumericsConfig, RunConfig
+from ddpo.config_files import parse_config
+from ddpo.digests import json_digest
+from ddpo.errors import RunIdentityMismatch
+from ddpo.numerics import Numerics, settle_again, settle_numerics
+from ddpo.policies import check_model
+from ddpo.prompts import Prompt, load_prompts, prompt_set_digest
+from ddpo.rewards import Reward, load_reward
+from ddpo.store import keys, runs
+from ddpo.store.documents import differences
+from ddpo.store.objects import Store
+from ddpo.store.runs import RunRecord
+
+DEFAULT_ROOT = "ddpo-data/store"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run, as its record in the store has it.
+
+    Attributes:
+        store: Where it is remembered.
+        run_id: Its name.
+        config: Identity and numerics as frozen; the operation half as of this start.
+        numerics: What its bytes depend on, frozen at the first start.
+    """
+
+    store: Store
+    run_id: str
+    config: RunConfig
+    numerics: Numerics
+
+    @cached_property
+    def prompts(self) -> tuple[Prompt, ...]:
+        """The prompt set."""
+        return load_prompts(self.config.prompts.name, self.config.prompts.parameters)
+
+    @cached_property
+    def reward(self) -> Reward:
+        """The reward."""
+        return load_reward(self.config.reward.name, self.config.reward.parameters)
+
+    @property
+    def identity_digest(self) -> str:
+        """sha256 over the identity and numerics: what checkpoint 0 is made from."""
+        return json_digest(
+            {"identity": self.config.identity(), "numerics": self.numerics.model_dump(mode="json")}
+        )
+
+    @property
+    def shards(self) -> int:
+        """Shards an epoch."""
+        return self.config.sampler.samples_per_epoch // self.config.sampler.shard_size
+
+
+def storage_root(root: str | None) -> str:
+    """Return the store's address: what is asked for, else DDPO_ROOT, else a local default."""
+    return root or os.environ.get("DDPO_ROOT") or DEFAULT_ROOT
+
+
+def check_config(config: RunConfig) -> Numerics:
+    """Check all that can be checked before a model is loaded.
+
+    Args:
+        config: The config.
+
+    Returns:
+        The numerics, settled on this machine.
+
+    Raises:
+        ConfigError: Unknown prompt set or reward, wrong parameters, absent device.
+        ModelError: The model is neither on disk nor reachable.
+    """
+    load_prompts(config.prompts.name, config.prompts.parameters)
+    load_reward(config.reward.name, config.reward.parameters)
+    numerics = settle_numerics(config.numerics)
+    check_model(config.model)
+    return numerics
+
+
+def check_run(config: RunConfig, run_id: str) -> tuple[Store, Numerics]:
+    """Check that a run can start or go on, before a model is loaded and anything written.
+
+    Args:
+        config: The config of this start.
+        run_id: The run's name.
+
+    Returns:
+        The store, and the numerics: frozen ones if the run exists.
+
+    Raises:
+        DdpoError: Something is wrong with the config, the model or the store; or the run exists
+            with another identity.
+    """
+    keys.validate_run_id(run_id)
+    store = Store.open(storage_root(config.storage.root))
+    store.probe()
+    if not store.exists(keys.run_key(run_id)):
+        return store, check_config(config)
+    record = runs.load_run(store, run_id)
+    frozen = Numerics.model_validate(record.numerics)
+    numerics = settle_again(config.numerics, frozen)
+    changed = differences(record.identity, _pinned_identity(config))
+    changed += differences(record.numerics, numerics.model_dump(mode="json"), "numerics")
+    if changed:
+        raise RunIdentityMismatch(run_id, changed)
+    check_config(config)
+    return store, numerics
+
+
+def start_run(config: RunConfig, run_id: str) -> Run:
+    """Create a run in its store, or go on with the one that is there.
+
+    Args:
+        config: The config of this start.
+        run_id: The run's name.
+
+    Returns:
+        The run, with the numerics that its first start froze.
+
+    Raises:
+        DdpoError: As :func:`check_run`.
+    """
+    store, numerics = check_run(config, run_id)
+    record = runs.create_or_check_run(
+        store,
+        run_id,
+        identity=_pinned_identity(config),
+        numerics=numerics.model_dump(mode="json"),
+        code={"ddpo": ddpo.__version__},
+    )
+    runs.append_operation(store, run_id, config.operation())
+    return _from_record(store, record, config.operation())
+
+
+def open_run(store: Store, run_id: str) -> Run:
+    """Open a run as its record and its last start have it.
+
+    Args:
+        store: The store.
+        run_id: The run's name.
+
+    Returns:
+        The run.
+
+    Raises:
+        RunNotFound: The store has no such run.
+    """
+    record = runs.load_run(store, run_id)
+    starts = runs.list_operations(store, run_id)
+    operation = starts[-1] if starts else {}
+    return _from_record(store, record, operation if isinstance(operation, dict) else {})
+
+
+def _pinned_identity(config: RunConfig) -> dict[str, JsonValue]:
+    """Add to the config's identity what its names stand for today."""
+    prompts = load_prompts(config.prompts.name, config.prompts.parameters)
+    reward = load_reward(config.reward.name, config.reward.parameters)
+    digests = {"prompts": prompt_set_digest(prompts), "reward": reward.identity.digest}
+    return {**config.identity(), "digests": digests}
+
+
+def _from_record(store: Store, record: RunRecord, operation: dict[str, Any]) -> Run:
+    numerics = Numerics.model_validate(record.numerics)
+    identity = {name: value for name, value in record.identity.items() if name != "digests"}
+    frozen = numerics.model_dump(include=set(NumericsConfig.model_fields))
+    source = str(Path(keys.run_key(record.run_id)))
+    config = parse_config({**identity, **operation, "numerics": frozen}, source)
+    return Run(store, record.run_id, config, numerics)

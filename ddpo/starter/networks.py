@@ -1,0 +1,117 @@
+"""The starter's parts: Stable Diffusion 1.x's classes and noise schedule, two orders smaller."""
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from torch import Tensor
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from ddpo.starter.render import SIZE_PX
+from ddpo.starter.text import MAX_TOKENS
+
+LATENT_CHANNELS = 16
+LATENT_SIZE = SIZE_PX // 8
+TEXT_WIDTH = 128
+
+
+def build_vae() -> AutoencoderKL:
+    """Returns an untrained autoencoder: [B, 3, 64, 64] in -1..1 to latents [B, 16, 8, 8]."""
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(16, 32, 64, 96),
+        layers_per_block=1,
+        latent_channels=LATENT_CHANNELS,
+        norm_num_groups=8,
+        sample_size=SIZE_PX,
+        # Latents are whitened when the model is exported (see `whiten`): no scaling remains.
+        scaling_factor=1.0,
+    )
+
+
+def build_unet() -> UNet2DConditionModel:
+    """Returns an untrained noise predictor on [B, 16, 8, 8], attending to text at both levels."""
+    return UNet2DConditionModel(
+        sample_size=LATENT_SIZE,
+        in_channels=LATENT_CHANNELS,
+        out_channels=LATENT_CHANNELS,
+        down_block_types=("CrossAttnDownBlock2D",) * 2,
+        up_block_types=("CrossAttnUpBlock2D",) * 2,
+        block_out_channels=(64, 128),
+        layers_per_block=1,
+        cross_attention_dim=TEXT_WIDTH,
+        attention_head_dim=4,  # diffusers' name for the number of heads, as in Stable Diffusion 1.x
+        norm_num_groups=16,
+    )
+
+
+def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    """Returns an untrained text encoder of width 128 for a tokenizer's vocabulary."""
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=TEXT_WIDTH,
+            intermediate_size=4 * TEXT_WIDTH,
+            projection_dim=TEXT_WIDTH,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=MAX_TOKENS,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+def build_scheduler() -> DDIMScheduler:
+    """Returns DDIM on Stable Diffusion 1.x's noise schedule."""
+    return DDIMScheduler(
+        num_train_timesteps=1000,
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        prediction_type="epsilon",
+    )
+
+
+@torch.no_grad()
+def whiten(vae: AutoencoderKL, mean: Tensor, std: Tensor) -> None:
+    """Rescales the latent space to mean 0 and standard deviation 1 in every channel, in place.
+
+    The 1x1 convolutions on both sides of the latent space absorb it, so pictures are unchanged.
+    A pipeline's single `scaling_factor` could only do it for all channels at once.
+
+    Args:
+        vae: the autoencoder to change.
+        mean: [16], of each latent channel now.
+        std: [16], of each latent channel now.
+    """
+    encode, decode = vae.quant_conv, vae.post_quant_conv
+    assert encode is not None and decode is not None
+    channels = len(mean)
+    encode.weight[:channels] /= std[:, None, None, None]
+    encode.bias[:channels] = (encode.bias[:channels] - mean) / std
+    encode.bias[channels:] -= 2 * std.log()  # the second half is the log variance
+    decode.bias += decode.weight[:, :, 0, 0] @ mean
+    decode.weight *= std[None, :, None, None]
+
+
+def assemble(
+    vae: AutoencoderKL,
+    unet: UNet2DConditionModel,
+    text_encoder: CLIPTextModel,
+    tokenizer: CLIPTokenizer,
+) -> StableDiffusionPipeline:
+    """Returns the parts as a pipeline without safety checker and feature extractor."""
+    return StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=build_scheduler(),
+        safety_checker=None,  # pyright: ignore[reportArgumentType]
+        feature_extractor=None,  # pyright: ignore[reportArgumentType]
+        requires_safety_checker=False,
+    )

@@ -1,0 +1,137 @@
+"""How each kind of filesystem writes an object whole, or creates it exclusively.
+
+Reading is the same everywhere (fsspec); writing is not. fsspec's own `mode="create"` is
+exists-then-open on local disks and in memory, so two racers can both win there; object stores
+have a conditional put behind it.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Protocol
+
+from fsspec import AbstractFileSystem
+from fsspec.implementations.local import LocalFileSystem
+from fsspec.implementations.memory import MemoryFileSystem
+
+TEMPORARY_PREFIX = ".tmp-"
+"""File names that start so are unfinished writes: no key, and hidden from pyarrow and globs."""
+
+
+class Backend(Protocol):
+    """Writing on one kind of filesystem. Paths are absolute, in that filesystem's own form."""
+
+    def write(self, path: str, data: bytes) -> None:
+        """Writes an object that readers see whole or not at all; replaces what is there."""
+        ...
+
+    def create(self, path: str, data: bytes) -> bool:
+        """Writes an object only if there is none; returns whether this call wrote it."""
+        ...
+
+
+class LocalBackend:
+    """POSIX disks: a temporary file, fsync, then a rename or a hard link, then fsync the folder."""
+
+    def __init__(self, root: str) -> None:
+        self._above_root = Path(root).parent
+        self._durable_folders: set[Path] = set()
+
+    def write(self, path: str, data: bytes) -> None:
+        """Replaces the file at `path` atomically and durably."""
+        with self._temporary_beside(Path(path), data) as temporary:
+            temporary.replace(path)
+
+    def create(self, path: str, data: bytes) -> bool:
+        """Links a finished file to `path`, which the kernel lets exactly one caller do."""
+        with self._temporary_beside(Path(path), data) as temporary:
+            try:
+                Path(path).hardlink_to(temporary)
+            except FileExistsError:
+                return False
+        return True
+
+    @contextmanager
+    def _temporary_beside(self, path: Path, data: bytes) -> Iterator[Path]:
+        self._make_folder(path.parent)
+        temporary = path.with_name(TEMPORARY_PREFIX + uuid.uuid4().hex)
+        try:
+            with temporary.open("xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            yield temporary
+        finally:
+            temporary.unlink(missing_ok=True)
+        _fsync_folder(path.parent)
+
+    def _make_folder(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        # A folder's entry in its parent must be durable too, whoever made it: once a process.
+        while folder != self._above_root and folder not in self._durable_folders:
+            _fsync_folder(folder.parent)
+            self._durable_folders.add(folder)
+            folder = folder.parent
+
+
+class MemoryBackend:
+    """fsspec's in-process filesystem, for tests; exclusive among the threads of a process."""
+
+    _lock = threading.Lock()
+
+    def __init__(self, fs: MemoryFileSystem) -> None:
+        self._fs = fs
+
+    def write(self, path: str, data: bytes) -> None:
+        """Replaces the object."""
+        with self._lock:
+            self._fs.pipe_file(path, data)
+
+    def create(self, path: str, data: bytes) -> bool:
+        """Creates the object under the lock."""
+        with self._lock:
+            if self._fs.exists(path):
+                return False
+            self._fs.pipe_file(path, data)
+            return True
+
+
+class ConditionalPutBackend:
+    """Object stores: puts are atomic, and fsspec's `mode="create"` is a conditional put."""
+
+    def __init__(self, fs: AbstractFileSystem) -> None:
+        self._fs = fs
+
+    def write(self, path: str, data: bytes) -> None:
+        """Puts the object."""
+        self._fs.pipe_file(path, data)
+
+    def create(self, path: str, data: bytes) -> bool:
+        """Puts the object if there is none."""
+        try:
+            self._fs.pipe_file(path, data, mode="create")
+        except FileExistsError:
+            return False
+        return True
+
+
+def backend_for(fs: AbstractFileSystem, root: str) -> Backend:
+    """Returns the backend for a filesystem and a root path in it."""
+    if isinstance(fs, LocalFileSystem):
+        return LocalBackend(root)
+    if isinstance(fs, MemoryFileSystem):
+        return MemoryBackend(fs)
+    return ConditionalPutBackend(fs)
+
+
+def _fsync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,112 @@
+"""Small JSON documents (manifests, run records) that carry their own checksum.
+
+A manifest or run record is found by its name, not by its digest, so it has to tell by itself
+whether it is whole.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import JsonValue
+
+from ddpo.digests import canonical_json, json_digest, sha256_bytes
+from ddpo.errors import CorruptObject, UnknownSchema, UnreadableData
+
+CHECKSUM = "checksum"
+"""Key of the sha256 over the canonical JSON of the document without this key."""
+
+
+def seal(document: Mapping[str, Any]) -> bytes:
+    """Returns the document's canonical JSON with its checksum added."""
+    return canonical_json({**document, CHECKSUM: json_digest(document)})
+
+
+def unseal(key: str, data: bytes, *, schema_version: int) -> dict[str, JsonValue]:
+    """Parses a sealed document and verifies it.
+
+    Args:
+        key: Where it lies, for the errors.
+        data: Its bytes.
+        schema_version: The one that the caller reads.
+
+    Returns:
+        The document without its checksum.
+
+    Raises:
+        UnreadableData: Not a JSON object.
+        UnknownSchema: Another schema version.
+        CorruptObject: The checksum does not hold.
+    """
+    try:
+        document = json.loads(data)
+        canonical_json(document)  # NaN and broken Unicode pass json.loads
+    except ValueError as error:
+        raise UnreadableData(key, f"{error} (sha256 of the bytes: {sha256_bytes(data)})") from error
+    if not isinstance(document, dict):
+        raise UnreadableData(key, f"it holds a JSON {type(document).__name__}, not an object")
+    if document.get("schema_version") != schema_version:
+        raise UnknownSchema(key, document.get("schema_version"), schema_version)
+    expected = str(document.pop(CHECKSUM, "none"))
+    found = json_digest(document)
+    if expected != found:
+        raise CorruptObject(key, expected, found)
+    return document
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One value that differs between two JSON documents."""
+
+    key: str
+    """Dotted path of the value."""
+    stored: str
+    """The value in the store as JSON, 'absent' if there is none."""
+    wanted: str
+    """The value that the caller has, likewise."""
+
+    def __str__(self) -> str:
+        return f"{self.key}: {self.stored} in the store, {self.wanted} in the config"
+
+
+def differences(
+    stored: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = ""
+) -> tuple[Difference, ...]:
+    """Lists the values that differ, by dotted key.
+
+    Compares canonical JSON, so 1, 1.0 and true all differ, while a list and a tuple do not.
+
+    Args:
+        stored: The document in the store.
+        wanted: The caller's.
+        prefix: Dotted path of both within their documents.
+
+    Returns:
+        The differences, sorted by key; empty if the documents are equal.
+    """
+    found: list[Difference] = []
+    for name in sorted(stored.keys() | wanted.keys()):
+        key = f"{prefix}.{name}" if prefix else name
+        left, right = stored.get(name, _ABSENT), wanted.get(name, _ABSENT)
+        if isinstance(left, Mapping) and isinstance(right, Mapping):
+            found.extend(differences(left, right, key))
+        elif _text(left) != _text(right):
+            found.append(Difference(key, _shown(left), _shown(right)))
+    return tuple(found)
+
+
+_ABSENT = object()
+
+
+def _text(value: object) -> str:
+    return "absent" if value is _ABSENT else canonical_json(value).decode()
+
+
+def _shown(value: object) -> str:
+    text = _text(value)
+    if len(text) <= 160:
+        return text
+    return f"{text[:120]}... ({len(text)} characters, sha256 {sha256_bytes(text.encode())[:8]})"

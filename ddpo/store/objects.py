@@ -1,0 +1,213 @@
+"""Objects: bytes under keys, written once, verified on every read."""
+
+from __future__ import annotations
+
+import uuid
+from contextlib import suppress
+from typing import Annotated, Any
+
+import fsspec
+from fsspec import AbstractFileSystem
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+from ddpo.digests import sha256_bytes
+from ddpo.errors import CorruptObject, InvalidKey, MissingObject, RetiredObject, StoreNotWritable
+from ddpo.store import keys
+from ddpo.store.backends import backend_for
+
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+def _whitelisted(key: str) -> str:
+    try:
+        return keys.check_key(key)
+    except InvalidKey as error:
+        raise ValueError(str(error)) from None  # pydantic reports ValueErrors with their place
+
+
+Key = Annotated[str, AfterValidator(_whitelisted)]
+
+
+class StoredObject(BaseModel):
+    """Where an object lies and what it must hold."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    key: Key
+    """Key relative to the store's root."""
+    size: int = Field(ge=0)
+    """Size in bytes."""
+    sha256: Sha256
+    """Digest of the bytes."""
+
+
+class Store:
+    """Objects below one root, on any filesystem that fsspec knows.
+
+    Holds no state but the connection, is safe among threads, and pickles as its root.
+    """
+
+    def __init__(self, fs: AbstractFileSystem, path: str) -> None:
+        self._fs = fs
+        self._path = path.rstrip("/")
+        self._backend = backend_for(fs, self._path)
+        self.root: str = fs.unstrip_protocol(self._path)
+        """URL of the root, without a trailing slash."""
+
+    @classmethod
+    def open(cls, root: str) -> Store:
+        """Opens a store; writes nothing.
+
+        Args:
+            root: An fsspec URL, or a path (made absolute).
+
+        Returns:
+            The store, whether or not there is anything at the root.
+        """
+        # Other processes write to the same store, so a cached listing is a wrong answer.
+        fs, path = fsspec.core.url_to_fs(root, use_listings_cache=False)
+        return cls(fs, path)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Store.open, (self.root,)
+
+    def __repr__(self) -> str:
+        return f"Store({self.root!r})"
+
+    def url(self, key: str) -> str:
+        """Returns the full URL of a key."""
+        return f"{self.root}/{keys.check_key(key)}"
+
+    def probe(self) -> None:
+        """Checks that commits are possible here: exclusive create, read back, delete.
+
+        Raises:
+            StoreNotWritable: One of them failed, with the reason.
+        """
+        key = f".probe/{uuid.uuid4().hex}"
+        way_out = "Check the address, the credentials and the permissions of the root"
+        try:
+            created = self.put_if_absent(key, b"first")
+            refused = not self.put_if_absent(key, b"second")
+            found = self.read(key)
+            self.delete(key)
+            gone = not self.exists(key)
+        except Exception as error:  # whatever a filesystem raises is the reason that we report
+            reason = f"{type(error).__name__}: {error}"
+            raise StoreNotWritable(self.root, reason, way_out) from error
+        if not created:
+            raise StoreNotWritable(self.root, "it refused to create a new object", way_out)
+        if not refused or found != b"first":
+            raise StoreNotWritable(
+                self.root,
+                "it let a second writer overwrite an object that was created exclusively",
+                "Use a local disk with hard links, or an object store with conditional puts",
+            )
+        if not gone:
+            raise StoreNotWritable(self.root, "a deleted object is still there", way_out)
+
+    def put(self, stem: str, suffix: str, data: bytes) -> StoredObject:
+        """Writes an object under a key that carries its digest.
+
+        Args:
+            stem: Key without digest and suffix.
+            suffix: File suffix with its dot, such as '.parquet'.
+            data: The bytes.
+
+        Returns:
+            The object. Nothing is written where it is there already, in its full size.
+
+        Raises:
+            InvalidKey: The stem or suffix is outside the whitelist.
+        """
+        digest = sha256_bytes(data)
+        stored = StoredObject(
+            key=keys.check_key(f"{stem}-{digest[:12]}{suffix}"), size=len(data), sha256=digest
+        )
+        if self._size(stored.key) != stored.size:
+            self._backend.write(self._full(stored.key), data)
+        return stored
+
+    def put_if_absent(self, key: str, data: bytes) -> bool:
+        """Creates an object exclusively; returns False where one is there already."""
+        return self._backend.create(self._full(key), data)
+
+    def get(self, stored: StoredObject) -> bytes:
+        """Reads an object and verifies it.
+
+        Args:
+            stored: Where it lies and what it must hold.
+
+        Returns:
+            Its bytes.
+
+        Raises:
+            MissingObject: It is not there (RetiredObject: it was deleted on purpose).
+            CorruptObject: Its bytes are not those of the digest.
+        """
+        data = self.read(stored.key)
+        found = sha256_bytes(data)
+        if len(data) != stored.size or found != stored.sha256:
+            raise CorruptObject(stored.key, stored.sha256, found)
+        return data
+
+    def read(self, key: str) -> bytes:
+        """Reads what is under a key, unverified.
+
+        Args:
+            key: The key.
+
+        Returns:
+            The bytes.
+
+        Raises:
+            MissingObject: As `get`.
+        """
+        try:
+            data: Any = self._fs.cat_file(self._full(key))  # typed as str | bytes
+        except FileNotFoundError:
+            raise self._missing(key) from None
+        return data
+
+    def exists(self, key: str) -> bool:
+        """Returns whether something is under the key."""
+        return self._size(key) is not None
+
+    def delete(self, key: str) -> None:
+        """Deletes what is under the key; nothing there is fine."""
+        with suppress(FileNotFoundError):
+            self._fs.rm_file(self._full(key))
+
+    def list(self, prefix: str = "") -> list[str]:
+        """Lists the keys below a folder, sorted; unfinished writes are not among them.
+
+        For garbage collection and for showing runs: readers of data go by manifest.
+
+        Args:
+            prefix: A folder, without its slash; '' for the whole store.
+
+        Returns:
+            The keys; none where there is no such folder.
+        """
+        folder = self._full(prefix) if prefix else self._path
+        start = len(self._path) + 1
+        found = (str(path)[start:] for path in self._fs.find(folder))
+        return sorted(key for key in found if not any(s.startswith(".") for s in key.split("/")))
+
+    def _full(self, key: str) -> str:
+        return f"{self._path}/{keys.check_key(key)}"
+
+    def _size(self, key: str) -> int | None:
+        try:
+            info = self._fs.info(self._full(key))
+        except FileNotFoundError:
+            return None
+        return info["size"] if info["type"] == "file" else None
+
+    def _missing(self, key: str) -> MissingObject:
+        checkpoint = keys.parse_checkpoint_object(key)
+        if checkpoint is not None and key.endswith(keys.TENSORS_SUFFIX):
+            retired_key = keys.retired_checkpoint_key(*checkpoint)
+            if self.exists(retired_key):
+                return RetiredObject(key, self.root, retired_key)
+        return MissingObject(key, self.root)

@@ -1,0 +1,292 @@
+"""The rows of rollouts, rewards and advantages, as Parquet files.
+
+Rows are in the order of their `sample_id`, whatever order they arrived in. Equal rows give equal
+bytes. Every page has a checksum, which is verified on reading. No column has the name of a
+partition key, so that pyarrow, DuckDB, Polars and Hugging Face datasets read the folders as one
+table.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import JsonValue
+
+from ddpo.digests import canonical_json
+from ddpo.errors import InvalidTable, UnreadableData
+from ddpo.store.keys import PARTITION_NAMES, image_name
+
+
+@dataclass(frozen=True)
+class RolloutRow:
+    """A sample: what was asked, who drew it, and the picture."""
+
+    sample_id: str
+    shard: int
+    index: int
+    """Index within the epoch."""
+    prompt: str
+    prompt_metadata: Mapping[str, JsonValue]
+    """What a reward may want to know about the prompt."""
+    seed: int
+    """Seed of the sample's noise, 0 to 2**63 - 1."""
+    policy_digest: str
+    sampler_digest: str
+    log_prob_mean: float | None
+    """Mean log-prob of the steps, as float32; None where no step has variance."""
+    image_png: bytes
+    """The picture, lossless."""
+
+
+@dataclass(frozen=True)
+class RewardRow:
+    """A sample's score."""
+
+    sample_id: str
+    reward: float | None
+    """As float32, higher is better; None where scoring failed."""
+    status: str
+    """'ok', or why scoring failed."""
+    columns: Mapping[str, float | int | str] = field(default_factory=dict)
+    """Components of a weighted sum and the scorer's own columns (as float32, int64 or string)."""
+
+
+@dataclass(frozen=True)
+class AdvantageRow:
+    """A sample's advantage, and what it was normalised by."""
+
+    sample_id: str
+    reward: float | None
+    """As float32; None where scoring failed."""
+    advantage: float
+    """As float32; 0 where scoring failed."""
+    mean: float
+    std: float
+    count: int
+    """Number of rewards behind `mean` and `std`."""
+
+
+_IMAGE = pa.struct([pa.field("bytes", pa.binary()), pa.field("path", pa.string())])
+
+_ROLLOUT_COLUMNS = [
+    ("sample_id", pa.string()),
+    ("shard", pa.int32()),
+    ("index", pa.int32()),
+    ("prompt", pa.string()),
+    ("prompt_metadata", pa.string()),
+    ("seed", pa.int64()),
+    ("policy_digest", pa.string()),
+    ("sampler_digest", pa.string()),
+    ("log_prob_mean", pa.float32()),
+    ("image", _IMAGE),
+]
+# What datasets.Features writes, so that `datasets` decodes the struct to a picture.
+_HUGGING_FACE = {
+    "info": {
+        "features": {
+            name: {"_type": "Image"}
+            if kind == _IMAGE
+            else {"dtype": {"float": "float32"}.get(str(kind), str(kind)), "_type": "Value"}
+            for name, kind in _ROLLOUT_COLUMNS
+        }
+    }
+}
+ROLLOUT_SCHEMA = pa.schema(_ROLLOUT_COLUMNS, {"huggingface": json.dumps(_HUGGING_FACE)})
+"""Schema of the rollouts table."""
+REWARD_SCHEMA = pa.schema(
+    [("sample_id", pa.string()), ("reward", pa.float32()), ("status", pa.string())]
+)
+"""Schema of the rewards table, without the columns that a scorer adds."""
+ADVANTAGE_SCHEMA = pa.schema(
+    [
+        ("sample_id", pa.string()),
+        ("reward", pa.float32()),
+        ("advantage", pa.float32()),
+        ("mean", pa.float64()),
+        ("std", pa.float64()),
+        ("count", pa.int64()),
+    ]
+)
+"""Schema of the advantages table."""
+
+# A dictionary of values that are all different only costs.
+_REPEATED = ("prompt", "policy_digest", "sampler_digest", "status")
+_COLUMN_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_./:-]{0,99}")
+
+
+def encode_rollouts(rows: Sequence[RolloutRow]) -> bytes:
+    """Serialises rollout rows.
+
+    Args:
+        rows: The rows, in any order.
+
+    Returns:
+        A Parquet file.
+
+    Raises:
+        InvalidTable: A sample occurs twice.
+    """
+    records = [
+        {
+            **_fields(row, "prompt_metadata", "image_png"),
+            "prompt_metadata": canonical_json(row.prompt_metadata).decode(),
+            "image": {"bytes": row.image_png, "path": image_name(row.index)},
+        }
+        for row in rows
+    ]
+    return _encode("rollouts", records, ROLLOUT_SCHEMA)
+
+
+def decode_rollouts(data: bytes) -> list[RolloutRow]:
+    """Reads rollout rows.
+
+    Args:
+        data: A Parquet file.
+
+    Returns:
+        The rows, in the order of `sample_id`.
+
+    Raises:
+        UnreadableData: The bytes are no rollouts table, or a page's checksum does not hold.
+    """
+    rows = []
+    for record in _decode("rollouts", data, ROLLOUT_SCHEMA):
+        record["prompt_metadata"] = json.loads(record["prompt_metadata"])
+        record["image_png"] = record.pop("image")["bytes"]
+        rows.append(RolloutRow(**record))
+    return rows
+
+
+def encode_rewards(rows: Sequence[RewardRow]) -> bytes:
+    """Serialises reward rows.
+
+    Args:
+        rows: The rows, in any order. One without an extra column that others have gets null there.
+
+    Returns:
+        A Parquet file; the extra columns come last, sorted by name.
+
+    Raises:
+        InvalidTable: A sample occurs twice; or an extra column has a bad name, or mixes numbers
+            and text.
+    """
+    names = sorted({name for row in rows for name in row.columns})
+    extra = [(name, _column_type(name, rows)) for name in names]
+    records = [{**_fields(row, "columns"), **row.columns} for row in rows]
+    schema = pa.schema([*REWARD_SCHEMA, *(pa.field(name, kind) for name, kind in extra)])
+    return _encode("rewards", records, schema)
+
+
+def decode_rewards(data: bytes) -> list[RewardRow]:
+    """Reads reward rows.
+
+    Args:
+        data: A Parquet file.
+
+    Returns:
+        The rows, in the order of `sample_id`; an extra column that is null is left out of its row.
+
+    Raises:
+        UnreadableData: The bytes are no rewards table, or a page's checksum does not hold.
+    """
+    rows = []
+    for record in _decode("rewards", data, REWARD_SCHEMA):
+        own = {name: record.pop(name) for name in REWARD_SCHEMA.names}
+        columns = {name: value for name, value in record.items() if value is not None}
+        rows.append(RewardRow(**own, columns=columns))
+    return rows
+
+
+def encode_advantages(rows: Sequence[AdvantageRow]) -> bytes:
+    """Serialises advantage rows.
+
+    Args:
+        rows: The rows, in any order.
+
+    Returns:
+        A Parquet file.
+
+    Raises:
+        InvalidTable: A sample occurs twice.
+    """
+    return _encode("advantages", [_fields(row) for row in rows], ADVANTAGE_SCHEMA)
+
+
+def decode_advantages(data: bytes) -> list[AdvantageRow]:
+    """Reads advantage rows.
+
+    Args:
+        data: A Parquet file.
+
+    Returns:
+        The rows, in the order of `sample_id`.
+
+    Raises:
+        UnreadableData: The bytes are no advantages table, or a page's checksum does not hold.
+    """
+    return [AdvantageRow(**record) for record in _decode("advantages", data, ADVANTAGE_SCHEMA)]
+
+
+def _fields(row: Any, *without: str) -> dict[str, Any]:
+    return {name: value for name, value in vars(row).items() if name not in without}
+
+
+def _encode(table: str, records: list[dict[str, Any]], schema: pa.Schema) -> bytes:
+    records = sorted(records, key=lambda record: record["sample_id"])
+    for first, second in itertools.pairwise(records):
+        if first["sample_id"] == second["sample_id"]:
+            raise InvalidTable(table, f"{first['sample_id']} twice", "a row a sample")
+    try:
+        arrow = pa.Table.from_pylist(records, schema)
+    except (pa.ArrowException, OverflowError) as error:
+        raise InvalidTable(table, f"a value of another type ({error})", str(schema)) from error
+    sink = pa.BufferOutputStream()
+    repeated: Any = [name for name in schema.names if name in _REPEATED]  # typed as bool only
+    pq.write_table(
+        arrow, sink, compression="zstd", use_dictionary=repeated, write_page_checksum=True
+    )
+    return sink.getvalue().to_pybytes()
+
+
+def _decode(table: str, data: bytes, schema: pa.Schema) -> list[dict[str, Any]]:
+    try:
+        file = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True)
+        read = file.read()
+    except (pa.ArrowException, OSError) as error:
+        raise UnreadableData(f"a {table} table", str(error)) from error
+    found = {name: read.schema.field(name).type for name in read.schema.names}
+    for name, kind in zip(schema.names, schema.types, strict=True):
+        if found.get(name) != kind:
+            reason = f"column {name} is {found.get(name, 'absent')}, expected {kind}"
+            raise UnreadableData(f"a {table} table", reason)
+    return read.to_pylist()
+
+
+def _column_type(name: str, rows: Sequence[RewardRow]) -> pa.DataType:
+    taken = PARTITION_NAMES.union(REWARD_SCHEMA.names)
+    if name in taken or not _COLUMN_NAME.fullmatch(name):
+        raise InvalidTable(
+            "rewards",
+            f"an extra column {name!r}",
+            "a letter or '_', then letters, digits or one of _ . / : -; and none of "
+            f"{sorted(taken)}",
+        )
+    values = [row.columns[name] for row in rows if name in row.columns]
+    if all(isinstance(value, str) for value in values):
+        return pa.string()
+    if all(isinstance(value, int) for value in values):
+        return pa.int64()
+    if all(isinstance(value, int | float) for value in values):
+        return pa.float32()
+    raise InvalidTable(
+        "rewards",
+        f"values of {sorted({type(value).__name__ for value in values})} in column {name!r}",
+        "numbers only, or text only",
+    )

@@ -1,0 +1,61 @@
+"""Tensors as safetensors bytes, the same bytes in every process."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+
+import safetensors.torch
+import torch
+from pydantic import JsonValue
+from safetensors import SafetensorError
+
+from ddpo.digests import canonical_json
+from ddpo.errors import UnreadableData
+
+METADATA_KEY = "ddpo"
+"""The one metadata key: with several, the order in the header differs from process to process."""
+
+
+def encode_tensors(tensors: Mapping[str, torch.Tensor], metadata: JsonValue | None = None) -> bytes:
+    """Serialises named tensors.
+
+    Args:
+        tensors: Dense tensors of any shape, dtype and device.
+        metadata: A JSON value to carry along.
+
+    Returns:
+        A safetensors file; equal inputs give equal bytes.
+    """
+    plain: dict[str, torch.Tensor] = {}
+    storages: set[int] = set()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        # safetensors refuses tensors that share memory, which views of one batch do.
+        storage = tensor.untyped_storage().data_ptr()
+        plain[name] = tensor.clone() if storage in storages else tensor
+        storages.add(storage)
+    header = None if metadata is None else {METADATA_KEY: canonical_json(metadata).decode()}
+    return safetensors.torch.save(plain, metadata=header)
+
+
+def decode_tensors(data: bytes) -> tuple[dict[str, torch.Tensor], JsonValue]:
+    """Reads what `encode_tensors` wrote.
+
+    Args:
+        data: A safetensors file.
+
+    Returns:
+        The tensors on the CPU by name, and the metadata (None if there was none).
+
+    Raises:
+        UnreadableData: The bytes are no safetensors file.
+    """
+    try:
+        tensors = safetensors.torch.load(data)
+        header_size = int.from_bytes(data[:8], "little")
+        header = json.loads(data[8 : 8 + header_size])
+        text = header.get("__metadata__", {}).get(METADATA_KEY)
+        return tensors, None if text is None else json.loads(text)
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise UnreadableData("a safetensors file", str(error)) from error

@@ -1,0 +1,1 @@
+"""Prefect flows: wiring that reads like the algorithm."""

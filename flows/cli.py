@@ -1,0 +1,197 @@
+"""The `ddpo` command. Exit status: 0 done, 1 the run failed, 2 bad input, 130 interrupted."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from ddpo.errors import DdpoError
+from flows.quiet import set_defaults
+
+if TYPE_CHECKING:
+    from ddpo.run import Run
+
+# Heavy libraries are imported by the commands that need them: a misspelt key is answered at once.
+
+app = typer.Typer(
+    help="Reinforcement learning for diffusion models, as a durable batch workflow.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+console = Console()
+
+Root = Annotated[
+    str | None,
+    typer.Option("--root", help="The store. By default DDPO_ROOT, else ddpo-data/store."),
+]
+RunId = Annotated[str, typer.Argument(help="A run's name; `ddpo runs` lists them.")]
+
+
+@app.command()
+def train(
+    config: Annotated[str, typer.Argument(help="A YAML file; configs/ holds some.")],
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Change a setting, as a.b=value; may be repeated."),
+    ] = None,
+    run_id: Annotated[
+        str | None, typer.Option(help="The run's name; one that exists goes on.")
+    ] = None,
+    root: Root = None,
+) -> None:
+    """Fine-tune a model on a reward, or go on with a run."""
+    from ddpo.config_files import read_config
+
+    overrides = [*(set_ or ()), *([f"storage.root={root}"] if root else ())]
+    settings = read_config(config, overrides)
+    console.print("[dim]checking model, store and tracking ...[/]")
+
+    from ddpo.run import check_run
+    from flows.train import new_run_id
+    from flows.train import train as train_flow
+    from tasks.mlflow_connection import connect
+
+    run_id = run_id or new_run_id(config)
+    check_run(settings, run_id)
+    connect(settings.tracking.uri)
+    _show(run_id, settings.epochs, lambda: train_flow(config, run_id, overrides=overrides), root)
+
+
+@app.command()
+def resume(
+    run_id: RunId,
+    epochs: Annotated[
+        int | None, typer.Option(help="How many epochs it is to have in the end.")
+    ] = None,
+    root: Root = None,
+) -> None:
+    """Go on with a run that was stopped; what is committed is not done again."""
+    from ddpo.run import check_run, storage_root
+    from flows.train import resume as resume_flow
+
+    run = _open(run_id, root)
+    check_run(run.config, run_id)
+    total = epochs or run.config.epochs
+    _show(run_id, total, lambda: resume_flow(run_id, storage_root(root), epochs), root)
+
+
+@app.command()
+def runs(root: Root = None) -> None:
+    """List the runs of a store."""
+    from ddpo.report import reward_curve
+    from ddpo.run import storage_root
+    from ddpo.store.objects import Store
+    from ddpo.store.runs import list_runs
+
+    store = Store.open(storage_root(root))
+    table = Table("run", "model", "reward", "epochs", "first", "last", title=store.root)
+    for run_id in list_runs(store):
+        run = _open(run_id, root)
+        curve = reward_curve(run)
+        first, last = (f"{curve[0].mean:.4g}", f"{curve[-1].mean:.4g}") if curve else ("", "")
+        epochs = f"{len(curve)}/{run.config.epochs}"
+        table.add_row(run_id, run.config.model.path, run.config.reward.name, epochs, first, last)
+    console.print(table if table.row_count else f"no runs in {store.root}")
+
+
+@app.command()
+def sample(
+    run_id: RunId,
+    prompt: Annotated[str, typer.Option(help="What to draw.")],
+    out: Annotated[Path, typer.Option(help="The picture to write, a .png.")],
+    seed: Annotated[int, typer.Option(help="Of the noise.", min=0)] = 0,
+    checkpoint: Annotated[
+        int | None, typer.Option(help="Epochs trained; 0 is the base model. By default the last.")
+    ] = None,
+    root: Root = None,
+) -> None:
+    """Draw a picture with a run's model."""
+    from ddpo.drawing import draw
+    from ddpo.errors import ConfigError
+
+    if out.suffix.lower() != ".png":
+        raise ConfigError(f"--out {out} does not end in .png, which is what is written")
+    picture = draw(_open(run_id, root), prompt, seed=seed, checkpoint=checkpoint)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    picture.save(out)
+    console.print(f"{out}: '{prompt}', seed {seed}")
+
+
+@app.command()
+def ui(
+    tracking: Annotated[
+        str, typer.Option(help="MLflow's tracking URI.")
+    ] = "sqlite:///ddpo-data/mlflow.db",
+    mlflow_port: Annotated[int, typer.Option(help="Of MLflow's page.")] = 5000,
+    prefect_port: Annotated[int, typer.Option(help="Of Prefect's page.")] = 4200,
+) -> None:
+    """Show MLflow's and Prefect's pages on this machine, until Ctrl-C."""
+    from flows.ui import serve_pages
+
+    serve_pages(console, tracking, mlflow_port=mlflow_port, prefect_port=prefect_port)
+
+
+def main() -> None:
+    """Run the command; bad input is one message and exit status 2."""
+    set_defaults()
+    try:
+        app()
+    except DdpoError as error:
+        console.print(f"[bold red]{type(error).__name__}[/]", style=None, highlight=False)
+        console.print(str(error), markup=False, highlight=False, soft_wrap=True)
+        sys.exit(2)
+
+
+def _open(run_id: str, root: str | None) -> Run:
+    from ddpo.run import open_run, storage_root
+    from ddpo.store.objects import Store
+
+    return open_run(Store.open(storage_root(root)), run_id)
+
+
+def _show(run_id: str, epochs: int, run: Callable[[], object], root: str | None) -> None:
+    """Run a flow under progress bars, then show what came of it."""
+    from flows.bars import Bars
+    from tasks.progress import shown_by
+
+    again = f"ddpo resume {run_id}" + (f" --root {root}" if root else "")
+    try:
+        with Bars(console, run_id, epochs) as bars, shown_by(bars):
+            run()
+    except KeyboardInterrupt:
+        console.print(f"stopped; what is committed is kept. Go on with: [bold]{again}[/]")
+        sys.exit(130)
+    except Exception as error:
+        console.print(f"[bold red]the run failed: {type(error).__name__}[/]", highlight=False)
+        console.print(str(error), markup=False, highlight=False, soft_wrap=True)
+        console.print(f"What is committed is kept. Go on with: [bold]{again}[/]")
+        sys.exit(1)
+    _summarise(_open(run_id, root))
+
+
+def _summarise(run: Run) -> None:
+    from ddpo.report import reward_curve
+    from flows.train import outputs_folder
+
+    curve = reward_curve(run)
+    outputs = outputs_folder(run.config, run.run_id)
+    table = Table("", "first epoch", "last epoch", title=run.run_id, title_justify="left")
+    first, last = curve[0], curve[-1]
+    table.add_row("epoch", str(first.epoch), str(last.epoch))
+    table.add_row("reward, mean", f"{first.mean:.4f}", f"{last.mean:.4f}")
+    table.add_row("reward, std", f"{first.std:.4f}", f"{last.std:.4f}")
+    console.print(table)
+    places = Table.grid(padding=(0, 2))
+    places.add_row("report", str(outputs / "report.png"))
+    places.add_row("weights", str(outputs))
+    places.add_row("store", run.store.root)
+    places.add_row("MLflow", run.config.tracking.uri)
+    places.add_row("look", "ddpo ui")
+    console.print(places)

@@ -1,0 +1,185 @@
+"""A whole run: start or go on, epoch by epoch, and hand over what was learnt."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+
+from prefect import flow
+from prefect.artifacts import create_progress_artifact, update_progress_artifact
+from prefect.runtime import flow_run
+from pydantic import JsonValue
+
+from ddpo.config import RunConfig
+from ddpo.config_files import read_config
+from ddpo.report import write_report
+from ddpo.run import Run, open_run, start_run, storage_root
+from ddpo.store import keys
+from ddpo.store.objects import Store
+from flows.epoch import EpochPlan, artifact_key, run_epoch
+from tasks.export import export_weights
+from tasks.pictures import draw_pictures, picture_set
+from tasks.progress import finished_epoch
+from tasks.start import start
+from tasks.track import TrackingHandle, track_pictures
+from tasks.tracking import RunTracker
+from tasks.worker import RunHandle, opened
+
+
+@flow(name="ddpo-train", flow_run_name="{run_id}")
+def train(
+    config_file: str = "configs/starter.yaml",
+    run_id: str | None = None,
+    epochs: int | None = None,
+    seed: int | None = None,
+    learning_rate: float | None = None,
+    storage: str | None = None,
+    tracking: str | None = None,
+    overrides: Sequence[str] = (),
+) -> str:
+    """Fine-tune a diffusion model on a reward.
+
+    Args:
+        config_file: One of configs/, or your own.
+        run_id: The run's name; an existing one goes on. By default config name and time.
+        epochs: Rounds of sampling and updating; by default the config's.
+        seed: What everything random is derived from; by default the config's.
+        learning_rate: Of AdamW; by default the config's.
+        storage: Folder or URL where the run is remembered; by default the config's.
+        tracking: MLflow tracking URI; by default the config's.
+        overrides: Any other setting, as `sampler.steps=20`.
+
+    Returns:
+        The run's name.
+    """
+    form = {
+        "epochs": epochs,
+        "seed": seed,
+        "optimizer.learning_rate": learning_rate,
+        "storage.root": storage,
+        "tracking.uri": tracking,
+    }
+    named = [f"{name}={value}" for name, value in form.items() if value is not None]
+    config = read_config(config_file, [*named, *overrides])
+    run_id = run_id or new_run_id(config_file)
+    _train(start_run(config, run_id))
+    return run_id
+
+
+@flow(name="ddpo-resume", flow_run_name="{run_id}")
+def resume(run_id: str, storage: str | None = None, epochs: int | None = None) -> str:
+    """Go on with a run as its last start operated it.
+
+    Args:
+        run_id: The run's name.
+        storage: Folder or URL where it is remembered; by default DDPO_ROOT.
+        epochs: How many epochs it is to have in the end; by default as before.
+
+    Returns:
+        The run's name.
+    """
+    config = open_run(Store.open(storage_root(storage)), run_id).config
+    changes: dict[str, object] = {
+        "storage": config.storage.model_copy(update={"root": storage_root(storage)})
+    }
+    if epochs is not None:
+        changes["epochs"] = epochs
+    _train(start_run(config.model_copy(update=changes), run_id))
+    return run_id
+
+
+def new_run_id(config_file: str) -> str:
+    """Name a run after its config and the time, to the second."""
+    return f"{Path(config_file).stem.replace('_', '-')}-{datetime.now():%Y%m%d-%H%M%S}"
+
+
+def outputs_folder(config: RunConfig, run_id: str) -> Path:
+    """Return the local folder that receives a run's report and weights."""
+    return Path(config.outputs) / run_id
+
+
+def _train(run: Run) -> None:
+    opened.cache_clear()  # the operation half may be another than at an earlier start
+    handle = RunHandle(root=run.store.root, run_id=run.run_id)
+    pictures = picture_set(run, run.config.tracking.pictures)
+    page = _open_tracker(run)
+    tracking = TrackingHandle(
+        uri=run.config.tracking.uri,
+        experiment_id=page.experiment_id,
+        mlflow_run_id=page.mlflow_run_id,
+    )
+    plan = EpochPlan(run=handle, tracking=tracking, pictures=pictures, storage=run.config.storage)
+    epochs = run.config.epochs
+    shown = create_progress_artifact(
+        key=f"{artifact_key(run.run_id)}-progress",
+        progress=0.0,
+        description=f"{run.run_id}: {epochs} epochs",
+    )
+    outputs = str(outputs_folder(run.config, run.run_id))
+    try:
+        checkpoint = start(handle)
+        for epoch in range(epochs):
+            outcome = run_epoch(plan, checkpoint, epoch)
+            checkpoint = outcome.checkpoint
+            finished_epoch(epoch + 1, epochs, outcome.metrics)
+            update_progress_artifact(shown, progress=100.0 * (epoch + 1) / epochs)  # pyright: ignore
+            if (epoch + 1) % run.config.tracking.adapter_every == 0 and epoch + 1 < epochs:
+                export_weights(handle, tracking, checkpoint, None, epoch + 1)
+        last = draw_pictures(handle, checkpoint, pictures, epochs)
+        track_pictures(handle, tracking, last, epochs)
+        export_weights(handle, tracking, checkpoint, outputs, epochs)
+        page.log_file(write_report(run, pictures.pictures_id, Path(outputs) / "report.png"))
+    except BaseException as error:
+        page.finish("FAILED" if isinstance(error, Exception) else "KILLED")
+        raise
+    page.finish("FINISHED")
+
+
+def _open_tracker(run: Run) -> RunTracker:
+    tracking = run.config.tracking
+    page = RunTracker.open(
+        tracking_uri=tracking.uri,
+        experiment=tracking.experiment,
+        run_id=run.run_id,
+        params=_flat({**run.config.identity(), "numerics": run.numerics.model_dump(mode="json")}),
+        tags={
+            "ddpo.storage_root": run.store.root,
+            "ddpo.git_commit": _git_commit(),
+            "prefect.flow_run_id": flow_run.get_id() or "",
+            "prefect.flow_run_name": flow_run.get_name() or "",
+        },
+    )
+    page.log_rollouts(
+        name=f"rollouts-{run.run_id}",
+        source_url=run.store.url(keys.rollouts_prefix(run.run_id)),
+        digest=run.identity_digest,
+        rows=run.config.epochs * run.config.sampler.samples_per_epoch,
+        columns={"sample_id": "string", "prompt": "string", "seed": "int64", "image": "binary"},
+    )
+    if tracking.system_metrics:
+        page.start_system_metrics()
+    return page
+
+
+def _flat(value: JsonValue, name: str = "") -> dict[str, str | int | float | bool]:
+    """Flatten nested settings to dotted names, as MLflow shows parameters."""
+    if isinstance(value, dict):
+        parts = [_flat(inner, f"{name}.{key}" if name else key) for key, inner in value.items()]
+        return {key: leaf for part in parts for key, leaf in part.items()}
+    if isinstance(value, list):
+        return {name: ", ".join(map(str, value))}
+    return {name: "" if value is None else value}
+
+
+def _git_commit() -> str:
+    """Return the commit of the code that runs, empty outside a checkout."""
+    found = subprocess.run(
+        ["git", "rev-parse", "HEAD"],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return found.stdout.strip()

@@ -1,0 +1,84 @@
+"""MLflow's and Prefect's own pages, started together on loopback."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+
+from rich.console import Console
+
+from ddpo.errors import DdpoError
+
+_STARTUP_S = 120.0
+
+
+class PagesError(DdpoError):
+    """A page's server did not start."""
+
+
+def serve_pages(console: Console, tracking: str, *, mlflow_port: int, prefect_port: int) -> None:
+    """Serve both pages until interrupted.
+
+    Args:
+        console: Where the addresses go.
+        tracking: MLflow's tracking URI; a server's is shown as it is.
+        mlflow_port: Of MLflow's page.
+        prefect_port: Of Prefect's page.
+
+    Raises:
+        PagesError: A server ended, or did not answer in time.
+    """
+    pages: dict[str, str] = {}
+    servers: dict[str, subprocess.Popen[bytes]] = {}
+    try:
+        if tracking.startswith(("http://", "https://")):
+            pages["MLflow"] = tracking
+        else:
+            pages["MLflow"] = f"http://127.0.0.1:{mlflow_port}"
+            servers["MLflow"] = _start(
+                "mlflow", "server", "--backend-store-uri", tracking,
+                "--host", "127.0.0.1", "--port", str(mlflow_port),
+            )  # fmt: skip
+        pages["Prefect"] = f"http://127.0.0.1:{prefect_port}"
+        servers["Prefect"] = _start(
+            "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(prefect_port)
+        )
+        for name, server in servers.items():
+            _wait(name, pages[name], server)
+        for name, address in pages.items():
+            console.print(f"{name:8} {address}")
+        console.print("[dim]Ctrl-C ends both[/]")
+        while all(server.poll() is None for server in servers.values()):
+            time.sleep(0.5)
+    except KeyboardInterrupt:
+        console.print("ended")
+    finally:
+        for server in servers.values():
+            server.terminate()
+        for server in servers.values():
+            server.wait(timeout=30)
+
+
+def _start(*command: str) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [sys.executable, "-m", *command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+
+
+def _wait(name: str, address: str, server: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + _STARTUP_S
+    while time.monotonic() < deadline:
+        if server.poll() is not None:
+            break
+        try:
+            with urllib.request.urlopen(address, timeout=2):
+                return
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.5)
+    raise PagesError(
+        f"{name}'s server at {address} did not start; is the port taken? "
+        f"Choose another with --{name.lower()}-port"
+    )

@@ -1,0 +1,96 @@
+"""The task that turns an epoch's scores into advantages."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
+from ddpo.algorithms.advantages import compute_advantages
+from ddpo.digests import canonical_json
+from ddpo.randomness import derive_seed
+from ddpo.store import keys, manifests
+from ddpo.store.checkpoints import load_document
+from ddpo.store.manifests import Ref
+from ddpo.store.tables import AdvantageRow, decode_rewards, decode_rollouts, encode_advantages
+from tasks.retries import STORAGE
+from tasks.worker import RunHandle, opened
+
+
+@task(name="advantages", task_run_name="advantages epoch {epoch}", cache_policy=NO_CACHE, **STORAGE)
+def advantages_of(
+    handle: RunHandle,
+    checkpoint: Ref,
+    rollouts: Sequence[Ref],
+    scores: Sequence[Ref],
+    epoch: int,
+) -> Ref:
+    """Normalise an epoch's rewards and commit the advantages and the statistics after them.
+
+    Args:
+        handle: The run.
+        checkpoint: The checkpoint before the epoch: it holds the statistics so far.
+        rollouts: The epoch's shards, in order.
+        scores: Their scores, in order.
+        epoch: The epoch.
+
+    Returns:
+        The advantages' manifest.
+
+    Raises:
+        RewardError: No sample has a reward.
+    """
+    run = opened(handle)
+    reward_id = run.reward.identity.reward_id
+    key = keys.advantage_manifest_key(reward_id, run.run_id, epoch)
+    inputs = {
+        "checkpoint": checkpoint.model_dump(),
+        "rollouts": [ref.model_dump() for ref in rollouts],
+        "rewards": [ref.model_dump() for ref in scores],
+    }
+    done = manifests.find(run.store, key, inputs=inputs)
+    if done is not None:
+        return done.ref
+    prompt_by_id: dict[str, str] = {}
+    reward_by_id: dict[str, float | None] = {}
+    for ref in rollouts:
+        table = run.store.get(manifests.load(run.store, ref).objects["rollouts"])
+        prompt_by_id |= {row.sample_id: row.prompt for row in decode_rollouts(table)}
+    for ref in scores:
+        table = run.store.get(manifests.load(run.store, ref).objects["rewards"])
+        reward_by_id |= {row.sample_id: row.reward for row in decode_rewards(table)}
+    ids = sorted(prompt_by_id)
+    progress = load_document(run.store, manifests.load(run.store, checkpoint), "progress")
+    batch = compute_advantages(
+        run.config.advantages,
+        {prompt: tuple(rewards) for prompt, rewards in progress["statistics"].items()},
+        [prompt_by_id[i] for i in ids],
+        np.asarray([_or_nan(reward_by_id[i]) for i in ids], dtype=np.float64),
+        shuffle_seed=derive_seed(run.config.seed, "shuffle", epoch),
+    )
+    rows = [
+        AdvantageRow(
+            sample_id=sample_id,
+            reward=reward_by_id[sample_id],
+            advantage=float(batch.advantages[i]),
+            mean=float(batch.mean[i]),
+            std=float(batch.std[i]),
+            count=int(batch.count[i]),
+        )
+        for i, sample_id in enumerate(ids)
+    ]
+    statistics = {prompt: list(rewards) for prompt, rewards in batch.statistics.items()}
+    stem = keys.advantage_stem(reward_id, run.run_id, epoch)
+    objects = {
+        "advantages": run.store.put(stem, ".parquet", encode_advantages(rows)),
+        "statistics": run.store.put(
+            keys.statistics_stem(reward_id, run.run_id, epoch), ".json", canonical_json(statistics)
+        ),
+    }
+    return manifests.commit(run.store, key, kind="advantages", inputs=inputs, objects=objects).ref
+
+
+def _or_nan(reward: float | None) -> float:
+    return float("nan") if reward is None else reward

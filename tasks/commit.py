@@ -1,0 +1,58 @@
+"""The task that closes an epoch: one commit that lists all of it, then retention."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
+from ddpo.config import StorageConfig
+from ddpo.store import keys, manifests
+from ddpo.store.manifests import Ref
+from ddpo.store.retention import retire_checkpoints
+from tasks.retries import STORAGE
+from tasks.worker import RunHandle, opened
+
+
+@task(name="commit", task_run_name="commit epoch {epoch}", cache_policy=NO_CACHE, **STORAGE)
+def commit_epoch(
+    handle: RunHandle,
+    rollouts: Sequence[Ref],
+    scores: Sequence[Ref],
+    advantages: Ref,
+    following: Ref,
+    storage: StorageConfig,
+    epoch: int,
+) -> Ref:
+    """Commit the epoch, then retire the checkpoints that the config does not keep.
+
+    Args:
+        handle: The run.
+        rollouts: The epoch's shards, in order.
+        scores: Their scores, in order.
+        advantages: The epoch's advantages.
+        following: Checkpoint ``epoch + 1``.
+        storage: What to keep.
+        epoch: The epoch.
+
+    Returns:
+        The epoch's manifest.
+    """
+    run = opened(handle)
+    inputs = {
+        "rollouts": [ref.model_dump() for ref in rollouts],
+        "rewards": [ref.model_dump() for ref in scores],
+        "advantages": advantages.model_dump(),
+        "checkpoint": following.model_dump(),
+    }
+    key = keys.epoch_manifest_key(run.run_id, epoch)
+    ref = manifests.commit(run.store, key, kind="epoch", inputs=inputs, objects={}).ref
+    if storage.keep_newest_checkpoints is not None:
+        retire_checkpoints(
+            run.store,
+            run.run_id,
+            keep_newest=storage.keep_newest_checkpoints,
+            keep_every=storage.keep_every_checkpoint,
+        )
+    return ref

@@ -1,0 +1,122 @@
+"""The task that draws one shard of an epoch's trajectories."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+
+from PIL import Image
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
+from ddpo.prompts import Prompt, draw_prompt
+from ddpo.randomness import derive_seed, generator
+from ddpo.run import Run
+from ddpo.sampling import Trajectories, sample
+from ddpo.store import keys, manifests
+from ddpo.store.checkpoints import load_document
+from ddpo.store.manifests import Ref
+from ddpo.store.tables import RolloutRow, encode_rollouts
+from ddpo.store.tensors import encode_tensors
+from tasks.progress import report
+from tasks.retries import STORAGE
+from tasks.worker import RunHandle, opened, policy_at
+
+
+@task(
+    name="sample",
+    task_run_name="sample epoch {epoch} shard {shard}",
+    cache_policy=NO_CACHE,
+    **STORAGE,
+)
+def sample_shard(handle: RunHandle, checkpoint: Ref, epoch: int, shard: int) -> Ref:
+    """Draw and commit one shard: a row a sample, and its trajectories.
+
+    Args:
+        handle: The run.
+        checkpoint: The checkpoint before the epoch.
+        epoch: The epoch.
+        shard: The shard, from 0.
+
+    Returns:
+        The shard's manifest.
+    """
+    run = opened(handle)
+    key = keys.rollout_manifest_key(run.run_id, epoch, shard)
+    inputs = {"checkpoint": checkpoint.model_dump(), "epoch": epoch, "shard": shard}
+    done = manifests.find(run.store, key, inputs=inputs)
+    if done is not None:
+        return done.ref
+    size = run.config.sampler.shard_size
+    indices = range(shard * size, (shard + 1) * size)
+    prompts = [prompt_of(run, epoch, index) for index in indices]
+    seeds = [derive_seed(run.config.seed, "noise", epoch, index) for index in indices]
+    before = indices[0]
+
+    def on_pictures(count: int) -> None:
+        nonlocal before
+        before += count
+        report("sample", before, run.config.sampler.samples_per_epoch)
+
+    with policy_at(run, checkpoint) as lease:
+        report("sample", before, run.config.sampler.samples_per_epoch)
+        drawn = sample(
+            lease.policy,
+            [p.text for p in prompts],
+            seeds,
+            run.config.sampler,
+            on_pictures=on_pictures,
+        )
+    rows = _rows(run, checkpoint, epoch, shard, indices, prompts, seeds, drawn)
+    tensors = {
+        "latents": drawn.latents,
+        "log_probs": drawn.log_probs,
+        "timesteps": drawn.timesteps,
+    }
+    table = keys.rollout_stem(run.run_id, epoch, shard)
+    trajectories = keys.trajectory_stem(run.run_id, epoch, shard)
+    objects = {
+        "rollouts": run.store.put(table, ".parquet", encode_rollouts(rows)),
+        "trajectories": run.store.put(trajectories, ".safetensors", encode_tensors(tensors)),
+    }
+    return manifests.commit(run.store, key, kind="rollouts", inputs=inputs, objects=objects).ref
+
+
+def prompt_of(run: Run, epoch: int, index: int) -> Prompt:
+    """Return the prompt that a sample draws; it depends on seed, epoch and index alone."""
+    return draw_prompt(run.prompts, generator(derive_seed(run.config.seed, "prompt", epoch, index)))
+
+
+def png(image: Image.Image) -> bytes:
+    """Encode a picture without loss."""
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def _rows(
+    run: Run,
+    checkpoint: Ref,
+    epoch: int,
+    shard: int,
+    indices: Sequence[int],
+    prompts: Sequence[Prompt],
+    seeds: Sequence[int],
+    drawn: Trajectories,
+) -> list[RolloutRow]:
+    digests = load_document(run.store, manifests.load(run.store, checkpoint), "digests")
+    return [
+        RolloutRow(
+            sample_id=keys.sample_id(run.run_id, epoch, index),
+            shard=shard,
+            index=index,
+            prompt=prompts[row].text,
+            prompt_metadata=prompts[row].metadata,
+            seed=seeds[row],
+            policy_digest=digests["policy_digest"],
+            sampler_digest=digests["sampler_digest"],
+            log_prob_mean=float(drawn.log_probs[row].mean()),
+            image_png=png(drawn.images[row]),
+        )
+        for row, index in enumerate(indices)
+    ]

@@ -1,0 +1,65 @@
+"""The task that scores one shard. Needs no model of ours: it may run anywhere."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+from PIL import Image
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
+from ddpo.prompts import Prompt
+from ddpo.rewards import score_images
+from ddpo.store import keys, manifests
+from ddpo.store.manifests import Ref
+from ddpo.store.tables import RewardRow, decode_rollouts, encode_rewards
+from tasks.retries import STORAGE
+from tasks.worker import RunHandle, opened
+
+
+@task(
+    name="score",
+    task_run_name="score epoch {epoch} shard {shard}",
+    cache_policy=NO_CACHE,
+    **STORAGE,
+)
+def score_shard(handle: RunHandle, rollouts: Ref, epoch: int, shard: int) -> Ref:
+    """Score and commit one shard.
+
+    Args:
+        handle: The run.
+        rollouts: The shard's manifest.
+        epoch: The epoch.
+        shard: The shard.
+
+    Returns:
+        The scores' manifest.
+
+    Raises:
+        RewardError: The reward raised, or gave something that is no score.
+    """
+    run = opened(handle)
+    identity = run.reward.identity
+    key = keys.reward_manifest_key(identity.reward_id, run.run_id, epoch, shard)
+    inputs = {"rollouts": rollouts.model_dump(), "reward_digest": identity.digest}
+    done = manifests.find(run.store, key, inputs=inputs)
+    if done is not None:
+        return done.ref
+    stored = manifests.load(run.store, rollouts).objects["rollouts"]
+    samples = decode_rollouts(run.store.get(stored))
+    images = [Image.open(io.BytesIO(s.image_png)) for s in samples]
+    prompts = [Prompt(s.prompt, s.prompt_metadata) for s in samples]
+    scores = score_images(run.reward, images, prompts)
+    rows = [
+        RewardRow(
+            sample_id=sample.sample_id,
+            reward=None if scores.failed[i] else float(np.float32(scores.values[i])),
+            status="failed" if scores.failed[i] else "ok",
+            columns={name: column[i] for name, column in scores.columns.items()},
+        )
+        for i, sample in enumerate(samples)
+    ]
+    stem = keys.reward_stem(identity.reward_id, run.run_id, epoch, shard)
+    objects = {"rewards": run.store.put(stem, ".parquet", encode_rewards(rows))}
+    return manifests.commit(run.store, key, kind="rewards", inputs=inputs, objects=objects).ref

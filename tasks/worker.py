@@ -1,0 +1,128 @@
+"""What a worker process keeps between tasks: opened runs, one loaded model, the state it holds."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+
+from pydantic import BaseModel, ConfigDict
+
+from ddpo.errors import PolicyMismatch
+from ddpo.policies import Policy
+from ddpo.run import Run, open_run
+from ddpo.store import manifests
+from ddpo.store.checkpoints import load_checkpoint, load_document
+from ddpo.store.manifests import Ref
+from ddpo.store.objects import Store
+from ddpo.update import TrainState
+
+_device = threading.Lock()
+_loaded: _Loaded | None = None
+
+
+class RunHandle(BaseModel):
+    """All that a task needs to find its run: small, and safe to show in a UI."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    root: str
+    """The store's address."""
+    run_id: str
+    """The run's name."""
+
+
+@dataclass
+class _Loaded:
+    """The one model of this process, and the checkpoint whose weights it holds."""
+
+    key: tuple[str, str]
+    policy: Policy
+    checkpoint: Ref | None = None
+    state: TrainState | None = None
+
+
+@dataclass(frozen=True)
+class Lease:
+    """The device and the model, for as long as a task needs them."""
+
+    loaded: _Loaded
+    policy: Policy
+    state: TrainState
+
+    def hold(self, checkpoint: Ref, state: TrainState) -> None:
+        """Say which committed checkpoint the policy's weights are now."""
+        self.loaded.checkpoint, self.loaded.state = checkpoint, state
+
+
+@lru_cache(maxsize=8)
+def opened(handle: RunHandle) -> Run:
+    """Open a run, once a process."""
+    return open_run(Store.open(handle.root), handle.run_id)
+
+
+@contextmanager
+def fresh_policy(run: Run) -> Iterator[Policy]:
+    """Hold the device and the run's model as checkpoint 0 has it.
+
+    Args:
+        run: The run.
+
+    Yields:
+        The policy; nobody else computes on the device meanwhile.
+    """
+    with _device:
+        yield _load(run, anew=True).policy
+
+
+@contextmanager
+def policy_at(run: Run, checkpoint: Ref, *, training: bool = False) -> Iterator[Lease]:
+    """Hold the device and the run's model with a checkpoint's weights.
+
+    Args:
+        run: The run.
+        checkpoint: The checkpoint's manifest.
+        training: The weights are going to change; without :meth:`Lease.hold` they are loaded anew
+            next time.
+
+    Yields:
+        Policy and state; nobody else computes on the device meanwhile.
+
+    Raises:
+        PolicyMismatch: The base model is not the one that the run was started with.
+    """
+    with _device:
+        loaded = _load(run)
+        if loaded.checkpoint != checkpoint or loaded.state is None:
+            loaded.checkpoint = None
+            state = load_checkpoint(run.store, checkpoint)
+            loaded.policy.weights.load(state.weights)
+            _check_base(run, loaded.policy, checkpoint)
+            loaded.checkpoint, loaded.state = checkpoint, state
+        if training:
+            loaded.checkpoint = None
+        yield Lease(loaded, loaded.policy, loaded.state)
+
+
+def _load(run: Run, *, anew: bool = False) -> _Loaded:
+    global _loaded
+    key = (run.run_id, run.identity_digest)
+    if _loaded is None or _loaded.key != key or anew:
+        _loaded = None  # the old model's memory is free before the new one's is taken
+        config = run.config
+        policy = Policy(config.model, config.trainable, run.numerics, seed=config.seed)
+        _loaded = _Loaded(key, policy)
+    return _loaded
+
+
+def _check_base(run: Run, policy: Policy, checkpoint: Ref) -> None:
+    digests = load_document(run.store, manifests.load(run.store, checkpoint), "digests")
+    if digests["policy_digest"] != policy.digest:
+        raise PolicyMismatch(
+            f"{checkpoint.key} with the base model in {policy.folder} has policy digest "
+            f"{policy.digest}, expected {digests['policy_digest']}: the base model's files are not "
+            f"those that run {run.run_id!r} was started with. Put the old ones back, or start "
+            "another run."
+        )

@@ -1,0 +1,150 @@
+"""Promises of the training command: all stages run, and a kill changes nothing."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from safetensors.torch import load_file, save_file
+
+from ddpo.starter import loop
+from ddpo.starter.loop import Budget, learning_rate
+from ddpo.starter.losses import kl_loss, picture_loss
+from ddpo.starter.networks import build_vae, whiten
+from ddpo.starter.stages import Recipe, WorkFolder
+from ddpo.starter.train import WorkFolderError, claim, read_recipe, train
+
+TINY = Recipe(
+    seed=1,
+    cached_pictures=8,
+    vae=Budget(pictures=12, batch=2, lr=1e-3),
+    unet=Budget(pictures=12, batch=2, lr=1e-3),
+    compile=False,
+)
+
+
+class KilledError(BaseException):
+    """Stands for a kill."""
+
+
+def folder_bytes(folder: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+@pytest.fixture(autouse=True)
+def frequent_checkpoints(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "CHECKPOINT_EVERY", 2)
+    monkeypatch.setattr("ddpo.starter.stages.FRESH_PICTURES", 16)
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("straight")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "CHECKPOINT_EVERY", 2)
+        patch.setattr("ddpo.starter.stages.FRESH_PICTURES", 16)
+        train(WorkFolder(folder / "work"), TINY, folder / "out", resume=False)
+    return folder
+
+
+def killed_at_save(number: int, before: bool) -> Callable[..., None]:
+    """Returns a `save_file` that ends in a kill the n-th time: before the file, or half way."""
+    calls = 0
+
+    def save(tensors: dict[str, torch.Tensor], path: Path) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == number and before:
+            raise KilledError
+        save_file(tensors, path)
+        if calls == number:
+            path.write_bytes(path.read_bytes()[:100])
+            raise KilledError
+
+    return save
+
+
+@pytest.mark.parametrize("number", [2, 5])
+def test_killed_and_resumed_ends_in_the_same_bytes(
+    straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """The second save is in the autoencoder's stage, the fifth in the noise predictor's."""
+    work, out = WorkFolder(tmp_path / "work"), tmp_path / "out"
+    with monkeypatch.context() as patch:
+        for module in ("loop", "stages"):
+            patch.setattr(f"ddpo.starter.{module}.save_file", killed_at_save(number, number == 2))
+        with pytest.raises(KilledError):
+            train(work, TINY, out, resume=False)
+    assert not out.exists()
+    train(work, TINY, out, resume=True)
+    assert folder_bytes(out) == folder_bytes(straight / "out")
+    assert folder_bytes(work.root) == folder_bytes(straight / "work")
+
+
+def test_what_comes_out_is_a_pipeline_that_drew_from_a_trained_average(straight: Path) -> None:
+    pipeline = StableDiffusionPipeline.from_pretrained(straight / "out")
+    checkpoint = load_file(straight / "work" / "unet.safetensors")
+    name = "conv_in.weight"
+    ema = checkpoint[f"ema/unet.{name}"]
+    assert torch.equal(pipeline.unet.state_dict()[name], ema.half().float())
+    assert not torch.equal(ema, checkpoint[f"model/unet.{name}"])
+
+
+def test_latents_are_whitened_and_the_autoencoder_with_them(straight: Path) -> None:
+    latents = load_file(straight / "work" / "latents.safetensors")["latents"].float()
+    assert latents.mean((0, 2, 3)).abs().max() < 1e-2
+    assert (latents.std((0, 2, 3)) - 1).abs().max() < 1e-2
+
+
+def test_whitening_leaves_pictures_as_they_are() -> None:
+    torch.manual_seed(0)
+    vae, pictures = build_vae().double().eval(), torch.rand(2, 3, 64, 64).double()
+    with torch.no_grad():
+        before = vae.encode(pictures).latent_dist
+        made = vae.decode(before.mean).sample
+        mean, std = torch.randn(16).double(), torch.rand(16).double() + 0.5
+        whiten(vae, mean, std)
+        after = vae.encode(pictures).latent_dist
+        torch.testing.assert_close(
+            after.mean, (before.mean - mean[:, None, None]) / std[:, None, None]
+        )
+        torch.testing.assert_close(after.std, before.std / std[:, None, None])
+        torch.testing.assert_close(vae.decode(after.mean).sample, made)
+
+
+def test_a_folder_with_a_run_is_not_taken_by_accident(tmp_path: Path) -> None:
+    work = WorkFolder(tmp_path / "work")
+    claim(work, TINY, resume=False)
+    assert read_recipe(work) == TINY
+    claim(work, TINY, resume=True)
+    with pytest.raises(WorkFolderError, match="--resume"):
+        claim(work, TINY, resume=False)
+    with pytest.raises(WorkFolderError, match=r"'seed': \(1, 2\)"):
+        claim(work, replace(TINY, seed=2), resume=True)
+
+
+def test_the_learning_rate_rises_then_falls_to_nothing() -> None:
+    budget = Budget(pictures=1000, batch=2, lr=1.0)
+    rates = [learning_rate(budget, step) for step in range(budget.steps)]
+    assert rates[0] < 0.1 and max(rates) > 0.99 and rates[-1] < 1e-4
+    assert rates.index(max(rates)) == pytest.approx(0.04 * budget.steps, abs=1)
+
+
+def test_a_batch_that_does_not_divide_is_refused() -> None:
+    with pytest.raises(ValueError, match="multiple of 2"):
+        Budget(pictures=9, batch=3, lr=1.0)
+
+
+def test_a_blur_and_a_grey_both_cost_more_than_the_picture_itself() -> None:
+    torch.manual_seed(0)
+    real = torch.rand(1, 3, 64, 64) * 2 - 1
+    blurred = torch.nn.functional.avg_pool2d(real, 5, 1, 2)
+    assert picture_loss(real, real) == 0
+    assert picture_loss(blurred, real) > 0.1
+    assert kl_loss(torch.zeros(2), torch.zeros(2)) == 0

@@ -1,0 +1,178 @@
+from __future__ import annotations
+
+import pytest
+
+from ddpo.errors import InvalidRetention, MissingObject, RetiredObject
+from ddpo.store import keys, manifests
+from ddpo.store.objects import Store, StoredObject
+from ddpo.store.retention import is_retired, retire_checkpoints
+
+
+def checkpoint(store: Store, run_id: str, epoch: int, **shared: StoredObject) -> None:
+    stem = keys.checkpoint_stem(run_id, epoch, "weights")
+    weights = store.put(stem, ".safetensors", f"weights {epoch}".encode())
+    commit(store, run_id, epoch, {"weights": weights, **shared})
+
+
+def commit(store: Store, run_id: str, epoch: int, objects: dict[str, StoredObject]) -> None:
+    key = keys.checkpoint_manifest_key(run_id, epoch)
+    inputs = {"run_id": run_id, "epoch": epoch}
+    manifests.commit(store, key, kind="checkpoint", inputs=inputs, objects=objects)
+
+
+def objects_of(store: Store, run_id: str, epoch: int) -> dict[str, StoredObject]:
+    found = manifests.find(store, keys.checkpoint_manifest_key(run_id, epoch))
+    assert found is not None
+    return dict(found.manifest.objects)
+
+
+def readable(store: Store, run_id: str, epochs: range) -> list[int]:
+    return [e for e in epochs if store.exists(objects_of(store, run_id, e)["weights"].key)]
+
+
+def test_the_newest_and_every_nth_stay_and_every_manifest_does(store: Store) -> None:
+    for epoch in range(12):
+        checkpoint(store, "R", epoch)
+    retired = retire_checkpoints(store, "R", keep_newest=2, keep_every=5)
+    assert retired == [1, 2, 3, 4, 6, 7, 8, 9]
+    assert readable(store, "R", range(12)) == [0, 5, 10, 11]
+    assert [epoch for epoch in range(12) if is_retired(store, "R", epoch)] == retired
+    assert retire_checkpoints(store, "R", keep_newest=2, keep_every=5) == []
+
+
+def test_the_documents_of_a_retired_checkpoint_stay(store: Store) -> None:
+    for epoch in range(2):
+        metrics = store.put(keys.checkpoint_stem("R", epoch, "metrics"), ".json", b"{}")
+        checkpoint(store, "R", epoch, metrics=metrics)
+    assert retire_checkpoints(store, "R", keep_newest=1, keep_every=None) == [0]
+    assert readable(store, "R", range(2)) == [1]
+    document = objects_of(store, "R", 0)["metrics"]
+    assert store.get(document) == b"{}"
+    store.delete(document.key)
+    with pytest.raises(MissingObject) as caught:
+        store.get(document)
+    assert not isinstance(caught.value, RetiredObject)  # that one is a loss
+
+
+def test_without_keep_every_only_the_newest_stay(store: Store) -> None:
+    for epoch in range(4):
+        checkpoint(store, "R", epoch)
+    assert retire_checkpoints(store, "R", keep_newest=10, keep_every=None) == []
+    assert retire_checkpoints(store, "R", keep_newest=1, keep_every=None) == [0, 1, 2]
+    assert readable(store, "R", range(4)) == [3]
+
+
+def test_a_retired_object_reads_as_retired_and_a_lost_one_as_missing(store: Store) -> None:
+    for epoch in range(3):
+        checkpoint(store, "R", epoch)
+    retire_checkpoints(store, "R", keep_newest=2, keep_every=None)
+    with pytest.raises(RetiredObject, match=keys.retired_checkpoint_key("R", 0)):
+        store.get(objects_of(store, "R", 0)["weights"])
+    lost = objects_of(store, "R", 1)["weights"]
+    store.delete(lost.key)
+    with pytest.raises(MissingObject) as caught:
+        store.get(lost)
+    assert not isinstance(caught.value, RetiredObject)
+
+
+def test_an_object_that_a_kept_checkpoint_refers_to_stays(store: Store) -> None:
+    shared = store.put(keys.checkpoint_stem("R", 0, "base"), ".safetensors", b"shared")
+    for epoch in range(3):
+        checkpoint(store, "R", epoch, base=shared)
+    assert retire_checkpoints(store, "R", keep_newest=1, keep_every=None) == [0, 1]
+    assert readable(store, "R", range(3)) == [2]
+    assert store.get(shared) == b"shared"
+
+
+def test_what_a_fork_started_from_stays(store: Store) -> None:
+    for epoch in range(3):
+        checkpoint(store, "R", epoch)
+    commit(store, "Fork", 1, objects_of(store, "R", 1))
+    checkpoint(store, "Fork", 2)
+    assert retire_checkpoints(store, "R", keep_newest=1, keep_every=None) == [0]
+    assert store.get(objects_of(store, "Fork", 1)["weights"]) == b"weights 1"
+
+
+def test_what_a_retired_checkpoint_of_a_fork_refers_to_may_go(store: Store) -> None:
+    for epoch in range(2):
+        checkpoint(store, "R", epoch)
+    checkpoint(store, "Fork", 0, base=objects_of(store, "R", 0)["weights"])
+    checkpoint(store, "Fork", 1)
+    assert retire_checkpoints(store, "R", keep_newest=1, keep_every=None) == []
+    assert retire_checkpoints(store, "Fork", keep_newest=1, keep_every=None) == [0]
+    assert retire_checkpoints(store, "R", keep_newest=1, keep_every=None) == [0]
+
+
+def test_a_forks_own_retention_leaves_the_other_run_alone(store: Store) -> None:
+    for epoch in range(3):
+        checkpoint(store, "R", epoch)
+    commit(store, "Fork", 1, objects_of(store, "R", 1))
+    for epoch in range(2, 5):
+        base = {} if epoch == 4 else {"base": objects_of(store, "R", 0)["weights"]}
+        checkpoint(store, "Fork", epoch, **base)
+    assert retire_checkpoints(store, "Fork", keep_newest=1, keep_every=None) == [2, 3]
+    assert readable(store, "R", range(3)) == [0, 1, 2]
+
+
+def test_a_fork_that_commits_during_a_retirement_keeps_its_start_or_learns_of_it(
+    store: Store, monkeypatch
+) -> None:
+    for epoch in range(2):
+        checkpoint(store, "R", epoch)
+    real = manifests.commit
+    told: list[bool] = []
+
+    def fork_first(*arguments, **named):
+        monkeypatch.setattr(manifests, "commit", real)
+        commit(store, "Fork", 0, objects_of(store, "R", 0))
+        told.append(is_retired(store, "R", 0))
+        return real(*arguments, **named)
+
+    monkeypatch.setattr(manifests, "commit", fork_first)
+    retire_checkpoints(store, "R", keep_newest=1, keep_every=None)
+    assert told == [False]
+    assert store.get(objects_of(store, "Fork", 0)["weights"]) == b"weights 0"
+
+
+def test_objects_that_are_not_committed_yet_are_left_alone(store: Store) -> None:
+    for epoch in range(3):
+        checkpoint(store, "R", epoch)
+    pending = store.put(keys.checkpoint_stem("R", 3, "weights"), ".safetensors", b"pending")
+    torn = store.put(keys.checkpoint_stem("R", 0, "weights"), ".safetensors", b"another try")
+    retire_checkpoints(store, "R", keep_newest=1, keep_every=None)
+    assert store.get(pending) == b"pending"
+    assert store.get(torn) == b"another try"
+
+
+@pytest.mark.parametrize("survivors", [0, 1, 2, 3])
+def test_a_retirement_that_was_killed_is_finished_by_the_next(
+    store: Store, monkeypatch, survivors: int
+) -> None:
+    for epoch in range(4):
+        checkpoint(store, "R", epoch)
+    real, calls = store.delete, []
+
+    def dies(key: str) -> None:
+        if len(calls) == 3 - survivors:
+            raise KeyboardInterrupt
+        calls.append(key)
+        real(key)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "delete", dies)
+        if survivors:
+            with pytest.raises(KeyboardInterrupt):
+                retire_checkpoints(store, "R", keep_newest=1, keep_every=None)
+    retired = retire_checkpoints(store, "R", keep_newest=1, keep_every=None)
+    assert len(retired) == (survivors or 3)
+    assert readable(store, "R", range(4)) == [3]
+    with pytest.raises(RetiredObject):
+        store.get(objects_of(store, "R", 0)["weights"])
+
+
+def test_a_rule_that_keeps_nothing_is_refused(store: Store) -> None:
+    checkpoint(store, "R", 0)
+    for newest, every in [(0, None), (1, 0), (-1, 5)]:
+        with pytest.raises(InvalidRetention):
+            retire_checkpoints(store, "R", keep_newest=newest, keep_every=every)
+    assert readable(store, "R", range(1)) == [0]
