@@ -31,6 +31,8 @@ _START_TIMEOUT_S = 60.0
 _STOP_TIMEOUT_S = 10.0
 _CONTENT_TIMEOUT_MS = 30_000
 _WIDTH, _HEIGHT = 1440, 900
+_CARDS_IN_VIEW = 6
+_COLUMNS = ("reward/mean", "reward/std", "reward/max")
 _BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 _BROWSER_FLAGS = (
     "--no-sandbox",
@@ -62,6 +64,8 @@ class TrackedRun:
     """Our id, which is the run's name in MLflow."""
     experiment_id: str
     mlflow_run_id: str
+    columns: tuple[str, ...]
+    """Metrics to show in the table of runs."""
     pictures: str
     """What the names of the pictures have before the `/`."""
     model_id: str
@@ -90,11 +94,14 @@ def find_run(client: MlflowClient, run_id: str) -> TrackedRun:
     )
     pictures = client.list_artifacts(mlflow_run_id, "images")
     if not models or not pictures:
-        raise LookupError(f"The run {run_id!r} has {len(models)} adapters, {len(pictures)} pictures.")
+        raise LookupError(
+            f"The run {run_id!r} has {len(models)} adapters, {len(pictures)} pictures."
+        )
     return TrackedRun(
         run_id=run_id,
         experiment_id=experiment_id,
         mlflow_run_id=mlflow_run_id,
+        columns=tuple(key for key in _COLUMNS if key in runs[0].data.metrics),
         pictures=Path(pictures[0].path).name.partition("~")[0],
         model_id=models[0].model_id,
         base_model=(models[0].params or {})["base_model"],
@@ -146,9 +153,7 @@ def open_browser() -> Iterator[BrowserContext]:
     if executable is None:
         raise FileNotFoundError(f"None of {', '.join(_BROWSERS)} is on the PATH.")
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(
-            executable_path=executable, args=list(_BROWSER_FLAGS)
-        )
+        browser = playwright.chromium.launch(executable_path=executable, args=list(_BROWSER_FLAGS))
         try:
             context = browser.new_context(viewport={"width": _WIDTH, "height": _HEIGHT})
             context.set_default_timeout(_CONTENT_TIMEOUT_MS)
@@ -164,11 +169,15 @@ def find_browser() -> str | None:
 
 
 def visit_runs(context: BrowserContext, address: str, run: TrackedRun) -> Page:
-    """The table of the experiment's runs, once it lists `run`."""
+    """The table of the experiment's runs with rewards and adapters, once it lists `run`."""
     page = _visit(context, address, f"experiments/{run.experiment_id}/runs")
     expect(page.get_by_role("link", name=run.run_id, exact=True)).to_be_visible(
         timeout=_CONTENT_TIMEOUT_MS
     )
+    page.get_by_role("button", name="Columns").click()
+    for name in ("Dataset", "Source", *run.columns):
+        page.locator("[class*=tree-treenode]").get_by_text(name, exact=True).click()
+    page.keyboard.press("Escape")
     return page
 
 
@@ -180,13 +189,25 @@ def visit_curves(context: BrowserContext, address: str, run: TrackedRun) -> Page
 
 
 def visit_pictures(context: BrowserContext, address: str, run: TrackedRun) -> Page:
-    """The run's pictures at the last step, once all in view are loaded."""
+    """The run's pictures at the last step, once all are loaded, without the run's parameters.
+
+    MLflow prints all parameters of the run above each picture, which then is out of sight: hence
+    the switch in each chart's dialog.
+    """
     page = _visit(context, address, f"{_run_path(run)}/model-metrics")
     page.get_by_placeholder("Search metric charts").fill(f"{run.pictures}/")
-    sliders = page.get_by_role("slider")
-    sliders.first.wait_for()
-    for slider in sliders.all():
-        slider.press("End")
+    page.get_by_role("slider").first.wait_for()
+    cards = page.get_by_test_id("experiment-view-compare-runs-card")
+    for card in cards.all()[:_CARDS_IN_VIEW]:
+        card.get_by_test_id("experiment-view-compare-runs-card-menu").click()
+        page.get_by_role("menuitem", name="Configure").click()
+        dialog = page.get_by_role("dialog")
+        dialog.get_by_role("switch").click()
+        step = dialog.get_by_role("spinbutton")
+        step.fill(step.get_attribute("max") or "0")
+        step.press("Enter")
+        dialog.get_by_role("button", name="Save changes").click()
+        dialog.wait_for(state="hidden")
     page.wait_for_function(_ALL_PICTURES_LOADED)
     return page
 

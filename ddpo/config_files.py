@@ -127,12 +127,14 @@ def _walk(location: Sequence[int | str]) -> tuple[list[str], type[BaseModel] | N
         field = owner.model_fields.get(part) if owner else None
         models = _models(field.annotation) if field else []
         inside = models[0] if len(models) == 1 else None
-        choices = {
-            m.model_fields["type"].annotation.__args__[0]: m
-            for m in models[:]  # pyright: ignore
-            if len(models) > 1
-        }
+        choices = {_tag(model): model for model in models} if len(models) > 1 else {}
     return path, owner
+
+
+def _tag(model: type[BaseModel]) -> str:
+    """Return the literal that `type:` holds for one member of a discriminated union."""
+    (tag,) = get_args(model.model_fields["type"].annotation)
+    return tag
 
 
 def _models(annotation: Any) -> list[type[BaseModel]]:

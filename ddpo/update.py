@@ -139,7 +139,6 @@ def update(
     adamw = _adamw(gradient, config.optimizer, state.optimizer)
     old = _old_log_probs(gradient, rollouts, config)
     count = len(rollouts.prompts)
-    size = count // config.algorithm.updates_per_epoch
     pairs = count * len(gradient.trained_steps())
     done = 0
 
@@ -149,12 +148,16 @@ def update(
         on_progress(done / pairs)
 
     losses, norms, log_probs = [], [], []
-    for start in range(0, count, size):
-        samples = range(start, start + size)
-        loss, new = gradient.accumulate(rollouts, advantages, samples, old, on_pairs)
-        norms.append(_step(adamw, gradient, config.optimizer))
-        losses.append(loss)
-        log_probs.append(new)
+    try:
+        for samples in _samples_of_updates(rollouts, config):
+            loss, new = gradient.accumulate(rollouts, advantages, samples, old, on_pairs)
+            norms.append(_step(adamw, gradient, config.optimizer))
+            losses.append(loss)
+            log_probs.append(new)
+    except NonFiniteError:
+        # Earlier updates of this epoch have already stepped.
+        policy.weights.load(state.weights)
+        raise
     first = log_probs[0]
     new = torch.stack(log_probs).nansum(0)[:, gradient.trained_steps()]
     metrics = _measure(config, new, old[:, gradient.trained_steps()])
@@ -186,18 +189,27 @@ def _old_log_probs(gradient: PolicyGradient, rollouts: Rollouts, config: RunConf
     In float32 the stored ones are right to 5e-6. In 16 bits one sampler batch is computed again
     first: it tells whether the two graphs round alike, at a small part of the whole's cost.
     """
-    everyone = range(len(rollouts.prompts))
     algorithm = config.algorithm
     if not isinstance(algorithm, DdpoIsConfig) or algorithm.old_log_probs == "stored":
         return rollouts.log_probs
     if algorithm.old_log_probs == "auto":
         if not gradient.policy.numerics.low_precision:
             return rollouts.log_probs
-        probe = everyone[: gradient.policy.numerics.sample_batch_size]
+        probe = range(min(gradient.policy.numerics.sample_batch_size, len(rollouts.prompts)))
         deviation = RatioDeviation.of(gradient.recompute(rollouts, probe), rollouts.log_probs)
         if deviation.p99 <= algorithm.clip_range / 10:
             return rollouts.log_probs
-    return gradient.recompute(rollouts, everyone)
+    # In the groups that the updates will see: another batch rounds differently.
+    recomputed = [
+        gradient.recompute(rollouts, samples) for samples in _samples_of_updates(rollouts, config)
+    ]
+    return torch.stack(recomputed).nansum(0)
+
+
+def _samples_of_updates(rollouts: Rollouts, config: RunConfig) -> list[range]:
+    count = len(rollouts.prompts)
+    size = count // config.algorithm.updates_per_epoch
+    return [range(start, start + size) for start in range(0, count, size)]
 
 
 def _measure(config: RunConfig, new: Tensor, old: Tensor) -> dict[str, float]:
@@ -225,6 +237,7 @@ def _adamw(
         weight_decay=settings.weight_decay,
         eps=settings.epsilon,
     )
+    adamw.zero_grad(set_to_none=True)  # an update that was interrupted leaves its part behind
     for key, value in state.items():
         moment, name = key.split("/", 1)
         parameter = gradient.parameters[name]

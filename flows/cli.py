@@ -195,3 +195,7 @@ def _summarise(run: Run) -> None:
     places.add_row("MLflow", run.config.tracking.uri)
     places.add_row("look", "ddpo ui")
     console.print(places)
+
+
+if __name__ == "__main__":
+    main()

@@ -131,7 +131,6 @@ def load_pipeline(folder: Path) -> StableDiffusionPipeline:
     try:
         pipeline = StableDiffusionPipeline.from_pretrained(
             folder,
-            torch_dtype=torch.float32,
             use_safetensors=True,
             safety_checker=None,
             feature_extractor=None,
@@ -143,7 +142,11 @@ def load_pipeline(folder: Path) -> StableDiffusionPipeline:
             f"{folder} cannot be loaded as a StableDiffusionPipeline: {error}. Expected Stable "
             "Diffusion 1.x or 2.x (or the starter) in safetensors."
         ) from error
-    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+    pipeline.to(dtype=torch.float32)  # whatever the files are stored in
+    settings = pipeline.scheduler.config
+    # Other schedulers have no such setting, and DDIM's own default of true is for pixel models.
+    clip_sample = settings.get("clip_sample", False)
+    pipeline.scheduler = DDIMScheduler.from_config(settings, clip_sample=clip_sample)
     pipeline.set_progress_bar_config(disable=True)
     for module in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
         module.requires_grad_(False).eval()

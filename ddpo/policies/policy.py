@@ -108,20 +108,16 @@ class Policy:
             guidance_scale: 1 is none, and costs half.
 
         Returns:
-            [B, C, h, w] float32: epsilon or v, as the model's scheduler says.
+            [B, C, h, w], at least float32: epsilon or v, as the model's scheduler says.
         """
-        with self.numerics.autocast():
-            if guidance_scale == 1.0:
-                return self.pipeline.unet(latents, timesteps, embeddings, return_dict=False)[
-                    0
-                ].float()
-            empty = self.embed([""]).expand_as(embeddings)
-            output = self.pipeline.unet(
-                torch.cat([latents, latents]),
-                torch.cat([timesteps, timesteps]),
-                torch.cat([empty, embeddings]),
-                return_dict=False,
-            )[0].float()
+        if guidance_scale == 1.0:
+            return self._forward(latents, timesteps, embeddings)
+        empty = self.embed([""]).expand_as(embeddings)
+        output = self._forward(
+            torch.cat([latents, latents]),
+            torch.cat([timesteps, timesteps]),
+            torch.cat([empty, embeddings]),
+        )
         unconditional, conditional = output.chunk(2)
         return unconditional + guidance_scale * (conditional - unconditional)
 
@@ -150,6 +146,11 @@ class Policy:
         """
         folder.mkdir(parents=True, exist_ok=True)
         self.weights.export(self.pipeline, folder)
+
+    def _forward(self, latents: Tensor, timesteps: Tensor, embeddings: Tensor) -> Tensor:
+        with self.numerics.autocast():
+            output = self.pipeline.unet(latents, timesteps, embeddings, return_dict=False)[0]
+        return output.float() if self.numerics.low_precision else output
 
 
 def policy_digest(base: str, weights: Mapping[str, Tensor]) -> str:

@@ -10,10 +10,10 @@ from safetensors.torch import load_file
 
 from ddpo.starter.glyphs import ANIMALS
 from ddpo.starter.loop import console, load_ema, write_json
-from ddpo.starter.networks import assemble, build_vae, whiten
+from ddpo.starter.networks import Denoiser, assemble, build_vae, whiten
 from ddpo.starter.render import SIZE_PX
-from ddpo.starter.stages import Recipe, WorkFolder, build_denoiser
-from ddpo.starter.text import article_prompt, build_tokenizer
+from ddpo.starter.stages import Recipe, WorkFolder
+from ddpo.starter.text import article_prompt
 
 SHEET_COLUMNS = 9
 
@@ -37,18 +37,18 @@ def export(work: WorkFolder, recipe: Recipe, destination: Path) -> None:
             f"{work.unet} does not exist: train on (with --resume) until the unet stage has saved "
             "its first checkpoint, then export"
         )
-    vae, denoiser = build_vae(), build_denoiser()
+    vae, denoiser = build_vae(), Denoiser()
     load_ema(vae, work.vae)
     statistics = load_file(work.latents)
     whiten(vae, statistics["mean"], statistics["std"])
     step = load_ema(denoiser, work.unet)
-    pipeline = assemble(vae, denoiser["unet"], denoiser["text_encoder"], build_tokenizer())
+    pipeline = assemble(vae, denoiser)
 
     fresh = destination.with_name(destination.name + ".partial")
     shutil.rmtree(fresh, ignore_errors=True)
     # Not the text encoder: transformers would load it as float16, diffusers loads float32.
     vae.half()
-    denoiser["unet"].half()
+    denoiser.unet.half()
     pipeline.save_pretrained(fresh, safe_serialization=True)
     write_json(
         fresh / "training.json",
@@ -73,13 +73,14 @@ def draw_sheet(pipeline_path: Path, sheet: Path, seed: int = 0) -> None:
     """
     pipeline = StableDiffusionPipeline.from_pretrained(pipeline_path)
     pipeline.set_progress_bar_config(disable=True)
-    images = pipeline(
+    images, _ = pipeline(
         [article_prompt(animal) for animal in ANIMALS],
+        return_dict=False,
         num_inference_steps=20,
         guidance_scale=3.0,
         eta=1.0,
         generator=[torch.Generator().manual_seed(seed + place) for place in range(len(ANIMALS))],
-    ).images
+    )
     rows = -(-len(images) // SHEET_COLUMNS)
     canvas = Image.new("RGB", (SHEET_COLUMNS * SIZE_PX, rows * SIZE_PX))
     for place, image in enumerate(images):

@@ -1,12 +1,15 @@
 """The starter's parts: Stable Diffusion 1.x's classes and noise schedule, two orders smaller."""
 
+from typing import Any, cast
+
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from torch import Tensor
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from ddpo.starter.render import SIZE_PX
-from ddpo.starter.text import MAX_TOKENS
+from ddpo.starter.text import BOS, EOS, MAX_TOKENS, build_tokenizer
 
 LATENT_CHANNELS = 16
 LATENT_SIZE = SIZE_PX // 8
@@ -15,10 +18,14 @@ TEXT_WIDTH = 128
 
 def build_vae() -> AutoencoderKL:
     """Returns an untrained autoencoder: [B, 3, 64, 64] in -1..1 to latents [B, 16, 8, 8]."""
+    # diffusers declares these three as tuples of one.
+    blocks: dict[str, Any] = {
+        "down_block_types": ("DownEncoderBlock2D",) * 4,
+        "up_block_types": ("UpDecoderBlock2D",) * 4,
+        "block_out_channels": (16, 32, 64, 96),
+    }
     return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(16, 32, 64, 96),
+        **blocks,
         layers_per_block=1,
         latent_channels=LATENT_CHANNELS,
         norm_num_groups=8,
@@ -46,6 +53,7 @@ def build_unet() -> UNet2DConditionModel:
 
 def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
     """Returns an untrained text encoder of width 128 for a tokenizer's vocabulary."""
+    vocab = tokenizer.get_vocab()
     return CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
@@ -55,11 +63,42 @@ def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
             num_hidden_layers=2,
             num_attention_heads=4,
             max_position_embeddings=MAX_TOKENS,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
+            bos_token_id=vocab[BOS],
+            eos_token_id=vocab[EOS],
+            pad_token_id=vocab[EOS],
         )
     )
+
+
+class Denoiser(nn.Module):
+    """Noise predictor and text encoder, which train together.
+
+    Attributes:
+        tokenizer: turns prompts into what the text encoder takes.
+        text_encoder: tokens [B, 24] to [B, 24, 128].
+        unet: predicts the noise in latents [B, 16, 8, 8].
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokenizer = build_tokenizer()
+        self.unet = build_unet()
+        self.text_encoder = build_text_encoder(self.tokenizer)
+
+
+def encode(vae: AutoencoderKL, pictures: Tensor) -> DiagonalGaussianDistribution:
+    """Returns the distribution of latents [B, 16, 8, 8] of pictures [B, 3, 64, 64] in -1..1."""
+    (posterior,) = cast(
+        tuple[DiagonalGaussianDistribution], vae.encode(pictures, return_dict=False)
+    )
+    return posterior
+
+
+def decode(vae: AutoencoderKL, latents: Tensor) -> Tensor:
+    """Returns the pictures [B, 3, 64, 64], about -1..1, of latents [B, 16, 8, 8]."""
+    # diffusers declares latents as torch.FloatTensor, which no tensor is an instance of.
+    (pictures,) = cast(tuple[Tensor], vae.decode(cast(Any, latents), return_dict=False))
+    return pictures
 
 
 def build_scheduler() -> DDIMScheduler:
@@ -88,30 +127,30 @@ def whiten(vae: AutoencoderKL, mean: Tensor, std: Tensor) -> None:
         mean: [16], of each latent channel now.
         std: [16], of each latent channel now.
     """
-    encode, decode = vae.quant_conv, vae.post_quant_conv
-    assert encode is not None and decode is not None
     channels = len(mean)
-    encode.weight[:channels] /= std[:, None, None, None]
-    encode.bias[:channels] = (encode.bias[:channels] - mean) / std
-    encode.bias[channels:] -= 2 * std.log()  # the second half is the log variance
-    decode.bias += decode.weight[:, :, 0, 0] @ mean
-    decode.weight *= std[None, :, None, None]
+    outward, inward = vae.get_submodule("quant_conv"), vae.get_submodule("post_quant_conv")
+    encode_weight, encode_bias = outward.get_parameter("weight"), outward.get_parameter("bias")
+    decode_weight, decode_bias = inward.get_parameter("weight"), inward.get_parameter("bias")
+    encode_weight[:channels] /= std[:, None, None, None]
+    encode_bias[:channels] = (encode_bias[:channels] - mean) / std
+    encode_bias[channels:] -= 2 * std.log()  # the second half is the log variance
+    decode_bias += decode_weight[:, :, 0, 0] @ mean
+    decode_weight *= std[None, :, None, None]
 
 
-def assemble(
-    vae: AutoencoderKL,
-    unet: UNet2DConditionModel,
-    text_encoder: CLIPTextModel,
-    tokenizer: CLIPTokenizer,
-) -> StableDiffusionPipeline:
+def assemble(vae: AutoencoderKL, denoiser: Denoiser) -> StableDiffusionPipeline:
     """Returns the parts as a pipeline without safety checker and feature extractor."""
+    # diffusers declares the scheduler as an enumeration, and these two as not optional.
+    rest: dict[str, Any] = {
+        "scheduler": build_scheduler(),
+        "safety_checker": None,
+        "feature_extractor": None,
+    }
     return StableDiffusionPipeline(
         vae=vae,
-        text_encoder=text_encoder,
-        tokenizer=tokenizer,
-        unet=unet,
-        scheduler=build_scheduler(),
-        safety_checker=None,  # pyright: ignore[reportArgumentType]
-        feature_extractor=None,  # pyright: ignore[reportArgumentType]
+        text_encoder=denoiser.text_encoder,
+        tokenizer=denoiser.tokenizer,
+        unet=denoiser.unet,
         requires_safety_checker=False,
+        **rest,
     )

@@ -83,7 +83,7 @@ def _noise(rng: Generator) -> NDArray[np.float32]:
     # Grains of 1, 2 or 4 pixels: coarse ones survive the autoencoder, fine ones as texture.
     grain_px = 2 ** int(rng.integers(3))
     side = SIZE_PX // grain_px
-    grains = rng.standard_normal((side, side, 3), dtype=np.float32) * rng.uniform(8, 36)
+    grains = rng.standard_normal((side, side, 3), dtype=np.float32) * np.float32(rng.uniform(8, 36))
     return _colours(rng, 1) + grains.repeat(grain_px, 0).repeat(grain_px, 1)
 
 

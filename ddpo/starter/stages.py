@@ -9,18 +9,13 @@ import torch
 from diffusers import AutoencoderKL
 from rich.progress import track
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from ddpo.randomness import derive_seed, generator
 from ddpo.starter.glyphs import ANIMALS
 from ddpo.starter.loop import Budget, console, fit, load_ema, one_core_each, replacing, write_json
 from ddpo.starter.losses import KL_WEIGHT, kl_loss, min_snr_weight, noise_loss, picture_loss
-from ddpo.starter.networks import (
-    build_scheduler,
-    build_text_encoder,
-    build_unet,
-    build_vae,
-)
+from ddpo.starter.networks import Denoiser, build_scheduler, build_vae, decode, encode
 from ddpo.starter.render import BACKGROUNDS, draw, draw_many
 from ddpo.starter.text import article_prompt, build_tokenizer
 
@@ -123,10 +118,10 @@ def train_vae(work: WorkFolder, recipe: Recipe) -> None:
         chosen = torch.randint(len(pictures), (recipe.vae.shard,), generator=draws)
         real = to_model(pictures[chosen.numpy()])
         with torch.autocast("cpu", torch.bfloat16):
-            posterior = vae.encode(real).latent_dist
+            posterior = encode(vae, real)
             mean, log_variance = posterior.mean.float(), posterior.logvar.float()
             noise = torch.randn(mean.shape, generator=draws)
-            made = vae.decode(mean + noise * torch.exp(0.5 * log_variance)).sample.float()
+            made = decode(vae, mean + noise * torch.exp(0.5 * log_variance)).float()
         return picture_loss(made, real) + KL_WEIGHT * kl_loss(mean, log_variance)
 
     fit("vae", vae, loss_of_shard, recipe.vae, work.vae)
@@ -151,7 +146,7 @@ def measure_vae(vae: AutoencoderKL, seed: int, count: int = FRESH_PICTURES) -> d
     errors = []
     for start in range(0, count, 64):
         real = to_model(np.stack([picture.pixels for picture in fresh[start : start + 64]]))
-        made = vae.decode(vae.encode(real).latent_dist.mode()).sample.clamp(-1, 1)
+        made = decode(vae, encode(vae, real).mode()).clamp(-1, 1)
         errors.append(((made - real) / 2).square().mean((1, 2, 3)))
     error = torch.cat(errors)
     figures = {"psnr_db": float(-10 * error.mean().log10())}
@@ -171,14 +166,14 @@ def encode_latents(work: WorkFolder, recipe: Recipe) -> None:
     pictures = _pictures(work)
 
     @torch.no_grad()
-    def encode(start: int) -> Tensor:
+    def encode_from(start: int) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16):
             batch = to_model(pictures[start : start + ENCODED_AT_ONCE])
-            return vae.encode(batch).latent_dist.mode().float()
+            return encode(vae, batch).mode().float()
 
     starts = range(0, len(pictures), ENCODED_AT_ONCE)
     with one_core_each() as pool:
-        parts = track(pool.map(encode, starts), "latents", len(starts), console=console)
+        parts = track(pool.map(encode_from, starts), "latents", len(starts), console=console)
         latents = torch.cat(list(parts))
     mean, std = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
     latents = (latents - mean[:, None, None]) / std[:, None, None]
@@ -194,17 +189,10 @@ def prompt_tokens() -> Tensor:
     return tokens["input_ids"]
 
 
-def build_denoiser() -> nn.ModuleDict:
-    """Returns noise predictor and text encoder, which train together."""
-    return nn.ModuleDict(
-        {"unet": build_unet(), "text_encoder": build_text_encoder(build_tokenizer())}
-    )
-
-
 def train_unet(work: WorkFolder, recipe: Recipe) -> None:
     """Trains noise predictor and text encoder on the cached latents."""
     torch.manual_seed(derive_seed(recipe.seed, "unet weights"))
-    denoiser = build_denoiser()
+    denoiser = Denoiser()
     latents = load_file(work.latents)["latents"]
     alphas_cumprod = build_scheduler().alphas_cumprod
     weights = min_snr_weight(alphas_cumprod)
@@ -213,7 +201,7 @@ def train_unet(work: WorkFolder, recipe: Recipe) -> None:
 
     def predict(x_t: Tensor, t: Tensor, text: Tensor) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16):
-            return denoiser["unet"](x_t, t, text).sample.float()
+            return denoiser.unet(x_t, t, text).sample.float()
 
     predict = torch.compile(predict, dynamic=False) if recipe.compile else predict
 
@@ -231,7 +219,7 @@ def train_unet(work: WorkFolder, recipe: Recipe) -> None:
         alpha = alphas_cumprod[t][:, None, None, None]
         x_t = alpha.sqrt() * x_0 + (1 - alpha).sqrt() * noise
         used, place = prompt.unique(return_inverse=True)
-        text = denoiser["text_encoder"](tokens[used]).last_hidden_state
+        text = denoiser.text_encoder(tokens[used]).last_hidden_state
         # `index_select` and not `text[place]`, whose gradient is summed in no fixed order.
         predicted = predict(x_t, t, text.index_select(0, place))
         return noise_loss(predicted, noise, weights[t])

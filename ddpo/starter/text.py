@@ -1,6 +1,7 @@
 """Prompts of the training pictures, and a small CLIP tokenizer that knows their words."""
 
 from itertools import pairwise
+from typing import Any
 
 import inflect
 from transformers import CLIPTokenizer
@@ -82,4 +83,6 @@ def build_tokenizer() -> CLIPTokenizer:
         EOS,
     ]
     vocab = {token: place for place, token in enumerate(dict.fromkeys(tokens))}
-    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=MAX_TOKENS)
+    # transformers declares merges as strings, and takes pairs.
+    known: dict[str, Any] = {"vocab": vocab, "merges": merges}
+    return CLIPTokenizer(**known, model_max_length=MAX_TOKENS)

@@ -19,8 +19,8 @@ from ddpo.starter.train import WorkFolderError, claim, read_recipe, train
 TINY = Recipe(
     seed=1,
     cached_pictures=8,
-    vae=Budget(pictures=12, batch=2, lr=1e-3),
-    unet=Budget(pictures=12, batch=2, lr=1e-3),
+    vae=Budget(pictures=8, batch=2, lr=1e-3),
+    unet=Budget(pictures=8, batch=2, lr=1e-3),
     compile=False,
 )
 

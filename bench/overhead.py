@@ -1,0 +1,90 @@
+"""The share of an epoch that is not model compute: ``python -m bench.overhead``.
+
+Runs epochs of 256 samples of 20 steps on the starter, through the whole flow: Prefect's temporary
+server, a store on the local disk, MLflow on SQLite. Model compute is the time inside the library's
+sampling and update; all else (Prefect, storage, scoring that was waited for, tracking) is overhead.
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any
+
+from flows.quiet import set_defaults
+
+set_defaults()
+
+import flows.train  # noqa: E402  # after the environment is set
+import tasks.pictures  # noqa: E402
+import tasks.sample  # noqa: E402
+import tasks.update  # noqa: E402
+
+
+class Stopwatch:
+    """Adds up the seconds that are spent inside wrapped functions."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def around(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Return the function, timed."""
+
+        def timed(*arguments: Any, **named: Any) -> Any:
+            began = time.perf_counter()
+            try:
+                return function(*arguments, **named)
+            finally:
+                self.seconds += time.perf_counter() - began
+
+        return timed
+
+
+def main() -> None:
+    """Run the epochs and print one line each."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--samples", type=int, default=256)
+    parser.add_argument("--steps", type=int, default=20)
+    arguments = parser.parse_args()
+    model, epoch = Stopwatch(), Stopwatch()
+    tasks.sample.sample = model.around(tasks.sample.sample)
+    tasks.pictures.sample = model.around(tasks.pictures.sample)
+    tasks.update.update = model.around(tasks.update.update)
+    one_epoch = flows.train.run_epoch
+
+    def measured(*given: Any) -> Any:
+        computed, passed = model.seconds, epoch.seconds
+        outcome = epoch.around(one_epoch)(*given)
+        computed, passed = model.seconds - computed, epoch.seconds - passed
+        print(
+            f"epoch {given[2]}: {passed:.1f} s, of which {computed:.1f} s model compute; "
+            f"the rest is {1 - computed / passed:.1%}",
+            flush=True,
+        )
+        return outcome
+
+    flows.train.run_epoch = measured  # pyright: ignore[reportAttributeAccessIssue]
+    with tempfile.TemporaryDirectory() as folder:
+        flows.train.train(
+            "configs/starter.yaml",
+            run_id="overhead",
+            epochs=arguments.epochs,
+            storage=f"{folder}/store",
+            tracking=f"sqlite:///{folder}/mlflow.db",
+            overrides=[
+                f"outputs={folder}/outputs",
+                f"sampler.samples_per_epoch={arguments.samples}",
+                f"sampler.steps={arguments.steps}",
+            ],
+        )
+    peak_gb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    share = 1 - model.seconds / epoch.seconds
+    print(f"all epochs: {share:.1%} is not model compute; peak memory {peak_gb:.2f} GB")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,69 @@
+"""What a person finds in MLflow's own UI: the runs, the curves, the pictures, the adapter."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+import safetensors.numpy
+
+pytest.importorskip("playwright", reason="playwright is not installed (pip install playwright)")
+
+from playwright.sync_api import expect
+
+from bench import screenshots
+from tasks.mlflow_connection import connect
+from tasks.tracking import RunTracker
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(screenshots.find_browser() is None, reason="no Chromium on the PATH"),
+]
+
+LAST_STEP = 2
+BASE_MODEL = "example/tiny-diffusion"
+
+
+@pytest.fixture
+def uri(tmp_path: Path) -> str:
+    """A store with one run: curves and pictures of three steps, and an adapter."""
+    address = f"sqlite:///{tmp_path}/mlflow.db"
+    tracker = RunTracker.open(
+        tracking_uri=address, experiment="ddpo", run_id="night-1", params={"seed": 7}, tags={}
+    )
+    for step in range(LAST_STEP + 1):
+        tracker.log_metrics({"reward/mean": step / 3, "update/loss": 1 / (step + 1)}, step)
+        picture = PIL.Image.new("RGB", (64, 64), (80 * step, 40, 40))
+        tracker.log_picture("samples/a_cat", picture, step)
+    lora = tmp_path / "pytorch_lora_weights.safetensors"
+    safetensors.numpy.save_file({"unet.x.lora_A.weight": np.ones((4, 8), np.float32)}, lora)
+    tracker.log_adapter(lora, base_model=BASE_MODEL, name="adapter", step=LAST_STEP)
+    tracker.finish("FINISHED")
+    return address
+
+
+def test_a_person_finds_runs_curves_pictures_and_the_adapter(uri: str):
+    run = screenshots.find_run(connect(uri), "night-1")
+    with screenshots.serve_ui(uri) as address, screenshots.open_browser() as context:
+        runs = screenshots.visit_runs(context, address, run)
+        expect(runs.get_by_role("link", name="adapter")).to_be_visible()
+        expect(runs.get_by_text("reward/mean", exact=True).first).to_be_visible()
+
+        curves = screenshots.visit_curves(context, address, run)
+        for section in ("reward", "update"):
+            expect(curves.get_by_text(section, exact=True)).to_be_visible()
+        assert curves.locator("path.js-line").first.get_attribute("d").count("L") == LAST_STEP
+
+        pictures = screenshots.visit_pictures(context, address, run)
+        slider = pictures.get_by_role("slider")
+        expect(slider).to_have_attribute("aria-valuemax", str(LAST_STEP))
+        expect(slider).to_have_attribute("aria-valuenow", str(LAST_STEP))
+        expect(pictures.locator("img.rc-image-img")).to_have_attribute(
+            "src", re.compile(f"step%2B{LAST_STEP}%2B")
+        )
+
+        adapter = screenshots.visit_adapter(context, address, run)
+        expect(adapter.get_by_role("heading", name="adapter")).to_be_visible()
+        expect(adapter.get_by_text(BASE_MODEL).first).to_be_visible()
+        expect(adapter.get_by_role("link", name="night-1").first).to_be_visible()

@@ -1,0 +1,109 @@
+"""Bad input gets one clear message with the way out, before any model is loaded, and status 2."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from flows import cli
+
+
+@pytest.fixture
+def ddpo(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    """Runs the command in this process; gives exit status and what the screen showed."""
+    monkeypatch.setenv("DDPO_ROOT", str(tmp_path / "store"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr("ddpo.policies.policy.load_pipeline", refuse)
+
+    def run(*words: str) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["ddpo", *words])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        return int(ended.value.code or 0), " ".join(capsys.readouterr().out.split())
+
+    return run
+
+
+STARTER = "configs/starter.yaml"
+
+
+@pytest.mark.parametrize(
+    ("setting", "told"),
+    [
+        ("sampler.stps=3", "sampler.stps: there is no such key; did you mean `steps`?"),
+        ("rewards.name=x", "did you mean `reward`?"),
+        ("sampler.steps=many", "sampler.steps: found 'many'; input should be a valid integer"),
+        ("sampler.shard_size=24", "does not divide samples_per_epoch 64; 4, 8, 16, 32 would"),
+        ("sampler.eta=0", "every step is then deterministic"),
+        ("reward.name=jpeg_compresibility", "jpeg_compressibility"),
+        ("prompts.name=simple_animal", "simple_animals"),
+        ("model=no/such/folder/here", "no folder here and no hub id"),
+        ("model=nobody/nothing", "neither on disk nor in the hub's cache"),
+        ("algorithm={type: ddpo_sf, updates_per_epoch: 2}", "exactly one update a sampling round"),
+        ("tracking.uri=./mlruns", "sqlite"),
+        ("epochs", "is no `a.b=value`"),
+    ],
+)
+def test_bad_settings_are_told_with_the_way_out(ddpo, setting: str, told: str):
+    status, screen = ddpo("train", STARTER, "--set", setting)
+    assert status == 2
+    assert told in screen
+    assert "Traceback" not in screen
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
+def test_cuda_asked_for_and_absent(ddpo):
+    status, screen = ddpo("train", STARTER, "--set", "numerics.device=cuda")
+    assert status == 2
+    assert "torch finds no CUDA device here" in screen
+
+
+def test_a_store_that_cannot_be_written(ddpo, tmp_path: Path):
+    file = tmp_path / "file"
+    file.write_text("in the way")
+    status, screen = ddpo("train", STARTER, "--root", str(file / "store"))
+    assert status == 2
+    assert "StoreNotWritable" in screen
+
+
+def test_a_missing_config_names_those_that_are_there(ddpo):
+    status, screen = ddpo("train", "configs/starer.yaml")
+    assert status == 2
+    assert "configs/starter.yaml" in screen
+
+
+def test_an_unknown_run_names_the_nearest(ddpo):
+    status, screen = ddpo("resume", "nothing")
+    assert status == 2
+    assert "no run 'nothing'" in screen
+
+
+def test_a_run_id_with_another_identity_shows_the_difference(ddpo, tmp_path: Path):
+    from ddpo.config_files import read_config
+    from ddpo.run import start_run
+
+    start_run(read_config(STARTER, [f"storage.root={tmp_path / 'store'}"]), "mine")
+    status, screen = ddpo(
+        "train", STARTER, "--run-id", "mine", "--set", "optimizer.learning_rate=0.5",
+        "--set", "numerics.micro_batch_size=8",
+    )  # fmt: skip
+    assert status == 2
+    assert "optimizer.learning_rate: 0.001 in the store, 0.5 in the config" in screen
+    assert "numerics.micro_batch_size: 16 in the store, 8 in the config" in screen
+
+
+def test_the_operation_half_may_change_under_a_run_id(tmp_path: Path):
+    from ddpo.config_files import read_config
+    from ddpo.run import open_run, start_run
+
+    root = f"storage.root={tmp_path / 'store'}"
+    run = start_run(read_config(STARTER, [root]), "mine")
+    start_run(read_config(STARTER, [root, "epochs=99", "tracking.experiment=other"]), "mine")
+    assert open_run(run.store, "mine").config.epochs == 99
