@@ -110,7 +110,8 @@ class PolicyGradient:
         latents = rollouts.latents[pairs.samples, pairs.steps].to(device)
         next_latents = rollouts.latents[pairs.samples, pairs.steps + 1].to(device)
         timesteps = rollouts.timesteps[pairs.steps].to(device)
-        embeddings = self.policy.embed([rollouts.prompts[i] for i in pairs.samples.tolist()])
+        texts = [rollouts.prompts[int(row)] for row in pairs.samples]
+        embeddings = self.policy.embed(texts)
         output = self.policy.predict(latents, timesteps, embeddings, self.sampler.guidance_scale)
         return ddim_transition(self.schedule, output, latents, timesteps).log_prob(next_latents)
 

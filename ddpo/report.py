@@ -16,6 +16,7 @@ from ddpo.store.tables import RolloutRow, decode_advantages, decode_rollouts
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # after the backend is chosen
+from matplotlib.ticker import MaxNLocator
 
 _MOST_PICTURES = 8
 
@@ -90,7 +91,9 @@ def write_report(run: Run, pictures_id: str, path: Path) -> Path:
     after = checkpoint_pictures(run, pictures_id, len(curve))[:_MOST_PICTURES]
     columns = max(len(before), 1)
     figure = plt.figure(figsize=(10, 4.2 + 2 * 10 / columns), layout="constrained")
-    upper, lower = figure.subfigures(2, 1, height_ratios=[4.2, 2 * 10 / columns])
+    upper, lower = figure.subfigures(2, 1, height_ratios=[4.2, 2 * 10 / columns], squeeze=False)[
+        :, 0
+    ]
     _draw_curve(upper.subplots(), run, curve)
     _draw_pictures(lower, before, after, len(curve))
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -108,7 +111,7 @@ def _draw_curve(axes: plt.Axes, run: Run, curve: list[EpochRewards]) -> None:
     axes.set_title(f"{run.run_id}: {run.config.reward.name}", loc="left", fontsize=13)
     axes.set_xlabel("epoch")
     axes.set_ylabel("reward: mean and standard deviation")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", alpha=0.25)
 

@@ -169,7 +169,10 @@ def _pinned_identity(config: RunConfig) -> dict[str, JsonValue]:
     """Add to the config's identity what its names stand for today."""
     prompts = load_prompts(config.prompts.name, config.prompts.parameters)
     reward = load_reward(config.reward.name, config.reward.parameters)
-    digests = {"prompts": prompt_set_digest(prompts), "reward": reward.identity.digest}
+    digests: JsonValue = {
+        "prompts": prompt_set_digest(prompts),
+        "reward": reward.identity.digest,
+    }
     return {**config.identity(), "digests": digests}
 
 

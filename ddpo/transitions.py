@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers import DDIMScheduler  # pyright: ignore[reportPrivateImportUsage]
@@ -54,7 +55,7 @@ class NoiseSchedule:
         Raises:
             ModelError: The scheduler clips its predictions, or predicts something else.
         """
-        config = scheduler.config
+        config: Any = scheduler.config
         if config.prediction_type not in ("epsilon", "v_prediction"):
             raise ModelError(
                 f"the model's scheduler predicts {config.prediction_type!r}; "

@@ -47,7 +47,7 @@ class EpochOutcome(BaseModel):
     """What MLflow shows at the epoch's step."""
 
 
-@flow(
+@flow(  # pyright: ignore[reportCallIssue]  # task runners are typed by what tasks return
     name="ddpo-epoch",
     flow_run_name="{plan.run.run_id} epoch {epoch}",
     task_runner=ThreadPoolTaskRunner(max_workers=4),  # pyright: ignore[reportArgumentType]

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import subprocess
+import tempfile
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
+import yaml
 from prefect import flow
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.runtime import flow_run
-from pydantic import JsonValue
 
 from ddpo.config import RunConfig
 from ddpo.config_files import read_config
@@ -143,7 +144,7 @@ def _open_tracker(run: Run) -> RunTracker:
         tracking_uri=tracking.uri,
         experiment=tracking.experiment,
         run_id=run.run_id,
-        params=_flat({**run.config.identity(), "numerics": run.numerics.model_dump(mode="json")}),
+        params=_parameters(run),
         tags={
             "ddpo.storage_root": run.store.root,
             "ddpo.git_commit": _git_commit(),
@@ -158,19 +159,39 @@ def _open_tracker(run: Run) -> RunTracker:
         rows=run.config.epochs * run.config.sampler.samples_per_epoch,
         columns={"sample_id": "string", "prompt": "string", "seed": "int64", "image": "binary"},
     )
+    _attach_config(page, run)
     if tracking.system_metrics:
         page.start_system_metrics()
     return page
 
 
-def _flat(value: JsonValue, name: str = "") -> dict[str, str | int | float | bool]:
-    """Flatten nested settings to dotted names, as MLflow shows parameters."""
-    if isinstance(value, dict):
-        parts = [_flat(inner, f"{name}.{key}" if name else key) for key, inner in value.items()]
-        return {key: leaf for part in parts for key, leaf in part.items()}
-    if isinstance(value, list):
-        return {name: ", ".join(map(str, value))}
-    return {name: "" if value is None else value}
+def _parameters(run: Run) -> dict[str, str | int | float | bool]:
+    """Return what tells runs apart at a glance; the whole config is attached as a file.
+
+    MLflow prints every parameter above every picture, so there are few and they are short.
+    """
+    config = run.config
+    return {
+        "model": config.model.path,
+        "trainable": config.trainable.type,
+        "prompts": config.prompts.name,
+        "reward": config.reward.name,
+        "algorithm": config.algorithm.type,
+        "advantages": config.advantages.type,
+        "learning_rate": config.optimizer.learning_rate,
+        "samples_per_epoch": config.sampler.samples_per_epoch,
+        "steps": config.sampler.steps,
+        "guidance_scale": config.sampler.guidance_scale,
+        "seed": config.seed,
+    }
+
+
+def _attach_config(page: RunTracker, run: Run) -> None:
+    whole = {**run.config.model_dump(mode="json"), "numerics": run.numerics.model_dump(mode="json")}
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "config.yaml"
+        file.write_text(yaml.safe_dump(whole, sort_keys=False))
+        page.log_file(file)
 
 
 def _git_commit() -> str:

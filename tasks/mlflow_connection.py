@@ -195,8 +195,8 @@ def _require_answer(address: str) -> None:
             return
         found = f"status {status}"
     raise TrackingError(
-        f"No MLflow server answers at {hide_credentials(address)} (tried for {_REACH_TIMEOUT_S:g} "
-        f"s: {found}). Start one (`mlflow server --backend-store-uri sqlite:///mlflow.db`), correct "
+        f"No MLflow server answers at {hide_credentials(address)} within {_REACH_TIMEOUT_S:g} s "
+        f"({found}). Start one (`mlflow server --backend-store-uri sqlite:///mlflow.db`), correct "
         "the address, or track into a file: sqlite:///mlflow.db."
     )
 

@@ -24,10 +24,10 @@ from tasks.tracking import RunTracker
 from tasks.worker import RunHandle, opened
 
 
-class TrackingHandle(BaseModel):
+class TrackingHandle(BaseModel, frozen=True):
     """All that a task needs to find its MLflow run."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(extra="forbid")
 
     uri: str
     """MLflow's tracking URI."""
@@ -72,7 +72,7 @@ def track_epoch(
     metrics |= _reward_metrics(run.store, scores)
     table = run.store.get(manifests.load(run.store, advantages).objects["advantages"])
     found = np.asarray([row.advantage for row in decode_advantages(table)])
-    metrics |= {"advantage/std": float(found.std()), "advantage/max": float(np.abs(found).max())}
+    metrics |= {"reward/advantage_std": float(found.std())}
     checkpoint = manifests.load(run.store, following)
     metrics |= _update_metrics(load_document(run.store, checkpoint, "metrics"))
     progress = load_document(run.store, checkpoint, "progress")
@@ -100,7 +100,7 @@ def track_pictures(handle: RunHandle, tracking: TrackingHandle, pictures: Ref, e
     table = run.store.get(manifests.load(run.store, pictures).objects["pictures"])
     for row in decode_rollouts(table):
         name = re.sub(r"[^A-Za-z0-9_.-]+", "_", row.prompt)[:60]
-        key = f"pictures/{name}-seed-{row.prompt_metadata['seed']}"
+        key = f"samples/{name}-seed-{row.prompt_metadata['seed']}"
         tracker(tracking).log_picture(key, Image.open(io.BytesIO(row.image_png)), step=epoch)
 
 

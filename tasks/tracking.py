@@ -212,7 +212,7 @@ class RunTracker:
             )
 
     def log_folder(self, path: Path, artifact_path: str) -> None:
-        """Attaches the files in `path` to the run, in the folder `artifact_path` of its artifacts."""
+        """Attaches the files in `path` to the run, in `artifact_path` of its artifacts."""
         with self._exclusive(f"attach {path}"):
             self._client.log_artifacts(self.mlflow_run_id, str(path), artifact_path)
 
@@ -221,7 +221,7 @@ class RunTracker:
         with self._exclusive(f"attach {path}"):
             self._client.log_artifact(self.mlflow_run_id, str(path), artifact_path)
 
-    def start_system_metrics(self, interval_s: float = 10.0) -> None:
+    def start_system_metrics(self, interval_s: int = 10) -> None:
         """Samples CPU, memory, disk, network and GPU (with `nvidia-ml-py` installed) in a thread.
 
         Continues the curves of a resumed run. Warns if it cannot start.
@@ -241,7 +241,7 @@ class RunTracker:
             _logger.warning("System metrics are not logged: %s", error)
 
     def stop_system_metrics(self) -> None:
-        """Stops sampling and logs the last samples, so that a short run has some; warns at worst."""
+        """Stops sampling and logs the rest, so that even a short run has some; warns at worst."""
         monitor, self._monitor = self._monitor, None
         if monitor is None:
             return

@@ -23,10 +23,10 @@ _device = threading.Lock()
 _loaded: _Loaded | None = None
 
 
-class RunHandle(BaseModel):
+class RunHandle(BaseModel, frozen=True):
     """All that a task needs to find its run: small, and safe to show in a UI."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(extra="forbid")
 
     root: str
     """The store's address."""

@@ -186,7 +186,7 @@ def _scheduler(prediction_type: str) -> DDIMScheduler | PNDMScheduler:
 @torch.no_grad()
 def _make_lively(vae: AutoencoderKL, unet: UNet2DConditionModel) -> None:
     """Scale fresh weights up until pictures show contrast and prompts make a difference."""
-    vae.decoder.conv_out.weight *= 6.0
+    vae.decoder.conv_out.weight *= 0.5
     for name, parameter in unet.named_parameters():
         if ".attn2.to_" in name and name.endswith("weight"):
             parameter *= 3.0

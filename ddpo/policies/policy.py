@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import cast
 
 import torch
 from PIL import Image
@@ -136,7 +137,8 @@ class Policy:
         """
         vae = self.pipeline.vae
         decoded = vae.decode(latents / vae.config.scaling_factor, return_dict=False)[0]
-        return self.pipeline.image_processor.postprocess(decoded, output_type="pil")
+        pictures = self.pipeline.image_processor.postprocess(decoded, output_type="pil")
+        return cast(list[Image.Image], pictures)
 
     def export(self, folder: Path) -> None:
         """Write the trained weights as plain diffusers loads them.

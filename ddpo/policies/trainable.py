@@ -48,7 +48,7 @@ class LoraWeights(TrainableWeights):
         self, unet: UNet2DConditionModel, config: LoraConfig, *, seed: int, dtype: torch.dtype
     ) -> None:
         super().__init__(unet)
-        unet.to(dtype=dtype)
+        unet.to(dtype=dtype)  # pyright: ignore[reportCallIssue]  # diffusers wraps it untyped
         adapter = peft.LoraConfig(
             r=config.rank,
             lora_alpha=config.alpha,  # pyright: ignore[reportArgumentType]  # peft takes floats

@@ -19,6 +19,7 @@ from ddpo.starter.glyphs import ANIMALS, glyph
 
 SIZE_PX = 64
 Pixels = NDArray[np.uint8]
+Floats = NDArray[np.floating]
 
 PATTERN_CONTRAST = 0.6
 """Softens stripes and checks, so that they do not hide the animal in front of them."""
@@ -39,55 +40,53 @@ class Picture:
     background: str
 
 
-def _colours(rng: Generator, count: int) -> NDArray[np.float32]:
+def _colours(rng: Generator, count: int) -> Floats:
     """Draws `count` RGB colours, float32 [count, 3] in 0..255."""
     return rng.integers(0, 256, (count, 3)).astype(np.float32)
 
 
-def _blend(
-    amount: NDArray[np.float32], rng: Generator, contrast: float = 1.0
-) -> NDArray[np.float32]:
+def _blend(amount: Floats, rng: Generator, contrast: float = 1.0) -> Floats:
     """Mixes two random colours by `amount` [64, 64] in 0..1 into float32 [64, 64, 3]."""
     first, second = _colours(rng, 2)
     return first + contrast * amount[..., None] * (second - first)
 
 
-def _across(rng: Generator, angle: float) -> NDArray[np.float32]:
+def _across(rng: Generator, angle: float) -> Floats:
     """Distance in pixels along `angle`, from a random origin: float32 [64, 64]."""
     y, x = np.mgrid[:SIZE_PX, :SIZE_PX].astype(np.float32)
     return x * np.cos(angle) + y * np.sin(angle) + rng.uniform(0, SIZE_PX)
 
 
-def _plain(rng: Generator) -> NDArray[np.float32]:
+def _plain(rng: Generator) -> Floats:
     return np.broadcast_to(_colours(rng, 1), (SIZE_PX, SIZE_PX, 3))
 
 
-def _gradient(rng: Generator) -> NDArray[np.float32]:
+def _gradient(rng: Generator) -> Floats:
     along = _across(rng, rng.uniform(0, 2 * np.pi))
     return _blend((along - along.min()) / np.ptp(along), rng)
 
 
-def _stripes(rng: Generator) -> NDArray[np.float32]:
+def _stripes(rng: Generator) -> Floats:
     band_px = rng.integers(4, 12)
     along = _across(rng, rng.integers(4) * np.pi / 4)
     return _blend((along // band_px % 2).astype(np.float32), rng, PATTERN_CONTRAST)
 
 
-def _checks(rng: Generator) -> NDArray[np.float32]:
+def _checks(rng: Generator) -> Floats:
     cell_px = rng.integers(4, 14)
     columns, rows = _across(rng, 0.0) // cell_px, _across(rng, np.pi / 2) // cell_px
     return _blend(((columns + rows) % 2).astype(np.float32), rng, PATTERN_CONTRAST)
 
 
-def _noise(rng: Generator) -> NDArray[np.float32]:
+def _noise(rng: Generator) -> Floats:
     # Grains of 1, 2 or 4 pixels: coarse ones survive the autoencoder, fine ones as texture.
     grain_px = 2 ** int(rng.integers(3))
     side = SIZE_PX // grain_px
-    grains = rng.standard_normal((side, side, 3), dtype=np.float32) * np.float32(rng.uniform(8, 36))
+    grains = rng.standard_normal((side, side, 3), dtype=np.float32) * rng.uniform(8, 36)
     return _colours(rng, 1) + grains.repeat(grain_px, 0).repeat(grain_px, 1)
 
 
-BACKGROUNDS: dict[str, Callable[[Generator], NDArray[np.float32]]] = {
+BACKGROUNDS: dict[str, Callable[[Generator], Floats]] = {
     "plain": _plain,
     "gradient": _gradient,
     "stripes": _stripes,

@@ -33,7 +33,7 @@ def uri(tmp_path: Path) -> str:
         tracking_uri=address, experiment="ddpo", run_id="night-1", params={"seed": 7}, tags={}
     )
     for step in range(LAST_STEP + 1):
-        tracker.log_metrics({"reward/mean": step / 3, "update/loss": 1 / (step + 1)}, step)
+        tracker.log_metrics({"reward/mean": step**2, "update/loss": 1 / (step + 1)}, step)
         picture = PIL.Image.new("RGB", (64, 64), (80 * step, 40, 40))
         tracker.log_picture("samples/a_cat", picture, step)
     lora = tmp_path / "pytorch_lora_weights.safetensors"

@@ -1,0 +1,193 @@
+"""Checks of the mathematics that several tests share, and that planted bugs must turn red.
+
+Each goes through the library's public functions and compares with something computed another way.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import DDIMScheduler
+from safetensors import safe_open
+from torch import Tensor
+
+from ddpo.algorithms import advantages as advantages_module
+from ddpo.config import PerPromptAdvantages, RunConfig
+from ddpo.gradient import PolicyGradient, Rollouts
+from ddpo.policies import Policy
+from ddpo.sampling import sample
+from ddpo.transitions import NoiseSchedule, ddim_transition
+from ddpo.update import initial_state, update
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+@dataclass(frozen=True)
+class GoldenStep:
+    key: str
+    timestep: int
+    steps: int
+    latents: Tensor
+    model_output: Tensor
+    next_latents: Tensor
+    log_prob: Tensor
+
+
+def golden_steps() -> list[GoldenStep]:
+    with safe_open(GOLDEN / "ddim_transitions.safetensors", "pt") as file:
+        return [
+            GoldenStep(
+                case["key"],
+                case["timestep"],
+                case["steps"],
+                *(
+                    file.get_tensor(f"{case['key']}.{name}")
+                    for name in ("latents", "model_output", "next_latents", "log_prob")
+                ),
+            )
+            for case in json.loads(file.metadata()["cases"])
+        ]
+
+
+def stable_diffusion_scheduler(**changes: object) -> DDIMScheduler:
+    settings = {
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "beta_schedule": "scaled_linear",
+        "clip_sample": False,
+        "set_alpha_to_one": False,
+        "steps_offset": 1,
+    }
+    return DDIMScheduler(**{**settings, **changes})
+
+
+def check_log_probs_are_golden() -> None:
+    for step in golden_steps():
+        schedule = NoiseSchedule.from_scheduler(
+            stable_diffusion_scheduler(), steps=step.steps, eta=1.0
+        )
+        timesteps = torch.full((3,), step.timestep)
+        found = ddim_transition(schedule, step.model_output, step.latents, timesteps)
+        difference = (found.log_prob(step.next_latents) - step.log_prob).abs().max()
+        assert difference < 1e-5, f"{step.key}: log-prob off by {difference}"
+
+
+def check_advantages_are_golden() -> None:
+    golden = json.loads((GOLDEN / "prompt_statistics.json").read_text())
+    config = PerPromptAdvantages(
+        buffer_size=golden["buffer_size"], min_count=golden["min_count"], clip=1e9
+    )
+    statistics: advantages_module.PromptStatistics = {}
+    assert len(golden["epochs"]) == 6
+    for epoch in golden["epochs"]:
+        batch = advantages_module.compute_advantages(
+            config, statistics, epoch["prompts"], np.asarray(epoch["rewards"])
+        )
+        difference = np.abs(batch.advantages - np.asarray(epoch["advantages"])).max()
+        assert difference < 1e-5, f"advantages off by {difference}"
+        statistics = batch.statistics
+
+
+def check_initial_ratio_is_one(policy: Policy, config: RunConfig) -> None:
+    """The update sees the sampler's own batches, so not one bit may differ."""
+    count = config.sampler.samples_per_epoch
+    prompts = [("a cat", "a dog", "a horse")[i % 3] for i in range(count)]
+    drawn = sample(policy, prompts, list(range(count)), config.sampler)
+    rollouts = Rollouts(prompts, drawn.latents, drawn.log_probs, drawn.timesteps)
+    advantages = torch.linspace(-2, 2, count)
+    _, metrics = update(policy, initial_state(policy), rollouts, advantages, {}, config)
+    assert metrics.initial_ratio_deviation.max == 0.0
+    assert len(metrics.initial_ratio_deviation_by_timestep) == config.sampler.steps
+    assert all(d.max == 0 for d in metrics.initial_ratio_deviation_by_timestep.values())
+
+
+def check_gradient_is_each_samples_own(
+    policy: Policy, config: RunConfig, rollouts: Rollouts, advantages: Tensor
+) -> None:
+    """Compare one update's gradient with one forward a pair and formulas written out here.
+
+    Args:
+        policy: Computes in float64.
+        config: DDPO-IS; at a ratio of 1 its gradient is the mean of -A times that of the log-prob.
+        rollouts: In float64, drawn by the policy.
+        advantages: One a sample, no two alike.
+    """
+    gradient = PolicyGradient(policy, config.sampler, config.algorithm)
+    count, steps = rollouts.log_probs.shape
+    old = gradient.recompute(rollouts, range(count))
+    gradient.accumulate(rollouts, advantages, range(count), old)
+    found = take_gradients(policy)
+
+    scheduler = policy.pipeline.scheduler
+    timesteps = [int(t) for t in scheduler.timesteps]
+    assert len(timesteps) == steps
+    unet, guidance = policy.pipeline.unet, config.sampler.guidance_scale
+    empty = policy.pipeline.encode_prompt("", policy.device, 1, False)[0]
+    loss = torch.zeros((), dtype=torch.float64)
+    for row, prompt in enumerate(rollouts.prompts):
+        text = policy.pipeline.encode_prompt(prompt, policy.device, 1, False)[0]
+        for step, timestep in enumerate(timesteps):
+            latents = rollouts.latents[row : row + 1, step]
+            without = unet(latents, timestep, empty).sample
+            output = without + guidance * (unet(latents, timestep, text).sample - without)
+            mean, std = ddim_reference(
+                scheduler.alphas_cumprod.double(),
+                timestep,
+                timestep - 1000 // steps,
+                latents,
+                output,
+                eta=config.sampler.eta,
+                prediction_type=scheduler.config.prediction_type,
+                final_alpha=float(scheduler.final_alpha_cumprod),
+            )
+            density = torch.distributions.Normal(mean, std)
+            log_prob = density.log_prob(rollouts.latents[row : row + 1, step + 1]).mean()
+            loss = loss - float(advantages[row]) * log_prob / (count * steps)
+    loss.backward()
+    expected = take_gradients(policy)
+    assert expected.keys() == found.keys()
+    largest = max(float(value.abs().max()) for value in expected.values())
+    assert largest > 1e-4, "the gradient vanishes: this check could not fail"
+    # float32 alphas in the library against float64 ones here.
+    for name, value in expected.items():
+        difference = float((found[name] - value).abs().max()) / largest
+        assert difference < 1e-5, f"{name}: gradient off by {difference} of the largest"
+
+
+def take_gradients(policy: Policy) -> dict[str, Tensor]:
+    """Return a copy of the gradients that are there, and clear them."""
+    gradients = {}
+    for name, parameter in policy.weights.parameters().items():
+        if parameter.grad is not None:
+            gradients[name] = parameter.grad.clone()
+        parameter.grad = None
+    return gradients
+
+
+def ddim_reference(
+    alphas_cumprod: Tensor,
+    timestep: int,
+    previous: int,
+    latents: Tensor,
+    model_output: Tensor,
+    *,
+    eta: float,
+    prediction_type: str,
+    final_alpha: float,
+) -> tuple[Tensor, float]:
+    """Mean and standard deviation of one DDIM step (arXiv 2010.02502, formulas 12 and 16)."""
+    alpha = float(alphas_cumprod[timestep])
+    alpha_prev = float(alphas_cumprod[previous]) if previous >= 0 else final_alpha
+    if prediction_type == "epsilon":
+        noise = model_output
+        clean = (latents - (1 - alpha) ** 0.5 * noise) / alpha**0.5
+    else:  # v = sqrt(alpha) noise - sqrt(1 - alpha) clean (arXiv 2202.00512)
+        clean = alpha**0.5 * latents - (1 - alpha) ** 0.5 * model_output
+        noise = (latents - alpha**0.5 * clean) / (1 - alpha) ** 0.5
+    std = eta * ((1 - alpha_prev) / (1 - alpha)) ** 0.5 * (1 - alpha / alpha_prev) ** 0.5
+    mean = alpha_prev**0.5 * clean + (1 - alpha_prev - std**2) ** 0.5 * noise
+    return mean, std

@@ -1,0 +1,41 @@
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from flows.quiet import set_defaults
+
+set_defaults()
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that needs the network is a defect
+
+import torch  # noqa: E402  # after the environment is set
+
+# Tiny models lose more by threads than they win; and equal threads give equal bytes.
+torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("cuda"):
+            item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny pipeline that predicts epsilon, shipped with PNDM as SD 1.x is."""
+    from tiny import build_tiny_model
+
+    return build_tiny_model(tmp_path_factory.mktemp("tiny") / "epsilon")
+
+
+@pytest.fixture(scope="session")
+def tiny_v_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny pipeline that predicts v, shipped with DDIM as SD 2.x is."""
+    from tiny import build_tiny_model
+
+    folder = tmp_path_factory.mktemp("tiny") / "v"
+    return build_tiny_model(folder, prediction_type="v_prediction", seed=1)
