@@ -28,29 +28,34 @@ from tasks.track import TrackingHandle, track_pictures
 from tasks.tracking import RunTracker
 from tasks.worker import RunHandle, opened
 
+# In Prefect's form, one field that may stay empty; of `str | None` it makes a switch of types.
+Text = Annotated[str | None, WithJsonSchema({"type": "string"})]
+Whole = Annotated[int | None, WithJsonSchema({"type": "integer"})]
+Number = Annotated[float | None, WithJsonSchema({"type": "number"})]
+
 
 @flow(name="ddpo-train", flow_run_name="{run_id}")
 def train(
     config_file: str = "configs/starter.yaml",
-    run_id: str | None = None,
-    epochs: int | None = None,
-    seed: int | None = None,
-    learning_rate: float | None = None,
-    storage: str | None = None,
-    tracking: str | None = None,
+    run_id: Text = None,
+    epochs: Whole = None,
+    seed: Whole = None,
+    learning_rate: Number = None,
+    storage: Text = None,
+    tracking: Text = None,
     overrides: Sequence[str] = (),
 ) -> str:
     """Fine-tune a diffusion model on a reward.
 
     Args:
-        config_file: One of configs/, or your own.
-        run_id: The run's name; an existing one goes on. By default config name and time.
-        epochs: Rounds of sampling and updating; by default the config's.
-        seed: What everything random is derived from; by default the config's.
-        learning_rate: Of AdamW; by default the config's.
-        storage: Folder or URL where the run is remembered; by default the config's.
-        tracking: MLflow tracking URI; by default the config's.
-        overrides: Any other setting, as `sampler.steps=20`.
+        config_file: A YAML file; the others in `configs/` are for Stable Diffusion.
+        run_id: The run's name; that of an existing run goes on with it. Empty: config and time.
+        epochs: Rounds of sampling and updating. Empty: the config's.
+        seed: What everything random is derived from. Empty: the config's.
+        learning_rate: Step size of AdamW. Empty: the config's.
+        storage: Folder or URL that remembers the run, as `s3://bucket/prefix`. Empty: the config's.
+        tracking: MLflow's tracking URI, as `http://host:5000`. Empty: the config's.
+        overrides: Any other setting, one an item, as `sampler.steps=20`.
 
     Returns:
         The run's name.
@@ -70,13 +75,13 @@ def train(
 
 
 @flow(name="ddpo-resume", flow_run_name="{run_id}")
-def resume(run_id: str, storage: str | None = None, epochs: int | None = None) -> str:
+def resume(run_id: str, storage: Text = None, epochs: Whole = None) -> str:
     """Go on with a run as its last start operated it.
 
     Args:
         run_id: The run's name.
-        storage: Folder or URL where it is remembered; by default DDPO_ROOT.
-        epochs: How many epochs it is to have in the end; by default as before.
+        storage: Folder or URL that remembers it. Empty: the worker's DDPO_ROOT, or the local store.
+        epochs: How many epochs it is to have in the end. Empty: as before.
 
     Returns:
         The run's name.

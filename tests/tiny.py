@@ -165,6 +165,7 @@ def make_float64(policy: Policy) -> None:
     """Let the UNet and the text encoder compute in float64: sums then agree to 1e-10."""
     policy.pipeline.unet.double()
     policy.pipeline.text_encoder.double()
+    policy._embeddings.clear()
 
 
 def as_float64(rollouts: Rollouts) -> Rollouts:

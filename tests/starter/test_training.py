@@ -74,11 +74,12 @@ def killed_at_save(number: int, before: bool) -> Callable[..., None]:
 def test_killed_and_resumed_ends_in_the_same_bytes(
     straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
-    """The second save is in the autoencoder's stage, the fifth in the noise predictor's."""
+    """The second save is the autoencoder's last, the fifth the noise predictor's last."""
     work, out = WorkFolder(tmp_path / "work"), tmp_path / "out"
     with monkeypatch.context() as patch:
+        save = killed_at_save(number, before=number == 2)
         for module in ("loop", "stages"):
-            patch.setattr(f"ddpo.starter.{module}.save_file", killed_at_save(number, number == 2))
+            patch.setattr(f"ddpo.starter.{module}.save_file", save)
         with pytest.raises(KilledError):
             train(work, TINY, out, resume=False)
     assert not out.exists()

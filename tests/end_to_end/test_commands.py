@@ -1,0 +1,109 @@
+"""`ddpo runs`, `ddpo sample` and `ddpo ui`, as a user types them."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, StableDiffusionPipeline
+from PIL import Image
+
+from ddpo.config_files import read_config
+from ddpo.run import start_run
+from flows import cli
+from tests.fold import run_epochs
+
+SMALL = [
+    "sampler.steps=3",
+    "sampler.samples_per_epoch=4",
+    "sampler.shard_size=2",
+    "numerics.sample_batch_size=2",
+    "numerics.micro_batch_size=2",
+    "numerics.threads=1",
+    "epochs=1",
+]
+
+
+@pytest.fixture
+def root(tiny_model: Path, tmp_path: Path) -> Path:
+    """A store with one finished run, `small`."""
+    store = tmp_path / "store"
+    settings = [*SMALL, f"model={{path: {tiny_model}}}", f"storage.root={store}"]
+    run_epochs(start_run(read_config("configs/starter.yaml", settings), "small"), 1)
+    return store
+
+
+def ddpo(monkeypatch: pytest.MonkeyPatch, *words: object) -> None:
+    monkeypatch.setattr(sys, "argv", ["ddpo", *map(str, words)])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code in (0, None)
+
+
+def test_runs_lists_what_a_store_holds(root, monkeypatch, capsys):
+    ddpo(monkeypatch, "runs", "--root", root)
+    screen = capsys.readouterr().out
+    assert "small" in screen
+    assert "1/1" in screen
+
+
+def test_sample_draws_the_picture_that_plain_diffusers_draws(
+    root, tiny_model, tmp_path, monkeypatch
+):
+    out = tmp_path / "pictures" / "cat.png"
+    ddpo(
+        monkeypatch, "sample", "small", "--prompt", "a cat", "--seed", 7, "--checkpoint", 0,
+        "--out", out, "--root", root,
+    )  # fmt: skip
+    plain = StableDiffusionPipeline.from_pretrained(tiny_model, safety_checker=None)
+    plain.scheduler = DDIMScheduler.from_config(plain.scheduler.config)
+    plain.set_progress_bar_config(disable=True)
+    expected = plain(
+        "a cat",
+        num_inference_steps=3,
+        guidance_scale=3.0,
+        eta=1.0,
+        generator=torch.Generator().manual_seed(7),
+    ).images[0]
+    assert np.array_equal(np.asarray(Image.open(out)), np.asarray(expected))
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.mark.slow
+def test_ui_serves_both_pages_and_ends_with_ctrl_c(tmp_path, command_environment):
+    mlflow, prefect = free_port(), free_port()
+    log = tmp_path / "screen.log"
+    with log.open("w") as stream:
+        command = subprocess.Popen(
+            [
+                sys.executable, "-m", "flows.cli", "ui",
+                "--tracking", f"sqlite:///{tmp_path}/mlflow.db",
+                "--mlflow-port", str(mlflow), "--prefect-port", str(prefect),
+            ],
+            stdout=stream, stderr=subprocess.STDOUT, env=command_environment,
+        )  # fmt: skip
+    try:
+        deadline = time.monotonic() + 150
+        while "Ctrl-C" not in log.read_text() and time.monotonic() < deadline:
+            assert command.poll() is None, log.read_text()
+            time.sleep(0.5)
+        for port in (mlflow, prefect):
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=10) as page:
+                assert page.status == 200
+        assert f"http://127.0.0.1:{mlflow}" in log.read_text()
+    finally:
+        command.send_signal(signal.SIGINT)
+        assert command.wait(timeout=60) == 0

@@ -1,0 +1,189 @@
+"""Bugs planted on purpose: each must turn a check red that is green on the right code.
+
+All of them have been made in published trainers or reported against them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from checks import (
+    check_advantages_are_golden,
+    check_gradient_is_each_samples_own,
+    check_initial_ratio_is_one,
+    check_log_probs_are_golden,
+)
+from tiny import (
+    PROMPTS,
+    alternating_advantages,
+    as_float64,
+    draw,
+    grow_adapter,
+    load_policy,
+    make_float64,
+    rollouts_of,
+    tiny_config,
+)
+
+from ddpo.algorithms import advantages as advantages_module
+from ddpo.algorithms.advantages import AdvantageBatch
+from ddpo.gradient import Pairs, PolicyGradient, Rollouts
+from ddpo.policies import Policy
+from ddpo.transitions import NoiseSchedule
+
+
+@pytest.fixture
+def gradient_check(tiny_model: Path) -> Callable[[], None]:
+    config = tiny_config(tiny_model)
+    policy = load_policy(config)
+    grow_adapter(policy)
+    rollouts = as_float64(rollouts_of(draw(policy, config, PROMPTS[:4]), PROMPTS[:4]))
+    make_float64(policy)
+    advantages = alternating_advantages(4)
+    return lambda: check_gradient_is_each_samples_own(policy, config, rollouts, advantages)
+
+
+@pytest.fixture
+def ratio_check(tiny_model: Path) -> Callable[[], None]:
+    config = tiny_config(tiny_model)
+    policy = load_policy(config)
+    grow_adapter(policy)
+    return lambda: check_initial_ratio_is_one(policy, config)
+
+
+def assert_turns_red(check: Callable[[], None], plant: Callable[[], None], message: str) -> None:
+    check()
+    plant()
+    with pytest.raises(AssertionError, match=message):
+        check()
+
+
+def test_advantages_of_the_neighbouring_sample_are_caught(
+    gradient_check: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = PolicyGradient.accumulate
+
+    def shifted(
+        self: PolicyGradient, rollouts: Rollouts, advantages: torch.Tensor, *rest: object
+    ) -> tuple[float, torch.Tensor]:
+        return right(self, rollouts, advantages.roll(1), *rest)
+
+    assert_turns_red(
+        gradient_check,
+        lambda: monkeypatch.setattr(PolicyGradient, "accumulate", shifted),
+        "gradient off by",
+    )
+
+
+def neighbouring_timestep(
+    self: PolicyGradient, rollouts: Rollouts, pairs: Pairs, right: Callable = PolicyGradient.log_probs
+) -> torch.Tensor:
+    shifted = Rollouts(
+        rollouts.prompts, rollouts.latents, rollouts.log_probs, rollouts.timesteps.roll(1)
+    )
+    return right(self, shifted, pairs)
+
+
+def test_log_probs_of_the_neighbouring_timestep_are_caught_by_the_ratio(
+    ratio_check: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert_turns_red(
+        ratio_check,
+        lambda: monkeypatch.setattr(PolicyGradient, "log_probs", neighbouring_timestep),
+        "initial_ratio_deviation",
+    )
+
+
+def test_log_probs_of_the_neighbouring_timestep_are_caught_by_the_gradient(
+    gradient_check: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert_turns_red(
+        gradient_check,
+        lambda: monkeypatch.setattr(PolicyGradient, "log_probs", neighbouring_timestep),
+        "gradient off by",
+    )
+
+
+def test_a_neighbouring_timestep_in_sampler_and_update_alike_is_caught(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The ratio cannot see it, since both sides agree; golden values do."""
+    right = NoiseSchedule.alphas
+
+    def one_step_late(
+        self: NoiseSchedule, timesteps: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return right(self, (timesteps - self.stride).clamp(min=1))
+
+    assert_turns_red(
+        check_log_probs_are_golden,
+        lambda: monkeypatch.setattr(NoiseSchedule, "alphas", one_step_late),
+        "log-prob off by",
+    )
+
+
+def forget_guidance(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = Policy.predict
+
+    def unguided(
+        self: Policy,
+        latents: torch.Tensor,
+        timesteps: torch.Tensor,
+        embeddings: torch.Tensor,
+        guidance_scale: float,
+    ) -> torch.Tensor:
+        training = torch.is_grad_enabled()
+        return right(self, latents, timesteps, embeddings, 1.0 if training else guidance_scale)
+
+    monkeypatch.setattr(Policy, "predict", unguided)
+
+
+def test_guidance_left_out_of_the_update_is_caught_by_the_ratio(
+    ratio_check: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert_turns_red(ratio_check, lambda: forget_guidance(monkeypatch), "initial_ratio_deviation")
+
+
+def test_guidance_left_out_of_the_update_is_caught_by_the_gradient(
+    gradient_check: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert_turns_red(gradient_check, lambda: forget_guidance(monkeypatch), "gradient off by")
+
+
+def test_statistics_updated_after_their_use_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = advantages_module._per_prompt
+
+    def late(config, statistics, prompts, rewards):
+        after = right(config, statistics, prompts, rewards).statistics
+        mean, std, count = advantages_module._moments(rewards)
+        for index, prompt in enumerate(prompts):
+            before = np.asarray(statistics.get(prompt, ()))
+            if len(before) >= config.min_count:
+                mean[index], std[index], count[index] = before.mean(), before.std(), len(before)
+        normalised = advantages_module._normalise(rewards, mean, std, config.clip)
+        return AdvantageBatch(normalised, mean, std, count, after)
+
+    assert_turns_red(
+        check_advantages_are_golden,
+        lambda: monkeypatch.setattr(advantages_module, "_per_prompt", late),
+        "advantages off by",
+    )
+
+
+def test_sample_deviation_in_place_of_the_populations_is_caught(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    right = advantages_module._normalise
+
+    def sample_deviation(rewards, mean, std, clip):
+        return right(rewards, mean, std * 1.03, clip)  # sqrt(16 / 15)
+
+    assert_turns_red(
+        check_advantages_are_golden,
+        lambda: monkeypatch.setattr(advantages_module, "_normalise", sample_deviation),
+        "advantages off by",
+    )
