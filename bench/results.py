@@ -58,6 +58,7 @@ def train(trial: Trial, folder: Path, threads: int) -> None:
         "numerics.threads": threads,
         "tracking.uri": f"sqlite:///{folder}/mlflow-{trial.run_id}.db",
         "tracking.system_metrics": "false",
+        "tracking.pictures.seeds": "[0]",
         "outputs": folder / "outputs",
     }
     command = [sys.executable, "-m", "flows.cli", "train", CONFIGS[trial.task]]
@@ -75,6 +76,12 @@ def train(trial: Trial, folder: Path, threads: int) -> None:
     if done.returncode:
         raise RuntimeError(f"{trial.run_id} failed; see {log}")
     print(f"  trained {trial.run_id}", flush=True)
+
+
+def train_and_measure(trial: Trial, folder: Path, threads: int) -> None:
+    """Train a trial and evaluate it, unless that is done already."""
+    train(trial, folder, threads)
+    measure(trial, folder, folder / "evaluations")
 
 
 def measure(trial: Trial, folder: Path, cache: Path) -> tuple[Evaluation, Evaluation]:
@@ -96,9 +103,11 @@ def measure(trial: Trial, folder: Path, cache: Path) -> tuple[Evaluation, Evalua
         if not file.exists():
             result = evaluate(run, epoch)
             cache.mkdir(parents=True, exist_ok=True)
-            file.write_text(
+            whole = file.with_suffix(f".{trial.run_id}")
+            whole.write_text(
                 json.dumps({"rewards": result.rewards.tolist(), "diversity": result.diversity})
             )
+            whole.replace(file)
         stored = json.loads(file.read_text())
         found.append(Evaluation(np.asarray(stored["rewards"]), stored["diversity"], []))
     return found[0], found[1]
@@ -117,7 +126,7 @@ def table(task: str, folder: Path) -> str:
     lines = [
         f"### {task}",
         "",
-        "| run | reward, base | reward, trained | gain | standard error | gain / s.e. | diversity |",
+        "| run | base reward | trained | gain | standard error | gain / s.e. | diversity |",
         "|---|---|---|---|---|---|---|",
     ]
     gains: dict[bool, list[float]] = {False: [], True: []}
@@ -129,8 +138,9 @@ def table(task: str, folder: Path) -> str:
             gain = Gain.of(trained, base)
             gains[control].append(gain.mean)
             base_diversity = base.diversity
+            kind = "shuffled" if control else "real"
             lines.append(
-                f"| {'shuffled' if control else 'real'}, seed {seed} | {base.rewards.mean():.4f} "
+                f"| {kind}, seed {seed} | {base.rewards.mean():.4f} "
                 f"| {trained.rewards.mean():.4f} | {gain.mean:+.4f} | {gain.standard_error:.4f} "
                 f"| {gain.standard_errors:+.1f} | {trained.diversity / base.diversity:.0%} |"
             )
@@ -156,13 +166,13 @@ def main() -> None:
     folder = arguments.folder.absolute()
     trials = [
         Trial(task, seed, control)
+        for control in (False, True)
         for task in CONFIGS
         for seed in TRAINING_SEEDS
-        for control in (False, True)
     ]
     print(f"training {len(trials)} runs, {arguments.jobs} at a time, into {folder}", flush=True)
     with ThreadPoolExecutor(arguments.jobs) as pool:
-        list(pool.map(lambda trial: train(trial, folder, arguments.threads), trials))
+        list(pool.map(lambda trial: train_and_measure(trial, folder, arguments.threads), trials))
     for task in CONFIGS:
         print("\n" + table(task, folder), flush=True)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import UnionType
 from typing import Any, get_args
 
 import yaml
@@ -62,8 +63,11 @@ def parse_config(raw: Mapping[str, Any], source: str) -> RunConfig:
     try:
         return RunConfig.model_validate(raw)
     except ValidationError as error:
-        problems = [_problem(dict(e)) for e in error.errors(include_url=False)]
-        lines = "".join(f"\n  {line}" for line in problems)
+        problems: dict[str, list[str]] = {}
+        for each in error.errors(include_url=False):
+            wrong, hint = _problem(dict(each))
+            problems.setdefault(wrong, []).append(hint)
+        lines = "".join(f"\n  {wrong}; {' or '.join(hints)}" for wrong, hints in problems.items())
         raise ConfigError(f"{source} cannot be run:{lines}") from error
 
 
@@ -88,47 +92,61 @@ def _apply(raw: dict[str, Any], override: str) -> None:
     place[last] = value
 
 
-def _problem(error: dict[str, Any]) -> str:
-    path, model = _walk(error["loc"])
+def _problem(error: dict[str, Any]) -> tuple[str, str]:
+    """Return what is wrong with which key, and what would be right."""
+    path, model, tags = _walk(error["loc"])
     name = ".".join(path) or "the config"
     kind, found = error["type"], error.get("input")
     if kind == "extra_forbidden":
         known = list(model.model_fields) if model else []
         near = difflib.get_close_matches(path[-1], known, n=1)
         hint = f"did you mean `{near[0]}`?" if near else f"expected one of {', '.join(known)}"
-        return f"{name}: there is no such key; {hint}"
+        return f"{name}: there is no such key", hint
     if kind == "missing":
-        return f"{name}: missing"
+        return f"{name}: missing", "expected a value"
     if kind in ("union_tag_invalid", "union_tag_not_found"):
-        tags = error["ctx"].get("expected_tags", error["ctx"].get("discriminator"))
-        return f"{name}.type: found {error['ctx'].get('tag')!r}, expected one of {tags}"
+        tag = error["ctx"].get("tag")
+        wrong = "missing" if tag is None else f"found {tag!r}"
+        return f"{name}.type: {wrong}", f"expected one of {', '.join(tags)}"
     if kind == "value_error":
-        message = str(error["ctx"]["error"])
-        return message if not path else f"{name}: {message}"
-    return f"{name}: found {found!r}; {error['msg'].lower()}"
+        wrong, _, hint = str(error["ctx"]["error"]).rpartition("; ")
+        return (wrong if not path else f"{name}: {wrong}"), hint
+    return f"{name}: found {found!r}", error["msg"].lower()
 
 
-def _walk(location: Sequence[int | str]) -> tuple[list[str], type[BaseModel] | None]:
-    """Follow an error's location; the tags of discriminated unions are no keys of the file.
+def _walk(
+    location: Sequence[int | str],
+) -> tuple[list[str], type[BaseModel] | None, list[str]]:
+    """Follow an error's location; what stands for a union's member there is no key of the file.
 
     Returns:
-        The dotted path's parts, and the model that should have held the last of them.
+        The dotted path's parts; the model that should have held the last of them; and the values
+        that `type:` takes inside the last of them, where it is a discriminated union.
     """
     path: list[str] = []
     owner: type[BaseModel] | None = RunConfig
-    choices: dict[str, type[BaseModel]] = {}
     inside: type[BaseModel] | None = RunConfig
+    choices: dict[str, type[BaseModel]] = {}
+    plain_union = False
     for part in map(str, location):
         if part in choices:
             inside, choices = choices[part], {}
             continue
+        if plain_union:
+            plain_union = False
+            continue
         owner = inside
         path.append(part)
-        field = owner.model_fields.get(part) if owner else None
-        models = _models(field.annotation) if field else []
+        annotation = owner.model_fields[part].annotation if _holds(owner, part) else None
+        models = _models(annotation)
         inside = models[0] if len(models) == 1 else None
         choices = {_tag(model): model for model in models} if len(models) > 1 else {}
-    return path, owner
+        plain_union = not models and isinstance(annotation, UnionType)
+    return path, owner, list(choices)
+
+
+def _holds(owner: type[BaseModel] | None, name: str) -> bool:
+    return owner is not None and name in owner.model_fields
 
 
 def _tag(model: type[BaseModel]) -> str:

@@ -198,7 +198,7 @@ def _check_finite(rollouts: Rollouts, pairs: Pairs, log_probs: Tensor, losses: T
         row, step = int(pairs.samples[first]), int(pairs.steps[first])
         raise NonFiniteError(
             f"log-prob {float(log_probs.detach()[first])}, loss {float(losses.detach()[first])} "
-            f"for sample {row} (prompt {rollouts.prompts[row]!r}) at timestep {int(rollouts.timesteps[step])} (step "
-            f"{step}); the weights were left as they were. Lower optimizer.learning_rate, or use "
+            f"for sample {row} (prompt {rollouts.prompts[row]!r}) at timestep "
+            f"{int(rollouts.timesteps[step])} (step {step}); the weights were left as they were. Lower optimizer.learning_rate, or use "
             "numerics.dtype float32 or bfloat16."
         )

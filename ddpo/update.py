@@ -12,32 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ddpo.algorithms.advantages import PromptStatistics
 from ddpo.config import DdpoIsConfig, OptimizerConfig, RunConfig
 from ddpo.errors import NonFiniteError
 from ddpo.gradient import PolicyGradient, Rollouts
 from ddpo.policies import Policy
-
-
-@dataclass(frozen=True)
-class TrainState:
-    """All that training carries from epoch to epoch.
-
-    Attributes:
-        weights: The trained weights by name.
-        optimizer: AdamW's state as ``moment/parameter``; empty before the first step.
-        statistics: The last rewards of each prompt.
-        epoch: The next epoch to run.
-        updates: Optimizer steps so far.
-        samples: Pictures drawn so far.
-    """
-
-    weights: Mapping[str, Tensor]
-    optimizer: Mapping[str, Tensor]
-    statistics: PromptStatistics
-    epoch: int
-    updates: int
-    samples: int
+from ddpo.state import PromptStatistics, TrainState
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ddpo.errors import DdpoError
-from flows.quiet import set_defaults
+from flows.quiet import set_defaults, without_heartbeats
 
 if TYPE_CHECKING:
     from ddpo.run import Run
@@ -163,7 +163,7 @@ def _show(run_id: str, epochs: int, run: Callable[[], object], root: str | None)
 
     again = f"ddpo resume {run_id}" + (f" --root {root}" if root else "")
     try:
-        with Bars(console, run_id, epochs) as bars, shown_by(bars):
+        with without_heartbeats(), Bars(console, run_id, epochs) as bars, shown_by(bars):
             run()
     except KeyboardInterrupt:
         console.print(f"stopped; what is committed is kept. Go on with: [bold]{again}[/]")

@@ -7,11 +7,13 @@ import tempfile
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
+from typing import Annotated
 
 import yaml
 from prefect import flow
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.runtime import flow_run
+from pydantic import WithJsonSchema
 
 from ddpo.config import RunConfig
 from ddpo.config_files import read_config

@@ -13,11 +13,11 @@ from pydantic import BaseModel, ConfigDict
 from ddpo.errors import PolicyMismatch
 from ddpo.policies import Policy
 from ddpo.run import Run, open_run
+from ddpo.state import TrainState
 from ddpo.store import manifests
 from ddpo.store.checkpoints import load_checkpoint, load_document
 from ddpo.store.manifests import Ref
 from ddpo.store.objects import Store
-from ddpo.update import TrainState
 
 _device = threading.Lock()
 _loaded: _Loaded | None = None

@@ -251,14 +251,14 @@ def test_target_modules_that_match_nothing_are_refused(tiny_model: Path) -> None
 
 
 def test_a_resolution_that_latents_cannot_have_is_refused(tiny_model: Path) -> None:
-    config = tiny_config(tiny_model, model={"path": str(tiny_model), "resolution": 17})
+    config = tiny_config(tiny_model, model={"resolution": 17})
     with pytest.raises(ConfigError, match="17 is not a multiple of 2"):
         load_policy(config)
 
 
 def test_resolution_is_the_models_own_unless_asked(tiny_model: Path) -> None:
     assert load_policy(tiny_config(tiny_model)).resolution == 16
-    config = tiny_config(tiny_model, model={"path": str(tiny_model), "resolution": 32})
+    config = tiny_config(tiny_model, model={"resolution": 32})
     policy = load_policy(config)
     drawn = sample(policy, ["a cat"], [0], STILL)
     assert drawn.latents.shape[2:] == (4, 16, 16) and drawn.images[0].size == (32, 32)

@@ -20,7 +20,7 @@ from diffusers import (
 )
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from ddpo.config import ModelConfig, RunConfig
+from ddpo.config import RunConfig
 from ddpo.config_files import parse_config
 from ddpo.gradient import Rollouts
 from ddpo.numerics import settle_numerics
@@ -102,10 +102,10 @@ def build_tiny_model(
     return folder
 
 
-def tiny_config(model: Path | str, **changes: Any) -> RunConfig:
+def tiny_config(folder: Path | str, /, **changes: Any) -> RunConfig:
     """Return a small run on a model; keywords are the config's parts, each a mapping of changes."""
     raw: dict[str, Any] = {
-        "model": {"path": str(model)},
+        "model": {"path": str(folder)},
         "prompts": {"name": "simple_animals"},
         "reward": {"name": "jpeg_compressibility"},
         "sampler": {"steps": 4, "guidance_scale": 3.0, "samples_per_epoch": 8, "shard_size": 4},

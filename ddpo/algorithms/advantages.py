@@ -5,7 +5,7 @@ Failed samples (reward NaN) stay out of every statistic and get advantage 0.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,12 +13,9 @@ from numpy.typing import NDArray
 
 from ddpo.config import BatchAdvantages, PerPromptAdvantages
 from ddpo.errors import RewardError
+from ddpo.state import PromptStatistics
 
 _STD_FLOOR = 1e-6
-
-PromptStatistics = Mapping[str, tuple[float, ...]]
-"""The last rewards of each prompt, oldest first."""
-
 
 @dataclass(frozen=True)
 class AdvantageBatch:

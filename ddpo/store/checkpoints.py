@@ -8,12 +8,12 @@ from typing import Any
 
 from ddpo.digests import canonical_json
 from ddpo.errors import MissingObject, RetiredObject
+from ddpo.state import TrainState
 from ddpo.store import keys, manifests
 from ddpo.store.manifests import Committed, Manifest, Ref
 from ddpo.store.objects import Store
 from ddpo.store.retention import is_retired
 from ddpo.store.tensors import decode_tensors, encode_tensors
-from ddpo.update import TrainState
 
 
 def commit_checkpoint(
