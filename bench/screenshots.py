@@ -25,6 +25,7 @@ import requests
 from mlflow.tracking import MlflowClient
 from playwright.sync_api import BrowserContext, Page, expect, sync_playwright
 
+from ddpo.config import TrackingConfig
 from tasks.mlflow_connection import RUN_ID_TAG, connect
 
 _START_TIMEOUT_S = 60.0
@@ -72,6 +73,24 @@ class TrackedRun:
     """The newest adapter's id."""
     base_model: str
     """What that adapter adapts."""
+
+
+def newest_run(client: MlflowClient) -> str:
+    """Returns our id of the run that finished last.
+
+    Raises:
+        LookupError: If none has finished.
+    """
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    runs = client.search_runs(
+        experiments,
+        filter_string="attributes.status = 'FINISHED'",
+        order_by=["attributes.end_time DESC"],
+        max_results=1,
+    )
+    if not runs:
+        raise LookupError("No run of this store has finished; `make demo` makes one.")
+    return runs[0].data.tags[RUN_ID_TAG]
 
 
 def find_run(client: MlflowClient, run_id: str) -> TrackedRun:
@@ -254,13 +273,14 @@ def _end(server: subprocess.Popen[bytes]) -> None:
 def main() -> None:
     """Takes the four screenshots."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--tracking-uri", required=True, help="the MLflow database")
-    parser.add_argument("--run-id", required=True, help="the run to show")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the pictures")
+    default = TrackingConfig().uri
+    parser.add_argument("--tracking-uri", default=default, help="the MLflow database")
+    parser.add_argument("--run-id", help="the run to show; by default the newest that finished")
+    parser.add_argument("--out", type=Path, default=Path("docs/images"), help="their folder")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     client = connect(arguments.tracking_uri)
-    run = find_run(client, arguments.run_id)
+    run = find_run(client, arguments.run_id or newest_run(client))
     pages = {
         "mlflow_runs.png": visit_runs,
         "mlflow_curves.png": visit_curves,

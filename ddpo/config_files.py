@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import UnionType
-from typing import Any, get_args
+from typing import Any, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -137,16 +137,13 @@ def _walk(
             continue
         owner = inside
         path.append(part)
-        annotation = owner.model_fields[part].annotation if _holds(owner, part) else None
+        field = owner.model_fields.get(part) if owner else None
+        annotation = field.annotation if field else None
         models = _models(annotation)
         inside = models[0] if len(models) == 1 else None
         choices = {_tag(model): model for model in models} if len(models) > 1 else {}
-        plain_union = not models and isinstance(annotation, UnionType)
+        plain_union = not models and get_origin(annotation) in (Union, UnionType)
     return path, owner, list(choices)
-
-
-def _holds(owner: type[BaseModel] | None, name: str) -> bool:
-    return owner is not None and name in owner.model_fields
 
 
 def _tag(model: type[BaseModel]) -> str:

@@ -199,6 +199,6 @@ def _check_finite(rollouts: Rollouts, pairs: Pairs, log_probs: Tensor, losses: T
         raise NonFiniteError(
             f"log-prob {float(log_probs.detach()[first])}, loss {float(losses.detach()[first])} "
             f"for sample {row} (prompt {rollouts.prompts[row]!r}) at timestep "
-            f"{int(rollouts.timesteps[step])} (step {step}); the weights were left as they were. Lower optimizer.learning_rate, or use "
-            "numerics.dtype float32 or bfloat16."
+            f"{int(rollouts.timesteps[step])} (step {step}); the weights were left as they "
+            "were. Lower optimizer.learning_rate, or use numerics.dtype float32 or bfloat16."
         )

@@ -129,6 +129,23 @@ def settle_again(config: NumericsConfig, frozen: Numerics) -> Numerics:
     return frozen.model_copy(update={**explicit, "device": device})
 
 
+def changed_versions(frozen: Numerics) -> list[str]:
+    """Name the libraries that are no longer of the version a run was started with.
+
+    Args:
+        frozen: The run's numerics.
+
+    Returns:
+        One text a library, such as ``torch 2.12.0, now 2.13.0``; empty if none changed.
+    """
+    now = {name: version(name) for name in _VERSIONED}
+    return [
+        f"{name} {then}, now {now[name]}"
+        for name, then in frozen.versions.items()
+        if now.get(name) != then
+    ]
+
+
 def _settle_device(asked: str) -> Literal["cpu", "cuda", "mps"]:
     if asked == "cuda" and not torch.cuda.is_available():
         raise ConfigError(

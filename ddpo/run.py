@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,7 +16,7 @@ from ddpo.config import NumericsConfig, RunConfig
 from ddpo.config_files import parse_config
 from ddpo.digests import json_digest
 from ddpo.errors import RunIdentityMismatch
-from ddpo.numerics import Numerics, settle_again, settle_numerics
+from ddpo.numerics import Numerics, changed_versions, settle_again, settle_numerics
 from ddpo.policies import check_model
 from ddpo.prompts import Prompt, load_prompts, prompt_set_digest
 from ddpo.rewards import Reward, load_reward
@@ -23,6 +24,8 @@ from ddpo.store import keys, runs
 from ddpo.store.documents import differences
 from ddpo.store.objects import Store
 from ddpo.store.runs import RunRecord
+
+_logger = logging.getLogger(__name__)
 
 DEFAULT_ROOT = "ddpo-data/store"
 
@@ -143,6 +146,12 @@ def start_run(config: RunConfig, run_id: str) -> Run:
         code={"ddpo": ddpo.__version__},
     )
     runs.append_operation(store, run_id, config.operation())
+    if changed := changed_versions(numerics):
+        _logger.warning(
+            "run %s was started with %s: results from here on may differ by rounding",
+            run_id,
+            "; ".join(changed),
+        )
     return _from_record(store, record, config.operation())
 
 

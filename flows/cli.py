@@ -189,6 +189,8 @@ def _summarise(run: Run) -> None:
     table.add_row("reward, std", f"{first.std:.4f}", f"{last.std:.4f}")
     console.print(table)
     places = Table.grid(padding=(0, 2))
+    places.add_column()
+    places.add_column(overflow="fold")  # a path that is cut short leads nowhere
     places.add_row("report", str(outputs / "report.png"))
     places.add_row("weights", str(outputs))
     places.add_row("store", run.store.root)

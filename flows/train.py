@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated
 
 import yaml
 from prefect import flow
-from prefect.artifacts import create_progress_artifact, update_progress_artifact
+from prefect.artifacts import (
+    create_progress_artifact,
+    create_table_artifact,
+    update_progress_artifact,
+)
 from prefect.runtime import flow_run
 from pydantic import WithJsonSchema
 
@@ -35,8 +39,16 @@ Text = Annotated[str | None, WithJsonSchema({"type": "string"})]
 Whole = Annotated[int | None, WithJsonSchema({"type": "integer"})]
 Number = Annotated[float | None, WithJsonSchema({"type": "number"})]
 
+_SHOWN = ("reward/mean", "reward/std", "update/approx_kl", "update/clip_fraction", "time/epoch_s")
 
-@flow(name="ddpo-train", flow_run_name="{run_id}")
+
+def _run_name() -> str:
+    """Name a flow run after its run, one without a name so that Prefect's retry goes on with it."""
+    asked = flow_run.get_parameters()
+    return asked.get("run_id") or f"{_stem(asked['config_file'])}-{(flow_run.get_id() or '')[:8]}"
+
+
+@flow(name="ddpo-train", flow_run_name=_run_name)
 def train(
     config_file: str = "configs/starter.yaml",
     run_id: Text = None,
@@ -50,8 +62,8 @@ def train(
     """Fine-tune a diffusion model on a reward.
 
     Args:
-        config_file: A YAML file; the others in `configs/` are for Stable Diffusion.
-        run_id: The run's name; that of an existing run goes on with it. Empty: config and time.
+        config_file: A YAML file; `configs/` holds some.
+        run_id: The run's name; that of an existing run goes on with it. Empty: a new name.
         epochs: Rounds of sampling and updating. Empty: the config's.
         seed: What everything random is derived from. Empty: the config's.
         learning_rate: Step size of AdamW. Empty: the config's.
@@ -71,7 +83,7 @@ def train(
     }
     named = [f"{name}={value}" for name, value in form.items() if value is not None]
     config = read_config(config_file, [*named, *overrides])
-    run_id = run_id or new_run_id(config_file)
+    run_id = run_id or _run_name()
     _train(start_run(config, run_id))
     return run_id
 
@@ -100,7 +112,11 @@ def resume(run_id: str, storage: Text = None, epochs: Whole = None) -> str:
 
 def new_run_id(config_file: str) -> str:
     """Name a run after its config and the time, to the second."""
-    return f"{Path(config_file).stem.replace('_', '-')}-{datetime.now():%Y%m%d-%H%M%S}"
+    return f"{_stem(config_file)}-{datetime.now():%Y%m%d-%H%M%S}"
+
+
+def _stem(config_file: str) -> str:
+    return Path(config_file).stem.replace("_", "-")
 
 
 def outputs_folder(config: RunConfig, run_id: str) -> Path:
@@ -127,11 +143,13 @@ def _train(run: Run) -> None:
     )
     outputs = str(outputs_folder(run.config, run.run_id))
     try:
+        rows: list[dict[str, str]] = []
         checkpoint = start(handle)
         for epoch in range(epochs):
             outcome = run_epoch(plan, checkpoint, epoch)
             checkpoint = outcome.checkpoint
             finished_epoch(epoch + 1, epochs, outcome.metrics)
+            rows.append({"epoch": str(epoch), **_row(outcome.metrics)})
             update_progress_artifact(shown, progress=100.0 * (epoch + 1) / epochs)  # pyright: ignore
             if (epoch + 1) % run.config.tracking.adapter_every == 0 and epoch + 1 < epochs:
                 export_weights(handle, tracking, checkpoint, None, epoch + 1)
@@ -139,10 +157,23 @@ def _train(run: Run) -> None:
         track_pictures(handle, tracking, last, epochs)
         export_weights(handle, tracking, checkpoint, outputs, epochs)
         page.log_file(write_report(run, pictures.pictures_id, Path(outputs) / "report.png"))
+        create_table_artifact(
+            key=f"{artifact_key(run.run_id)}-epochs",
+            table=rows,
+            description=f"Mean reward: {_mean(rows[0])}, in the end {_mean(rows[-1])}",
+        )
     except BaseException as error:
         page.finish("FAILED" if isinstance(error, Exception) else "KILLED")
         raise
     page.finish("FINISHED")
+
+
+def _mean(row: Mapping[str, str]) -> str:
+    return row.get("reward/mean", "nothing")
+
+
+def _row(metrics: Mapping[str, float]) -> dict[str, str]:
+    return {name: f"{metrics[name]:.4g}" for name in _SHOWN if name in metrics}
 
 
 def _open_tracker(run: Run) -> RunTracker:

@@ -5,11 +5,16 @@ All of them have been made in published trainers or reported against them.
 
 from __future__ import annotations
 
+import io
+import uuid
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
+import safetensors.torch
 import torch
 from checks import (
     check_advantages_are_golden,
@@ -29,11 +34,22 @@ from tiny import (
     tiny_config,
 )
 
+import tasks.update
 from ddpo.algorithms import advantages as advantages_module
 from ddpo.algorithms.advantages import AdvantageBatch
 from ddpo.gradient import Pairs, PolicyGradient, Rollouts
 from ddpo.policies import Policy
+from ddpo.run import start_run
+from ddpo.store import manifests
+from ddpo.store.checkpoints import load_checkpoint
+from ddpo.store.tables import AdvantageRow
 from ddpo.transitions import NoiseSchedule
+from ddpo.update import initial_state, update
+from tasks.advantages import advantages_of
+from tasks.sample import sample_shard
+from tasks.score import score_shard
+from tasks.start import start
+from tasks.worker import RunHandle
 
 
 @pytest.fixture
@@ -79,8 +95,72 @@ def test_advantages_of_the_neighbouring_sample_are_caught(
     )
 
 
+def test_advantages_joined_to_the_neighbouring_sample_are_caught(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = tasks.update.decode_advantages
+
+    def shifted(data: bytes) -> list[AdvantageRow]:
+        rows = right(data)
+        ahead = [*rows[1:], rows[0]]
+        return [
+            replace(row, advantage=other.advantage) for row, other in zip(rows, ahead, strict=True)
+        ]
+
+    assert_turns_red(
+        lambda: check_the_update_task_joins_advantages_by_sample(tiny_model),
+        lambda: monkeypatch.setattr(tasks.update, "decode_advantages", shifted),
+        "weights of another join",
+    )
+
+
+def check_the_update_task_joins_advantages_by_sample(model: Path) -> None:
+    """Run one epoch's tasks; update a second policy from the stored tables, matched by id here."""
+    root = f"memory://{uuid.uuid4().hex}"
+    config = tiny_config(
+        model,
+        storage={"root": root},
+        advantages={"type": "batch"},
+        optimizer={"learning_rate": 0.1},
+    )
+    run = start_run(config, "r")
+    handle = RunHandle(root=root, run_id="r")
+    checkpoint = start.fn(handle)
+    shards = [sample_shard.fn(handle, checkpoint, 0, shard) for shard in range(run.shards)]
+    scores = [score_shard.fn(handle, ref, 0, shard) for shard, ref in enumerate(shards)]
+    scored = advantages_of.fn(handle, checkpoint, shards, scores, 0)
+    following = tasks.update.update_policy.fn(handle, checkpoint, shards, scored, 0)
+    found = load_checkpoint(run.store, following).weights
+
+    table = run.store.get(manifests.load(run.store, scored).objects["advantages"])
+    by_id = {
+        row["sample_id"]: row["advantage"] for row in pq.read_table(io.BytesIO(table)).to_pylist()
+    }
+    assert len(set(by_id.values())) > 4, "advantages so alike that a shift would not show"
+    samples, tensors = [], []
+    for ref in shards:
+        objects = manifests.load(run.store, ref).objects
+        rows = pq.read_table(io.BytesIO(run.store.get(objects["rollouts"]))).to_pylist()
+        samples += [(row["sample_id"], row["prompt"]) for row in rows]
+        tensors.append(safetensors.torch.load(run.store.get(objects["trajectories"])))
+    rollouts = Rollouts(
+        [prompt for _, prompt in samples],
+        torch.cat([shard["latents"] for shard in tensors]),
+        torch.cat([shard["log_probs"] for shard in tensors]),
+        tensors[0]["timesteps"],
+    )
+    policy = load_policy(config)
+    own = torch.tensor([by_id[sample_id] for sample_id, _ in samples])
+    expected, _ = update(policy, initial_state(policy), rollouts, own, {}, config)
+    same = all(torch.equal(found[name], value) for name, value in expected.weights.items())
+    assert same, "weights of another join"
+
+
 def neighbouring_timestep(
-    self: PolicyGradient, rollouts: Rollouts, pairs: Pairs, right: Callable = PolicyGradient.log_probs
+    self: PolicyGradient,
+    rollouts: Rollouts,
+    pairs: Pairs,
+    right: Callable = PolicyGradient.log_probs,
 ) -> torch.Tensor:
     shifted = Rollouts(
         rollouts.prompts, rollouts.latents, rollouts.log_probs, rollouts.timesteps.roll(1)
@@ -94,7 +174,7 @@ def test_log_probs_of_the_neighbouring_timestep_are_caught_by_the_ratio(
     assert_turns_red(
         ratio_check,
         lambda: monkeypatch.setattr(PolicyGradient, "log_probs", neighbouring_timestep),
-        "initial_ratio_deviation",
+        "initial ratio off by",
     )
 
 
@@ -145,7 +225,7 @@ def forget_guidance(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_guidance_left_out_of_the_update_is_caught_by_the_ratio(
     ratio_check: Callable[[], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert_turns_red(ratio_check, lambda: forget_guidance(monkeypatch), "initial_ratio_deviation")
+    assert_turns_red(ratio_check, lambda: forget_guidance(monkeypatch), "initial ratio off by")
 
 
 def test_guidance_left_out_of_the_update_is_caught_by_the_gradient(

@@ -203,9 +203,7 @@ def test_text_is_encoded_in_float32_whatever_the_unet_computes_in(tiny_model: Pa
 
 def test_low_precision_keeps_the_trained_weights_in_float32(tiny_model: Path) -> None:
     for kind in ("lora", "full"):
-        config = tiny_config(
-            tiny_model, numerics={"dtype": "bfloat16"}, trainable={"type": kind}
-        )
+        config = tiny_config(tiny_model, numerics={"dtype": "bfloat16"}, trainable={"type": kind})
         policy = load_policy(config)
         trained = {p.dtype for p in policy.weights.parameters().values()}
         frozen = {p.dtype for p in policy.pipeline.unet.parameters() if not p.requires_grad}

@@ -166,5 +166,5 @@ def test_a_scheduler_that_clips_is_refused(change: dict[str, bool]) -> None:
 
 def test_a_scheduler_that_predicts_the_sample_is_refused() -> None:
     scheduler = stable_diffusion_scheduler(prediction_type="sample")
-    with pytest.raises(ModelError, match="'sample'.*expected 'epsilon' or 'v_prediction'"):
+    with pytest.raises(ModelError, match=r"'sample'.*expected 'epsilon' or 'v_prediction'"):
         NoiseSchedule.from_scheduler(scheduler, steps=STEPS, eta=1.0)

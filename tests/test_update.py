@@ -26,7 +26,7 @@ from tiny import (
 
 from ddpo.config import RunConfig
 from ddpo.errors import NonFiniteError
-from ddpo.gradient import PolicyGradient, Rollouts, micro_batches
+from ddpo.gradient import Pairs, PolicyGradient, Rollouts, micro_batches
 from ddpo.policies import Policy
 from ddpo.store.checkpoints import commit_checkpoint, load_checkpoint
 from ddpo.store.objects import Store
@@ -101,9 +101,7 @@ def test_micro_batches_of_any_size_give_the_gradient_of_one_backward_over_everyt
     make_float64(policy)
     exact = as_float64(rollouts)
     updates = 2 if algorithm == "ddpo_is" else 1
-    config = tiny_config(
-        policy.folder, algorithm={"type": algorithm, "updates_per_epoch": updates}
-    )
+    config = tiny_config(policy.folder, algorithm={"type": algorithm, "updates_per_epoch": updates})
     noise = torch.randn(exact.log_probs.shape, generator=torch.Generator().manual_seed(0))
     old = exact.log_probs + 2e-4 * noise  # ratios on both sides of the clip range, and inside
 
@@ -168,7 +166,7 @@ def test_the_initial_ratio_is_exactly_1_where_the_update_sees_the_samplers_batch
     check_initial_ratio_is_one(policy, config)
 
 
-@pytest.mark.parametrize("micro", [1, 3, 8, 32])
+@pytest.mark.parametrize("micro", [1, 3, 32])
 def test_the_initial_ratio_is_1_within_rounding_otherwise(
     policy: Policy, config: RunConfig, rollouts: Rollouts, micro: int
 ) -> None:
@@ -232,7 +230,7 @@ def other_order(rollouts: Rollouts) -> Rollouts:
 _STILL = 1e-30
 
 
-@pytest.mark.parametrize("micro", [1, 3, 4, 8])
+@pytest.mark.parametrize("micro", [3, 8])
 def test_recomputed_log_probs_make_the_ratio_1_in_every_updates_own_batches(
     tiny_model: Path, micro: int
 ) -> None:
@@ -245,6 +243,25 @@ def test_recomputed_log_probs_make_the_ratio_1_in_every_updates_own_batches(
     assert metrics.clip_fraction == 0.0
     # What is measured is the stored log-probs' deviation all the same.
     assert metrics.initial_ratio_deviation.p99 > 1e-4
+
+
+@pytest.mark.parametrize("micro", [3, 8])
+def test_log_probs_are_recomputed_in_the_very_batches_that_the_updates_see(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch, micro: int
+) -> None:
+    """A tiny model may round alike in all batches; Stable Diffusion does not."""
+    policy, config, rollouts = bfloat16_run(tiny_model, "recompute", micro)
+    seen: list[tuple[bool, list[int], list[int]]] = []
+    right = PolicyGradient.log_probs
+
+    def recorded(self: PolicyGradient, rollouts: Rollouts, pairs: Pairs) -> torch.Tensor:
+        seen.append((torch.is_grad_enabled(), pairs.samples.tolist(), pairs.steps.tolist()))
+        return right(self, rollouts, pairs)
+
+    monkeypatch.setattr(PolicyGradient, "log_probs", recorded)
+    update(policy, initial_state(policy), rollouts, ADVANTAGES, {}, config)
+    recomputed, trained = ([rest for g, *rest in seen if g == grad] for grad in (False, True))
+    assert recomputed == trained and len(trained) == 2 * math.ceil(16 / micro)
 
 
 def test_stored_log_probs_are_used_as_they_are(tiny_model: Path) -> None:
@@ -331,9 +348,7 @@ def test_two_epochs_straight_are_one_and_one_more_from_the_store(
     assert not torch.equal(flat(straight.weights), flat(first.weights))
 
 
-def test_updates_are_those_of_one_adamw_that_lives_on(
-    policy: Policy, config: RunConfig
-) -> None:
+def test_updates_are_those_of_one_adamw_that_lives_on(policy: Policy, config: RunConfig) -> None:
     state = initial_state(policy)
     rounds = []
     for epoch in range(2):
@@ -343,9 +358,7 @@ def test_updates_are_those_of_one_adamw_that_lives_on(
     plain = load_policy(config)
     grow_adapter(plain)
     parameters = list(plain.weights.parameters().values())
-    adamw = torch.optim.AdamW(
-        parameters, lr=3e-4, betas=(0.9, 0.999), weight_decay=1e-4, eps=1e-8
-    )
+    adamw = torch.optim.AdamW(parameters, lr=3e-4, betas=(0.9, 0.999), weight_decay=1e-4, eps=1e-8)
     gradient = PolicyGradient(plain, config.sampler, config.algorithm)
     for rollouts in rounds:
         for samples in (range(4), range(4, 8)):

@@ -5,7 +5,6 @@ Pictures are 16 x 16 px, latents 4 x 8 x 8: a whole epoch takes a fraction of a 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -31,7 +30,7 @@ from ddpo.starter.text import build_tokenizer
 PROMPTS = ("a cat", "a dog", "a horse", "two cats", "a fox", "a bee")
 
 # The noise schedule that Stable Diffusion 1.x and 2.x share.
-_SCHEDULE = {
+SCHEDULE = {
     "num_train_timesteps": 1000,
     "beta_start": 0.00085,
     "beta_end": 0.012,
@@ -48,7 +47,7 @@ def build_tiny_model(
     prediction_type: Literal["epsilon", "v_prediction"] = "epsilon",
     seed: int = 0,
 ) -> Path:
-    """Write a pipeline as hub models ship: with PNDM as SD 1.x's (epsilon), DDIM as SD 2.x's (v)."""
+    """Write a pipeline as the hub's are: with PNDM as SD 1.x (epsilon), DDIM as SD 2.x (v)."""
     tokenizer = build_tokenizer()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -179,9 +178,9 @@ def as_float64(rollouts: Rollouts) -> Rollouts:
 
 def _scheduler(prediction_type: str) -> DDIMScheduler | PNDMScheduler:
     if prediction_type == "v_prediction":
-        return DDIMScheduler(**_SCHEDULE, prediction_type="v_prediction")
+        return DDIMScheduler(**SCHEDULE, prediction_type="v_prediction")
     # As SD 1.4 ships: PNDM, whose file says clip_sample although PNDM itself has no such setting.
-    return PNDMScheduler.from_config({**_SCHEDULE, "skip_prk_steps": True})
+    return PNDMScheduler.from_config({**SCHEDULE, "skip_prk_steps": True})
 
 
 @torch.no_grad()
@@ -191,7 +190,3 @@ def _make_lively(vae: AutoencoderKL, unet: UNet2DConditionModel) -> None:
     for name, parameter in unet.named_parameters():
         if ".attn2.to_" in name and name.endswith("weight"):
             parameter *= 3.0
-
-
-def scheduler_settings(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "scheduler" / "scheduler_config.json").read_text())

@@ -127,11 +127,11 @@ def train_vae(work: WorkFolder, recipe: Recipe) -> None:
     fit("vae", vae, loss_of_shard, recipe.vae, work.vae)
     if not work.vae_figures.exists():
         load_ema(vae, work.vae)
-        write_json(work.vae_figures, measure_vae(vae, recipe.seed))
+        write_json(work.vae_figures, measure_vae(vae, recipe.seed, FRESH_PICTURES))
 
 
 @torch.no_grad()
-def measure_vae(vae: AutoencoderKL, seed: int, count: int = FRESH_PICTURES) -> dict[str, float]:
+def measure_vae(vae: AutoencoderKL, seed: int, count: int) -> dict[str, float]:
     """Measures reconstruction on pictures outside of the training set.
 
     Args:

@@ -86,10 +86,10 @@ def main(
     out: Annotated[Path, typer.Option(help="The pipeline's folder.")] = STARTER_PATH,
     seed: Annotated[int, typer.Option(help="Of every draw.")] = 0,
     cached_pictures: Annotated[int, typer.Option(help="Different pictures drawn.")] = 40_000,
-    vae_pictures: Annotated[int, typer.Option(help="Seen by the autoencoder.")] = 150_000,
+    vae_pictures: Annotated[int, typer.Option(help="Seen by the autoencoder.")] = 72_000,
     vae_batch: Annotated[int, typer.Option(help="Pictures a step.")] = 16,
-    unet_pictures: Annotated[int, typer.Option(help="Seen by the noise predictor.")] = 400_000,
-    unet_batch: Annotated[int, typer.Option(help="Pictures a step.")] = 48,
+    unet_pictures: Annotated[int, typer.Option(help="Seen by the noise predictor.")] = 72_000,
+    unet_batch: Annotated[int, typer.Option(help="Pictures a step.")] = 32,
     compile: Annotated[bool, typer.Option(help="Needs a C++ compiler; a third faster.")] = True,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --work.")] = False,
     export_only: Annotated[

@@ -22,9 +22,7 @@ def is_loss(new: float, old: float, advantage: float, clip: float) -> float:
 def test_ddpo_is_is_the_clipped_surrogate(shift: float, advantage: float) -> None:
     new = torch.tensor([1.25 + shift], dtype=torch.float64)
     old = torch.tensor([1.25], dtype=torch.float64)
-    found = ddpo_is_loss(
-        new, old, torch.tensor([advantage], dtype=torch.float64), clip_range=CLIP
-    )
+    found = ddpo_is_loss(new, old, torch.tensor([advantage], dtype=torch.float64), clip_range=CLIP)
     assert float(found) == pytest.approx(is_loss(1.25 + shift, 1.25, advantage, CLIP), rel=1e-12)
 
 

@@ -40,7 +40,7 @@ def folder_bytes(folder: Path) -> dict[str, bytes]:
 @pytest.fixture(autouse=True)
 def frequent_checkpoints(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loop, "CHECKPOINT_EVERY", 2)
-    monkeypatch.setattr("ddpo.starter.stages.FRESH_PICTURES", 16)
+    monkeypatch.setattr("ddpo.starter.stages.FRESH_PICTURES", 64)
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("straight")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "CHECKPOINT_EVERY", 2)
-        patch.setattr("ddpo.starter.stages.FRESH_PICTURES", 16)
+        patch.setattr("ddpo.starter.stages.FRESH_PICTURES", 64)
         train(WorkFolder(folder / "work"), TINY, folder / "out", resume=False)
     return folder
 

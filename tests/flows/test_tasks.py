@@ -1,0 +1,247 @@
+"""The tasks' bodies, without Prefect: what they commit, and what they refuse or find done."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ddpo.config import StorageConfig
+from ddpo.digests import sha256_bytes
+from ddpo.errors import PolicyMismatch, RetiredObject
+from ddpo.run import Run, start_run
+from ddpo.store import keys, manifests
+from ddpo.store.checkpoints import load_checkpoint, load_document
+from ddpo.store.manifests import Ref
+from ddpo.store.retention import is_retired
+from ddpo.store.tables import decode_advantages, decode_rewards, decode_rollouts
+from tasks import worker
+from tasks.advantages import advantages_of
+from tasks.commit import commit_epoch
+from tasks.pictures import PictureSet, draw_pictures
+from tasks.sample import sample_shard
+from tasks.score import score_shard
+from tasks.start import start
+from tasks.update import update_policy
+from tasks.worker import RunHandle
+from tests.tiny import tiny_config
+
+TREES = (
+    "rollouts",
+    "trajectories",
+    "rewards",
+    "advantages",
+    "statistics",
+    "pictures",
+    "checkpoints",
+    "manifests",
+)
+PICTURES = PictureSet(prompts=("a cat",), seeds=(0, 1))
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """What the tasks of an epoch returned."""
+
+    pictures: Ref
+    rollouts: list[Ref]
+    scores: list[Ref]
+    advantages: Ref
+    following: Ref
+    commit: Ref
+
+
+def a_run(model: Path, root: Path, run_id: str = "r", **changes: Any) -> Run:
+    changes.setdefault("storage", {"root": str(root)})
+    return start_run(tiny_config(model, **changes), run_id)
+
+
+def handle_of(run: Run) -> RunHandle:
+    return RunHandle(root=run.store.root, run_id=run.run_id)
+
+
+def nothing() -> None:
+    """What happens between two tasks of one process."""
+
+
+def as_in_a_new_process() -> None:
+    """Forget all that a process keeps between tasks."""
+    worker.opened.cache_clear()
+    worker._loaded = None
+
+
+def do_epoch(
+    run: Run,
+    checkpoint: Ref,
+    epoch: int,
+    *,
+    between: Callable[[], None] = nothing,
+    storage: StorageConfig | None = None,
+) -> Epoch:
+    """Call the tasks of an epoch in turn, with something between each two."""
+    handle = handle_of(run)
+
+    def then(ref: Ref) -> Ref:
+        between()
+        return ref
+
+    pictures = then(draw_pictures.fn(handle, checkpoint, PICTURES, epoch))
+    rollouts = [then(sample_shard.fn(handle, checkpoint, epoch, s)) for s in range(run.shards)]
+    scores = [then(score_shard.fn(handle, ref, epoch, s)) for s, ref in enumerate(rollouts)]
+    advantages = then(advantages_of.fn(handle, checkpoint, rollouts, scores, epoch))
+    following = then(update_policy.fn(handle, checkpoint, rollouts, advantages, epoch))
+    kept = storage or StorageConfig()
+    commit = then(commit_epoch.fn(handle, rollouts, scores, advantages, following, kept, epoch))
+    return Epoch(pictures, rollouts, scores, advantages, following, commit)
+
+
+def digests_of_all_keys(run: Run) -> dict[str, str]:
+    """The sha256 of all that tasks wrote."""
+    return {
+        key: sha256_bytes(run.store.read(key)) for tree in TREES for key in run.store.list(tree)
+    }
+
+
+@pytest.fixture
+def fresh_process() -> None:
+    as_in_a_new_process()
+
+
+pytestmark = pytest.mark.usefixtures("fresh_process")
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    return tmp_path / "store"
+
+
+def test_a_task_whose_manifest_exists_returns_it_and_loads_no_model(
+    tiny_model: Path, root: Path, monkeypatch: pytest.MonkeyPatch
+):
+    run = a_run(tiny_model, root)
+    first = start.fn(handle_of(run))
+    done = do_epoch(run, first, 0)
+    before = digests_of_all_keys(run)
+    as_in_a_new_process()
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("work that is committed was done again")
+
+    monkeypatch.setattr("tasks.worker.Policy", refuse)
+    monkeypatch.setattr("tasks.score.score_images", refuse)
+    monkeypatch.setattr("ddpo.store.objects.Store.put", refuse)
+    assert start.fn(handle_of(run)) == first
+    assert do_epoch(run, first, 0, between=as_in_a_new_process) == done
+    assert digests_of_all_keys(run) == before
+
+
+def test_a_new_process_for_every_task_changes_no_byte(tiny_model: Path, tmp_path: Path):
+    stores = []
+    for name, between in (("one", nothing), ("many", as_in_a_new_process)):
+        as_in_a_new_process()
+        run = a_run(tiny_model, tmp_path / name)
+        checkpoint = start.fn(handle_of(run))
+        between()
+        for epoch in range(2):
+            checkpoint = do_epoch(run, checkpoint, epoch, between=between).following
+        stores.append(digests_of_all_keys(run))
+    one, many = stores
+    assert len(one) > 40
+    assert {key.partition("/")[0] for key in one} == set(TREES)
+    assert one == many
+
+
+def test_an_update_refuses_rollouts_of_another_policy_by_name(tiny_model: Path, root: Path):
+    run = a_run(tiny_model, root)
+    handle = handle_of(run)
+    first = start.fn(handle)
+    done = do_epoch(run, first, 0)
+    # Epoch 1's update, given the samples that the policy of epoch 0 drew.
+    before = digests_of_all_keys(run)
+    with pytest.raises(PolicyMismatch, match=r"sample r/00000/00000\d has policy_digest") as told:
+        update_policy.fn(handle, done.following, done.rollouts, done.advantages, 1)
+    found, expected = (policy_digest(run, ref) for ref in (first, done.following))
+    assert found != expected
+    assert found in str(told.value)
+    assert expected in str(told.value)
+    assert digests_of_all_keys(run) == before
+
+
+def test_tables_are_in_the_order_of_sample_ids_whatever_the_order_of_arrival(
+    tiny_model: Path, root: Path
+):
+    run = a_run(tiny_model, root)
+    handle = handle_of(run)
+    first = start.fn(handle)
+    rollouts, scores = {}, {}
+    for shard in (1, 0):
+        rollouts[shard] = sample_shard.fn(handle, first, 0, shard)
+        scores[shard] = score_shard.fn(handle, rollouts[shard], 0, shard)
+    late_first = advantages_of.fn(
+        handle, first, [rollouts[0], rollouts[1]], [scores[1], scores[0]], 0
+    )
+    ids = [f"r/00000/{index:06}" for index in range(8)]
+    for shard in (0, 1):
+        expected = ids[4 * shard : 4 * shard + 4]
+        drawn = decode_rollouts(data_of(run, rollouts[shard], "rollouts"))
+        scored = decode_rewards(data_of(run, scores[shard], "rewards"))
+        assert [row.sample_id for row in drawn] == expected
+        assert [row.sample_id for row in scored] == expected
+        assert all(row.reward is not None and row.status == "ok" for row in scored)
+    rows = decode_advantages(data_of(run, late_first, "advantages"))
+    assert [row.sample_id for row in rows] == ids
+
+
+def test_an_epochs_commit_lists_all_that_the_epoch_made(tiny_model: Path, root: Path):
+    run = a_run(tiny_model, root)
+    done = do_epoch(run, start.fn(handle_of(run)), 0)
+    commit = manifests.load(run.store, done.commit)
+    assert commit.kind == "epoch"
+    assert commit.inputs == {
+        "rollouts": [ref.model_dump() for ref in done.rollouts],
+        "rewards": [ref.model_dump() for ref in done.scores],
+        "advantages": done.advantages.model_dump(),
+        "checkpoint": done.following.model_dump(),
+    }
+    listed = [*done.rollouts, *done.scores, done.advantages, done.following]
+    reached = {
+        stored.key for ref in listed for stored in manifests.load(run.store, ref).objects.values()
+    }
+    trees = ("rollouts", "trajectories", "rewards", "advantages", "statistics")
+    written = {key for tree in trees for key in run.store.list(tree)}
+    assert len(written) == 8
+    assert written <= reached
+    for ref in listed:
+        for stored in manifests.load(run.store, ref).objects.values():
+            run.store.get(stored)  # verifies the digest
+
+
+def test_retention_keeps_the_newest_checkpoints_and_every_manifest(tiny_model: Path, root: Path):
+    storage = StorageConfig(root=str(root), keep_newest_checkpoints=1, keep_every_checkpoint=2)
+    run = a_run(tiny_model, root, storage=storage.model_dump())
+    checkpoint = start.fn(handle_of(run))
+    refs = [checkpoint]
+    for epoch in range(4):
+        refs.append(do_epoch(run, refs[-1], epoch, storage=storage).following)
+    kept = [epoch for epoch in range(5) if not is_retired(run.store, "r", epoch)]
+    assert kept == [0, 2, 4]
+    for epoch, ref in enumerate(refs):
+        assert manifests.find(run.store, keys.checkpoint_manifest_key("r", epoch)) is not None
+        if epoch in kept:
+            assert load_checkpoint(run.store, ref).epoch == epoch
+        else:
+            with pytest.raises(RetiredObject):
+                load_checkpoint(run.store, ref)
+
+
+def data_of(run: Run, ref: Ref, role: str) -> bytes:
+    return run.store.get(manifests.load(run.store, ref).objects[role])
+
+
+def policy_digest(run: Run, checkpoint: Ref) -> str:
+    return load_document(run.store, manifests.load(run.store, checkpoint), "digests")[
+        "policy_digest"
+    ]
