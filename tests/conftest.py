@@ -27,7 +27,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny pipeline that predicts epsilon, shipped with PNDM as SD 1.x is."""
-    from tiny import build_tiny_model
+    from tests.tiny import build_tiny_model
 
     return build_tiny_model(tmp_path_factory.mktemp("tiny") / "epsilon")
 
@@ -35,7 +35,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_v_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny pipeline that predicts v, shipped with DDIM as SD 2.x is."""
-    from tiny import build_tiny_model
+    from tests.tiny import build_tiny_model
 
     folder = tmp_path_factory.mktemp("tiny") / "v"
     return build_tiny_model(folder, prediction_type="v_prediction", seed=1)

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from tiny import PROMPTS, SCHEDULE, load_policy
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from ddpo.config import RunConfig
@@ -18,9 +17,11 @@ from ddpo.gradient import Rollouts
 from ddpo.policies import Policy
 from ddpo.sampling import sample
 from ddpo.starter.text import build_tokenizer
+from ddpo.state import TrainState
 from ddpo.store.checkpoints import commit_checkpoint, load_checkpoint
 from ddpo.store.objects import Store
-from ddpo.update import TrainState, UpdateMetrics, initial_state, update
+from ddpo.update import UpdateMetrics, initial_state, update
+from tests.tiny import PROMPTS, SCHEDULE, load_policy
 
 
 @dataclass(frozen=True)

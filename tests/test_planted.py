@@ -16,23 +16,6 @@ import pyarrow.parquet as pq
 import pytest
 import safetensors.torch
 import torch
-from checks import (
-    check_advantages_are_golden,
-    check_gradient_is_each_samples_own,
-    check_initial_ratio_is_one,
-    check_log_probs_are_golden,
-)
-from tiny import (
-    PROMPTS,
-    alternating_advantages,
-    as_float64,
-    draw,
-    grow_adapter,
-    load_policy,
-    make_float64,
-    rollouts_of,
-    tiny_config,
-)
 
 import tasks.update
 from ddpo.algorithms import advantages as advantages_module
@@ -50,6 +33,23 @@ from tasks.sample import sample_shard
 from tasks.score import score_shard
 from tasks.start import start
 from tasks.worker import RunHandle
+from tests.checks import (
+    check_advantages_are_golden,
+    check_gradient_is_each_samples_own,
+    check_initial_ratio_is_one,
+    check_log_probs_are_golden,
+)
+from tests.tiny import (
+    PROMPTS,
+    alternating_advantages,
+    as_float64,
+    draw,
+    grow_adapter,
+    load_policy,
+    make_float64,
+    rollouts_of,
+    tiny_config,
+)
 
 
 @pytest.fixture

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny import PROMPTS, build_tiny_model, grow_adapter, load_policy, tiny_config
 
 from ddpo.config import ModelConfig, SamplerConfig
 from ddpo.errors import ConfigError, ModelError
 from ddpo.policies import Policy, check_model
 from ddpo.policies.loading import base_digest
 from ddpo.sampling import sample
+from tests.tiny import PROMPTS, build_tiny_model, grow_adapter, load_policy, tiny_config
 
 STILL = SamplerConfig(steps=4, guidance_scale=3.0, eta=0.0)
 

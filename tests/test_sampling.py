@@ -8,13 +8,13 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from PIL import Image
-from tiny import PROMPTS, grow_adapter, load_policy, tiny_config
 
 from ddpo.config import SamplerConfig
 from ddpo.errors import NonFiniteError
 from ddpo.gradient import PolicyGradient, Rollouts
 from ddpo.policies import Policy
 from ddpo.sampling import Trajectories, sample, sampler_digest
+from tests.tiny import PROMPTS, grow_adapter, load_policy, tiny_config
 
 SAMPLER = SamplerConfig(steps=4, guidance_scale=3.0, eta=1.0)
 SEEDS = (11, 22, 33, 44)

@@ -2,10 +2,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from checks import check_log_probs_are_golden, ddim_reference, stable_diffusion_scheduler
 
 from ddpo.errors import ModelError
 from ddpo.transitions import NoiseSchedule, Transition, ddim_transition
+from tests.checks import check_log_probs_are_golden, ddim_reference, stable_diffusion_scheduler
 
 STEPS = 10
 PREDICTIONS = ["epsilon", "v_prediction"]

@@ -7,12 +7,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from checks import (
+
+from ddpo.config import RunConfig
+from ddpo.errors import NonFiniteError
+from ddpo.gradient import Pairs, PolicyGradient, Rollouts, micro_batches
+from ddpo.policies import Policy
+from ddpo.state import TrainState
+from ddpo.store.checkpoints import commit_checkpoint, load_checkpoint
+from ddpo.store.objects import Store
+from ddpo.update import RatioDeviation, initial_state, update
+from tests.checks import (
     check_gradient_is_each_samples_own,
     check_initial_ratio_is_one,
     take_gradients,
 )
-from tiny import (
+from tests.tiny import (
     PROMPTS,
     alternating_advantages,
     as_float64,
@@ -23,14 +32,6 @@ from tiny import (
     rollouts_of,
     tiny_config,
 )
-
-from ddpo.config import RunConfig
-from ddpo.errors import NonFiniteError
-from ddpo.gradient import Pairs, PolicyGradient, Rollouts, micro_batches
-from ddpo.policies import Policy
-from ddpo.store.checkpoints import commit_checkpoint, load_checkpoint
-from ddpo.store.objects import Store
-from ddpo.update import RatioDeviation, TrainState, initial_state, update
 
 ADVANTAGES = alternating_advantages(8)
 FULL = {"type": "full"}

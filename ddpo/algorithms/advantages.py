@@ -17,6 +17,7 @@ from ddpo.state import PromptStatistics
 
 _STD_FLOOR = 1e-6
 
+
 @dataclass(frozen=True)
 class AdvantageBatch:
     """Advantages of one epoch and what each was normalised by.

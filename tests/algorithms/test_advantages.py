@@ -4,11 +4,11 @@ import math
 
 import numpy as np
 import pytest
-from checks import check_advantages_are_golden
 
 from ddpo.algorithms.advantages import compute_advantages
 from ddpo.config import BatchAdvantages, PerPromptAdvantages
 from ddpo.errors import RewardError
+from tests.checks import check_advantages_are_golden
 
 PER_PROMPT = PerPromptAdvantages(buffer_size=4, min_count=2, clip=5.0)
 BATCH = BatchAdvantages(type="batch")

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from epochs import MeasuredEpoch, build_pipeline_like_sd15, run_epoch, run_two_epochs
-from tiny import load_policy, tiny_config
 
 from ddpo.config import RunConfig
 from ddpo.update import initial_state
+from tests.epochs import MeasuredEpoch, build_pipeline_like_sd15, run_epoch, run_two_epochs
+from tests.tiny import load_policy, tiny_config
 
 
 def config_on(folder: Path, device: str, dtype: str, *, micro: int = 4) -> RunConfig:

@@ -11,11 +11,11 @@ import pyarrow.dataset as ds
 import pytest
 from fsspec.implementations.dirfs import DirFileSystem
 from fsspec.implementations.local import LocalFileSystem
-from store_samples import filler, is_whole, rollout_rows
 
 from ddpo.errors import CorruptObject, InvalidKey, MissingObject, StoreNotWritable
 from ddpo.store import keys, tables
 from ddpo.store.objects import Store, StoredObject
+from tests.store.store_samples import filler, is_whole, rollout_rows
 
 
 def local_path(store: Store, key: str) -> Path:

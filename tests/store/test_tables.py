@@ -10,11 +10,11 @@ import pyarrow.compute as pc
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
-from store_samples import PNG, advantage_rows, digests, reward_rows, rollout_rows
 
 from ddpo.errors import InvalidTable, UnreadableData
 from ddpo.store import keys, tables
 from ddpo.store.objects import Store
+from tests.store.store_samples import PNG, advantage_rows, digests, reward_rows, rollout_rows
 
 TABLES = [
     (tables.encode_rollouts, tables.decode_rollouts, rollout_rows),

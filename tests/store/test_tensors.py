@@ -4,10 +4,10 @@ import json
 
 import pytest
 import torch
-from store_samples import state
 
 from ddpo.errors import UnreadableData
 from ddpo.store.tensors import decode_tensors, encode_tensors
+from tests.store.store_samples import state
 
 
 def test_tensors_and_metadata_come_back_bit_for_bit() -> None:
