@@ -26,6 +26,7 @@ from ddpo.run import Run, open_run, start_run, storage_root
 from ddpo.store import keys
 from ddpo.store.objects import Store
 from flows.epoch import EpochPlan, artifact_key, run_epoch
+from flows.quiet import without_heartbeats
 from tasks.export import export_weights
 from tasks.pictures import draw_pictures, picture_set
 from tasks.progress import finished_epoch
@@ -146,7 +147,8 @@ def _train(run: Run) -> None:
         rows: list[dict[str, str]] = []
         checkpoint = start(handle)
         for epoch in range(epochs):
-            outcome = run_epoch(plan, checkpoint, epoch)
+            with without_heartbeats():  # this flow has its own
+                outcome = run_epoch(plan, checkpoint, epoch)
             checkpoint = outcome.checkpoint
             finished_epoch(epoch + 1, epochs, outcome.metrics)
             rows.append({"epoch": str(epoch), **_row(outcome.metrics)})

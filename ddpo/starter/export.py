@@ -50,6 +50,8 @@ def export(work: WorkFolder, recipe: Recipe, destination: Path) -> None:
     vae.half()
     denoiser.unet.half()
     pipeline.save_pretrained(fresh, safe_serialization=True)
+    for weights in fresh.rglob("*.safetensors"):
+        weights.chmod(0o644)  # safetensors lets only the owner read, also once installed
     write_json(
         fresh / "training.json",
         {"recipe": recipe.as_json(), "unet_pictures_seen": step * recipe.unet.batch},
