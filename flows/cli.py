@@ -179,6 +179,7 @@ def _show(run_id: str, epochs: int, run: Callable[[], object], root: str | None)
 def _summarise(run: Run) -> None:
     from ddpo.report import reward_curve
     from flows.train import outputs_folder
+    from tasks.export import ADAPTER_FOLDER, PIPELINE_FOLDER
 
     curve = reward_curve(run)
     outputs = outputs_folder(run.config, run.run_id)
@@ -192,7 +193,8 @@ def _summarise(run: Run) -> None:
     places.add_column()
     places.add_column(overflow="fold")  # a path that is cut short leads nowhere
     places.add_row("report", str(outputs / "report.png"))
-    places.add_row("weights", str(outputs))
+    whole = run.config.trainable.type == "full"
+    places.add_row("weights", str(outputs / (PIPELINE_FOLDER if whole else ADAPTER_FOLDER)))
     places.add_row("store", run.store.root)
     places.add_row("MLflow", run.config.tracking.uri)
     places.add_row("look", "ddpo ui")
