@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import subprocess
-import tempfile
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated
 
-import yaml
 from prefect import flow
 from prefect.artifacts import (
     create_progress_artifact,
@@ -23,16 +20,15 @@ from ddpo.config import RunConfig
 from ddpo.config_files import read_config
 from ddpo.report import write_report
 from ddpo.run import Run, open_run, start_run, storage_root
-from ddpo.store import keys
 from ddpo.store.objects import Store
 from flows.epoch import EpochPlan, artifact_key, run_epoch
 from flows.quiet import without_heartbeats
 from tasks.export import export_weights
+from tasks.mlflow_page import open_page
 from tasks.pictures import draw_pictures, picture_set
 from tasks.progress import finished_epoch
 from tasks.start import start
 from tasks.track import TrackingHandle, track_pictures
-from tasks.tracking import RunTracker
 from tasks.worker import RunHandle, opened
 
 # In Prefect's form, one field that may stay empty; of `str | None` it makes a switch of types.
@@ -129,7 +125,12 @@ def _train(run: Run) -> None:
     opened.cache_clear()  # the operation half may be another than at an earlier start
     handle = RunHandle(root=run.store.root, run_id=run.run_id)
     pictures = picture_set(run, run.config.tracking.pictures)
-    page = _open_tracker(run)
+    shown = create_progress_artifact(
+        key=f"{artifact_key(run.run_id)}-progress",
+        progress=0.0,
+        description=f"{run.run_id}: {run.config.epochs} epochs",
+    )
+    page = open_page(run, flow_run_id=flow_run.get_id(), flow_run_name=flow_run.get_name())
     tracking = TrackingHandle(
         uri=run.config.tracking.uri,
         experiment_id=page.experiment_id,
@@ -137,11 +138,6 @@ def _train(run: Run) -> None:
     )
     plan = EpochPlan(run=handle, tracking=tracking, pictures=pictures, storage=run.config.storage)
     epochs = run.config.epochs
-    shown = create_progress_artifact(
-        key=f"{artifact_key(run.run_id)}-progress",
-        progress=0.0,
-        description=f"{run.run_id}: {epochs} epochs",
-    )
     outputs = str(outputs_folder(run.config, run.run_id))
     try:
         rows: list[dict[str, str]] = []
@@ -176,71 +172,3 @@ def _mean(row: Mapping[str, str]) -> str:
 
 def _row(metrics: Mapping[str, float]) -> dict[str, str]:
     return {name: f"{metrics[name]:.4g}" for name in _SHOWN if name in metrics}
-
-
-def _open_tracker(run: Run) -> RunTracker:
-    tracking = run.config.tracking
-    page = RunTracker.open(
-        tracking_uri=tracking.uri,
-        experiment=tracking.experiment,
-        run_id=run.run_id,
-        params=_parameters(run),
-        tags={
-            "ddpo.storage_root": run.store.root,
-            "ddpo.git_commit": _git_commit(),
-            "prefect.flow_run_id": flow_run.get_id() or "",
-            "prefect.flow_run_name": flow_run.get_name() or "",
-        },
-    )
-    page.log_rollouts(
-        name=f"rollouts-{run.run_id}",
-        source_url=run.store.url(keys.rollouts_prefix(run.run_id)),
-        digest=run.identity_digest,
-        rows=run.config.epochs * run.config.sampler.samples_per_epoch,
-        columns={"sample_id": "string", "prompt": "string", "seed": "int64", "image": "binary"},
-    )
-    _attach_config(page, run)
-    if tracking.system_metrics:
-        page.start_system_metrics()
-    return page
-
-
-def _parameters(run: Run) -> dict[str, str | int | float | bool]:
-    """Return what tells runs apart at a glance; the whole config is attached as a file.
-
-    MLflow prints every parameter above every picture, so there are few and they are short.
-    """
-    config = run.config
-    return {
-        "model": config.model.path,
-        "trainable": config.trainable.type,
-        "prompts": config.prompts.name,
-        "reward": config.reward.name,
-        "algorithm": config.algorithm.type,
-        "advantages": config.advantages.type,
-        "learning_rate": config.optimizer.learning_rate,
-        "samples_per_epoch": config.sampler.samples_per_epoch,
-        "steps": config.sampler.steps,
-        "guidance_scale": config.sampler.guidance_scale,
-        "seed": config.seed,
-    }
-
-
-def _attach_config(page: RunTracker, run: Run) -> None:
-    whole = {**run.config.model_dump(mode="json"), "numerics": run.numerics.model_dump(mode="json")}
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "config.yaml"
-        file.write_text(yaml.safe_dump(whole, sort_keys=False))
-        page.log_file(file)
-
-
-def _git_commit() -> str:
-    """Return the commit of the code that runs, empty outside a checkout."""
-    found = subprocess.run(
-        ["git", "rev-parse", "HEAD"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return found.stdout.strip()

@@ -1,0 +1,97 @@
+"""A run's page in MLflow, as each start of the run opens it."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import yaml
+
+from ddpo.run import Run
+from ddpo.store import keys
+from tasks.tracking import RunTracker
+
+
+def open_page(run: Run, *, flow_run_id: str | None, flow_run_name: str | None) -> RunTracker:
+    """Open a run's page in MLflow: parameters, tags, the config, the rollouts as a dataset.
+
+    Args:
+        run: The run.
+        flow_run_id: Prefect's id of the flow run that asks.
+        flow_run_name: Its name.
+
+    Returns:
+        The page; system metrics run if the config wants them.
+
+    Raises:
+        TrackingError: MLflow refuses or is gone.
+    """
+    tracking = run.config.tracking
+    page = RunTracker.open(
+        tracking_uri=tracking.uri,
+        experiment=tracking.experiment,
+        run_id=run.run_id,
+        params=_parameters(run),
+        tags={
+            "ddpo.storage_root": run.store.root,
+            "ddpo.git_commit": _git_commit(),
+            "prefect.flow_run_id": flow_run_id or "",
+            "prefect.flow_run_name": flow_run_name or "",
+        },
+    )
+    page.log_rollouts(
+        name=f"rollouts-{run.run_id}",
+        source_url=run.store.url(keys.rollouts_prefix(run.run_id)),
+        digest=run.identity_digest,
+        rows=run.config.epochs * run.config.sampler.samples_per_epoch,
+        columns={"sample_id": "string", "prompt": "string", "seed": "int64", "image": "binary"},
+    )
+    _attach_config(page, run)
+    if tracking.system_metrics:
+        page.start_system_metrics()
+    return page
+
+
+def _parameters(run: Run) -> dict[str, str | int | float | bool]:
+    """Return what tells runs apart at a glance; the whole config is attached as a file.
+
+    MLflow prints every parameter above every picture, so there are few and they are short.
+    """
+    config = run.config
+    return {
+        "model": config.model.path,
+        "trainable": config.trainable.type,
+        "prompts": config.prompts.name,
+        "reward": config.reward.name,
+        "algorithm": config.algorithm.type,
+        "advantages": config.advantages.type,
+        "learning_rate": config.optimizer.learning_rate,
+        "samples_per_epoch": config.sampler.samples_per_epoch,
+        "steps": config.sampler.steps,
+        "guidance_scale": config.sampler.guidance_scale,
+        "seed": config.seed,
+    }
+
+
+def _attach_config(page: RunTracker, run: Run) -> None:
+    whole = {**run.config.model_dump(mode="json"), "numerics": run.numerics.model_dump(mode="json")}
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "config.yaml"
+        file.write_text(yaml.safe_dump(whole, sort_keys=False))
+        page.log_file(file)
+
+
+def _git_commit() -> str:
+    """Return the commit of the code that runs, empty outside a checkout or without git."""
+    if shutil.which("git") is None:
+        return ""
+    found = subprocess.run(
+        ["git", "rev-parse", "HEAD"],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return found.stdout.strip()
