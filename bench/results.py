@@ -68,7 +68,9 @@ def train(trial: Trial, folder: Path, threads: int) -> None:
     log = folder / "logs" / f"{trial.run_id}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     # A Prefect home of its own: runs side by side would wait for one database.
-    environment = os.environ | {"PREFECT_HOME": str(folder / "prefect" / trial.run_id)}
+    home = folder / "prefect" / trial.run_id
+    home.mkdir(parents=True, exist_ok=True)
+    environment = os.environ | {"PREFECT_HOME": str(home)}
     with log.open("w") as stream:
         done = subprocess.run(
             command, stdout=stream, stderr=subprocess.STDOUT, env=environment, check=False
