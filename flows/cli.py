@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ddpo.errors import DdpoError
-from flows.quiet import set_defaults, without_heartbeats
+from flows.quiet import hide_loading_bars, set_defaults, without_heartbeats
 
 if TYPE_CHECKING:
     from ddpo.run import Run
@@ -118,6 +118,7 @@ def sample(
 
     if out.suffix.lower() != ".png":
         raise ConfigError(f"--out {out} does not end in .png, which is what is written")
+    hide_loading_bars()
     picture = draw(_open(run_id, root), prompt, seed=seed, checkpoint=checkpoint)
     out.parent.mkdir(parents=True, exist_ok=True)
     picture.save(out)
@@ -161,6 +162,7 @@ def _show(run_id: str, epochs: int, run: Callable[[], object], root: str | None)
     from flows.bars import Bars
     from tasks.progress import shown_by
 
+    hide_loading_bars()
     again = f"ddpo resume {run_id}" + (f" --root {root}" if root else "")
     try:
         with without_heartbeats(), Bars(console, run_id, epochs) as bars, shown_by(bars):

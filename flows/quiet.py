@@ -33,6 +33,13 @@ def set_defaults() -> None:
         os.environ.setdefault(name, value)
 
 
+def hide_loading_bars() -> None:
+    """Keep diffusers' bars of loading a pipeline off the screen; it has no variable for them."""
+    from diffusers.utils import logging
+
+    logging.disable_progress_bar()
+
+
 @contextmanager
 def without_heartbeats() -> Iterator[None]:
     """Let flows end at once: by default each waits up to 1 s for the thread of its heartbeats.
