@@ -14,14 +14,10 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from flows.quiet import set_defaults
-
-set_defaults()
-
-import flows.train  # noqa: E402  # after the environment is set
-import tasks.pictures  # noqa: E402
-import tasks.sample  # noqa: E402
-import tasks.update  # noqa: E402
+import flows.train
+import tasks.pictures
+import tasks.sample
+import tasks.update
 
 
 class Stopwatch:

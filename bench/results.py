@@ -22,6 +22,7 @@ from bench.evaluate import Evaluation, Gain, evaluate
 from ddpo.config_files import read_config
 from ddpo.run import open_run
 from ddpo.store.objects import Store
+from flows.quiet import hide_loading_bars
 
 CONFIGS = {
     "compressibility": "configs/starter.yaml",
@@ -166,6 +167,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="CPU threads a run")
     arguments = parser.parse_args()
     folder = arguments.folder.absolute()
+    hide_loading_bars()
     trials = [
         Trial(task, seed, control)
         for control in (False, True)

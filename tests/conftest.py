@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,9 @@ import pytest
 from flows.quiet import set_defaults
 
 set_defaults()
+# Flows that run in this process start their temporary server in a home of the tests' own.
+_home = tempfile.TemporaryDirectory(prefix="ddpo-tests-", ignore_cleanup_errors=True)
+os.environ["PREFECT_HOME"] = _home.name
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that needs the network is a defect
 
 import torch  # noqa: E402  # after the environment is set
