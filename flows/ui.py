@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 import time
@@ -20,7 +21,7 @@ class PagesError(DdpoError):
 
 
 def serve_pages(console: Console, tracking: str, *, mlflow_port: int, prefect_port: int) -> None:
-    """Serve both pages until interrupted.
+    """Serve both pages until SIGINT (Ctrl-C) or SIGTERM.
 
     Args:
         console: Where the addresses go.
@@ -31,6 +32,10 @@ def serve_pages(console: Console, tracking: str, *, mlflow_port: int, prefect_po
     Raises:
         PagesError: A server ended, or did not answer in time.
     """
+    # Also where a shell had SIGINT ignored, as it does for jobs in the background; and SIGTERM must
+    # not leave the servers behind.
+    for sign in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(sign, signal.default_int_handler)
     pages: dict[str, str] = {}
     servers: dict[str, subprocess.Popen[bytes]] = {}
     try:
