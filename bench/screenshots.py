@@ -217,6 +217,8 @@ def visit_pictures(context: BrowserContext, address: str, run: TrackedRun) -> Pa
     page.get_by_placeholder("Search metric charts").fill(f"{run.pictures}/")
     page.get_by_role("slider").first.wait_for()
     cards = page.get_by_test_id("experiment-view-compare-runs-card")
+    # The search takes effect a moment after it is typed: until then curves' cards are there too.
+    expect(cards.filter(has_not=page.get_by_role("slider"))).to_have_count(0, timeout=30_000)
     for card in cards.all()[:_CARDS_IN_VIEW]:
         card.get_by_test_id("experiment-view-compare-runs-card-menu").click()
         page.get_by_role("menuitem", name="Configure").click()
