@@ -24,7 +24,7 @@ lint: $(READY)  ## Check style and docstrings (ruff) and types (pyright)
 bench: $(READY)  ## Measure the share of an epoch that is not model compute
 	$(BIN)/python -m bench.overhead
 
-results: $(READY)  ## Train three seeds for both JPEG rewards, with shuffled controls (hours)
+results: $(READY)  ## Train three seeds for both JPEG rewards, with shuffled controls (half an hour and more)
 	$(BIN)/python -m bench.results
 
 screenshots: $(READY)  ## Photograph a run's MLflow pages for the README (needs Chromium)

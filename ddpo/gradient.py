@@ -19,8 +19,8 @@ from ddpo.errors import NonFiniteError
 from ddpo.policies import Policy
 from ddpo.transitions import NoiseSchedule, ddim_transition
 
-# float16's smallest normal number is 6e-5: gradients inside the UNet are scaled up past it and back
-# down before they are looked at. A power of two, so the scaling itself is exact.
+# float16's smallest normal number is 6e-5. The mean over thousands of pairs would put gradients
+# inside the UNet below it: they are computed of the sum, times this, and scaled down once gathered.
 _FLOAT16_LOSS_SCALE = 1024.0
 
 
@@ -143,6 +143,7 @@ class PolicyGradient:
         """
         steps = self.trained_steps()
         count = len(samples) * len(steps)
+        scale = self.loss_scale * count if self.loss_scale != 1.0 else 1.0
         seen = torch.full_like(rollouts.log_probs, torch.nan)
         total = 0.0
         for pairs in micro_batches(samples, steps, self.policy.numerics.micro_batch_size):
@@ -154,14 +155,14 @@ class PolicyGradient:
             )
             _check_finite(rollouts, pairs, log_probs, losses)
             loss = losses.sum() / count
-            (loss * self.loss_scale).backward()
+            (loss * scale).backward()
             total += float(loss.detach())
             seen[pairs.samples, pairs.steps] = log_probs.detach().to(seen)
             on_pairs(len(pairs.samples))
-        if self.loss_scale != 1.0:
+        if scale != 1.0:
             for parameter in self.parameters.values():
                 if parameter.grad is not None:
-                    parameter.grad /= self.loss_scale
+                    parameter.grad /= scale
         return total, seen
 
     @torch.no_grad()

@@ -93,7 +93,8 @@ def settle_numerics(config: NumericsConfig) -> Numerics:
     if dtype == "auto":
         dtype = "float32"
         if device == "cuda":
-            dtype = "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
+            native = torch.cuda.is_bf16_supported(including_emulation=False)
+            dtype = "bfloat16" if native else "float16"
     return Numerics(
         device=device,
         device_name=torch.cuda.get_device_name() if device == "cuda" else platform.machine(),

@@ -33,6 +33,7 @@ class Bars:
         self._began = 0.0
         self._done_at_start = 0.0
         self._first_epoch: tuple[float, int] | None = None
+        self._epochs_done = 0
 
     def __enter__(self) -> Bars:
         self._progress.start()
@@ -48,7 +49,7 @@ class Bars:
         if name != self._name:
             self._name, self._began, self._done_at_start = name, now, done
             if self._first_epoch is None:
-                self._first_epoch = (now, 0)
+                self._first_epoch = (now, self._epochs_done)
                 self._progress.update(self._run, note="")
             self._progress.reset(self._stage, total=total, visible=True)
         note = ""
@@ -61,6 +62,7 @@ class Bars:
     def epoch(self, done: int, total: int, metrics: Mapping[str, float]) -> None:
         """Show that an epoch is done, its reward, and the time that is left."""
         now = time.monotonic()
+        self._epochs_done = done
         began, since = self._first_epoch or (now, done)
         left_s = (now - began) / max(done - since, 1) * (total - done)
         reward = metrics.get("reward/mean")

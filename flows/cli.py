@@ -53,7 +53,7 @@ def train(
     settings = read_config(config, overrides)
     console.print("[dim]checking model, store and tracking ...[/]")
 
-    from ddpo.run import check_run
+    from ddpo.run import check_run, storage_root
     from flows.train import new_run_id
     from flows.train import train as train_flow
     from tasks.mlflow_connection import connect
@@ -61,25 +61,30 @@ def train(
     run_id = run_id or new_run_id(config)
     check_run(settings, run_id)
     connect(settings.tracking.uri)
-    _show(run_id, settings.epochs, lambda: train_flow(config, run_id, overrides=overrides), root)
+    place = storage_root(settings.storage.root)
+    _show(run_id, settings.epochs, lambda: train_flow(config, run_id, overrides=overrides), place)
 
 
 @app.command()
 def resume(
     run_id: RunId,
     epochs: Annotated[
-        int | None, typer.Option(help="How many epochs it is to have in the end.")
+        int | None, typer.Option(help="How many epochs it is to have in the end.", min=1)
     ] = None,
     root: Root = None,
 ) -> None:
     """Go on with a run that was stopped; what is committed is not done again."""
     from ddpo.run import check_run, storage_root
     from flows.train import resume as resume_flow
+    from tasks.mlflow_connection import connect
 
-    run = _open(run_id, root)
-    check_run(run.config, run_id)
-    total = epochs or run.config.epochs
-    _show(run_id, total, lambda: resume_flow(run_id, storage_root(root), epochs), root)
+    place = storage_root(root)
+    config = _open(run_id, place).config
+    storage = config.storage.model_copy(update={"root": place})
+    check_run(config.model_copy(update={"storage": storage}), run_id)
+    connect(config.tracking.uri)
+    total = epochs or config.epochs
+    _show(run_id, total, lambda: resume_flow(run_id, place, epochs), place)
 
 
 @app.command()
@@ -157,13 +162,13 @@ def _open(run_id: str, root: str | None) -> Run:
     return open_run(Store.open(storage_root(root)), run_id)
 
 
-def _show(run_id: str, epochs: int, run: Callable[[], object], root: str | None) -> None:
+def _show(run_id: str, epochs: int, run: Callable[[], object], root: str) -> None:
     """Run a flow under progress bars, then show what came of it."""
     from flows.bars import Bars
     from tasks.progress import shown_by
 
     hide_loading_bars()
-    again = f"ddpo resume {run_id}" + (f" --root {root}" if root else "")
+    again = f"ddpo resume {run_id} --root {root}"
     try:
         with without_heartbeats(), Bars(console, run_id, epochs) as bars, shown_by(bars):
             run()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated
@@ -18,8 +19,11 @@ from pydantic import WithJsonSchema
 
 from ddpo.config import RunConfig
 from ddpo.config_files import read_config
+from ddpo.errors import ConfigError
 from ddpo.report import write_report
 from ddpo.run import Run, open_run, start_run, storage_root
+from ddpo.store import keys
+from ddpo.store.checkpoints import find_checkpoint
 from ddpo.store.objects import Store
 from flows.epoch import EpochPlan, artifact_key, run_epoch
 from flows.quiet import without_heartbeats
@@ -29,6 +33,7 @@ from tasks.pictures import draw_pictures, picture_set
 from tasks.progress import finished_epoch
 from tasks.start import start
 from tasks.track import TrackingHandle, track_pictures
+from tasks.tracking import TrackingError
 from tasks.worker import RunHandle, opened
 
 # In Prefect's form, one field that may stay empty; of `str | None` it makes a switch of types.
@@ -102,6 +107,8 @@ def resume(run_id: str, storage: Text = None, epochs: Whole = None) -> str:
         "storage": config.storage.model_copy(update={"root": storage_root(storage)})
     }
     if epochs is not None:
+        if epochs < 1:
+            raise ConfigError(f"epochs is {epochs}; a run has at least 1")
         changes["epochs"] = epochs
     _train(start_run(config.model_copy(update=changes), run_id))
     return run_id
@@ -141,8 +148,10 @@ def _train(run: Run) -> None:
     outputs = str(outputs_folder(run.config, run.run_id))
     try:
         rows: list[dict[str, str]] = []
-        checkpoint = start(handle)
-        for epoch in range(epochs):
+        first = _first_epoch(run)
+        begun = find_checkpoint(run.store, run.run_id, first) if first else None
+        checkpoint = begun.ref if begun else start(handle)
+        for epoch in range(first, epochs):
             with without_heartbeats():  # this flow has its own
                 outcome = run_epoch(plan, checkpoint, epoch)
             checkpoint = outcome.checkpoint
@@ -161,9 +170,19 @@ def _train(run: Run) -> None:
             description=f"Mean reward: {_mean(rows[0])}, in the end {_mean(rows[-1])}",
         )
     except BaseException as error:
-        page.finish("FAILED" if isinstance(error, Exception) else "KILLED")
+        # MLflow may be what failed; the first error is the one to tell.
+        with suppress(TrackingError):
+            page.finish("FAILED" if isinstance(error, Exception) else "KILLED")
         raise
     page.finish("FINISHED")
+
+
+def _first_epoch(run: Run) -> int:
+    """Return the last committed epoch, which may lack its tracking; all before it are whole."""
+    committed = 0
+    while run.store.exists(keys.epoch_manifest_key(run.run_id, committed)):
+        committed += 1
+    return max(min(committed, run.config.epochs) - 1, 0)
 
 
 def _mean(row: Mapping[str, str]) -> str:

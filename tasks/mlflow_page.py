@@ -76,7 +76,8 @@ def _parameters(run: Run) -> dict[str, str | int | float | bool]:
 
 
 def _attach_config(page: RunTracker, run: Run) -> None:
-    whole = {**run.config.model_dump(mode="json"), "numerics": run.numerics.model_dump(mode="json")}
+    # Not the operation half: its addresses may hold credentials.
+    whole = {**run.config.identity(), "numerics": run.numerics.model_dump(mode="json")}
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "config.yaml"
         file.write_text(yaml.safe_dump(whole, sort_keys=False))

@@ -9,10 +9,11 @@ from ddpo.sampling import sampler_digest
 from ddpo.store.checkpoints import commit_checkpoint, find_checkpoint
 from ddpo.store.manifests import Ref
 from ddpo.update import initial_state
+from tasks.retries import STORAGE
 from tasks.worker import RunHandle, fresh_policy, opened
 
 
-@task(name="start", task_run_name="checkpoint 0", cache_policy=NO_CACHE)
+@task(name="start", task_run_name="checkpoint 0", cache_policy=NO_CACHE, **STORAGE)
 def start(handle: RunHandle) -> Ref:
     """Commit checkpoint 0, or return it where it is committed.
 

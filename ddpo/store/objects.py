@@ -63,9 +63,16 @@ class Store:
 
         Returns:
             The store, whether or not there is anything at the root.
+
+        Raises:
+            StoreNotWritable: No such kind of store is known.
         """
         # Other processes write to the same store, so a cached listing is a wrong answer.
-        fs, path = fsspec.core.url_to_fs(root, use_listings_cache=False)
+        try:
+            fs, path = fsspec.core.url_to_fs(root, use_listings_cache=False)
+        except (ValueError, ImportError) as error:
+            way_out = "Give a folder, or an fsspec URL such as s3://bucket/prefix."
+            raise StoreNotWritable(root, str(error), way_out) from error
         return cls(fs, path)
 
     def __reduce__(self) -> tuple[Any, ...]:
