@@ -203,6 +203,7 @@ def visit_runs(context: BrowserContext, address: str, run: TrackedRun) -> Page:
 def visit_curves(context: BrowserContext, address: str, run: TrackedRun) -> Page:
     """The run's curves, once the first is drawn."""
     page = _visit(context, address, f"{_run_path(run)}/model-metrics")
+    page.get_by_placeholder("Search metric charts").fill("^(reward|update)/")
     page.locator("path.js-line").first.wait_for()
     return page
 

@@ -76,7 +76,7 @@ def track_epoch(
     checkpoint = manifests.load(run.store, following)
     metrics |= _update_metrics(load_document(run.store, checkpoint, "metrics"))
     progress = load_document(run.store, checkpoint, "progress")
-    metrics |= {"progress/samples": progress["samples"], "progress/updates": progress["updates"]}
+    metrics |= {"total/samples": progress["samples"], "total/updates": progress["updates"]}
     tracker(tracking).log_metrics(metrics, step=epoch)
     return metrics
 
