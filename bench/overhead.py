@@ -51,14 +51,16 @@ def main() -> None:
     tasks.pictures.sample = model.around(tasks.pictures.sample)
     tasks.update.update = model.around(tasks.update.update)
     one_epoch = flows.train.run_epoch
+    shares: list[float] = []
 
     def measured(*given: Any) -> Any:
         computed, passed = model.seconds, epoch.seconds
         outcome = epoch.around(one_epoch)(*given)
         computed, passed = model.seconds - computed, epoch.seconds - passed
+        shares.append(1 - computed / passed)
         print(
             f"epoch {given[2]}: {passed:.1f} s, of which {computed:.1f} s model compute; "
-            f"the rest is {1 - computed / passed:.1%}",
+            f"the rest is {shares[-1]:.1%}",
             flush=True,
         )
         return outcome
@@ -78,8 +80,9 @@ def main() -> None:
             ],
         )
     peak_gb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-    share = 1 - model.seconds / epoch.seconds
-    print(f"all epochs: {share:.1%} is not model compute; peak memory {peak_gb:.2f} GB")
+    print(
+        f"mean: {sum(shares) / len(shares):.1%} is not model compute; peak memory {peak_gb:.2f} GB"
+    )
 
 
 if __name__ == "__main__":
