@@ -72,11 +72,12 @@ def test_every_shipped_config_runs_one_tiny_epoch_by_the_command(
     path: Path, tiny_model: Path, tracking_uri: str, tmp_path: Path, monkeypatch
 ):
     settings = TINY | {
+        "storage.root": tmp_path / "store",
         "model": f"{{path: {tiny_model}}}",
         "tracking.uri": tracking_uri,
         "outputs": tmp_path / "outputs",
     }
-    words = ["ddpo", "train", str(path), "--run-id", path.stem, "--root", str(tmp_path / "store")]
+    words = ["ddpo", "train", str(path), "--run-id", path.stem]
     for name, value in settings.items():
         words += ["--set", f"{name}={value}"]
     monkeypatch.setattr(sys, "argv", words)
