@@ -1,4 +1,4 @@
-"""The 45 animals and their glyphs, cut once from Noto Color Emoji into one atlas.
+"""What the starter can draw, and the glyphs of it, cut once from Noto Color Emoji into one atlas.
 
 The atlas ships with the package, so training needs no font on the machine. To cut it again:
 `python -m ddpo.starter.glyphs /usr/share/fonts/truetype/noto/NotoColorEmoji.ttf`.
@@ -17,7 +17,7 @@ CELL_PX = 136
 STRIKE_PX = 109
 """The only size that the bitmaps of Noto Color Emoji exist in."""
 
-GLYPHS: dict[str, str] = {
+_ANIMALS: dict[str, str] = {
     "cat": "\U0001f408",
     "dog": "\U0001f415",
     "horse": "\U0001f40e",
@@ -64,9 +64,49 @@ GLYPHS: dict[str, str] = {
     "hedgehog": "\U0001f994",
     "kangaroo": "\U0001f998",
 }
-"""The animals of the DDPO paper (Black et al. 2023) and their code points."""
+_ACTIVITIES: dict[str, str] = {
+    "riding a bike": "\U0001f6b2",
+    "playing chess": "\u265f",
+    "washing the dishes": "\U0001f37d",
+}
+_OTHERS: dict[str, str] = {
+    "elephant": "\U0001f418",
+    "giraffe": "\U0001f992",
+    "octopus": "\U0001f419",
+    "penguin": "\U0001f427",
+    "dragon": "\U0001f409",
+    "unicorn": "\U0001f984",
+    "owl": "\U0001f989",
+    "parrot": "\U0001f99c",
+    "crocodile": "\U0001f40a",
+    "rhinoceros": "\U0001f98f",
+    "panda": "\U0001f43c",
+    "swan": "\U0001f9a2",
+    "apple": "\U0001f34e",
+    "banana": "\U0001f34c",
+    "car": "\U0001f697",
+    "house": "\U0001f3e0",
+    "tree": "\U0001f333",
+    "clock": "\u23f0",
+    "guitar": "\U0001f3b8",
+    "umbrella": "\u2602",
+    "balloon": "\U0001f388",
+    "mushroom": "\U0001f344",
+    "rocket": "\U0001f680",
+    "sunflower": "\U0001f33b",
+}
 
-ANIMALS: tuple[str, ...] = tuple(GLYPHS)
+ANIMALS: tuple[str, ...] = tuple(_ANIMALS)
+"""The 45 animals of the DDPO paper (Black et al. 2023)."""
+
+ACTIVITIES: tuple[str, ...] = tuple(_ACTIVITIES)
+"""The paper's three activities, each by a thing that stands for it: a bike, a pawn, a plate."""
+
+OTHERS: tuple[str, ...] = tuple(_OTHERS)
+"""12 other animals and 12 things: words the model knows and no training prompt uses."""
+
+GLYPHS: dict[str, str] = {**_ANIMALS, **_ACTIVITIES, **_OTHERS}
+"""Code points."""
 
 
 def draw_atlas(font_path: Path) -> Image.Image:
@@ -76,20 +116,20 @@ def draw_atlas(font_path: Path) -> Image.Image:
         font_path: Noto Color Emoji as a TrueType file.
 
     Returns:
-        RGBA picture of size [45 * `CELL_PX`, `CELL_PX`].
+        RGBA picture of size [72 * `CELL_PX`, `CELL_PX`].
 
     Raises:
-        ValueError: the font draws nothing for an animal.
+        ValueError: the font draws nothing for a name.
     """
     font = ImageFont.truetype(str(font_path), STRIKE_PX)
-    atlas = Image.new("RGBA", (CELL_PX * len(ANIMALS), CELL_PX))
-    for column, (animal, character) in enumerate(GLYPHS.items()):
+    atlas = Image.new("RGBA", (CELL_PX * len(GLYPHS), CELL_PX))
+    for column, (name, character) in enumerate(GLYPHS.items()):
         canvas = Image.new("RGBA", (2 * CELL_PX, 2 * CELL_PX))
         ImageDraw.Draw(canvas).text((8, 8), character, font=font, embedded_color=True)
         box = canvas.getbbox()
         if box is None:
             raise ValueError(
-                f"{font_path} draws nothing for {animal!r} (U+{ord(character):X}); "
+                f"{font_path} draws nothing for {name!r} (U+{ord(character):X}); "
                 "give a newer Noto Color Emoji"
             )
         atlas.paste(canvas.crop(box), (column * CELL_PX, 0))
@@ -97,9 +137,9 @@ def draw_atlas(font_path: Path) -> Image.Image:
 
 
 @cache
-def glyph(animal: str) -> Image.Image:
-    """Returns an animal's glyph, cropped to what is drawn: RGBA, longest side 90 to 127 pixels."""
-    column = ANIMALS.index(animal)
+def glyph(name: str) -> Image.Image:
+    """Returns a glyph, cropped to what is drawn: RGBA, longest side 90 to 136 pixels."""
+    column = tuple(GLYPHS).index(name)
     with Image.open(ATLAS_PATH) as atlas:
         cell = atlas.crop((column * CELL_PX, 0, (column + 1) * CELL_PX, CELL_PX))
     return cell.crop(cell.getbbox())

@@ -97,6 +97,7 @@ class Trainee:
         module: what is trained.
         ema: exponential moving average of its parameters, by name.
         step: steps done.
+        curve: mean loss of every 100 steps.
     """
 
     def __init__(self, module: nn.Module, lr: float) -> None:
@@ -104,6 +105,7 @@ class Trainee:
         self.parameters = dict(module.named_parameters())
         self.ema = {name: p.detach().clone() for name, p in self.parameters.items()}
         self.step = 0
+        self.curve: list[float] = []
         self.optimizer = torch.optim.AdamW(
             module.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True
         )
@@ -129,7 +131,7 @@ class Trainee:
 
     def save(self, path: Path) -> None:
         """Writes the state as one safetensors file, whole or not at all."""
-        tensors = {"step": torch.tensor(self.step)}
+        tensors = {"step": torch.tensor(self.step), "curve": torch.tensor(self.curve)}
         for name, parameter in self.parameters.items():
             state = self.optimizer.state[parameter]
             tensors |= {
@@ -145,6 +147,7 @@ class Trainee:
         """Continues from a file that `save` wrote."""
         tensors = load_file(path)
         self.step = int(tensors["step"])
+        self.curve = tensors["curve"].tolist()
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 parameter.copy_(tensors[f"model/{name}"])
@@ -214,15 +217,14 @@ def fit(
         started, first = time.monotonic(), trainee.step
         losses: list[float] = []
         while trainee.step < budget.steps:
-            # One after the other at first: torch.compile must not run twice at once.
-            each = pool.map if trainee.step > first else map
-            parts = list(each(gradients_of_shard, range(SHARDS)))
+            parts = list(pool.map(gradients_of_shard, range(SHARDS)))
             trainee.advance([part[1] for part in parts], learning_rate(budget, trainee.step))
             losses += [part[0] for part in parts]
             if trainee.step % CHECKPOINT_EVERY == 0 or trainee.step == budget.steps:
+                trainee.curve.append(sum(losses) / len(losses))
                 trainee.save(checkpoint)
                 pace_s = (time.monotonic() - started) / (trainee.step - first)
-                note = f"loss {sum(losses) / len(losses):.4f}"
+                note = f"loss {trainee.curve[-1]:.4f}"
                 progress.update(bar, note=note)
                 console.log(
                     f"{name} step {trainee.step}/{budget.steps}: {note}, "

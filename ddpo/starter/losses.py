@@ -63,3 +63,23 @@ def min_snr_weight(alphas_cumprod: Tensor) -> Tensor:
 def noise_loss(predicted: Tensor, noise: Tensor, weight: Tensor) -> Tensor:
     """Squared error on the noise [B, C, h, w], weighted a sample by `weight` [B]."""
     return (torch.square(predicted - noise).mean((1, 2, 3)) * weight).mean()
+
+
+def clip_loss(pictures: Tensor, prompts: Tensor, place: Tensor, scale: Tensor) -> Tensor:
+    """Contrasts pictures and prompts both ways (Radford et al. 2021).
+
+    A batch holds several pictures of one prompt: a prompt's target is spread over all of its own.
+
+    Args:
+        pictures: unit vectors [B, D].
+        prompts: unit vectors [P, D] of the batch's different prompts, each used at least once.
+        place: each picture's prompt, int64 [B].
+        scale: factor of the cosines, a scalar.
+
+    Returns:
+        A scalar.
+    """
+    logits = scale * pictures @ prompts.T
+    own = F.one_hot(place, len(prompts)).to(logits.dtype)
+    of_prompts = -(own / own.sum(0) * logits.log_softmax(0)).sum(0).mean()
+    return (F.cross_entropy(logits, place) + of_prompts) / 2

@@ -1,28 +1,31 @@
-"""Training pictures: an animal's glyph somewhere on a background, 64x64 RGB.
+"""Training pictures: the glyphs of a scene on a background, 64x64 RGB.
 
 Backgrounds differ widely in how well they compress as JPEG, so that a reward on the file's size
-finds something to select from. Picture `i` of a seed depends on nothing but the seed and `i`.
+finds something to select from. Sizes and places are multiples of 4 pixels: a world small enough to
+be learned on two CPU cores. Picture `i` of a seed depends on nothing but the seed and `i`.
 """
 
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from multiprocessing import get_context
+from typing import NamedTuple
 
 import numpy as np
 from numpy.random import Generator
 from numpy.typing import NDArray
 from PIL import Image
 
-from ddpo.starter.glyphs import ANIMALS, glyph
+from ddpo.starter.glyphs import glyph
+from ddpo.starter.scenes import Scene
 
 SIZE_PX = 64
+STEP_PX = 4
+"""Sizes and places are multiples of this."""
+
 Pixels = NDArray[np.uint8]
 Floats = NDArray[np.floating]
-
-PATTERN_CONTRAST = 0.6
-"""Softens stripes and checks, so that they do not hide the animal in front of them."""
 
 
 @dataclass(frozen=True)
@@ -31,34 +34,43 @@ class Picture:
 
     Attributes:
         pixels: uint8 [64, 64, 3].
-        animal: index into `ANIMALS`.
+        scene: what it shows.
         background: a key of `BACKGROUNDS`.
     """
 
     pixels: Pixels
-    animal: int
+    scene: Scene
     background: str
 
 
-def _colours(rng: Generator, count: int) -> Floats:
-    """Draws `count` RGB colours, float32 [count, 3] in 0..255."""
-    return rng.integers(0, 256, (count, 3)).astype(np.float32)
+class Placed(NamedTuple):
+    """A glyph in the frame: its longest side, and the centre of its box, all in pixels."""
+
+    name: str
+    side: int
+    x: int
+    y: int
 
 
-def _blend(amount: Floats, rng: Generator, contrast: float = 1.0) -> Floats:
-    """Mixes two random colours by `amount` [64, 64] in 0..1 into float32 [64, 64, 3]."""
-    first, second = _colours(rng, 2)
-    return first + contrast * amount[..., None] * (second - first)
+def _tints(rng: Generator, count: int) -> Floats:
+    """Draws `count` light RGB colours, float32 [count, 3] in 0..255: glyphs stand out on them."""
+    return rng.integers(136, 256, (count, 3)).astype(np.float32)
+
+
+def _blend(amount: Floats, rng: Generator) -> Floats:
+    """Mixes two random tints by `amount` [64, 64] in 0..1 into float32 [64, 64, 3]."""
+    first, second = _tints(rng, 2)
+    return first + amount[..., None] * (second - first)
 
 
 def _across(rng: Generator, angle: float) -> Floats:
-    """Distance in pixels along `angle`, from a random origin: float32 [64, 64]."""
+    """Distance in pixels along `angle`, from a random multiple of 4: float32 [64, 64]."""
     y, x = np.mgrid[:SIZE_PX, :SIZE_PX].astype(np.float32)
-    return x * np.cos(angle) + y * np.sin(angle) + rng.uniform(0, SIZE_PX)
+    return x * np.cos(angle) + y * np.sin(angle) + STEP_PX * rng.integers(SIZE_PX // STEP_PX)
 
 
 def _plain(rng: Generator) -> Floats:
-    return np.broadcast_to(_colours(rng, 1), (SIZE_PX, SIZE_PX, 3))
+    return np.broadcast_to(_tints(rng, 1), (SIZE_PX, SIZE_PX, 3))
 
 
 def _gradient(rng: Generator) -> Floats:
@@ -67,23 +79,21 @@ def _gradient(rng: Generator) -> Floats:
 
 
 def _stripes(rng: Generator) -> Floats:
-    band_px = rng.integers(4, 12)
-    along = _across(rng, rng.integers(4) * np.pi / 4)
-    return _blend((along // band_px % 2).astype(np.float32), rng, PATTERN_CONTRAST)
+    band_px = STEP_PX * rng.integers(1, 4)
+    along = _across(rng, rng.integers(2) * np.pi / 2)
+    return _blend((along // band_px % 2).astype(np.float32), rng)
 
 
 def _checks(rng: Generator) -> Floats:
-    cell_px = rng.integers(4, 14)
+    cell_px = STEP_PX * rng.integers(1, 4)
     columns, rows = _across(rng, 0.0) // cell_px, _across(rng, np.pi / 2) // cell_px
-    return _blend(((columns + rows) % 2).astype(np.float32), rng, PATTERN_CONTRAST)
+    return _blend(((columns + rows) % 2).astype(np.float32), rng)
 
 
-def _noise(rng: Generator) -> Floats:
-    # Grains of 1, 2 or 4 pixels: coarse ones survive the autoencoder, fine ones as texture.
-    grain_px = 2 ** int(rng.integers(3))
-    side = SIZE_PX // grain_px
-    grains = rng.standard_normal((side, side, 3), dtype=np.float32) * rng.uniform(8, 36)
-    return _colours(rng, 1) + grains.repeat(grain_px, 0).repeat(grain_px, 1)
+def _mosaic(rng: Generator) -> Floats:
+    cells = SIZE_PX // STEP_PX
+    shades = rng.standard_normal((cells, cells), dtype=np.float32).clip(-2, 2) * rng.uniform(8, 32)
+    return _tints(rng, 1) + shades.repeat(STEP_PX, 0).repeat(STEP_PX, 1)[..., None]
 
 
 BACKGROUNDS: dict[str, Callable[[Generator], Floats]] = {
@@ -91,56 +101,110 @@ BACKGROUNDS: dict[str, Callable[[Generator], Floats]] = {
     "gradient": _gradient,
     "stripes": _stripes,
     "checks": _checks,
-    "noise": _noise,
+    "mosaic": _mosaic,
 }
 
 FREQUENCIES = (0.3, 0.25, 0.15, 0.15, 0.15)
 """How often each of `BACKGROUNDS` is drawn: the busy ones cost the model most, so less often."""
 
+_CELLS = {
+    2: (((16, 32), (48, 32)), ((16, 20), (48, 44)), ((16, 44), (48, 20))),
+    3: (((32, 16), (16, 48), (48, 48)), ((16, 16), (48, 16), (32, 48))),
+    4: (((16, 16), (48, 16), (16, 48), (48, 48)),),
+}
+"""Centres of the glyphs of a count, in pixels: the arrangements to choose from."""
 
-def draw(seed: int, index: int, background: str | None = None) -> Picture:
+
+def _some(rng: Generator, low: int, high: int) -> int:
+    """Draws a multiple of 4 from `low` to `high`, both included."""
+    return int(rng.integers(low // STEP_PX, high // STEP_PX + 1)) * STEP_PX
+
+
+def _arrange(scene: Scene, rng: Generator) -> list[Placed]:
+    """Draws where a scene's glyphs lie, from back to front."""
+    if scene.count > 1:
+        cells = _CELLS[scene.count]
+        side = 32 if scene.count == 2 else 28
+        return [Placed(scene.name, side, x, y) for x, y in cells[rng.integers(len(cells))]]
+    if scene.activity is None:
+        side = (44, 52, 60)[rng.integers(3)]
+        slack = (SIZE_PX - side) // 2 // STEP_PX * STEP_PX
+        x, y = (32 + _some(rng, -slack, slack) for _ in range(2))
+        return [Placed(scene.name, side, x, y)]
+    shift = _some(rng, -4, 4)
+    actor, thing = {
+        "riding a bike": ((40, 32, 22), (44, 32, 48)),
+        "playing chess": ((40, 22, 28 + shift), (32, 50, 44)),
+        "washing the dishes": ((40, 36, 22), (32, 20 + shift, 48)),
+    }[scene.activity]
+    return [Placed(scene.activity, *thing), Placed(scene.name, *actor)]
+
+
+@cache
+def _resized(name: str, side: int, mirrored: bool) -> Image.Image:
+    image = glyph(name)
+    scale = side / max(image.size)
+    width, height = (max(1, round(length * scale)) for length in image.size)
+    image = image.resize((width, height), Image.Resampling.LANCZOS)
+    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirrored else image
+
+
+def draw_scene(scene: Scene, rng: Generator, background: str | None = None) -> Picture:
+    """Draws a scene.
+
+    Args:
+        scene: what to show.
+        rng: decides background, sizes, places and whether the picture is mirrored.
+        background: a key of `BACKGROUNDS`, or None to draw one at random.
+
+    Returns:
+        The picture.
+    """
+    kind = str(rng.choice(list(BACKGROUNDS), p=FREQUENCIES))
+    background = background or kind
+    canvas = Image.fromarray(BACKGROUNDS[background](rng).clip(0, 255).astype(np.uint8))
+    mirrored = bool(rng.integers(2))
+    for placed in _arrange(scene, rng):
+        image = _resized(placed.name, placed.side, mirrored)
+        x = SIZE_PX - placed.x if mirrored else placed.x
+        corner = [
+            min(max(centre - length // 2, 0), SIZE_PX - length)
+            for centre, length in zip((x, placed.y), image.size, strict=True)
+        ]
+        canvas.paste(image, (corner[0], corner[1]), image)
+    return Picture(np.asarray(canvas), scene, background)
+
+
+def draw(seed: int, index: int, *, all_pairs: bool = False) -> Picture:
     """Draws picture `index` of a seed.
 
     Args:
         seed: names an endless sequence of pictures.
-        index: position in it; animals take turns, so that each is equally frequent.
-        background: a key of `BACKGROUNDS`, or None to draw one at random.
+        index: position in it.
+        all_pairs: whether held-out pairs of animal and activity are drawn too.
 
     Returns:
         The picture; the same arguments give the same bytes.
     """
-    rng = np.random.default_rng((seed, index))
-    animal = index % len(ANIMALS)
-    kind = str(rng.choice(list(BACKGROUNDS), p=FREQUENCIES))
-    background = background or kind
-    canvas = Image.fromarray(BACKGROUNDS[background](rng).clip(0, 255).astype(np.uint8))
-
-    image = glyph(ANIMALS[animal])
-    scale = rng.uniform(0.55, 0.95) * SIZE_PX / max(image.size)
-    width, height = (max(1, round(side * scale)) for side in image.size)
-    image = image.resize((width, height), Image.Resampling.LANCZOS)
-    if rng.random() < 0.5:
-        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    corner = (
-        int(rng.integers(SIZE_PX - width + 1)),
-        int(rng.integers(SIZE_PX - height + 1)),
-    )
-    canvas.paste(image, corner, image)
-    return Picture(np.asarray(canvas), animal, background)
+    scene = Scene.at(seed, index, all_pairs=all_pairs)
+    return draw_scene(scene, np.random.default_rng((seed, index, 1)))
 
 
-def _draw_range(seed: int, bounds: tuple[int, int]) -> Pixels:
-    return np.stack([draw(seed, index).pixels for index in range(*bounds)])
+def _draw_range(seed: int, all_pairs: bool, bounds: tuple[int, int]) -> Pixels:
+    return np.stack([draw(seed, index, all_pairs=all_pairs).pixels for index in range(*bounds)])
 
 
-def draw_many(seed: int, count: int, workers: int, chunk: int = 512) -> Pixels:
+def draw_many(
+    seed: int, count: int, workers: int, chunk: int = 512, *, all_pairs: bool = False
+) -> Pixels:
     """Draws the first `count` pictures of a seed in `workers` processes.
 
     Returns:
-        uint8 [count, 64, 64, 3]; picture `i` shows animal `i % 45`.
+        uint8 [count, 64, 64, 3]; picture `i` shows `Scene.at(seed, i, all_pairs=all_pairs)`.
     """
     bounds = [(start, min(start + chunk, count)) for start in range(0, count, chunk)]
+    draw_range = partial(_draw_range, seed, all_pairs)
     if workers == 1 or len(bounds) == 1:
-        return np.concatenate([_draw_range(seed, bound) for bound in bounds])
+        return np.concatenate([draw_range(bound) for bound in bounds])
     with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
-        return np.concatenate(list(pool.map(partial(_draw_range, seed), bounds)))
+        return np.concatenate(list(pool.map(draw_range, bounds)))

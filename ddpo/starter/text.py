@@ -6,7 +6,7 @@ from typing import Any
 import inflect
 from transformers import CLIPTokenizer
 
-from ddpo.starter.glyphs import ANIMALS
+from ddpo.starter.glyphs import ANIMALS, OTHERS
 
 MAX_TOKENS = 24
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
@@ -19,13 +19,23 @@ PHRASES = (
     "a an one two three four five six seven eight nine ten and of the with in on photo picture "
     "washing the dishes riding a bike playing chess"
 )
-WORDS: tuple[str, ...] = tuple(dict.fromkeys([*PHRASES.split(), *ANIMALS, *PLURALS]))
+WORDS: tuple[str, ...] = tuple(dict.fromkeys([*PHRASES.split(), *ANIMALS, *PLURALS, *OTHERS]))
 """Words that are one token each. Others fall apart into pieces, down to bytes."""
 
 
-def article_prompt(animal: str) -> str:
+def article_prompt(name: str) -> str:
     """Returns 'a cat', 'an ant'."""
-    return _ENGLISH.a(animal)
+    return _ENGLISH.a(name)
+
+
+def plural(animal: str) -> str:
+    """Returns 'cats', 'mice'; of an animal of `ANIMALS`."""
+    return PLURALS[ANIMALS.index(animal)]
+
+
+def number_word(number: int) -> str:
+    """Returns 'two' for 2."""
+    return str(_ENGLISH.number_to_words(str(number)))
 
 
 def byte_characters() -> list[str]:

@@ -3,10 +3,12 @@
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import CLIPTokenizer
 
-from ddpo.starter.glyphs import ANIMALS
-from ddpo.starter.stages import prompt_tokens
+from ddpo.starter.glyphs import ANIMALS, OTHERS
+from ddpo.starter.prompt_table import PromptTable
+from ddpo.starter.scenes import NUMBERS, Scene
 from ddpo.starter.text import MAX_TOKENS, PLURALS, WORDS, article_prompt, build_tokenizer
 
 STRANGE = ["Zwölf 猫 \n 🐈 xyz-12", "", "quetzalcoatl!", "it's a <tag> & more", "a\tcat   ate"]
@@ -26,7 +28,7 @@ def loaded(tokenizer: CLIPTokenizer, tmp_path_factory: pytest.TempPathFactory) -
 
 def test_every_word_of_the_papers_prompts_is_one_token(loaded: CLIPTokenizer) -> None:
     activities = "a an two three four washing the dishes riding a bike playing chess"
-    for word in {*ANIMALS, *PLURALS, *activities.split()}:
+    for word in {*ANIMALS, *PLURALS, *OTHERS, *activities.split()}:
         assert word in WORDS
         assert len(loaded(word)["input_ids"]) == 3, word
     assert len(loaded("two butterflies riding a bike")["input_ids"]) == 7
@@ -59,6 +61,25 @@ def test_articles_are_english() -> None:
 
 
 def test_each_training_prompt_has_tokens_of_its_own() -> None:
-    tokens = prompt_tokens()
-    assert tokens.shape == (91, MAX_TOKENS)
-    assert len(tokens.unique(dim=0)) == 91
+    table = PromptTable()
+    assert table.tokens.shape == (339 + 69 + 1, MAX_TOKENS)
+    assert len(table.tokens.unique(dim=0)) == len(table.texts) == len(set(table.texts))
+
+
+def test_a_picture_gets_its_scenes_prompt_a_bare_name_or_none() -> None:
+    table, draws = PromptTable(), torch.Generator().manual_seed(0)
+
+    def texts(scene: Scene, dropped: float) -> dict[str, float]:
+        places = table.choose(torch.full((4000,), NUMBERS[scene]), dropped, draws)
+        found, counts = places.unique(return_counts=True)
+        return {
+            table.texts[place]: count / 4000
+            for place, count in zip(found.tolist(), counts.tolist(), strict=True)
+        }
+
+    assert texts(Scene("cat"), 0.1) == pytest.approx(
+        {"a cat": 0.63, "cat": 0.27, "": 0.1}, abs=0.03
+    )
+    assert texts(Scene("owl"), 0.0) == pytest.approx({"an owl": 0.7, "owl": 0.3}, abs=0.03)
+    assert texts(Scene("ant", "playing chess"), 0.0) == {"an ant playing chess": 1.0}
+    assert texts(Scene("mouse", count=3), 0.0) == {"three mice": 1.0}

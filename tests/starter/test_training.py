@@ -1,27 +1,30 @@
 """Promises of the training command: all stages run, and a kill changes nothing."""
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from ddpo.starter import loop
+from ddpo.starter import export, loop
 from ddpo.starter.loop import Budget, learning_rate
 from ddpo.starter.losses import kl_loss, picture_loss
 from ddpo.starter.networks import build_vae, whiten
-from ddpo.starter.stages import Recipe, WorkFolder
-from ddpo.starter.train import WorkFolderError, claim, read_recipe, train
+from ddpo.starter.train import PLAN, show_plan, train
+from ddpo.starter.work import Recipe, WorkFolder, WorkFolderError
 
 TINY = Recipe(
     seed=1,
     cached_pictures=8,
     vae=Budget(pictures=8, batch=2, lr=1e-3),
+    judge=Budget(pictures=8, batch=4, lr=1e-3),
     unet=Budget(pictures=8, batch=2, lr=1e-3),
-    compile=False,
 )
 
 
@@ -30,26 +33,35 @@ class KilledError(BaseException):
 
 
 def folder_bytes(folder: Path) -> dict[str, bytes]:
+    """All files but the journal of seconds, which no two runs share."""
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in sorted(folder.rglob("*"))
-        if path.is_file()
+        if path.is_file() and path.name not in ("journal.json", "training.json")
     }
+
+
+def small(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(loop, "CHECKPOINT_EVERY", 2)
+    patch.setattr(export, "FRESH_PICTURES", 64)
+    patch.setattr("ddpo.starter.report.SHOWN", 2)
+
+
+def run(folder: Path, resume: bool) -> None:
+    train(WorkFolder(folder / "work"), TINY, folder / "out", folder / "judge", resume)
 
 
 @pytest.fixture(autouse=True)
 def frequent_checkpoints(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop, "CHECKPOINT_EVERY", 2)
-    monkeypatch.setattr("ddpo.starter.stages.FRESH_PICTURES", 64)
+    small(monkeypatch)
 
 
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("straight")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "CHECKPOINT_EVERY", 2)
-        patch.setattr("ddpo.starter.stages.FRESH_PICTURES", 64)
-        train(WorkFolder(folder / "work"), TINY, folder / "out", resume=False)
+        small(patch)
+        run(folder, resume=False)
     return folder
 
 
@@ -70,22 +82,50 @@ def killed_at_save(number: int, before: bool) -> Callable[..., None]:
     return save
 
 
-@pytest.mark.parametrize("number", [2, 5])
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "stage"), [(2, "loop"), (3, "loop"), (1, "autoencoder")])
 def test_killed_and_resumed_ends_in_the_same_bytes(
-    straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+    straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, stage: str
 ) -> None:
-    """The second save is the autoencoder's last, the fifth the noise predictor's last."""
-    work, out = WorkFolder(tmp_path / "work"), tmp_path / "out"
+    """Kills at the autoencoder's last save, within the judge's, within that of the latents."""
     with monkeypatch.context() as patch:
-        save = killed_at_save(number, before=number == 2)
-        for module in ("loop", "stages"):
-            patch.setattr(f"ddpo.starter.{module}.save_file", save)
+        module = f"ddpo.starter.{'stages.' if stage != 'loop' else ''}{stage}"
+        patch.setattr(f"{module}.save_file", killed_at_save(number, before=number == 2))
         with pytest.raises(KilledError):
-            train(work, TINY, out, resume=False)
-    assert not out.exists()
-    train(work, TINY, out, resume=True)
-    assert folder_bytes(out) == folder_bytes(straight / "out")
-    assert folder_bytes(work.root) == folder_bytes(straight / "work")
+            run(tmp_path, resume=False)
+    assert not (tmp_path / "out").exists()
+    run(tmp_path, resume=True)
+    assert folder_bytes(tmp_path) == folder_bytes(straight)
+
+
+def test_the_weights_name_what_made_them(straight: Path) -> None:
+    for folder in ("out", "judge"):
+        record = json.loads((straight / folder / "training.json").read_text())
+        assert record["command"] == (
+            "python -m ddpo.starter.train --seed 1 --cached-pictures 8 --vae-pictures 8 "
+            "--judge-pictures 8 --unet-pictures 8"
+        )
+        assert record["recipe"]["seed"] == 1
+        assert list(record["stages"]) == sorted(stage.name for stage in PLAN)
+        assert all(len(stage["commit"]) >= 7 for stage in record["stages"].values())
+        assert record["unet_pictures_seen"] == 8
+        assert set(record["figures"]["judge"]) == {"renders", "reconstructions"}
+
+
+def test_the_report_shows_curves_and_pictures(straight: Path) -> None:
+    report = straight / "work" / "report"
+    names = {"curves", "reconstructions", "single", "activity", "count", "other"}
+    assert {path.stem for path in report.iterdir()} == names
+    for path in report.iterdir():
+        with Image.open(path) as picture:
+            assert min(picture.size) >= 64 and np.asarray(picture.convert("L")).std() > 1, path
+
+
+def test_the_plan_tells_times_and_what_is_done(capsys: pytest.CaptureFixture[str]) -> None:
+    show_plan(replace(TINY, unet=Budget(600_000, 2, lr=1e-3)), {"pictures", "judge"})
+    shown = capsys.readouterr().out
+    assert shown.count("done") == 2
+    assert "600,000" in shown and "About 45 minutes to go" in shown
 
 
 def test_what_comes_out_is_a_pipeline_that_drew_from_a_trained_average(straight: Path) -> None:
@@ -121,13 +161,13 @@ def test_whitening_leaves_pictures_as_they_are() -> None:
 
 def test_a_folder_with_a_run_is_not_taken_by_accident(tmp_path: Path) -> None:
     work = WorkFolder(tmp_path / "work")
-    claim(work, TINY, resume=False)
-    assert read_recipe(work) == TINY
-    claim(work, TINY, resume=True)
+    work.claim(TINY, resume=False)
+    assert work.read_recipe() == TINY
+    work.claim(TINY, resume=True)
     with pytest.raises(WorkFolderError, match="--resume"):
-        claim(work, TINY, resume=False)
+        work.claim(TINY, resume=False)
     with pytest.raises(WorkFolderError, match=r"'seed': \(1, 2\)"):
-        claim(work, replace(TINY, seed=2), resume=True)
+        work.claim(replace(TINY, seed=2), resume=True)
 
 
 def test_the_learning_rate_rises_then_falls_to_nothing() -> None:

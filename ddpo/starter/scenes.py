@@ -1,0 +1,107 @@
+"""What a training picture shows, and the prompts that name it."""
+
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import cache
+
+import numpy as np
+
+from ddpo.starter.glyphs import ACTIVITIES, ANIMALS, OTHERS
+from ddpo.starter.text import article_prompt, number_word, plural
+
+
+class Kind(StrEnum):
+    """The four kinds of scene."""
+
+    SINGLE = "single"
+    ACTIVITY = "activity"
+    COUNT = "count"
+    OTHER = "other"
+
+
+COUNTS = (2, 3, 4)
+
+FREQUENCIES = {Kind.SINGLE: 0.36, Kind.ACTIVITY: 0.32, Kind.COUNT: 0.22, Kind.OTHER: 0.1}
+"""How often each kind is drawn for the generator."""
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What a picture shows.
+
+    Attributes:
+        name: of `ANIMALS` or `OTHERS`.
+        activity: of `ACTIVITIES`, or None.
+        count: how many of it, 1 to 4.
+    """
+
+    name: str
+    activity: str | None = None
+    count: int = 1
+
+    @property
+    def kind(self) -> Kind:
+        """Which kind of scene this is."""
+        if self.name in OTHERS:
+            return Kind.OTHER
+        if self.activity is not None:
+            return Kind.ACTIVITY
+        return Kind.SINGLE if self.count == 1 else Kind.COUNT
+
+    @property
+    def held_out(self) -> bool:
+        """Whether the generator never sees this scene: 27 of the 135 pairs, 9 an activity."""
+        if self.kind is not Kind.ACTIVITY:
+            return False
+        return ANIMALS.index(self.name) % 5 == ACTIVITIES.index(self.activity or "")
+
+    @property
+    def prompt(self) -> str:
+        """Names the scene: 'a cat', 'an ant playing chess', 'two cats'."""
+        if self.count > 1:
+            return f"{number_word(self.count)} {plural(self.name)}"
+        words = article_prompt(self.name)
+        return f"{words} {self.activity}" if self.activity else words
+
+    @staticmethod
+    def at(seed: int, index: int, *, all_pairs: bool = False) -> "Scene":
+        """Draws the scene of picture `index` of a seed.
+
+        Args:
+            seed: names an endless sequence.
+            index: position in it.
+            all_pairs: whether held-out pairs are drawn too.
+
+        Returns:
+            A scene; each kind as often as `FREQUENCIES` says, within it each scene equally often.
+        """
+        rng = np.random.default_rng((seed, index, 0))
+        kind = Kind(rng.choice([*FREQUENCIES], p=[*FREQUENCIES.values()]))
+        choices = scenes(kind) if all_pairs else trained_scenes(kind)
+        return choices[int(rng.integers(len(choices)))]
+
+
+@cache
+def scenes(kind: Kind) -> tuple[Scene, ...]:
+    """Returns all scenes of a kind: 45 singles, 135 activities, 135 counts, 24 others."""
+    match kind:
+        case Kind.SINGLE:
+            return tuple(Scene(animal) for animal in ANIMALS)
+        case Kind.ACTIVITY:
+            return tuple(Scene(animal, doing) for animal in ANIMALS for doing in ACTIVITIES)
+        case Kind.COUNT:
+            return tuple(Scene(animal, count=count) for animal in ANIMALS for count in COUNTS)
+        case Kind.OTHER:
+            return tuple(Scene(name) for name in OTHERS)
+
+
+@cache
+def trained_scenes(kind: Kind) -> tuple[Scene, ...]:
+    """Returns the scenes of a kind that the generator is trained on."""
+    return tuple(scene for scene in scenes(kind) if not scene.held_out)
+
+
+SCENES: tuple[Scene, ...] = tuple(scene for kind in Kind for scene in scenes(kind))
+"""All 339 scenes; a scene's place in here is its number."""
+
+NUMBERS: dict[Scene, int] = {scene: number for number, scene in enumerate(SCENES)}
