@@ -4,10 +4,10 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench results screenshots clean
+.PHONY: help demo test lint bench starter-report results screenshots clean
 
 help:  ## Show this list
-	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(READY)  ## Teach the starter model a reward, on the CPU, in minutes
 	$(BIN)/ddpo train configs/starter.yaml
@@ -23,6 +23,9 @@ lint: $(READY)  ## Check style and docstrings (ruff) and types (pyright)
 
 bench: $(READY)  ## Measure the share of an epoch that is not model compute
 	$(BIN)/python -m bench.overhead
+
+starter-report: $(READY)  ## Measure what the starter model draws, by its judge (ten minutes)
+	$(BIN)/python -m bench.starter
 
 results: $(READY)  ## Train three seeds for both JPEG rewards, with shuffled controls (half an hour and more)
 	$(BIN)/python -m bench.results

@@ -1,7 +1,12 @@
-"""A trained model against its base, on the same prompts and the same noise."""
+"""A trained model against its base, on the same prompts and the same noise.
+
+``python -m bench.evaluate RUN`` prints it for the last checkpoint of a run on the starter, with the
+share of animals that its judge still recognises.
+"""
 
 from __future__ import annotations
 
+import argparse
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,9 +18,15 @@ from PIL import Image
 from ddpo.policies import Policy
 from ddpo.randomness import derive_seed
 from ddpo.rewards import score_images
-from ddpo.run import Run
+from ddpo.run import Run, open_run, storage_root
 from ddpo.sampling import sample
-from ddpo.store.checkpoints import find_checkpoint, load_checkpoint
+from ddpo.starter import JUDGE_PATH
+from ddpo.starter.glyphs import ANIMALS
+from ddpo.starter.judge import Judge
+from ddpo.starter.text import article_prompt
+from ddpo.store.checkpoints import find_checkpoint, latest_checkpoint, load_checkpoint
+from ddpo.store.objects import Store
+from flows.quiet import hide_loading_bars
 
 SEEDS = (101, 102, 103, 104)
 
@@ -28,12 +39,13 @@ class Evaluation:
         rewards: [P, S], prompts by seeds.
         diversity: Root mean square difference between two pictures of one prompt, in grey levels
             (0 to 255), mean over prompts and pairs of seeds.
-        images: P·S pictures, seeds together.
+        recognised: Share of pictures in which the starter's judge finds the prompt's animal, 0 to
+            1.
     """
 
     rewards: NDArray[np.float64]
     diversity: float
-    images: list[Image.Image]
+    recognised: float
 
 
 @dataclass(frozen=True)
@@ -64,15 +76,15 @@ class Gain:
 
 
 def evaluate(run: Run, epoch: int, *, seeds: Sequence[int] = SEEDS) -> Evaluation:
-    """Draw and score every prompt of a run's set with fixed seeds.
+    """Draw and score every prompt of a run's set with fixed seeds, and ask the judge.
 
     Args:
-        run: Gives prompts, sampler, reward.
+        run: Gives prompts (of single animals, as the starter knows them), sampler, reward.
         epoch: The checkpoint; 0 is the base model.
         seeds: Noise seeds, the same for every checkpoint and run.
 
     Returns:
-        Rewards, diversity and pictures.
+        Rewards, diversity and the share that is recognised.
 
     Raises:
         ValueError: The checkpoint is not committed.
@@ -90,8 +102,15 @@ def evaluate(run: Run, epoch: int, *, seeds: Sequence[int] = SEEDS) -> Evaluatio
     return Evaluation(
         rewards=scores.values.astype(np.float64).reshape(shape),
         diversity=_diversity(images, len(seeds)),
-        images=images,
+        recognised=_recognised(images, [prompt.text for prompt in prompts]),
     )
+
+
+def _recognised(images: Sequence[Image.Image], prompts: Sequence[str]) -> float:
+    names = {article_prompt(animal): animal for animal in ANIMALS}
+    found = Judge.load(JUDGE_PATH).look(images).names
+    right = [name == names[prompt] for name, prompt in zip(found, prompts, strict=True)]
+    return float(np.mean(right))
 
 
 def _diversity(images: Sequence[Image.Image], seeds: int) -> float:
@@ -103,3 +122,30 @@ def _diversity(images: Sequence[Image.Image], seeds: int) -> float:
         for j in range(i)
     ]
     return float(np.mean(distances))
+
+
+def main() -> None:
+    """Print base and trained model of one run side by side."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("run_id")
+    parser.add_argument("--root", help="the store; by default DDPO_ROOT, else ddpo-data/store")
+    arguments = parser.parse_args()
+    hide_loading_bars()
+    run = open_run(Store.open(storage_root(arguments.root)), arguments.run_id)
+    latest = latest_checkpoint(run.store, run.run_id)
+    if latest is None:
+        parser.error(f"run {run.run_id} has no checkpoint yet; start it with `ddpo resume`")
+    base, trained = evaluate(run, 0), evaluate(run, latest[0])
+    gain = Gain.of(trained, base)
+    print(f"{run.run_id}, {latest[0]} epochs, {base.rewards.size} pictures of each model")
+    print(f"reward: {base.rewards.mean():.4f} -> {trained.rewards.mean():.4f}, ", end="")
+    print(f"gain {gain.mean:+.4f}, {gain.standard_errors:+.1f} standard errors")
+    print(f"diversity: {trained.diversity / base.diversity:.0%} of the base's")
+    kept = trained.recognised / base.recognised
+    print(
+        f"recognised: {base.recognised:.1%} -> {trained.recognised:.1%}, {kept:.0%} of the base's"
+    )
+
+
+if __name__ == "__main__":
+    main()

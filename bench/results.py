@@ -13,7 +13,7 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -98,7 +98,7 @@ def measure(trial: Trial, folder: Path, cache: Path) -> tuple[Evaluation, Evalua
         cache: Folder of finished evaluations.
 
     Returns:
-        Base and trained; without pictures.
+        Base and trained.
     """
     run = open_run(Store.open(str(folder / "store")), trial.run_id)
     found = []
@@ -108,12 +108,11 @@ def measure(trial: Trial, folder: Path, cache: Path) -> tuple[Evaluation, Evalua
             result = evaluate(run, epoch)
             cache.mkdir(parents=True, exist_ok=True)
             whole = file.with_suffix(f".{trial.run_id}")
-            whole.write_text(
-                json.dumps({"rewards": result.rewards.tolist(), "diversity": result.diversity})
-            )
+            content = asdict(result) | {"rewards": result.rewards.tolist()}
+            whole.write_text(json.dumps(content))
             whole.replace(file)
         stored = json.loads(file.read_text())
-        found.append(Evaluation(np.asarray(stored["rewards"]), stored["diversity"], []))
+        found.append(Evaluation(**stored | {"rewards": np.asarray(stored["rewards"])}))
     return found[0], found[1]
 
 
@@ -130,23 +129,25 @@ def table(task: str, folder: Path) -> str:
     lines = [
         f"### {task}",
         "",
-        "| run | base reward | trained | gain | standard error | gain / s.e. | diversity |",
-        "|---|---|---|---|---|---|---|",
+        "| run | base reward | trained | gain | standard error | gain / s.e. | diversity "
+        "| recognised |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     gains: dict[bool, list[float]] = {False: [], True: []}
-    base_diversity = 0.0
+    bases: list[Evaluation] = []
     for control in (False, True):
         for seed in TRAINING_SEEDS:
             trial = Trial(task, seed, control)
             base, trained = measure(trial, folder, folder / "evaluations")
             gain = Gain.of(trained, base)
             gains[control].append(gain.mean)
-            base_diversity = base.diversity
+            bases.append(base)
             kind = "shuffled" if control else "real"
             lines.append(
                 f"| {kind}, seed {seed} | {base.rewards.mean():.4f} "
                 f"| {trained.rewards.mean():.4f} | {gain.mean:+.4f} | {gain.standard_error:.4f} "
-                f"| {gain.standard_errors:+.1f} | {trained.diversity / base.diversity:.0%} |"
+                f"| {gain.standard_errors:+.1f} | {trained.diversity / base.diversity:.0%} "
+                f"| {trained.recognised:.1%} |"
             )
     real, shuffled = np.mean(gains[False]), np.mean(gains[True])
     lines += [
@@ -154,7 +155,8 @@ def table(task: str, folder: Path) -> str:
         f"Mean gain over seeds: real {real:+.4f} (spread between seeds "
         f"{np.std(gains[False], ddof=1):.4f}), shuffled {shuffled:+.4f} (spread "
         f"{np.std(gains[True], ddof=1):.4f}), which is {shuffled / real:+.0%} of the real one. "
-        f"Diversity of the base: {base_diversity:.1f} grey levels.",
+        f"Of the base, diversity is {bases[0].diversity:.1f} grey levels, and "
+        f"{bases[0].recognised:.1%} of its animals are recognised.",
         "",
     ]
     return "\n".join(lines)

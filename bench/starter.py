@@ -1,0 +1,188 @@
+"""What the starter can draw, by its judge: ``python -m bench.starter`` (``make starter-report``).
+
+Draws 45 animals x 20 seeds of singles, of scenes (animal and activity) and of counts, as the demo's
+config samples, and asks the judge. Prints the figures of docs/starter.md and makes its pictures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import io
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from ddpo.config import RunConfig
+from ddpo.config_files import read_config
+from ddpo.numerics import settle_numerics
+from ddpo.policies import Policy
+from ddpo.randomness import derive_seed
+from ddpo.sampling import sample
+from ddpo.starter import JUDGE_PATH, STARTER_PATH
+from ddpo.starter.glyphs import ACTIVITIES, ANIMALS
+from ddpo.starter.judge import Judge
+from ddpo.starter.report import grid
+from ddpo.starter.scenes import COUNTS, Kind, Scene, scenes
+from flows.quiet import hide_loading_bars
+
+CONFIG = Path("configs/starter.yaml")
+SEEDS = 20
+BARS = {Kind.SINGLE: 0.90, Kind.ACTIVITY: 0.75, Kind.COUNT: 0.70}
+
+
+def asked(kind: Kind, seeds: int) -> list[Scene]:
+    """Return what to draw of a kind: every animal with every seed.
+
+    Args:
+        kind: Activities and numbers take turns, so that each animal has each of them.
+        seeds: Pictures an animal.
+
+    Returns:
+        Scenes, the seeds of an animal together. Of others, every word with every seed.
+    """
+    if kind is Kind.OTHER:
+        return [scene for scene in scenes(kind) for _ in range(seeds)]
+    return [
+        Scene(animal)
+        if kind is Kind.SINGLE
+        else Scene(animal, activity=ACTIVITIES[(place + seed) % 3])
+        if kind is Kind.ACTIVITY
+        else Scene(animal, count=COUNTS[(place + seed) % 3])
+        for place, animal in enumerate(ANIMALS)
+        for seed in range(seeds)
+    ]
+
+
+def draw(policy: Policy, config: RunConfig, wanted: Sequence[Scene]) -> list[Image.Image]:
+    """Draw scenes with the config's sampler, each with noise of its own.
+
+    Args:
+        policy: The base model.
+        config: Gives the sampler.
+        wanted: What to draw.
+
+    Returns:
+        One picture a scene.
+    """
+    noise = [
+        derive_seed(0, "starter report", scene.prompt, place) for place, scene in enumerate(wanted)
+    ]
+    return sample(policy, [scene.prompt for scene in wanted], noise, config.sampler).images
+
+
+def jpeg_kb(image: Image.Image) -> float:
+    """Return the size of a picture as JPEG of quality 95, in kB of 1000 bytes."""
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=95)
+    return file.tell() / 1000
+
+
+def spread(images: Sequence[Image.Image], seeds: int) -> str:
+    """Describe how JPEG sizes differ between seeds of one prompt, and between prompts.
+
+    Args:
+        images: Seeds of a prompt together.
+        seeds: Pictures a prompt.
+
+    Returns:
+        One line.
+    """
+    sizes = np.array([jpeg_kb(image) for image in images]).reshape(-1, seeds)
+    within = np.sqrt(sizes.var(axis=1, ddof=1).mean())
+    # The means of prompts vary by chance too: by the variance within over the number of seeds.
+    between = np.sqrt(max(sizes.mean(axis=1).var(ddof=1) - within**2 / seeds, 0))
+    return (
+        f"JPEG size of singles: mean {sizes.mean():.2f} kB, from {sizes.min():.2f} to "
+        f"{sizes.max():.2f}; standard deviation {within:.2f} between seeds of one prompt, "
+        f"{between:.2f} between prompts"
+    )
+
+
+def digest(images: Sequence[Image.Image]) -> str:
+    """Return the sha256 of pictures' pixels, 64 hex digits."""
+    return hashlib.sha256(b"".join(image.tobytes() for image in images)).hexdigest()
+
+
+def error(share: float, count: int) -> float:
+    """Return the standard error of a share of `count` pictures."""
+    return float(np.sqrt(share * (1 - share) / count))
+
+
+def groups(kind: Kind, wanted: Sequence[Scene]) -> dict[str, NDArray[np.bool_]]:
+    """Return the rows of the table for a kind: which of its pictures each is about."""
+    found = {kind.value: np.full(len(wanted), True)}
+    if kind is Kind.ACTIVITY:
+        held_out = np.array([scene.held_out for scene in wanted])
+        found |= {"... trained pairs": ~held_out, "... held-out pairs": held_out}
+        for doing in ACTIVITIES:
+            found[f"... {doing}"] = np.array([scene.activity == doing for scene in wanted])
+    if kind is Kind.COUNT:
+        for count in COUNTS:
+            found[f"... {count}"] = np.array([scene.count == count for scene in wanted])
+    return found
+
+
+def print_origin(model: Path) -> None:
+    """Print what made the weights, and how autoencoder and judge did on fresh pictures.
+
+    Args:
+        model: Folder of the pipeline.
+    """
+    made = json.loads((model / "training.json").read_text())
+    print(f"made by: {made['command']}")
+    for name, stage in made["stages"].items():
+        print(f"  {name}: commit {stage['commit'][:12]}, {stage['seconds'] / 60:.1f} min")
+    for name, figures in made["figures"]["judge"].items():
+        shares = ", ".join(f"{kind} {share:.1%}" for kind, share in figures.items())
+        print(f"judge on fresh {name}: {shares}")
+    psnr = ", ".join(f"{name} {value:.1f}" for name, value in made["figures"]["psnr_db"].items())
+    print(f"reconstruction, PSNR in dB: {psnr}")
+
+
+def main() -> None:
+    """Draw, judge, print; the tables go to docs/starter.md by hand, with what they mean."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seeds", type=int, default=SEEDS, help="pictures an animal and kind")
+    parser.add_argument("--images", type=Path, default=Path("docs/images"))
+    parser.add_argument("--model", type=Path, default=STARTER_PATH)
+    parser.add_argument("--judge", type=Path, default=JUDGE_PATH)
+    arguments = parser.parse_args()
+    hide_loading_bars()
+    print_origin(arguments.model)
+    config = read_config(CONFIG, [f"model={arguments.model}"])
+    numerics = settle_numerics(config.numerics)
+    numerics.apply()
+    policy = Policy(config.model, config.trainable, numerics, seed=config.seed)
+    judge = Judge.load(arguments.judge)
+    print("\n| drawn by the starter | pictures | right | s.e. | bar |\n|---|---|---|---|---|")
+    notes: list[str] = []
+    for kind in Kind:
+        seeds = arguments.seeds if kind is not Kind.OTHER else max(arguments.seeds // 4, 1)
+        wanted = asked(kind, seeds)
+        started = time.monotonic()
+        images = draw(policy, config, wanted)
+        pace_s = (time.monotonic() - started) / len(wanted)
+        right = judge.look(images).right(wanted)
+        for name, chosen in groups(kind, wanted).items():
+            share, count = float(right[chosen].mean()), int(chosen.sum())
+            bar = f"{BARS[kind]:.0%}" if kind in BARS and name == kind else ""
+            print(f"| {name} | {count} | {share:.1%} | {error(share, count):.1%} | {bar} |")
+        grid(images[::seeds], 9, 2).save(arguments.images / f"starter_{kind}.png", optimize=True)
+        if kind is Kind.SINGLE:
+            by_animal = right.reshape(-1, seeds).mean(1)
+            weakest = ", ".join(
+                f"{ANIMALS[place]} {by_animal[place]:.0%}" for place in by_animal.argsort()[:5]
+            )
+            notes += [spread(images, seeds), f"weakest singles: {weakest}"]
+            notes.append(f"{64 * pace_s:.1f} s for 64 pictures; sha256 {digest(images)[:16]}")
+    print("\n" + "\n".join(notes))
+
+
+if __name__ == "__main__":
+    main()
