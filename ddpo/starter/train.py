@@ -100,8 +100,8 @@ def main(
     seed: Annotated[int, typer.Option(help="Of every draw.")] = 0,
     cached_pictures: Annotated[int, typer.Option(help="Different pictures drawn.")] = 60_000,
     vae_pictures: Annotated[int, typer.Option(help="Seen by the autoencoder.")] = 144_000,
-    judge_pictures: Annotated[int, typer.Option(help="Seen by the judge.")] = 224_000,
-    unet_pictures: Annotated[int, typer.Option(help="Seen by the noise predictor.")] = 640_000,
+    judge_pictures: Annotated[int, typer.Option(help="Seen by the judge.")] = 112_000,
+    unet_pictures: Annotated[int, typer.Option(help="Seen by the noise predictor.")] = 600_000,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --work.")] = False,
     export_only: Annotated[
         bool, typer.Option("--export", help="Only export the latest checkpoints of --work.")
