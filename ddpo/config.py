@@ -22,6 +22,8 @@ from pydantic import (
     model_validator,
 )
 
+from ddpo.store.s3 import S3Options
+
 
 class _Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
@@ -187,6 +189,8 @@ class StorageConfig(_Part):
 
     root: str | None = None
     """Folder or fsspec URL (`s3://bucket/prefix`). By default DDPO_ROOT, else `ddpo-data/store`."""
+    s3: S3Options = S3Options()
+    """How a bucket is reached; what is not said here comes from the usual AWS variables."""
     keep_newest_checkpoints: PositiveInt | None = None
     """Keep this many of the newest checkpoints; by default all. A whole UNet's are about 10 GB
     each."""

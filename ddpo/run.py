@@ -109,7 +109,7 @@ def check_run(config: RunConfig, run_id: str) -> tuple[Store, Numerics]:
             with another identity.
     """
     keys.validate_run_id(run_id)
-    store = Store.open(storage_root(config.storage.root))
+    store = Store.open(storage_root(config.storage.root), config.storage.s3)
     store.probe()
     if not store.exists(keys.run_key(run_id)):
         return store, check_config(config)

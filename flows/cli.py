@@ -16,6 +16,7 @@ from flows.quiet import hide_loading_bars, set_defaults, without_heartbeats
 
 if TYPE_CHECKING:
     from ddpo.run import Run
+    from ddpo.store.objects import Store
 
 # Heavy libraries are imported by the commands that need them: a misspelt key is answered at once.
 
@@ -53,16 +54,15 @@ def train(
     settings = read_config(config, overrides)
     console.print("[dim]checking model, store and tracking ...[/]")
 
-    from ddpo.run import check_run, storage_root
+    from ddpo.run import check_run
     from flows.train import new_run_id
     from flows.train import train as train_flow
     from tasks.mlflow_connection import connect
 
     run_id = run_id or new_run_id(config)
-    check_run(settings, run_id)
+    store, _ = check_run(settings, run_id)
     connect(settings.tracking.uri)
-    place = storage_root(settings.storage.root)
-    _show(run_id, settings.epochs, lambda: train_flow(config, run_id, overrides=overrides), place)
+    _show(run_id, settings.epochs, lambda: train_flow(config, run_id, overrides=overrides), store)
 
 
 @app.command()
@@ -81,10 +81,10 @@ def resume(
     place = storage_root(root)
     config = _open(run_id, place).config
     storage = config.storage.model_copy(update={"root": place})
-    check_run(config.model_copy(update={"storage": storage}), run_id)
+    store, _ = check_run(config.model_copy(update={"storage": storage}), run_id)
     connect(config.tracking.uri)
     total = epochs or config.epochs
-    _show(run_id, total, lambda: resume_flow(run_id, place, epochs), place)
+    _show(run_id, total, lambda: resume_flow(run_id, place, epochs), store)
 
 
 @app.command()
@@ -131,6 +131,32 @@ def sample(
 
 
 @app.command()
+def doctor(
+    config: Annotated[str, typer.Argument(help="A YAML file; configs/ holds some.")],
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Change a setting, as a.b=value; may be repeated."),
+    ] = None,
+    root: Root = None,
+) -> None:
+    """Check storage, model, device, MLflow and Prefect before a night is spent on a run."""
+    from ddpo.config_files import read_config
+    from flows.doctor import examine
+
+    settings = read_config(config, [*(set_ or ()), *([f"storage.root={root}"] if root else ())])
+    failed = 0
+    for finding in examine(settings):
+        failed += not finding.ok
+        mark = "[green]ok[/]  " if finding.ok else "[bold red]no[/]  "
+        console.print(f"{mark}[bold]{finding.what}[/]", highlight=False)
+        console.print(f"    {finding.said}", markup=False, highlight=False, soft_wrap=True)
+    if failed:
+        console.print(f"{failed} to mend; each line above says how")
+        sys.exit(1)
+    console.print("ready")
+
+
+@app.command()
 def ui(
     tracking: Annotated[
         str, typer.Option(help="MLflow's tracking URI.")
@@ -162,13 +188,16 @@ def _open(run_id: str, root: str | None) -> Run:
     return open_run(Store.open(storage_root(root)), run_id)
 
 
-def _show(run_id: str, epochs: int, run: Callable[[], object], root: str) -> None:
+def _show(run_id: str, epochs: int, run: Callable[[], object], store: Store) -> None:
     """Run a flow under progress bars, then show what came of it."""
+    from ddpo.run import open_run
     from flows.bars import Bars
     from tasks.progress import shown_by
 
     hide_loading_bars()
-    again = f"ddpo resume {run_id} --root {root}"
+    again = f"ddpo resume {run_id} --root {store.root.removeprefix('file://')}"
+    if store.s3 is not None and store.s3.endpoint_url:
+        again = f"AWS_ENDPOINT_URL={store.s3.endpoint_url} {again}"
     try:
         with without_heartbeats(), Bars(console, run_id, epochs) as bars, shown_by(bars):
             run()
@@ -180,7 +209,7 @@ def _show(run_id: str, epochs: int, run: Callable[[], object], root: str) -> Non
         console.print(str(error), markup=False, highlight=False, soft_wrap=True)
         console.print(f"What is committed is kept. Go on with: [bold]{again}[/]")
         sys.exit(1)
-    _summarise(_open(run_id, root))
+    _summarise(open_run(store, run_id))
 
 
 def _summarise(run: Run) -> None:

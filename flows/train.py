@@ -130,7 +130,7 @@ def outputs_folder(config: RunConfig, run_id: str) -> Path:
 
 def _train(run: Run) -> None:
     opened.cache_clear()  # the operation half may be another than at an earlier start
-    handle = RunHandle(root=run.store.root, run_id=run.run_id)
+    handle = RunHandle(root=run.store.root, s3=run.store.s3, run_id=run.run_id)
     pictures = picture_set(run, run.config.tracking.pictures)
     shown = create_progress_artifact(
         key=f"{artifact_key(run.run_id)}-progress",

@@ -18,6 +18,7 @@ from ddpo.store import manifests
 from ddpo.store.checkpoints import load_checkpoint, load_document
 from ddpo.store.manifests import Ref
 from ddpo.store.objects import Store
+from ddpo.store.s3 import S3Options
 
 _device = threading.Lock()
 _loaded: _Loaded | None = None
@@ -30,6 +31,8 @@ class RunHandle(BaseModel, frozen=True):
 
     root: str
     """The store's address."""
+    s3: S3Options | None = None
+    """How its bucket is reached."""
     run_id: str
     """The run's name."""
 
@@ -60,7 +63,7 @@ class Lease:
 @lru_cache(maxsize=8)
 def opened(handle: RunHandle) -> Run:
     """Open a run, once a process."""
-    return open_run(Store.open(handle.root), handle.run_id)
+    return open_run(Store.open(handle.root, handle.s3), handle.run_id)
 
 
 @contextmanager

@@ -2,11 +2,14 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from flows.quiet import set_defaults
+from tests import servers
+from tests.servers import ObjectStore
 
 set_defaults()
 # Flows that run in this process start their temporary server in a home of the tests' own.
@@ -26,6 +29,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("cuda"):
             item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+
+
+@pytest.fixture(scope="session")
+def seaweedfs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectStore]:
+    """SeaweedFS, one server for all tests; each takes a prefix of its own."""
+    with servers.seaweedfs(tmp_path_factory.mktemp("seaweedfs")) as up:
+        yield up
+
+
+@pytest.fixture(scope="session")
+def moto(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectStore]:
+    """moto's S3 server, likewise."""
+    with servers.moto(tmp_path_factory.mktemp("moto")) as up:
+        yield up
 
 
 @pytest.fixture(scope="session")

@@ -7,13 +7,15 @@ have a conditional put behind it.
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol, cast
 
 from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
@@ -21,6 +23,14 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 TEMPORARY_PREFIX = ".tmp-"
 """File names that start so are unfinished writes: no key, and hidden from pyarrow and globs."""
+
+
+CONFLICT_WAITS_S = (0.1, 0.2, 0.4, 0.8, None)
+"""Seconds before the next try where an object store is busy with another put of the same key."""
+
+
+WRITER = "ddpo-writer"
+"""Name of the metadata that tells whose put an object on S3 came from."""
 
 
 class Backend(Protocol):
@@ -120,12 +130,50 @@ class ConditionalPutBackend:
         return True
 
 
+class S3Backend(ConditionalPutBackend):
+    """S3 and what speaks its protocol.
+
+    Servers refuse a conditional put with different errors; and a client that lost the answer to a
+    put that succeeded sends it again, and is refused by its own object. So every exclusive put
+    carries a mark of its own, and what lies there in the end decides.
+    """
+
+    def create(self, path: str, data: bytes) -> bool:
+        """Puts the object if there is none; True even where the first answer was lost."""
+        mark = uuid.uuid4().hex
+        for wait_s in CONFLICT_WAITS_S:
+            try:
+                self._fs.pipe_file(path, data, mode="create", Metadata={WRITER: mark})
+            except OSError as error:
+                writer = self._writer(path)
+                if writer is not None:
+                    return writer == mark
+                # Two conditional puts at once: AWS answers the later one with 409, come again.
+                if error.errno != errno.EBUSY or wait_s is None:
+                    raise
+                time.sleep(wait_s)
+            else:
+                return True
+        raise AssertionError("the last round returns or raises")
+
+    def _writer(self, path: str) -> str | None:
+        """Returns the mark of the object that is there, '' for one without, None for none."""
+        try:
+            # s3fs's own `metadata` would cache nothing of use here, and is not in fsspec's types.
+            found: dict[str, str] = cast(Any, self._fs).metadata(path, refresh=True)
+        except FileNotFoundError:
+            return None
+        return found.get(WRITER, "")
+
+
 def backend_for(fs: AbstractFileSystem, root: str) -> Backend:
     """Returns the backend for a filesystem and a root path in it."""
     if isinstance(fs, LocalFileSystem):
         return LocalBackend(root)
     if isinstance(fs, MemoryFileSystem):
         return MemoryBackend(fs)
+    if "s3" in fs.protocol:
+        return S3Backend(fs)
     return ConditionalPutBackend(fs)
 
 

@@ -14,6 +14,7 @@ from ddpo.digests import sha256_bytes
 from ddpo.errors import CorruptObject, InvalidKey, MissingObject, RetiredObject, StoreNotWritable
 from ddpo.store import keys
 from ddpo.store.backends import backend_for
+from ddpo.store.s3 import S3Options
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
@@ -44,39 +45,52 @@ class StoredObject(BaseModel):
 class Store:
     """Objects below one root, on any filesystem that fsspec knows.
 
-    Holds no state but the connection, is safe among threads, and pickles as its root.
+    Holds no state but the connection, is safe among threads, and pickles as its address. A process
+    that has used one on S3 must not be forked: the child would share its sockets.
     """
 
-    def __init__(self, fs: AbstractFileSystem, path: str) -> None:
+    def __init__(self, fs: AbstractFileSystem, path: str, s3: S3Options | None = None) -> None:
         self._fs = fs
         self._path = path.rstrip("/")
+        self.s3 = s3
+        """How the bucket is reached, as `open` was told."""
         self._backend = backend_for(fs, self._path)
         self.root: str = fs.unstrip_protocol(self._path)
         """URL of the root, without a trailing slash."""
 
     @classmethod
-    def open(cls, root: str) -> Store:
+    def open(cls, root: str, s3: S3Options | None = None) -> Store:
         """Opens a store; writes nothing.
 
         Args:
             root: An fsspec URL, or a path (made absolute).
+            s3: How a bucket is reached; by default as the AWS environment variables say.
 
         Returns:
             The store, whether or not there is anything at the root.
 
         Raises:
-            StoreNotWritable: No such kind of store is known.
+            StoreNotWritable: No such kind of store is known, or the address holds credentials.
         """
+        scheme = root.partition("://")[0]
+        if "://" in root and "@" in root:
+            raise StoreNotWritable(
+                f"{scheme}://...",
+                "its address holds an '@', as one with credentials does",
+                "Give s3://bucket/prefix, and AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY in the "
+                "environment",
+            )
+        arguments = (s3 or S3Options()).filesystem_arguments() if scheme in ("s3", "s3a") else {}
         # Other processes write to the same store, so a cached listing is a wrong answer.
         try:
-            fs, path = fsspec.core.url_to_fs(root, use_listings_cache=False)
+            fs, path = fsspec.core.url_to_fs(root, use_listings_cache=False, **arguments)
         except (ValueError, ImportError) as error:
             way_out = "Give a folder, or an fsspec URL such as s3://bucket/prefix."
             raise StoreNotWritable(root, str(error), way_out) from error
-        return cls(fs, path)
+        return cls(fs, path, s3)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Store.open, (self.root,)
+        return Store.open, (self.root, self.s3)
 
     def __repr__(self) -> str:
         return f"Store({self.root!r})"
@@ -198,7 +212,8 @@ class Store:
         """
         folder = self._full(prefix) if prefix else self._path
         start = len(self._path) + 1
-        found = (str(path)[start:] for path in self._fs.find(folder))
+        # SeaweedFS lists an emptied folder as itself: no key below the root is that short.
+        found = (str(path)[start:] for path in self._fs.find(folder) if len(str(path)) > start)
         return sorted(key for key in found if not any(s.startswith(".") for s in key.split("/")))
 
     def _full(self, key: str) -> str:

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import uuid
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import fsspec
@@ -12,18 +13,41 @@ import pytest
 
 from ddpo.store import objects
 from ddpo.store.objects import Store
+from ddpo.store.s3 import S3Options
+from tests.servers import BUCKET, ObjectStore
 
 
-@pytest.fixture(params=["local", "memory"])
+@contextmanager
+def opened(kind: str, request: pytest.FixtureRequest, folder: Path) -> Iterator[Store]:
+    if kind == "local":
+        yield Store.open(str(folder / "store"))
+    elif kind == "memory":
+        root = f"memory://{uuid.uuid4().hex}"
+        yield Store.open(root)
+        fs, path = fsspec.core.url_to_fs(root)
+        if fs.exists(path):
+            fs.rm(path, recursive=True)
+    else:
+        server: ObjectStore = request.getfixturevalue(kind)
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in server.environment.items():
+                patch.setenv(name, value)
+            # An endpoint of its own keeps fsspec from handing out the other server's client.
+            options = S3Options(endpoint_url=server.endpoint_url)
+            yield Store.open(f"s3://{BUCKET}/{uuid.uuid4().hex}", options)
+
+
+@pytest.fixture(params=["local", "memory", "seaweedfs", "moto"])
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Store]:
-    if request.param == "local":
-        yield Store.open(str(tmp_path / "store"))
-        return
-    root = f"memory://{uuid.uuid4().hex}"
-    yield Store.open(root)
-    fs, path = fsspec.core.url_to_fs(root)
-    if fs.exists(path):
-        fs.rm(path, recursive=True)
+    with opened(request.param, request, tmp_path) as found:
+        yield found
+
+
+@pytest.fixture(params=["local", "memory", "seaweedfs"])
+def raced_store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Store]:
+    """Not moto: it looks whether an object is there and puts it in two steps."""
+    with opened(request.param, request, tmp_path) as found:
+        yield found
 
 
 @pytest.fixture

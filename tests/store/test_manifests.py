@@ -85,13 +85,13 @@ def test_equal_commits_have_equal_bytes_in_any_store(store: Store, memory_store:
     assert sorted(document) == ["checksum", "inputs", "kind", "objects", "schema_version"]
 
 
-def test_racing_threads_commit_once_and_all_get_the_same(store: Store) -> None:
+def test_racing_threads_commit_once_and_all_get_the_same(raced_store: Store) -> None:
     barrier = Barrier(16)
 
     def race(number: int) -> manifests.Committed:
         data = bytes([number])
         barrier.wait()
-        return committed(store, data)
+        return committed(raced_store, data)
 
     with ThreadPoolExecutor(16) as pool:
         results = list(pool.map(race, range(16)))

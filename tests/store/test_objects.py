@@ -93,18 +93,18 @@ def test_exclusive_create_keeps_the_first(store: Store) -> None:
     assert store.read("a/b") == b"first"
 
 
-def test_of_sixteen_racing_threads_exactly_one_creates(store: Store) -> None:
+def test_of_sixteen_racing_threads_exactly_one_creates(raced_store: Store) -> None:
     for attempt in range(5):
         barrier = Barrier(16)
 
         def race(number: int, key: str = f"race/{attempt}", barrier: Barrier = barrier) -> bool:
             barrier.wait()
-            return store.put_if_absent(key, filler(10_000, number))
+            return raced_store.put_if_absent(key, filler(10_000, number))
 
         with ThreadPoolExecutor(16) as pool:
             won = list(pool.map(race, range(16)))
         assert won.count(True) == 1
-        assert store.read(f"race/{attempt}") == filler(10_000, won.index(True))
+        assert raced_store.read(f"race/{attempt}") == filler(10_000, won.index(True))
 
 
 def test_readers_see_a_replaced_object_whole(store: Store) -> None:
@@ -162,7 +162,8 @@ def test_a_write_that_is_killed_leaves_nothing_that_anyone_sees(
 
 def test_probe_passes_where_commits_are_possible_and_leaves_nothing(store: Store) -> None:
     store.probe()
-    assert [path for path in store._fs.find(store._path)] == []
+    # SeaweedFS lists an emptied folder as itself.
+    assert set(store._fs.find(store._path)) <= {store._path}
 
 
 def test_probe_names_a_root_that_cannot_be_written(tmp_path: Path) -> None:

@@ -105,8 +105,8 @@ def test_each_start_appends_its_operation(store: Store) -> None:
     assert runs.list_runs(store) == ["R"]
 
 
-def test_racing_starts_each_keep_their_operation(store: Store) -> None:
+def test_racing_starts_each_keep_their_operation(raced_store: Store) -> None:
     with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda number: runs.append_operation(store, "R", number), range(8)))
-    assert len(store.list("runs/R/starts")) == 8
-    assert set(map(str, runs.list_operations(store, "R"))) == set("01234567")
+        list(pool.map(lambda number: runs.append_operation(raced_store, "R", number), range(8)))
+    assert len(raced_store.list("runs/R/starts")) == 8
+    assert set(map(str, runs.list_operations(raced_store, "R"))) == set("01234567")

@@ -1,0 +1,72 @@
+"""How an S3 bucket is reached. Who may reach it is never part of a config."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+from pydantic import BaseModel, ConfigDict, field_validator
+
+CONNECT_TIMEOUT_S = 10
+READ_TIMEOUT_S = 20
+"""Of silence within one answer, not of a whole transfer."""
+ATTEMPTS = 5
+"""Of every call, waiting longer each time (botocore's standard mode)."""
+
+
+class S3Options(BaseModel):
+    """Where an S3 server is and how it is spoken to.
+
+    Credentials come from where AWS tools find them: `AWS_ACCESS_KEY_ID` and
+    `AWS_SECRET_ACCESS_KEY`, a profile, a role.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    endpoint_url: str | None = None
+    """Of a server that is not AWS, `http://host:port`. By default `AWS_ENDPOINT_URL`, else AWS."""
+    region: str | None = None
+    """By default `AWS_DEFAULT_REGION`."""
+    addressing_style: Literal["auto", "path", "virtual"] = "auto"
+    """Whether the bucket is part of the path or of the host's name."""
+    verify_tls: bool = True
+    """Whether the server must show a valid certificate."""
+    ca_bundle: Path | None = None
+    """Certificates to trust in place of the system's; by default `AWS_CA_BUNDLE`."""
+
+    @field_validator("endpoint_url")
+    @classmethod
+    def _has_no_credentials(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
+        # The value itself stays out of every message: it may hold a password.
+        parts = urlsplit(value)
+        if "@" in parts.netloc or parts.query:
+            raise ValueError(
+                "credentials do not belong in a config; set AWS_ACCESS_KEY_ID and "
+                "AWS_SECRET_ACCESS_KEY in the environment instead"
+            )
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError("expected http://host:port or https://host")
+        return value
+
+    def filesystem_arguments(self) -> dict[str, Any]:
+        """Returns what s3fs is created with."""
+        client: dict[str, Any] = {}
+        if self.region:
+            client["region_name"] = self.region
+        if not self.verify_tls:
+            client["verify"] = False
+        elif self.ca_bundle:
+            client["verify"] = str(self.ca_bundle)
+        return {
+            "endpoint_url": self.endpoint_url,
+            "client_kwargs": client,
+            "config_kwargs": {
+                "s3": {"addressing_style": self.addressing_style},
+                "connect_timeout": CONNECT_TIMEOUT_S,
+                "read_timeout": READ_TIMEOUT_S,
+                "retries": {"mode": "standard", "max_attempts": ATTEMPTS},
+            },
+        }

@@ -1,0 +1,143 @@
+"""A whole run on a real S3 server: the same bytes as on a disk, and no secret in anything."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from ddpo.store.objects import Store
+from ddpo.store.s3 import S3Options
+from tests.servers import BUCKET, ObjectStore
+
+SETTINGS = (
+    "sampler.steps=3",
+    "sampler.samples_per_epoch=4",
+    "sampler.shard_size=2",
+    "numerics.sample_batch_size=2",
+    "numerics.micro_batch_size=2",
+    "numerics.threads=1",
+    "epochs=1",
+    "tracking.system_metrics=false",
+    "tracking.pictures.seeds=[0]",
+    "tracking.pictures.prompts=[a cat]",
+)
+
+
+@dataclass(frozen=True)
+class Trained:
+    folder: Path
+    screen: str
+    store: Store
+
+
+def train(
+    folder: Path, model: Path, root: str, environment: dict[str, str], *settings: str
+) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "flows.cli", "train", "configs/starter.yaml"]
+    command += ["--run-id", "r", "--root", root]
+    everything = (
+        *SETTINGS,
+        *settings,
+        f"model={{path: {model}}}",
+        f"tracking.uri=sqlite:///{folder}/mlflow.db",
+        f"outputs={folder}/outputs",
+    )
+    for setting in everything:
+        command += ["--set", setting]
+    return subprocess.run(
+        command, env=environment, capture_output=True, text=True, check=False, timeout=300
+    )
+
+
+@pytest.fixture(scope="module")
+def on_s3(
+    seaweedfs: ObjectStore, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Trained:
+    folder = tmp_path_factory.mktemp("s3")
+    # The endpoint in the config, the credentials in the environment.
+    environment = {**os.environ, **seaweedfs.environment, "PREFECT_HOME": str(folder / "prefect")}
+    del environment["AWS_ENDPOINT_URL"]
+    root = f"s3://{BUCKET}/whole-run"
+    endpoint = f"storage.s3.endpoint_url={seaweedfs.endpoint_url}"
+    done = train(folder, tiny_model, root, environment, endpoint)
+    assert done.returncode == 0, done.stdout + done.stderr
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in seaweedfs.environment.items():
+            patch.setenv(name, value)
+        store = Store.open(root, S3Options(endpoint_url=seaweedfs.endpoint_url))
+        assert store.list()  # connects while the credentials are in the environment
+    return Trained(folder, done.stdout + done.stderr, store)
+
+
+@pytest.mark.slow
+def test_a_run_on_s3_leaves_the_bytes_of_a_run_on_disk(
+    on_s3: Trained, tiny_model: Path, tmp_path: Path
+) -> None:
+    environment = {**os.environ, "PREFECT_HOME": str(tmp_path / "prefect")}
+    done = train(tmp_path, tiny_model, str(tmp_path / "store"), environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    disk = Store.open(str(tmp_path / "store"))
+    # How a start was operated differs: where the store is, is part of it.
+    keys = [key for key in disk.list() if "/starts/" not in key]
+    assert keys == [key for key in on_s3.store.list() if "/starts/" not in key]
+    assert any(key.startswith("manifests/epochs/") for key in keys)
+    for key in keys:
+        assert on_s3.store.read(key) == disk.read(key), key
+
+
+@pytest.mark.slow
+def test_no_secret_is_in_anything_that_a_run_wrote(on_s3: Trained, seaweedfs: ObjectStore) -> None:
+    secret = seaweedfs.secret_key.encode()
+    assert secret not in on_s3.screen.encode()
+    written = [path for path in on_s3.folder.rglob("*") if path.is_file()]
+    names = {path.name for path in written}
+    assert {"mlflow.db", "prefect.db", "report.png"} <= names, names
+    for path in written:
+        assert secret not in path.read_bytes(), path
+    for key in on_s3.store.list():
+        assert secret not in on_s3.store.read(key), key
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"AWS_SECRET_ACCESS_KEY": "canary-wrong-secret"}, "credentials"),
+        ({"AWS_ENDPOINT_URL": "http://127.0.0.1:9"}, "address"),
+    ],
+    ids=["wrong secret", "nobody there"],
+)
+def test_a_bucket_that_cannot_be_reached_is_named_without_its_secret(
+    seaweedfs: ObjectStore, tiny_model: Path, tmp_path: Path, change: dict[str, str], said: str
+) -> None:
+    environment = {**os.environ, **seaweedfs.environment, **change}
+    done = train(tmp_path, tiny_model, f"s3://{BUCKET}/refused", environment)
+    screen = done.stdout + done.stderr
+    assert done.returncode == 2
+    assert f"s3://{BUCKET}/refused" in screen and said in screen, screen
+    assert "Traceback" not in screen
+    assert environment["AWS_SECRET_ACCESS_KEY"] not in screen
+    assert not (tmp_path / "mlflow.db").exists()
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "storage.root=s3://user:canary-secret@bucket/prefix",
+        "storage.s3.endpoint_url=http://user:canary-secret@127.0.0.1:9000",
+        "storage.s3.secret_key=canary-secret",
+    ],
+)
+def test_credentials_in_a_config_are_refused_and_not_repeated(
+    tmp_path: Path, tiny_model: Path, setting: str
+) -> None:
+    done = train(tmp_path, tiny_model, "", dict(os.environ), setting)
+    screen = done.stdout + done.stderr
+    assert done.returncode == 2
+    assert "canary-secret" not in screen, screen
+    assert "AWS_SECRET_ACCESS_KEY" in screen or "secret_key" in screen, screen

@@ -1,0 +1,156 @@
+"""Object stores that tests start for themselves, on loopback ports that are free."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import boto3
+from botocore.config import Config
+from botocore.exceptions import BotoCoreError, ClientError
+
+BUCKET = "ddpo"
+START_LIMIT_S = 60.0
+GRPC_OFFSET = 10_000
+"""SeaweedFS opens each port a second time, this much higher."""
+
+
+@dataclass(frozen=True)
+class ObjectStore:
+    """A running S3 server.
+
+    Attributes:
+        endpoint_url: Where it listens.
+        access_key: Of the account that owns the bucket.
+        secret_key: Likewise.
+    """
+
+    endpoint_url: str
+    access_key: str
+    secret_key: str
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """The usual AWS variables that point to this server."""
+        return {
+            "AWS_ENDPOINT_URL": self.endpoint_url,
+            "AWS_ACCESS_KEY_ID": self.access_key,
+            "AWS_SECRET_ACCESS_KEY": self.secret_key,
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "AWS_EC2_METADATA_DISABLED": "true",
+        }
+
+
+def free_port(offset: int = 0) -> int:
+    """Return a loopback port that is free, as is the one `offset` above it."""
+    while True:
+        with socket.socket() as low, socket.socket() as high:
+            low.bind(("127.0.0.1", 0))
+            port = low.getsockname()[1]
+            if port + offset > 65_535:
+                continue
+            try:
+                if offset:
+                    high.bind(("127.0.0.1", port + offset))
+            except OSError:
+                continue
+            return port
+
+
+def wait_for_put(store: ObjectStore, process: subprocess.Popen[bytes], log: Path) -> None:
+    """Wait until a put succeeds: an open port says nothing about the volumes behind it.
+
+    Args:
+        store: The server; its bucket is created where it is not there.
+        process: Ends the wait if it ends.
+        log: What the process printed, shown if it does not come up.
+    """
+    client = boto3.client(
+        "s3",
+        endpoint_url=store.endpoint_url,
+        aws_access_key_id=store.access_key,
+        aws_secret_access_key=store.secret_key,
+        region_name="us-east-1",
+        config=Config(retries={"max_attempts": 1}, connect_timeout=2, read_timeout=5),
+    )
+    deadline = time.monotonic() + START_LIMIT_S
+    while time.monotonic() < deadline and process.poll() is None:
+        try:
+            if BUCKET not in [found["Name"] for found in client.list_buckets()["Buckets"]]:
+                client.create_bucket(Bucket=BUCKET)
+            client.put_object(Bucket=BUCKET, Key="up", Body=b"")
+        except (BotoCoreError, ClientError):
+            time.sleep(0.1)
+        else:
+            client.delete_object(Bucket=BUCKET, Key="up")
+            return
+    raise RuntimeError(f"the object store did not come up: {log.read_text()[-2000:]}")
+
+
+@contextmanager
+def running(command: list[str], store: ObjectStore, folder: Path) -> Iterator[ObjectStore]:
+    """Run a server until the block ends.
+
+    Args:
+        command: Starts it.
+        store: What it will be.
+        folder: Gets its log.
+    """
+    log = folder / "server.log"
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command, stdout=output, stderr=output, cwd=folder, env=os.environ | store.environment
+        )
+    try:
+        wait_for_put(store, process, log)
+        yield store
+    finally:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(10)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+@contextmanager
+def seaweedfs(folder: Path, port: int | None = None) -> Iterator[ObjectStore]:
+    """Run SeaweedFS.
+
+    Args:
+        folder: Holds its data; a second start on the same folder finds what the first one stored.
+        port: Of its S3 interface; by default a free one.
+    """
+    ports = {name: free_port(GRPC_OFFSET) for name in ("master", "volume", "filer")}
+    ports["s3"] = port or free_port(GRPC_OFFSET)
+    weed = Path(sys.executable).with_name("weed")
+    command = [str(weed), "mini", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1"]
+    command += [f"-{name}.port={number}" for name, number in ports.items()]
+    command += ["-s3.port.iceberg=0", "-webdav=false", "-admin.ui=false"]
+    command += ["-master.telemetry=false", f"-bucket={BUCKET}"]
+    store = ObjectStore(f"http://127.0.0.1:{ports['s3']}", "tests", f"canary-{uuid.uuid4().hex}")
+    with running(command, store, folder) as up:
+        yield up
+
+
+@contextmanager
+def moto(folder: Path) -> Iterator[ObjectStore]:
+    """Run moto's server, which keeps everything in memory.
+
+    Args:
+        folder: Gets its log.
+    """
+    port = free_port()
+    server = Path(sys.executable).with_name("moto_server")
+    store = ObjectStore(f"http://127.0.0.1:{port}", "tests", f"canary-{uuid.uuid4().hex}")
+    with running([str(server), "-H", "127.0.0.1", "-p", str(port)], store, folder) as up:
+        yield up
