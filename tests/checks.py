@@ -22,6 +22,7 @@ from ddpo.policies import Policy
 from ddpo.sampling import sample
 from ddpo.transitions import NoiseSchedule, ddim_transition
 from ddpo.update import initial_state, update
+from tests.tiny import alternating_advantages, flat
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -193,3 +194,13 @@ def ddim_reference(
     std = eta * ((1 - alpha_prev) / (1 - alpha)) ** 0.5 * (1 - alpha / alpha_prev) ** 0.5
     mean = alpha_prev**0.5 * clean + (1 - alpha_prev - std**2) ** 0.5 * noise
     return mean, std
+
+
+def accumulated(
+    policy: Policy, config: RunConfig, rollouts: Rollouts, old: Tensor, micro: int
+) -> tuple[float, Tensor]:
+    """Return the loss of eight alternating advantages and its gradient, all parameters in one."""
+    policy.numerics = policy.numerics.model_copy(update={"micro_batch_size": micro})
+    gradient = PolicyGradient(policy, config.sampler, config.algorithm)
+    loss, _ = gradient.accumulate(rollouts, alternating_advantages(8), range(8), old)
+    return loss, flat(take_gradients(policy))

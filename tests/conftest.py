@@ -17,7 +17,20 @@ _home = tempfile.TemporaryDirectory(prefix="ddpo-tests-", ignore_cleanup_errors=
 os.environ["PREFECT_HOME"] = _home.name
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that needs the network is a defect
 
-import torch  # noqa: E402  # after the environment is set
+# After the environment is set.
+import torch  # noqa: E402
+
+from ddpo.config import RunConfig  # noqa: E402
+from ddpo.gradient import Rollouts  # noqa: E402
+from ddpo.policies import Policy  # noqa: E402
+from tests.tiny import (  # noqa: E402
+    build_tiny_model,
+    draw,
+    grow_adapter,
+    load_policy,
+    rollouts_of,
+    tiny_config,
+)
 
 # Tiny models lose more by threads than they win; and equal threads give equal bytes.
 torch.set_num_threads(1)
@@ -48,15 +61,28 @@ def moto(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectStore]:
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny pipeline that predicts epsilon, shipped with PNDM as SD 1.x is."""
-    from tests.tiny import build_tiny_model
-
     return build_tiny_model(tmp_path_factory.mktemp("tiny") / "epsilon")
 
 
 @pytest.fixture(scope="session")
 def tiny_v_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny pipeline that predicts v, shipped with DDIM as SD 2.x is."""
-    from tests.tiny import build_tiny_model
-
     folder = tmp_path_factory.mktemp("tiny") / "v"
     return build_tiny_model(folder, prediction_type="v_prediction", seed=1)
+
+
+@pytest.fixture
+def config(tiny_model: Path) -> RunConfig:
+    return tiny_config(tiny_model)
+
+
+@pytest.fixture
+def policy(config: RunConfig) -> Policy:
+    policy = load_policy(config)
+    grow_adapter(policy)
+    return policy
+
+
+@pytest.fixture
+def rollouts(policy: Policy, config: RunConfig) -> Rollouts:
+    return rollouts_of(draw(policy, config))

@@ -5,7 +5,7 @@ Pictures are 16 x 16 px, latents 4 x 8 x 8: a whole epoch takes a fraction of a 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -190,3 +190,15 @@ def _make_lively(vae: AutoencoderKL, unet: UNet2DConditionModel) -> None:
     for name, parameter in unet.named_parameters():
         if ".attn2.to_" in name and name.endswith("weight"):
             parameter *= 3.0
+
+
+def flat(tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    return torch.cat([value.double().flatten() for value in tensors.values()])
+
+
+def assert_same_tensors(
+    found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]
+) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from mlflow.tracking import MlflowClient
 
+from ddpo.store import keys
 from ddpo.store.objects import Store
 from ddpo.store.s3 import S3Options
 from tests.servers import BUCKET, ObjectStore
@@ -35,11 +37,17 @@ class Trained:
     store: Store
 
 
+def ddpo(environment: dict[str, str], *words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "flows.cli", *words],
+        env=environment, capture_output=True, text=True, check=False, timeout=300,
+    )  # fmt: skip
+
+
 def train(
     folder: Path, model: Path, root: str, environment: dict[str, str], *settings: str
 ) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "flows.cli", "train", "configs/starter.yaml"]
-    command += ["--run-id", "r", "--root", root]
+    command = ["train", "configs/starter.yaml", "--run-id", "r", "--root", root]
     everything = (
         *SETTINGS,
         *settings,
@@ -49,9 +57,7 @@ def train(
     )
     for setting in everything:
         command += ["--set", setting]
-    return subprocess.run(
-        command, env=environment, capture_output=True, text=True, check=False, timeout=300
-    )
+    return ddpo(environment, *command)
 
 
 @pytest.fixture(scope="module")
@@ -141,3 +147,40 @@ def test_credentials_in_a_config_are_refused_and_not_repeated(
     assert done.returncode == 2
     assert "canary-secret" not in screen, screen
     assert "AWS_SECRET_ACCESS_KEY" in screen or "secret_key" in screen, screen
+
+
+@pytest.mark.slow
+def test_a_run_is_resumed_on_s3_and_keeps_only_its_newest_checkpoint(
+    seaweedfs: ObjectStore, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With nothing but `--root` and the AWS variables, from the last committed epoch on."""
+    environment = {**os.environ, **seaweedfs.environment, "PREFECT_HOME": str(tmp_path / "prefect")}
+    root = f"s3://{BUCKET}/resumed"
+    done = train(
+        tmp_path, tiny_model, root, environment, "epochs=2", "storage.keep_newest_checkpoints=1"
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    for name, value in seaweedfs.environment.items():
+        monkeypatch.setenv(name, value)
+    store = Store.open(root, S3Options(endpoint_url=seaweedfs.endpoint_url))
+
+    def weights() -> list[int]:
+        found = (
+            keys.parse_checkpoint_object(key)
+            for key in store.list("checkpoints")
+            if key.endswith(keys.TENSORS_SUFFIX)
+        )
+        return sorted({owner[1] for owner in found if owner})
+
+    assert weights() == [2]
+    before = {key: store.read(key) for key in store.list("manifests")}
+    done = ddpo(environment, "resume", "r", "--epochs", "3", "--root", root)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert weights() == [3]
+    after = {key: store.read(key) for key in store.list("manifests")}
+    assert before.items() <= after.items()
+    assert keys.checkpoint_manifest_key("r", 3) in after
+    client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    (run,) = client.search_runs([e.experiment_id for e in client.search_experiments()])
+    history = client.get_metric_history(run.info.run_id, "reward/mean")
+    assert sorted(metric.step for metric in history) == [0, 1, 2]
