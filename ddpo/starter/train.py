@@ -44,11 +44,11 @@ class Stage:
 
 
 PLAN = (
-    Stage("pictures", draw_pictures, lambda recipe: 2 * recipe.cached_pictures, 0.4),
+    Stage("pictures", draw_pictures, lambda recipe: 2 * recipe.cached_pictures, 0.5),
     Stage("autoencoder", train_vae, lambda recipe: recipe.vae.pictures, 10.5),
-    Stage("judge", train_judge, lambda recipe: recipe.judge.pictures, 3.0),
-    Stage("latents", encode_latents, lambda recipe: recipe.cached_pictures, 2.0),
-    Stage("generator", train_unet, lambda recipe: recipe.unet.pictures, 4.5),
+    Stage("judge", train_judge, lambda recipe: recipe.judge.pictures, 5.1),
+    Stage("latents", encode_latents, lambda recipe: recipe.cached_pictures, 1.0),
+    Stage("generator", train_unet, lambda recipe: recipe.unet.pictures, 6.0),
 )
 
 

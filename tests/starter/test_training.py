@@ -125,7 +125,7 @@ def test_the_plan_tells_times_and_what_is_done(capsys: pytest.CaptureFixture[str
     show_plan(replace(TINY, unet=Budget(600_000, 2, lr=1e-3)), {"pictures", "judge"})
     shown = capsys.readouterr().out
     assert shown.count("done") == 2
-    assert "600,000" in shown and "About 45 minutes to go" in shown
+    assert "600,000" in shown and "About 60 minutes to go" in shown
 
 
 def test_what_comes_out_is_a_pipeline_that_drew_from_a_trained_average(straight: Path) -> None:
