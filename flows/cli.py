@@ -131,6 +131,46 @@ def sample(
 
 
 @app.command()
+def verify(
+    run_id: RunId,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Make again what can be made from what is whole.")
+    ] = False,
+    root: Root = None,
+) -> None:
+    """Read all that a run committed; say what is damaged, and mend what can be made again."""
+    from ddpo.store import keys
+    from ddpo.store.verify import Verification, verify_run
+
+    run = _open(run_id, root)
+
+    def check() -> Verification:
+        with console.status("reading") as status:
+            return verify_run(run.store, run_id, lambda key: status.update(f"reading {key}"))
+
+    found = check()
+    if found.damages and repair:
+        from tasks.repair import repair as repair_parts
+
+        hide_loading_bars()
+        for outcome in repair_parts(run, found.damages):
+            mark = "[green]made again[/]" if outcome.done else "[bold red]not mended[/]"
+            console.print(f"{mark} {outcome.manifest} {outcome.said}", highlight=False)
+        found = check()
+    for damage in found.damages:
+        console.print(f"damaged: {damage}", markup=False, highlight=False, soft_wrap=True)
+        derivable = keys.parse_part_manifest(damage.manifest) is not None
+        way_out = "ddpo verify --repair makes it again" if derivable else "restore it from a copy"
+        console.print(f"    listed in {damage.manifest}; {way_out}", highlight=False)
+    retired = f", {found.retired} retired on purpose" if found.retired else ""
+    console.print(f"{found.objects} objects, {found.bytes / 1e6:.1f} MB{retired}: ", end="")
+    if found.damages:
+        console.print(f"[bold red]{len(found.damages)} damaged[/]")
+        sys.exit(1)
+    console.print("[green]whole[/]")
+
+
+@app.command()
 def doctor(
     config: Annotated[str, typer.Argument(help="A YAML file; configs/ holds some.")],
     set_: Annotated[

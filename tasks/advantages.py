@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from prefect import task
@@ -11,9 +12,10 @@ from prefect.cache_policies import NO_CACHE
 from ddpo.algorithms.advantages import compute_advantages
 from ddpo.digests import canonical_json
 from ddpo.randomness import derive_seed
+from ddpo.run import Run
 from ddpo.store import keys, manifests
 from ddpo.store.checkpoints import load_document
-from ddpo.store.manifests import Ref
+from ddpo.store.manifests import Committed, Ref
 from ddpo.store.tables import AdvantageRow, decode_rewards, decode_rollouts, encode_advantages
 from tasks.retries import STORAGE
 from tasks.worker import RunHandle, opened
@@ -43,16 +45,43 @@ def advantages_of(
         RewardError: No sample has a reward.
     """
     run = opened(handle)
-    reward_id = run.reward.identity.reward_id
-    key = keys.advantage_manifest_key(reward_id, run.run_id, epoch)
+    key, inputs = _identity(run, checkpoint, rollouts, scores, epoch)
+    done = manifests.find(run.store, key, inputs=inputs)
+    return (done or normalise(run, checkpoint, rollouts, scores, epoch)).ref
+
+
+def _identity(
+    run: Run, checkpoint: Ref, rollouts: Sequence[Ref], scores: Sequence[Ref], epoch: int
+) -> tuple[str, dict[str, Any]]:
+    """Return the manifest key of an epoch's advantages, and what they are made from."""
     inputs = {
         "checkpoint": checkpoint.model_dump(),
         "rollouts": [ref.model_dump() for ref in rollouts],
         "rewards": [ref.model_dump() for ref in scores],
     }
-    done = manifests.find(run.store, key, inputs=inputs)
-    if done is not None:
-        return done.ref
+    reward_id = run.reward.identity.reward_id
+    return keys.advantage_manifest_key(reward_id, run.run_id, epoch), inputs
+
+
+def normalise(
+    run: Run, checkpoint: Ref, rollouts: Sequence[Ref], scores: Sequence[Ref], epoch: int
+) -> Committed:
+    """Compute and commit an epoch's advantages, whether or not they are committed already.
+
+    Args:
+        run: The run.
+        checkpoint: The checkpoint before the epoch: it holds the statistics so far.
+        rollouts: The epoch's shards, in order.
+        scores: Their scores, in order.
+        epoch: The epoch.
+
+    Returns:
+        The commit; of an earlier writer, if there was one.
+
+    Raises:
+        RewardError: No sample has a reward.
+    """
+    reward_id = run.reward.identity.reward_id
     prompt_by_id: dict[str, str] = {}
     reward_by_id: dict[str, float | None] = {}
     for ref in rollouts:
@@ -89,7 +118,8 @@ def advantages_of(
             keys.statistics_stem(reward_id, run.run_id, epoch), ".json", canonical_json(statistics)
         ),
     }
-    return manifests.commit(run.store, key, kind="advantages", inputs=inputs, objects=objects).ref
+    key, inputs = _identity(run, checkpoint, rollouts, scores, epoch)
+    return manifests.commit(run.store, key, kind="advantages", inputs=inputs, objects=objects)
 
 
 def _or_nan(reward: float | None) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from typing import Any
 
 from PIL import Image
 from prefect import task
@@ -15,7 +16,7 @@ from ddpo.run import Run
 from ddpo.sampling import Trajectories, sample
 from ddpo.store import keys, manifests
 from ddpo.store.checkpoints import load_document
-from ddpo.store.manifests import Ref
+from ddpo.store.manifests import Committed, Ref
 from ddpo.store.tables import RolloutRow, encode_rollouts
 from ddpo.store.tensors import encode_tensors
 from tasks.progress import report
@@ -42,11 +43,29 @@ def sample_shard(handle: RunHandle, checkpoint: Ref, epoch: int, shard: int) -> 
         The shard's manifest.
     """
     run = opened(handle)
-    key = keys.rollout_manifest_key(run.run_id, epoch, shard)
-    inputs = {"checkpoint": checkpoint.model_dump(), "epoch": epoch, "shard": shard}
+    key, inputs = _identity(run, checkpoint, epoch, shard)
     done = manifests.find(run.store, key, inputs=inputs)
-    if done is not None:
-        return done.ref
+    return (done or draw_shard(run, checkpoint, epoch, shard)).ref
+
+
+def _identity(run: Run, checkpoint: Ref, epoch: int, shard: int) -> tuple[str, dict[str, Any]]:
+    """Return a shard's manifest key, and what it is made from."""
+    inputs = {"checkpoint": checkpoint.model_dump(), "epoch": epoch, "shard": shard}
+    return keys.rollout_manifest_key(run.run_id, epoch, shard), inputs
+
+
+def draw_shard(run: Run, checkpoint: Ref, epoch: int, shard: int) -> Committed:
+    """Draw and commit one shard, whether or not it is committed already.
+
+    Args:
+        run: The run.
+        checkpoint: The checkpoint before the epoch.
+        epoch: The epoch.
+        shard: The shard, from 0.
+
+    Returns:
+        The commit; of an earlier writer, if there was one.
+    """
     size = run.config.sampler.shard_size
     indices = range(shard * size, (shard + 1) * size)
     prompts = [prompt_of(run, epoch, index) for index in indices]
@@ -79,7 +98,8 @@ def sample_shard(handle: RunHandle, checkpoint: Ref, epoch: int, shard: int) -> 
         "rollouts": run.store.put(table, ".parquet", encode_rollouts(rows)),
         "trajectories": run.store.put(trajectories, ".safetensors", encode_tensors(tensors)),
     }
-    return manifests.commit(run.store, key, kind="rollouts", inputs=inputs, objects=objects).ref
+    key, inputs = _identity(run, checkpoint, epoch, shard)
+    return manifests.commit(run.store, key, kind="rollouts", inputs=inputs, objects=objects)
 
 
 def prompt_of(run: Run, epoch: int, index: int) -> Prompt:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -11,8 +12,9 @@ from prefect.cache_policies import NO_CACHE
 
 from ddpo.prompts import Prompt
 from ddpo.rewards import score_images
+from ddpo.run import Run
 from ddpo.store import keys, manifests
-from ddpo.store.manifests import Ref
+from ddpo.store.manifests import Committed, Ref
 from ddpo.store.tables import RewardRow, decode_rollouts, encode_rewards
 from tasks.retries import STORAGE
 from tasks.worker import RunHandle, opened
@@ -40,12 +42,33 @@ def score_shard(handle: RunHandle, rollouts: Ref, epoch: int, shard: int) -> Ref
         RewardError: The reward raised, or gave something that is no score.
     """
     run = opened(handle)
-    identity = run.reward.identity
-    key = keys.reward_manifest_key(identity.reward_id, run.run_id, epoch, shard)
-    inputs = {"rollouts": rollouts.model_dump(), "reward_digest": identity.digest}
+    key, inputs = _identity(run, rollouts, epoch, shard)
     done = manifests.find(run.store, key, inputs=inputs)
-    if done is not None:
-        return done.ref
+    return (done or score_rollouts(run, rollouts, epoch, shard)).ref
+
+
+def _identity(run: Run, rollouts: Ref, epoch: int, shard: int) -> tuple[str, dict[str, Any]]:
+    """Return the manifest key of a shard's scores, and what they are made from."""
+    identity = run.reward.identity
+    inputs = {"rollouts": rollouts.model_dump(), "reward_digest": identity.digest}
+    return keys.reward_manifest_key(identity.reward_id, run.run_id, epoch, shard), inputs
+
+
+def score_rollouts(run: Run, rollouts: Ref, epoch: int, shard: int) -> Committed:
+    """Score and commit one shard, whether or not that is committed already.
+
+    Args:
+        run: The run.
+        rollouts: The shard's manifest.
+        epoch: The epoch.
+        shard: The shard.
+
+    Returns:
+        The commit; of an earlier writer, if there was one.
+
+    Raises:
+        RewardError: The reward raised, or gave something that is no score.
+    """
     stored = manifests.load(run.store, rollouts).objects["rollouts"]
     samples = decode_rollouts(run.store.get(stored))
     images = [Image.open(io.BytesIO(s.image_png)) for s in samples]
@@ -60,6 +83,7 @@ def score_shard(handle: RunHandle, rollouts: Ref, epoch: int, shard: int) -> Ref
         )
         for i, sample in enumerate(samples)
     ]
-    stem = keys.reward_stem(identity.reward_id, run.run_id, epoch, shard)
+    stem = keys.reward_stem(run.reward.identity.reward_id, run.run_id, epoch, shard)
     objects = {"rewards": run.store.put(stem, ".parquet", encode_rewards(rows))}
-    return manifests.commit(run.store, key, kind="rewards", inputs=inputs, objects=objects).ref
+    key, inputs = _identity(run, rollouts, epoch, shard)
+    return manifests.commit(run.store, key, kind="rewards", inputs=inputs, objects=objects)

@@ -25,6 +25,11 @@ _SEGMENT = re.compile(r"[A-Za-z0-9._=-]{1,200}")
 _CHECKPOINT_OBJECT = re.compile(r"checkpoints/run_id=([^/]+)/epoch=(\d{5})/.+")
 _CHECKPOINT_MANIFEST = re.compile(r"manifests/checkpoints/run_id=([^/]+)/epoch=(\d{5})\.json")
 
+_PART_MANIFEST = re.compile(
+    r"manifests/(?P<kind>rollouts|rewards|advantages)/(reward_name=[^/]+/)?run_id=[^/]+/"
+    r"epoch=(?P<epoch>\d{5})(/shard-(?P<shard>\d{5}))?\.json"
+)
+
 
 def check_key(key: str) -> str:
     """Checks that a key is safe as a path below the root.
@@ -203,6 +208,22 @@ def epoch_manifest_key(run_id: str, epoch: int) -> str:
 def retired_checkpoint_key(run_id: str, epoch: int) -> str:
     """Returns the key of the record that a checkpoint's objects were deleted on purpose."""
     return f"manifests/retired/checkpoints/{_partition(run_id, epoch)}.json"
+
+
+def parse_part_manifest(key: str) -> tuple[str, int, int | None] | None:
+    """Reads what a manifest of an epoch's parts is about.
+
+    Args:
+        key: Key of any manifest.
+
+    Returns:
+        'rollouts', 'rewards' or 'advantages'; epoch; and shard, None of advantages. None for other
+        manifests.
+    """
+    match = _PART_MANIFEST.fullmatch(key)
+    if match is None:
+        return None
+    return match["kind"], int(match["epoch"]), int(match["shard"]) if match["shard"] else None
 
 
 CHECKPOINT_MANIFESTS = "manifests/checkpoints"

@@ -1,0 +1,174 @@
+"""Verification: reads everything that a run committed, and says what is damaged."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from ddpo.digests import sha256_bytes
+from ddpo.errors import CorruptObject, MissingObject, StoreError
+from ddpo.store import keys, manifests, runs
+from ddpo.store.manifests import Manifest, Ref
+from ddpo.store.objects import Store
+from ddpo.store.retention import is_retired
+
+NOTHING = "nothing"
+"""Stands for the digest of an object that is not there."""
+
+
+@dataclass(frozen=True)
+class Damage:
+    """Something that is not what was committed.
+
+    Attributes:
+        key: Of the object, manifest or record.
+        manifest: Key of the manifest that lists the object; the key itself for a document.
+        expected: sha256 of what should be there, or what it should be.
+        found: sha256 of what is there, `NOTHING`, or why it cannot be read.
+    """
+
+    key: str
+    manifest: str
+    expected: str
+    found: str
+
+    def __str__(self) -> str:
+        return f"{self.key}: expected {self.expected}, found {self.found}"
+
+
+@dataclass(frozen=True)
+class Verification:
+    """The outcome of verifying a run.
+
+    Attributes:
+        objects: How many were read and compared, documents included.
+        bytes: How many bytes that were.
+        retired: Objects that retention deleted on purpose.
+        damages: What is damaged, sorted by key.
+    """
+
+    objects: int
+    bytes: int
+    retired: int
+    damages: tuple[Damage, ...]
+
+
+def verify_run(
+    store: Store, run_id: str, on_object: Callable[[str], None] = lambda key: None
+) -> Verification:
+    """Read all records, manifests and objects of a run, and follow every reference.
+
+    Args:
+        store: The store.
+        run_id: The run.
+        on_object: Called with each key before it is read.
+
+    Returns:
+        What was read, and what is damaged.
+
+    Raises:
+        RunNotFound: The store has no such run.
+    """
+    verifier = _Verifier(store, run_id, on_object)
+    verifier.records()
+    for key in run_manifests(store, run_id):
+        verifier.manifest(key)
+    damages = {damage.key: damage for damage in verifier.damages}
+    return Verification(
+        objects=len(verifier.seen),
+        bytes=verifier.bytes,
+        retired=verifier.retired,
+        damages=tuple(damages[key] for key in sorted(damages)),
+    )
+
+
+def run_manifests(store: Store, run_id: str) -> list[str]:
+    """List the keys of a run's manifests, sorted."""
+    part = f"run_id={keys.validate_run_id(run_id)}"
+    return [key for key in store.list("manifests") if part in key.split("/")]
+
+
+class _Verifier:
+    def __init__(self, store: Store, run_id: str, on_object: Callable[[str], None]) -> None:
+        self.store = store
+        self.run_id = run_id
+        self.on_object = on_object
+        self.seen: dict[str, str] = {}
+        """Digest of what was found under each key that was read."""
+        self.bytes = 0
+        self.retired = 0
+        self.damages: list[Damage] = []
+
+    def records(self) -> None:
+        """Read the run's record, and those of its starts."""
+        key = keys.run_key(self.run_id)
+        if not self.store.exists(key):
+            runs.load_run(self.store, self.run_id)  # raises, naming the nearest
+        self._document(key, lambda: runs.load_run(self.store, self.run_id))
+        self._document(
+            keys.starts_prefix(self.run_id),
+            lambda: runs.list_operations(self.store, self.run_id),
+        )
+
+    def manifest(self, key: str) -> None:
+        """Read a manifest, all that it lists, and all manifests that it was made from."""
+        manifest = self._document(key, lambda: _whole(self.store, key))
+        if manifest is None:
+            return
+        for ref in references(manifest.inputs):
+            found = self._digest(ref.key)
+            if found != ref.sha256:
+                self.damages.append(Damage(ref.key, ref.key, ref.sha256, found))
+        owner = keys.parse_checkpoint_manifest(key)
+        retired = owner is not None and is_retired(self.store, *owner)
+        for stored in manifest.objects.values():
+            found = self._digest(stored.key)
+            if found == NOTHING and retired and stored.key.endswith(keys.TENSORS_SUFFIX):
+                self.retired += 1
+            elif found != stored.sha256:
+                self.damages.append(Damage(stored.key, key, stored.sha256, found))
+
+    def _document(self, key: str, read: Callable[[], Any]) -> Any:
+        self.on_object(key)
+        try:
+            found = read()
+        except CorruptObject as error:
+            self.damages.append(Damage(error.key, key, error.expected, error.found))
+        except StoreError as error:
+            self.damages.append(Damage(key, key, "a readable document", str(error)))
+        else:
+            self.seen.setdefault(key, "")
+            return found
+        return None
+
+    def _digest(self, key: str) -> str:
+        if not self.seen.get(key):
+            self.on_object(key)
+            try:
+                data = self.store.read(key)
+            except MissingObject:
+                return NOTHING
+            self.seen[key] = sha256_bytes(data)
+            self.bytes += len(data)
+        return self.seen[key]
+
+
+def references(inputs: Any) -> Iterator[Ref]:
+    """Yield every reference to a manifest that stands in a manifest's inputs, at any depth."""
+    if isinstance(inputs, dict):
+        if inputs.keys() == Ref.model_fields.keys():
+            yield Ref.model_validate(inputs)
+        else:
+            for value in inputs.values():
+                yield from references(value)
+    elif isinstance(inputs, list):
+        for value in inputs:
+            yield from references(value)
+
+
+def _whole(store: Store, key: str) -> Manifest:
+    found = manifests.find(store, key)
+    if found is None:
+        raise MissingObject(key, store.root)
+    return found.manifest

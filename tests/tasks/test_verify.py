@@ -1,0 +1,152 @@
+"""`verify_run` finds every kind of damage by name; `repair` makes again what can be made."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from ddpo.config_files import read_config
+from ddpo.run import Run, start_run
+from ddpo.store import keys
+from ddpo.store.verify import NOTHING, verify_run
+from tasks.repair import repair
+from tests.fold import run_epochs
+
+SETTINGS = (
+    "sampler.steps=2",
+    "sampler.samples_per_epoch=4",
+    "sampler.shard_size=2",
+    "numerics.sample_batch_size=2",
+    "numerics.micro_batch_size=2",
+    "numerics.threads=1",
+    "epochs=2",
+)
+ROLLOUTS, TRAJECTORIES, REWARDS, ADVANTAGES = "rollouts", "trajectories", "rewards", "advantages"
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("whole") / "store"
+    settings = [*SETTINGS, f"model={{path: {tiny_model}}}", f"storage.root={folder}"]
+    run_epochs(start_run(read_config("configs/starter.yaml", settings), "r"), 2)
+    return folder
+
+
+@pytest.fixture
+def run(whole: Path, tmp_path: Path, tiny_model: Path) -> Run:
+    """A copy of the whole run, to be damaged."""
+    import shutil
+
+    shutil.copytree(whole, tmp_path / "store")
+    settings = [*SETTINGS, f"model={{path: {tiny_model}}}", f"storage.root={tmp_path}/store"]
+    return start_run(read_config("configs/starter.yaml", settings), "r")
+
+
+def content(run: Run) -> dict[str, bytes]:
+    return {key: run.store.read(key) for key in run.store.list() if "/starts/" not in key}
+
+
+def objects(run: Run, table: str, epoch: int = 1) -> list[str]:
+    return [key for key in run.store.list(table) if f"epoch={epoch:05d}" in key]
+
+
+def path_of(run: Run, key: str) -> Path:
+    return Path(run.store.url(key).removeprefix("file://"))
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "flipped": flip,
+    "truncated": lambda path: path.write_bytes(path.read_bytes()[:-7]),
+    "emptied": lambda path: path.write_bytes(b""),
+    "missing": lambda path: path.unlink(),
+}
+
+
+def test_a_whole_run_is_whole_and_every_object_is_read(run: Run) -> None:
+    found = verify_run(run.store, "r")
+    assert found.damages == ()
+    stored = content(run)
+    read = [key for key in stored if not key.startswith("runs/")]
+    # Records are read as documents; manifests and objects by their bytes.
+    assert found.objects == len(read) + 2
+    assert found.bytes >= sum(len(stored[key]) for key in read if not key.startswith("manifests/"))
+
+
+@pytest.mark.parametrize("how", DAMAGES)
+@pytest.mark.parametrize("table", [ROLLOUTS, TRAJECTORIES, REWARDS, ADVANTAGES])
+def test_damage_to_what_is_derivable_is_named_and_mended(run: Run, table: str, how: str) -> None:
+    before = content(run)
+    key = objects(run, table)[-1]
+    DAMAGES[how](path_of(run, key))
+    (damage,) = verify_run(run.store, "r").damages
+    assert damage.key == key
+    assert damage.expected[:12] in key
+    assert (damage.found == NOTHING) == (how == "missing")
+    (mended,) = repair(run, [damage])
+    assert mended.done, mended.said
+    assert content(run) == before
+    assert verify_run(run.store, "r").damages == ()
+
+
+def test_swapped_shards_are_both_damaged_and_both_mended(run: Run) -> None:
+    before = content(run)
+    first, second = (path_of(run, key) for key in objects(run, TRAJECTORIES))
+    one, other = first.read_bytes(), second.read_bytes()
+    first.write_bytes(other)
+    second.write_bytes(one)
+    damages = verify_run(run.store, "r").damages
+    assert [damage.key for damage in damages] == objects(run, TRAJECTORIES)
+    assert all(mended.done for mended in repair(run, damages))
+    assert content(run) == before
+
+
+@pytest.mark.parametrize("how", DAMAGES)
+@pytest.mark.parametrize("kind", ["rollouts", "rewards", "advantages"])
+def test_a_damaged_manifest_is_named_and_made_again(run: Run, kind: str, how: str) -> None:
+    before = content(run)
+    (key, *_) = [key for key in objects(run, f"manifests/{kind}", epoch=1)]
+    DAMAGES[how](path_of(run, key))
+    damages = verify_run(run.store, "r").damages
+    assert [damage.key for damage in damages] == [key]
+    (mended,) = repair(run, damages)
+    assert mended.done, mended.said
+    assert content(run) == before
+
+
+def test_all_derivable_parts_of_an_epoch_are_mended_in_their_order(run: Run) -> None:
+    before = content(run)
+    for table in (ROLLOUTS, TRAJECTORIES, REWARDS, ADVANTAGES):
+        for key in objects(run, table):
+            path_of(run, key).unlink()
+    damages = verify_run(run.store, "r").damages
+    repairs = repair(run, damages)
+    assert [keys.parse_part_manifest(mended.manifest)[0] for mended in repairs] == [
+        "rollouts", "rollouts", "rewards", "rewards", "advantages",
+    ]  # fmt: skip
+    assert all(mended.done for mended in repairs)
+    assert content(run) == before
+
+
+def test_a_damaged_checkpoint_is_named_and_is_not_made_again(run: Run) -> None:
+    key = next(key for key in objects(run, "checkpoints", epoch=1) if "weights" in key)
+    flip(path_of(run, key))
+    (damage,) = verify_run(run.store, "r").damages
+    assert damage.key == key and damage.manifest == keys.checkpoint_manifest_key("r", 1)
+    assert repair(run, [damage]) == []
+
+
+def test_a_part_whose_origin_is_damaged_too_says_so(run: Run) -> None:
+    path_of(run, keys.checkpoint_manifest_key("r", 1)).unlink()
+    path_of(run, objects(run, ROLLOUTS)[0]).unlink()
+    damages = verify_run(run.store, "r").damages
+    assert keys.checkpoint_manifest_key("r", 1) in [damage.key for damage in damages]
+    (mended,) = repair(run, damages)
+    assert not mended.done and "missing too" in mended.said
