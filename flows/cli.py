@@ -171,6 +171,32 @@ def verify(
 
 
 @app.command()
+def gc(
+    run_id: RunId,
+    older_than: Annotated[
+        float, typer.Option(help="Hours; younger objects may belong to a task at work.", min=1.5)
+    ] = 24.0,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only list what would be deleted.")
+    ] = False,
+    root: Root = None,
+) -> None:
+    """Delete a run's objects that no manifest lists: left behind by tasks that were killed."""
+    from datetime import timedelta
+
+    from ddpo.store.sweep import find_unreferenced, sweep
+
+    run = _open(run_id, root)
+    grace = timedelta(hours=older_than)
+    found = (find_unreferenced if dry_run else sweep)(run.store, run_id, grace=grace)
+    for key, size in found.items():
+        console.print(f"{size:>12,}  {key}", markup=False, highlight=False, soft_wrap=True)
+    verb = "would be deleted" if dry_run else "deleted"
+    megabytes = sum(found.values()) / 1e6
+    console.print(f"{len(found)} objects, {megabytes:.1f} MB {verb}")
+
+
+@app.command()
 def doctor(
     config: Annotated[str, typer.Argument(help="A YAML file; configs/ holds some.")],
     set_: Annotated[

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import uuid
 from contextlib import suppress
+from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any
 
 import fsspec
@@ -15,6 +16,9 @@ from ddpo.errors import CorruptObject, InvalidKey, MissingObject, RetiredObject,
 from ddpo.store import keys
 from ddpo.store.backends import backend_for
 from ddpo.store.s3 import S3Options
+
+REFRESH_AFTER = timedelta(hours=1)
+"""An object that is found, and is older than this, is written once more before it is committed."""
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
@@ -136,7 +140,8 @@ class Store:
             data: The bytes.
 
         Returns:
-            The object. Nothing is written where it is there already, in its full size.
+            The object. Nothing is written where it is there already, in its full size, and was
+            written within the last hour: an older one that no manifest lists may be swept.
 
         Raises:
             InvalidKey: The stem or suffix is outside the whitelist.
@@ -145,7 +150,7 @@ class Store:
         stored = StoredObject(
             key=keys.check_key(f"{stem}-{digest[:12]}{suffix}"), size=len(data), sha256=digest
         )
-        if self._size(stored.key) != stored.size:
+        if not self._is_fresh(stored):
             self._backend.write(self._full(stored.key), data)
         return stored
 
@@ -216,6 +221,29 @@ class Store:
         found = (str(path)[start:] for path in self._fs.find(folder) if len(str(path)) > start)
         return sorted(key for key in found if not any(s.startswith(".") for s in key.split("/")))
 
+    def ages(self) -> dict[str, tuple[int, datetime]]:
+        """Lists all keys with size in bytes and time of the last write (UTC)."""
+        start = len(self._path) + 1
+        found = self._fs.find(self._path, detail=True)
+        keys_found = {
+            str(path)[start:]: (int(info["size"]), _modified(info))
+            for path, info in found.items()
+            if len(str(path)) > start
+        }
+        return {
+            key: value
+            for key, value in keys_found.items()
+            if not any(s.startswith(".") for s in key.split("/"))
+        }
+
+    def _is_fresh(self, stored: StoredObject) -> bool:
+        try:
+            info = self._fs.info(self._full(stored.key))
+        except FileNotFoundError:
+            return False
+        young = now() - _modified(info) < REFRESH_AFTER
+        return info["type"] == "file" and info["size"] == stored.size and young
+
     def _full(self, key: str) -> str:
         return f"{self._path}/{keys.check_key(key)}"
 
@@ -233,3 +261,16 @@ class Store:
             if self.exists(retired_key):
                 return RetiredObject(key, self.root, retired_key)
         return MissingObject(key, self.root)
+
+
+def now() -> datetime:
+    """Returns the time by which objects are young or old (UTC)."""
+    return datetime.now(UTC)
+
+
+def _modified(info: dict[str, Any]) -> datetime:
+    """Returns the time of the last write: a number on local disks, a time everywhere else."""
+    found = info.get("mtime", info.get("LastModified", info.get("created")))
+    if isinstance(found, datetime):
+        return found.astimezone(UTC) if found.tzinfo else found.replace(tzinfo=UTC)
+    return datetime.fromtimestamp(float(found or 0.0), UTC)

@@ -1,0 +1,73 @@
+"""Garbage collection: deletes what no manifest lists.
+
+A writer that died between an object and its manifest leaves the object behind; so does one whose
+bytes lost against another's. Such objects cost room and nothing else.
+"""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+from ddpo.store import keys, manifests, objects
+from ddpo.store.manifests import Committed
+from ddpo.store.objects import REFRESH_AFTER, Store
+
+DEFAULT_GRACE = timedelta(days=1)
+"""Younger objects may belong to a task that has not committed yet."""
+
+
+def find_unreferenced(
+    store: Store, run_id: str, *, grace: timedelta = DEFAULT_GRACE
+) -> dict[str, int]:
+    """Look for a run's objects that no manifest of any run lists.
+
+    Args:
+        store: The store.
+        run_id: The run.
+        grace: Objects younger than this are left alone; more than the hour in which `Store.put`
+            trusts an object that it finds.
+
+    Returns:
+        Sizes in bytes by key, sorted.
+
+    Raises:
+        ValueError: The grace period is too short.
+        CorruptObject: A manifest is damaged: what it lists cannot be told.
+        UnreadableData: Likewise.
+    """
+    if grace <= REFRESH_AFTER:
+        raise ValueError(
+            f"a grace period of {grace}: expected more than {REFRESH_AFTER}, or what a running "
+            "task has just written could be taken away"
+        )
+    limit = objects.now() - grace
+    part = f"run_id={keys.validate_run_id(run_id)}"
+    # Objects before manifests: what is committed in between is seen as referenced.
+    old = {
+        key: size
+        for key, (size, modified) in store.ages().items()
+        if part in key.split("/") and not key.startswith("manifests/") and modified < limit
+    }
+    listed: set[str] = set()
+    for key in store.list("manifests"):
+        found: Committed | None = manifests.find(store, key)
+        if found is not None:
+            listed |= {stored.key for stored in found.manifest.objects.values()}
+    return {key: old[key] for key in sorted(old.keys() - listed)}
+
+
+def sweep(store: Store, run_id: str, *, grace: timedelta = DEFAULT_GRACE) -> dict[str, int]:
+    """Delete a run's objects that no manifest lists; see :func:`find_unreferenced`.
+
+    Args:
+        store: The store.
+        run_id: The run.
+        grace: Objects younger than this are left alone.
+
+    Returns:
+        Sizes in bytes of what was deleted, by key.
+    """
+    doomed = find_unreferenced(store, run_id, grace=grace)
+    for key in doomed:
+        store.delete(key)
+    return doomed
