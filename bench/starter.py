@@ -10,8 +10,12 @@ import argparse
 import hashlib
 import io
 import json
+import os
 import time
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -145,6 +149,72 @@ def print_origin(model: Path) -> None:
     print(f"reconstruction, PSNR in dB: {psnr}")
 
 
+@dataclass(frozen=True)
+class Job:
+    """What one process measures.
+
+    Attributes:
+        kind: The scenes it draws.
+        seeds: Pictures an animal.
+        model: Folder of the pipeline.
+        judge: Folder of the judge.
+        images: Folder that gets a sheet of the first seed's pictures.
+    """
+
+    kind: Kind
+    seeds: int
+    model: Path
+    judge: Path
+    images: Path
+
+
+def load(model: Path, threads: int) -> tuple[Policy, RunConfig]:
+    """Load the base model with the demo's config.
+
+    Args:
+        model: Folder of the pipeline.
+        threads: CPU threads of torch.
+
+    Returns:
+        The policy, and the config whose sampler draws.
+    """
+    config = read_config(CONFIG, [f"model={model}", f"numerics.threads={threads}"])
+    numerics = settle_numerics(config.numerics)
+    numerics.apply()
+    return Policy(config.model, config.trainable, numerics, seed=config.seed), config
+
+
+def measure(job: Job) -> tuple[list[str], list[str]]:
+    """Draw one kind of scene, ask the judge, and keep a sheet.
+
+    Args:
+        job: What to do.
+
+    Returns:
+        Rows of the table, and notes.
+    """
+    hide_loading_bars()
+    policy, config = load(job.model, threads=1)
+    wanted = asked(job.kind, job.seeds)
+    images = draw(policy, config, wanted)
+    right = Judge.load(job.judge).look(images).right(wanted)
+    rows = []
+    for name, chosen in groups(job.kind, wanted).items():
+        share, count = float(right[chosen].mean()), int(chosen.sum())
+        bar = f"{BARS[job.kind]:.0%}" if job.kind in BARS and name == job.kind else ""
+        rows.append(f"| {name} | {count} | {share:.1%} | {error(share, count):.1%} | {bar} |")
+    sheet = grid(images[:: job.seeds], 9, 2)
+    sheet.save(job.images / f"starter_{job.kind}.png", optimize=True)
+    if job.kind is not Kind.SINGLE:
+        return rows, []
+    by_animal = right.reshape(-1, job.seeds).mean(1)
+    weakest = ", ".join(
+        f"{ANIMALS[place]} {by_animal[place]:.0%}" for place in by_animal.argsort()[:5]
+    )
+    notes = [spread(images, job.seeds), f"weakest singles: {weakest}"]
+    return rows, [*notes, f"sha256 of all singles: {digest(images)[:16]}"]
+
+
 def main() -> None:
     """Draw, judge, print; the tables go to docs/starter.md by hand, with what they mean."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -152,35 +222,31 @@ def main() -> None:
     parser.add_argument("--images", type=Path, default=Path("docs/images"))
     parser.add_argument("--model", type=Path, default=STARTER_PATH)
     parser.add_argument("--judge", type=Path, default=JUDGE_PATH)
+    parser.add_argument("--jobs", type=int, default=2, help="processes, of one thread each")
     arguments = parser.parse_args()
-    hide_loading_bars()
     print_origin(arguments.model)
-    config = read_config(CONFIG, [f"model={arguments.model}"])
-    numerics = settle_numerics(config.numerics)
-    numerics.apply()
-    policy = Policy(config.model, config.trainable, numerics, seed=config.seed)
-    judge = Judge.load(arguments.judge)
+    jobs = [
+        Job(
+            kind=kind,
+            seeds=arguments.seeds if kind is not Kind.OTHER else max(arguments.seeds // 4, 1),
+            model=arguments.model.absolute(),
+            judge=arguments.judge.absolute(),
+            images=arguments.images,
+        )
+        for kind in Kind
+    ]
     print("\n| drawn by the starter | pictures | right | s.e. | bar |\n|---|---|---|---|---|")
     notes: list[str] = []
-    for kind in Kind:
-        seeds = arguments.seeds if kind is not Kind.OTHER else max(arguments.seeds // 4, 1)
-        wanted = asked(kind, seeds)
-        started = time.monotonic()
-        images = draw(policy, config, wanted)
-        pace_s = (time.monotonic() - started) / len(wanted)
-        right = judge.look(images).right(wanted)
-        for name, chosen in groups(kind, wanted).items():
-            share, count = float(right[chosen].mean()), int(chosen.sum())
-            bar = f"{BARS[kind]:.0%}" if kind in BARS and name == kind else ""
-            print(f"| {name} | {count} | {share:.1%} | {error(share, count):.1%} | {bar} |")
-        grid(images[::seeds], 9, 2).save(arguments.images / f"starter_{kind}.png", optimize=True)
-        if kind is Kind.SINGLE:
-            by_animal = right.reshape(-1, seeds).mean(1)
-            weakest = ", ".join(
-                f"{ANIMALS[place]} {by_animal[place]:.0%}" for place in by_animal.argsort()[:5]
-            )
-            notes += [spread(images, seeds), f"weakest singles: {weakest}"]
-            notes.append(f"{64 * pace_s:.1f} s for 64 pictures; sha256 {digest(images)[:16]}")
+    with ProcessPoolExecutor(arguments.jobs, get_context("spawn")) as pool:
+        for rows, remarks in pool.map(measure, jobs):
+            print("\n".join(rows), flush=True)
+            notes += remarks
+    policy, config = load(arguments.model, threads=os.cpu_count() or 1)
+    wanted = asked(Kind.SINGLE, 1)
+    draw(policy, config, wanted[:16])
+    started = time.monotonic()
+    draw(policy, config, [*wanted, *wanted][:64])
+    notes.append(f"64 pictures in {time.monotonic() - started:.1f} s on {os.cpu_count()} cores")
     print("\n" + "\n".join(notes))
 
 
