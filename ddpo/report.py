@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import io
 from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
 import numpy as np
-from PIL import Image
 
 from ddpo.run import Run
 from ddpo.store import keys, manifests
+from ddpo.store.images import decode_image
 from ddpo.store.tables import RolloutRow, decode_advantages, decode_rollouts
 
 matplotlib.use("Agg")
@@ -128,7 +127,7 @@ def _draw_pictures(
             axes.set_yticks([])
             axes.spines[:].set_visible(False)
             if column < len(rows):
-                picture = Image.open(io.BytesIO(rows[column].image_png))
+                picture = decode_image(rows[column].image_png)
                 axes.imshow(picture, interpolation="nearest")
                 if row == 0:
                     axes.set_title(rows[column].prompt, fontsize=9)

@@ -13,11 +13,11 @@ from ddpo.run import Run
 from ddpo.sampling import sample
 from ddpo.store import keys, manifests
 from ddpo.store.checkpoints import load_document
+from ddpo.store.images import encode_image
 from ddpo.store.manifests import Ref
 from ddpo.store.tables import RolloutRow, encode_rollouts
 from tasks.progress import report
 from tasks.retries import STORAGE
-from tasks.sample import png
 from tasks.worker import RunHandle, opened, policy_at
 
 _DEFAULT_PROMPTS = 4
@@ -100,7 +100,7 @@ def draw_pictures(handle: RunHandle, checkpoint: Ref, pictures: PictureSet, epoc
             policy_digest=digests["policy_digest"],
             sampler_digest=digests["sampler_digest"],
             log_prob_mean=float(drawn.log_probs[index].mean()),
-            image_png=png(drawn.images[index]),
+            image_png=encode_image(drawn.images[index]),
         )
         for index, (prompt, seed) in enumerate(pairs)
     ]

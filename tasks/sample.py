@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from typing import Any
 
-from PIL import Image
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
@@ -16,6 +14,7 @@ from ddpo.run import Run
 from ddpo.sampling import Trajectories, sample
 from ddpo.store import keys, manifests
 from ddpo.store.checkpoints import load_document
+from ddpo.store.images import encode_image
 from ddpo.store.manifests import Committed, Ref
 from ddpo.store.tables import RolloutRow, encode_rollouts
 from ddpo.store.tensors import encode_tensors
@@ -107,13 +106,6 @@ def prompt_of(run: Run, epoch: int, index: int) -> Prompt:
     return draw_prompt(run.prompts, generator(derive_seed(run.config.seed, "prompt", epoch, index)))
 
 
-def png(image: Image.Image) -> bytes:
-    """Encode a picture without loss."""
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG")
-    return buffer.getvalue()
-
-
 def _rows(
     run: Run,
     checkpoint: Ref,
@@ -136,7 +128,7 @@ def _rows(
             policy_digest=digests["policy_digest"],
             sampler_digest=digests["sampler_digest"],
             log_prob_mean=float(drawn.log_probs[row].mean()),
-            image_png=png(drawn.images[row]),
+            image_png=encode_image(drawn.images[row]),
         )
         for row, index in enumerate(indices)
     ]

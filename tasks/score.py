@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import io
 from typing import Any
 
 import numpy as np
-from PIL import Image
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
@@ -14,6 +12,7 @@ from ddpo.prompts import Prompt
 from ddpo.rewards import score_images
 from ddpo.run import Run
 from ddpo.store import keys, manifests
+from ddpo.store.images import decode_image
 from ddpo.store.manifests import Committed, Ref
 from ddpo.store.tables import RewardRow, decode_rollouts, encode_rewards
 from tasks.retries import STORAGE
@@ -71,7 +70,7 @@ def score_rollouts(run: Run, rollouts: Ref, epoch: int, shard: int) -> Committed
     """
     stored = manifests.load(run.store, rollouts).objects["rollouts"]
     samples = decode_rollouts(run.store.get(stored))
-    images = [Image.open(io.BytesIO(s.image_png)) for s in samples]
+    images = [decode_image(s.image_png) for s in samples]
     prompts = [Prompt(s.prompt, s.prompt_metadata) for s in samples]
     scores = score_images(run.reward, images, prompts)
     rows = [

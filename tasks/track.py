@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import io
 import re
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
-from PIL import Image
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 from pydantic import BaseModel, ConfigDict
 
 from ddpo.store import manifests
 from ddpo.store.checkpoints import load_document
+from ddpo.store.images import decode_image
 from ddpo.store.manifests import Ref
 from ddpo.store.tables import decode_advantages, decode_rewards, decode_rollouts
 from tasks.mlflow_connection import connect
@@ -101,7 +100,7 @@ def track_pictures(handle: RunHandle, tracking: TrackingHandle, pictures: Ref, e
     for row in decode_rollouts(table):
         name = re.sub(r"[^A-Za-z0-9_.-]+", "_", row.prompt)[:60]
         key = f"samples/{name}-seed-{row.prompt_metadata['seed']}"
-        tracker(tracking).log_picture(key, Image.open(io.BytesIO(row.image_png)), step=epoch)
+        tracker(tracking).log_picture(key, decode_image(row.image_png), step=epoch)
 
 
 def _reward_metrics(store: Any, scores: Sequence[Ref]) -> dict[str, float]:

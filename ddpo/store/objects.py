@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import uuid
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
@@ -19,6 +20,8 @@ from ddpo.store.s3 import S3Options
 
 REFRESH_AFTER = timedelta(hours=1)
 """An object that is found, and is older than this, is written once more before it is committed."""
+
+BLOCK_BYTES = 8 * 2**20
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
@@ -171,11 +174,36 @@ class Store:
             MissingObject: It is not there (RetiredObject: it was deleted on purpose).
             CorruptObject: Its bytes are not those of the digest.
         """
+        size = self._size(stored.key)
+        if size is not None and size != stored.size:
+            # Never into memory: what lies there may be of any size.
+            raise CorruptObject(stored.key, stored.sha256, self.digest(stored.key))
         data = self.read(stored.key)
         found = sha256_bytes(data)
-        if len(data) != stored.size or found != stored.sha256:
+        if found != stored.sha256:
             raise CorruptObject(stored.key, stored.sha256, found)
         return data
+
+    def digest(self, key: str) -> str:
+        """Computes the sha256 of what is under a key, 64 hex digits, a block at a time.
+
+        Args:
+            key: The key.
+
+        Returns:
+            The digest.
+
+        Raises:
+            MissingObject: As `get`.
+        """
+        digest = hashlib.sha256()
+        try:
+            with self._fs.open(self._full(key), "rb", block_size=BLOCK_BYTES) as file:
+                while block := file.read(BLOCK_BYTES):
+                    digest.update(block)
+        except FileNotFoundError:
+            raise self._missing(key) from None
+        return digest.hexdigest()
 
     def read(self, key: str) -> bytes:
         """Reads what is under a key, unverified.
@@ -194,6 +222,10 @@ class Store:
         except FileNotFoundError:
             raise self._missing(key) from None
         return data
+
+    def size(self, key: str) -> int:
+        """Returns the size in bytes of what is under a key, 0 for nothing."""
+        return self._size(key) or 0
 
     def exists(self, key: str) -> bool:
         """Returns whether something is under the key."""

@@ -21,7 +21,10 @@ from pydantic import JsonValue
 
 from ddpo.digests import canonical_json
 from ddpo.errors import InvalidTable, UnreadableData
-from ddpo.store.keys import PARTITION_NAMES, image_name
+from ddpo.store.keys import INDEX_LIMIT, PARTITION_NAMES, image_name
+
+UNFOLDED_LIMIT_BYTES = 2**32
+"""Of one table before compression: a shard of 1,000 pictures of 1024 pixels is 3 GB."""
 
 
 @dataclass(frozen=True)
@@ -258,6 +261,7 @@ def _encode(table: str, records: list[dict[str, Any]], schema: pa.Schema) -> byt
 def _decode(table: str, data: bytes, schema: pa.Schema) -> list[dict[str, Any]]:
     try:
         file = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True)
+        _check_claims(table, file.metadata)
         read = file.read()
     except (pa.ArrowException, OSError) as error:
         raise UnreadableData(f"a {table} table", str(error)) from error
@@ -267,6 +271,18 @@ def _decode(table: str, data: bytes, schema: pa.Schema) -> list[dict[str, Any]]:
             reason = f"column {name} is {found.get(name, 'absent')}, expected {kind}"
             raise UnreadableData(f"a {table} table", reason)
     return read.to_pylist()
+
+
+def _check_claims(table: str, metadata: pq.FileMetaData) -> None:
+    """Refuses a small file that would unfold to more memory than any table of ours."""
+    groups = (metadata.row_group(number) for number in range(metadata.num_row_groups))
+    unfolded = sum(group.total_byte_size for group in groups)
+    if metadata.num_rows > INDEX_LIMIT or unfolded > UNFOLDED_LIMIT_BYTES:
+        raise UnreadableData(
+            f"a {table} table",
+            f"it claims {metadata.num_rows} rows of {unfolded} bytes in all; expected at most "
+            f"{INDEX_LIMIT} rows of {UNFOLDED_LIMIT_BYTES} bytes",
+        )
 
 
 def _column_type(name: str, rows: Sequence[RewardRow]) -> pa.DataType:

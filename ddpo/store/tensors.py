@@ -13,6 +13,10 @@ from safetensors import SafetensorError
 from ddpo.digests import canonical_json
 from ddpo.errors import UnreadableData
 
+HEADER_LIMIT_BYTES = 16 * 2**20
+TENSOR_LIMIT = 100_000
+"""A whole UNet of Stable Diffusion has 686, with its optimizer some 2,800."""
+
 METADATA_KEY = "ddpo"
 """The one metadata key: with several, the order in the header differs from process to process."""
 
@@ -52,10 +56,14 @@ def decode_tensors(data: bytes) -> tuple[dict[str, torch.Tensor], JsonValue]:
         UnreadableData: The bytes are no safetensors file.
     """
     try:
-        tensors = safetensors.torch.load(data)
         header_size = int.from_bytes(data[:8], "little")
+        if header_size > HEADER_LIMIT_BYTES:
+            raise ValueError(f"its header claims {header_size} bytes, {HEADER_LIMIT_BYTES} at most")
         header = json.loads(data[8 : 8 + header_size])
+        if len(header) > TENSOR_LIMIT:
+            raise ValueError(f"it lists {len(header)} tensors, {TENSOR_LIMIT} at most")
+        tensors = safetensors.torch.load(data)
         text = header.get("__metadata__", {}).get(METADATA_KEY)
         return tensors, None if text is None else json.loads(text)
-    except (SafetensorError, ValueError, KeyError) as error:
+    except (SafetensorError, ValueError, KeyError, AttributeError) as error:
         raise UnreadableData("a safetensors file", str(error)) from error
