@@ -21,9 +21,8 @@ from ddpo.rewards import score_images
 from ddpo.run import Run, open_run, storage_root
 from ddpo.sampling import sample
 from ddpo.starter import JUDGE_PATH
-from ddpo.starter.glyphs import ANIMALS
 from ddpo.starter.judge import Judge
-from ddpo.starter.text import article_prompt
+from ddpo.starter.scenes import SCENES
 from ddpo.store.checkpoints import find_checkpoint, latest_checkpoint, load_checkpoint
 from ddpo.store.objects import Store
 from flows.quiet import hide_loading_bars
@@ -39,8 +38,8 @@ class Evaluation:
         rewards: [P, S], prompts by seeds.
         diversity: Root mean square difference between two pictures of one prompt, in grey levels
             (0 to 255), mean over prompts and pairs of seeds.
-        recognised: Share of pictures in which the starter's judge finds the prompt's animal, 0 to
-            1.
+        recognised: Share of pictures in which the starter's judge finds what the prompt names
+            (`Verdicts.right`), 0 to 1.
     """
 
     rewards: NDArray[np.float64]
@@ -79,7 +78,7 @@ def evaluate(run: Run, epoch: int, *, seeds: Sequence[int] = SEEDS) -> Evaluatio
     """Draw and score every prompt of a run's set with fixed seeds, and ask the judge.
 
     Args:
-        run: Gives prompts (of single animals, as the starter knows them), sampler, reward.
+        run: Gives prompts (scenes of the starter), sampler, reward.
         epoch: The checkpoint; 0 is the base model.
         seeds: Noise seeds, the same for every checkpoint and run.
 
@@ -87,14 +86,19 @@ def evaluate(run: Run, epoch: int, *, seeds: Sequence[int] = SEEDS) -> Evaluatio
         Rewards, diversity and the share that is recognised.
 
     Raises:
-        ValueError: The checkpoint is not committed.
+        ValueError: The checkpoint is not committed, or a prompt names no scene of the starter.
     """
+    scenes = {scene.prompt: scene for scene in SCENES}
+    unknown = [prompt.text for prompt in run.prompts if prompt.text not in scenes]
+    if unknown:
+        raise ValueError(f"the starter's judge has no notion of the prompt {unknown[0]!r}")
     checkpoint = find_checkpoint(run.store, run.run_id, epoch)
     if checkpoint is None:
         raise ValueError(f"run {run.run_id} has no checkpoint {epoch}")
     policy = Policy(run.config.model, run.config.trainable, run.numerics, seed=run.config.seed)
     policy.weights.load(load_checkpoint(run.store, checkpoint.ref).weights)
     prompts = [prompt for prompt in run.prompts for _ in seeds]
+    shown = [scenes[prompt.text] for prompt in prompts]
     noise = [derive_seed(seed, "evaluate", p.text) for p in run.prompts for seed in seeds]
     images = sample(policy, [p.text for p in prompts], noise, run.config.sampler).images
     scores = score_images(run.reward, images, prompts)
@@ -102,15 +106,8 @@ def evaluate(run: Run, epoch: int, *, seeds: Sequence[int] = SEEDS) -> Evaluatio
     return Evaluation(
         rewards=scores.values.astype(np.float64).reshape(shape),
         diversity=_diversity(images, len(seeds)),
-        recognised=_recognised(images, [prompt.text for prompt in prompts]),
+        recognised=float(Judge.load(JUDGE_PATH).look(images).right(shown).mean()),
     )
-
-
-def _recognised(images: Sequence[Image.Image], prompts: Sequence[str]) -> float:
-    names = {article_prompt(animal): animal for animal in ANIMALS}
-    found = Judge.load(JUDGE_PATH).look(images).names
-    right = [name == names[prompt] for name, prompt in zip(found, prompts, strict=True)]
-    return float(np.mean(right))
 
 
 def _diversity(images: Sequence[Image.Image], seeds: int) -> float:
@@ -141,7 +138,7 @@ def main() -> None:
     print(f"reward: {base.rewards.mean():.4f} -> {trained.rewards.mean():.4f}, ", end="")
     print(f"gain {gain.mean:+.4f}, {gain.standard_errors:+.1f} standard errors")
     print(f"diversity: {trained.diversity / base.diversity:.0%} of the base's")
-    kept = trained.recognised / base.recognised
+    kept = trained.recognised / base.recognised if base.recognised else math.nan
     print(
         f"recognised: {base.recognised:.1%} -> {trained.recognised:.1%}, {kept:.0%} of the base's"
     )

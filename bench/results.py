@@ -19,7 +19,9 @@ from pathlib import Path
 import numpy as np
 
 from bench.evaluate import Evaluation, Gain, evaluate
+from ddpo.digests import sha256_bytes
 from ddpo.run import open_run
+from ddpo.starter import JUDGE_PATH, STARTER_PATH
 from ddpo.store.objects import Store
 from flows.quiet import hide_loading_bars
 
@@ -102,8 +104,12 @@ def measure(trial: Trial, folder: Path, cache: Path) -> tuple[Evaluation, Evalua
     """
     run = open_run(Store.open(str(folder / "store")), trial.run_id)
     found = []
+    weights = STARTER_PATH / "unet" / "diffusion_pytorch_model.safetensors"
+    base = sha256_bytes(weights.read_bytes())[:8]
+    # Of other weights or settings, or judged otherwise, it would be another evaluation.
+    judge = sha256_bytes((JUDGE_PATH / "model.safetensors").read_bytes())[:8]
     for epoch, name in ((0, f"base-{trial.task}"), (EPOCHS, trial.run_id)):
-        file = cache / f"{name}.json"
+        file = cache / f"{name}-{run.identity_digest[:8] if epoch else base}-{judge}.json"
         if not file.exists():
             result = evaluate(run, epoch)
             cache.mkdir(parents=True, exist_ok=True)

@@ -4,19 +4,12 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-from diffusers import AutoencoderKL
-from PIL import Image
-from safetensors.torch import load_file
-
-from ddpo.starter.judge import Judge, JudgeNetwork, build_clip
 from ddpo.starter.loop import console, load_ema, write_json
-from ddpo.starter.measure import FRESH_PICTURES, accuracy, fresh_pictures, psnr_db, reconstruct
-from ddpo.starter.networks import Denoiser, assemble, build_vae, whiten
-from ddpo.starter.text import build_tokenizer
-from ddpo.starter.work import Recipe, WorkFolder
+from ddpo.starter.measure import measure
+from ddpo.starter.networks import Denoiser, assemble
+from ddpo.starter.trained import trained_judge, trained_vae
+from ddpo.starter.work import Recipe, WorkFolder, WorkFolderError
 
 
 @contextmanager
@@ -36,47 +29,6 @@ def _replacing_folder(destination: Path) -> Iterator[Path]:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def trained_vae(work: WorkFolder) -> AutoencoderKL:
-    """Returns the averaged autoencoder, whitened.
-
-    Args:
-        work: a run that has encoded its latents.
-    """
-    vae = build_vae()
-    load_ema(vae, work.vae)
-    statistics = load_file(work.latents)
-    whiten(vae, statistics["mean"], statistics["std"])
-    return vae
-
-
-def trained_judge(work: WorkFolder) -> Judge:
-    """Returns the averaged judge of a run that has trained one."""
-    network = JudgeNetwork(build_clip(build_tokenizer()))
-    load_ema(network, work.judge)
-    return Judge(network)
-
-
-def measure(work: WorkFolder, recipe: Recipe) -> dict[str, Any]:
-    """Measures autoencoder and judge on fresh pictures.
-
-    Returns:
-        `psnr_db` of reconstructions, and the judge's shares of right answers on `renders` and on
-        their `reconstructions`.
-    """
-    pictures = fresh_pictures(recipe.seed, FRESH_PICTURES)
-    scenes = [picture.scene for picture in pictures]
-    judge = trained_judge(work)
-    pixels = np.stack([picture.pixels for picture in pictures])
-    made = reconstruct(trained_vae(work), pixels)
-    return {
-        "psnr_db": psnr_db(pictures, made),
-        "judge": {
-            name: accuracy(judge, [Image.fromarray(picture) for picture in shown], scenes)
-            for name, shown in (("renders", pixels), ("reconstructions", made))
-        },
-    }
-
-
 def export(work: WorkFolder, recipe: Recipe, pipeline_folder: Path, judge_folder: Path) -> None:
     """Writes the averaged weights of the latest checkpoints, in place of the old folders.
 
@@ -90,22 +42,23 @@ def export(work: WorkFolder, recipe: Recipe, pipeline_folder: Path, judge_folder
         judge_folder: gets the judge.
 
     Raises:
-        FileNotFoundError: the run has not come that far.
+        WorkFolderError: the run has not come that far.
     """
     if not work.unet.exists():
-        raise FileNotFoundError(
+        raise WorkFolderError(
             f"{work.unet} does not exist: train on (with --resume) until the generator stage has "
             "saved its first checkpoint, then export"
         )
     denoiser = Denoiser()
     step = load_ema(denoiser, work.unet)
-    vae = trained_vae(work)
+    # Figures are of what ships: rounded to float16.
+    vae, judge = trained_vae(work).half().float(), trained_judge(work)
     record = {
         "command": recipe.command,
         "recipe": recipe.as_json(),
         "stages": work.read_journal(),
         "unet_pictures_seen": step * recipe.unet.batch,
-        "figures": measure(work, recipe),
+        "figures": measure(vae, judge, recipe.seed),
     }
     # Not the text encoder: transformers would load it as float16, diffusers loads float32.
     pipeline = assemble(vae.half(), denoiser)
@@ -114,6 +67,6 @@ def export(work: WorkFolder, recipe: Recipe, pipeline_folder: Path, judge_folder
         pipeline.save_pretrained(fresh, safe_serialization=True)
         write_json(fresh / "training.json", record)
     with _replacing_folder(judge_folder) as fresh:
-        trained_judge(work).save(fresh)
+        judge.save(fresh)
         write_json(fresh / "training.json", record)
     console.log(f"exported step {step} of the generator to {pipeline_folder}")

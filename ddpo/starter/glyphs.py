@@ -103,7 +103,7 @@ ACTIVITIES: tuple[str, ...] = tuple(_ACTIVITIES)
 """The paper's three activities, each by a thing that stands for it: a bike, a pawn, a plate."""
 
 OTHERS: tuple[str, ...] = tuple(_OTHERS)
-"""12 other animals and 12 things: words the model knows and no training prompt uses."""
+"""12 other animals and 12 things: words the model knows, and no prompt of the animal tasks uses."""
 
 GLYPHS: dict[str, str] = {**_ANIMALS, **_ACTIVITIES, **_OTHERS}
 """Code points."""

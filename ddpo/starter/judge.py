@@ -29,13 +29,13 @@ HEADS_FILE = "heads.safetensors"
 LABELS_FILE = "labels.json"
 JUDGED_AT_ONCE = 64
 
-NAMES = (*ANIMALS, *OTHERS)
+NAME_LABELS = (*ANIMALS, *OTHERS)
 """What the first head tells apart."""
 
-DOINGS = ("", *ACTIVITIES)
+ACTIVITY_LABELS = ("", *ACTIVITIES)
 """What the second head tells apart; '' is no activity."""
 
-NUMBERS = (1, *COUNTS)
+COUNT_LABELS = (1, *COUNTS)
 """What the third head tells apart."""
 
 
@@ -73,7 +73,8 @@ class JudgeNetwork(nn.Module):
 
     Attributes:
         clip: pictures [B, 3, 64, 64] in -1..1 and prompts [P, 24] into one space.
-        heads: from a picture's pooled features [B, 128] to scores of `NAMES`, `DOINGS`, `NUMBERS`.
+        heads: from a picture's pooled features [B, 128] to scores of `NAME_LABELS`,
+            `ACTIVITY_LABELS` and `COUNT_LABELS`.
     """
 
     def __init__(self, clip: CLIPModel) -> None:
@@ -81,9 +82,9 @@ class JudgeNetwork(nn.Module):
         self.clip = clip
         self.heads = nn.ModuleDict(
             {
-                "name": nn.Linear(WIDTH, len(NAMES)),
-                "activity": nn.Linear(WIDTH, len(DOINGS)),
-                "count": nn.Linear(WIDTH, len(NUMBERS)),
+                "name": nn.Linear(WIDTH, len(NAME_LABELS)),
+                "activity": nn.Linear(WIDTH, len(ACTIVITY_LABELS)),
+                "count": nn.Linear(WIDTH, len(COUNT_LABELS)),
             }
         )
 
@@ -119,17 +120,19 @@ class Verdicts:
     @property
     def names(self) -> list[str]:
         """The likeliest name, a picture."""
-        return [NAMES[place] for place in self.probabilities["name"].argmax(1)]
+        return [NAME_LABELS[place] for place in self.probabilities["name"].argmax(1)]
 
     @property
     def activities(self) -> list[str | None]:
         """The likeliest activity, a picture; None for none."""
-        return [DOINGS[place] or None for place in self.probabilities["activity"].argmax(1)]
+        return [
+            ACTIVITY_LABELS[place] or None for place in self.probabilities["activity"].argmax(1)
+        ]
 
     @property
     def counts(self) -> list[int]:
         """The likeliest number of animals, a picture."""
-        return [NUMBERS[place] for place in self.probabilities["count"].argmax(1)]
+        return [COUNT_LABELS[place] for place in self.probabilities["count"].argmax(1)]
 
     def right(self, scenes: Sequence[Scene]) -> NDArray[np.bool_]:
         """Tells which pictures show what they should.
@@ -160,16 +163,22 @@ class Judge:
         network: its weights, float32, not to be trained further.
     """
 
-    def __init__(self, network: JudgeNetwork) -> None:
+    def __init__(
+        self,
+        network: JudgeNetwork,
+        tokenizer: CLIPTokenizer | None = None,
+        processor: CLIPImageProcessorPil | None = None,
+    ) -> None:
         self.network = network.eval().requires_grad_(False)
-        self._tokenizer = build_tokenizer()
-        self._processor = _image_processor()
+        self._tokenizer = tokenizer or build_tokenizer()
+        self._processor = processor or _image_processor()
 
     @classmethod
     def load(cls, folder: Path) -> Self:
         """Loads a judge from a folder that `save` wrote.
 
         Raises:
+            FileNotFoundError: no judge lies there.
             ValueError: its heads tell other things apart than this version of the code.
         """
         if json.loads((folder / LABELS_FILE).read_text()) != _labels():
@@ -179,7 +188,11 @@ class Judge:
             )
         network = JudgeNetwork(CLIPModel.from_pretrained(folder))
         network.heads.load_state_dict(load_file(folder / HEADS_FILE))
-        return cls(network)
+        return cls(
+            network,
+            CLIPTokenizer.from_pretrained(folder),
+            CLIPImageProcessorPil.from_pretrained(folder),
+        )
 
     def save(self, folder: Path) -> None:
         """Writes CLIP as transformers does, with tokenizer and image processor, and the heads."""
@@ -203,7 +216,9 @@ class Judge:
         """
         return self._see(images)[1]
 
-    def similarity(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> NDArray:
+    def similarity(
+        self, images: Sequence[Image.Image], prompts: Sequence[str]
+    ) -> NDArray[np.float32]:
         """Compares each picture with its prompt, as CLIP does.
 
         Args:
@@ -212,7 +227,12 @@ class Judge:
 
         Returns:
             Cosines, float32 [B] in -1..1.
+
+        Raises:
+            ValueError: not as many prompts as pictures.
         """
+        if len(images) != len(prompts):
+            raise ValueError(f"{len(images)} pictures and {len(prompts)} prompts; give one each")
         tokens = self._tokenizer(
             list(prompts), padding="max_length", truncation=True, return_tensors="pt"
         )
@@ -236,7 +256,11 @@ class Judge:
 
 
 def _labels() -> dict[str, list[str] | list[int]]:
-    return {"name": list(NAMES), "activity": list(DOINGS), "count": list(NUMBERS)}
+    return {
+        "name": list(NAME_LABELS),
+        "activity": list(ACTIVITY_LABELS),
+        "count": list(COUNT_LABELS),
+    }
 
 
 def _image_processor() -> CLIPImageProcessorPil:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -97,7 +98,7 @@ class Trainee:
         module: what is trained.
         ema: exponential moving average of its parameters, by name.
         step: steps done.
-        curve: mean loss of every 100 steps.
+        curve: mean loss of every 100 steps, and of the rest at the end.
     """
 
     def __init__(self, module: nn.Module, lr: float) -> None:
@@ -173,6 +174,14 @@ def one_core_each() -> Iterator[ThreadPoolExecutor]:
             yield pool
     finally:
         torch.set_num_threads(before)
+
+
+def saved_step(checkpoint: Path) -> int:
+    """Returns how many steps a checkpoint has behind it, 0 where there is none."""
+    if not checkpoint.exists():
+        return 0
+    with safe_open(checkpoint, framework="pt") as tensors:
+        return int(tensors.get_tensor("step"))
 
 
 def load_ema(module: nn.Module, path: Path) -> int:

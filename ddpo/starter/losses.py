@@ -1,4 +1,4 @@
-"""Losses of the autoencoder and of the noise predictor."""
+"""Losses of the autoencoder, the noise predictor and the judge."""
 
 import torch
 from torch import Tensor
@@ -69,6 +69,7 @@ def clip_loss(pictures: Tensor, prompts: Tensor, place: Tensor, scale: Tensor) -
     """Contrasts pictures and prompts both ways (Radford et al. 2021).
 
     A batch holds several pictures of one prompt: a prompt's target is spread over all of its own.
+    'a cat' and 'cat' are two prompts, so a picture of one counts as a negative of the other.
 
     Args:
         pictures: unit vectors [B, D].

@@ -1,6 +1,7 @@
 """What autoencoder and judge make of pictures that neither has seen."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -9,17 +10,16 @@ from PIL import Image
 
 from ddpo.randomness import derive_seed
 from ddpo.starter.judge import Judge
-from ddpo.starter.networks import decode, encode
+from ddpo.starter.networks import decode, encode, to_model, to_pixels
 from ddpo.starter.render import BACKGROUNDS, Picture, Pixels, draw
 from ddpo.starter.scenes import Kind, Scene
-from ddpo.starter.stages.pictures import to_model
 
 FRESH_PICTURES = 2048
 RECONSTRUCTED_AT_ONCE = 64
 
 
 def fresh_pictures(seed: int, count: int) -> list[Picture]:
-    """Draws pictures outside of all training sets, of every scene, held-out pairs included.
+    """Draws pictures outside of all training sets, of all kinds, held-out pairs included.
 
     Args:
         seed: of the training.
@@ -35,7 +35,7 @@ def reconstruct(vae: AutoencoderKL, pixels: Pixels) -> Pixels:
     for start in range(0, len(pixels), RECONSTRUCTED_AT_ONCE):
         real = to_model(pixels[start : start + RECONSTRUCTED_AT_ONCE])
         made = decode(vae, encode(vae, real).mode())
-        parts.append(((made.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy())
+        parts.append(to_pixels(made))
     return np.concatenate(parts)
 
 
@@ -78,3 +78,28 @@ def accuracy(
         if (kinds == kind).any():
             shares[kind] = float(right[kinds == kind].mean())
     return shares
+
+
+def measure(vae: AutoencoderKL, judge: Judge, seed: int) -> dict[str, Any]:
+    """Measures autoencoder and judge on fresh pictures.
+
+    Args:
+        vae: the autoencoder.
+        judge: the judge.
+        seed: of the training.
+
+    Returns:
+        `psnr_db` of reconstructions, and the judge's shares of right answers on `renders` and on
+        their `reconstructions`.
+    """
+    pictures = fresh_pictures(seed, FRESH_PICTURES)
+    scenes = [picture.scene for picture in pictures]
+    pixels = np.stack([picture.pixels for picture in pictures])
+    made = reconstruct(vae, pixels)
+    return {
+        "psnr_db": psnr_db(pictures, made),
+        "judge": {
+            name: accuracy(judge, [Image.fromarray(picture) for picture in shown], scenes)
+            for name, shown in (("renders", pixels), ("reconstructions", made))
+        },
+    }

@@ -8,7 +8,7 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from ddpo.starter.render import SIZE_PX
+from ddpo.starter.render import SIZE_PX, Pixels
 from ddpo.starter.text import BOS, EOS, MAX_TOKENS, build_tokenizer
 
 LATENT_CHANNELS = 16
@@ -99,6 +99,17 @@ def decode(vae: AutoencoderKL, latents: Tensor) -> Tensor:
     # diffusers declares latents as torch.FloatTensor, which no tensor is an instance of.
     (pictures,) = cast(tuple[Tensor], vae.decode(cast(Any, latents), return_dict=False))
     return pictures
+
+
+def to_model(pixels: Pixels) -> Tensor:
+    """Turns uint8 [B, 64, 64, 3] into [B, 3, 64, 64] in -1..1."""
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).float().contiguous() / 127.5 - 1
+
+
+def to_pixels(pictures: Tensor) -> Pixels:
+    """Turns [B, 3, 64, 64], clipped to -1..1, into uint8 [B, 64, 64, 3]."""
+    scaled = (pictures.clamp(-1, 1) + 1) * 127.5
+    return scaled.round().byte().permute(0, 2, 3, 1).numpy()
 
 
 def build_scheduler() -> DDIMScheduler:

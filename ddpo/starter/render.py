@@ -1,8 +1,9 @@
 """Training pictures: the glyphs of a scene on a background, 64x64 RGB.
 
 Backgrounds differ widely in how well they compress as JPEG, so that a reward on the file's size
-finds something to select from. Sizes and places are multiples of 4 pixels: a world small enough to
-be learned on two CPU cores. Picture `i` of a seed depends on nothing but the seed and `i`.
+finds something to select from. The longest side of a glyph and its choices of place go by steps of
+4 pixels: a world small enough to be learned on two CPU cores. Picture `i` of a seed depends on
+nothing but the seed and `i`.
 """
 
 from collections.abc import Callable
@@ -22,7 +23,7 @@ from ddpo.starter.scenes import Scene
 
 SIZE_PX = 64
 STEP_PX = 4
-"""Sizes and places are multiples of this."""
+"""Longest sides, shifts, bands and tiles are multiples of this."""
 
 Pixels = NDArray[np.uint8]
 Floats = NDArray[np.floating]
@@ -58,13 +59,13 @@ def _tints(rng: Generator, count: int) -> Floats:
 
 
 def _blend(amount: Floats, rng: Generator) -> Floats:
-    """Mixes two random tints by `amount` [64, 64] in 0..1 into float32 [64, 64, 3]."""
+    """Mixes two random tints by `amount` [64, 64] in 0..1 into [64, 64, 3]."""
     first, second = _tints(rng, 2)
     return first + amount[..., None] * (second - first)
 
 
 def _across(rng: Generator, angle: float) -> Floats:
-    """Distance in pixels along `angle`, from a random multiple of 4: float32 [64, 64]."""
+    """Distance in pixels along `angle`, from a random multiple of 4: [64, 64]."""
     y, x = np.mgrid[:SIZE_PX, :SIZE_PX].astype(np.float32)
     return x * np.cos(angle) + y * np.sin(angle) + STEP_PX * rng.integers(SIZE_PX // STEP_PX)
 
@@ -104,7 +105,7 @@ BACKGROUNDS: dict[str, Callable[[Generator], Floats]] = {
     "mosaic": _mosaic,
 }
 
-FREQUENCIES = (0.3, 0.25, 0.15, 0.15, 0.15)
+BACKGROUND_FREQUENCIES = (0.3, 0.25, 0.15, 0.15, 0.15)
 """How often each of `BACKGROUNDS` is drawn: the busy ones cost the model most, so less often."""
 
 _CELLS = {
@@ -160,7 +161,7 @@ def draw_scene(scene: Scene, rng: Generator, background: str | None = None) -> P
     Returns:
         The picture.
     """
-    kind = str(rng.choice(list(BACKGROUNDS), p=FREQUENCIES))
+    kind = str(rng.choice(list(BACKGROUNDS), p=BACKGROUND_FREQUENCIES))
     background = background or kind
     canvas = Image.fromarray(BACKGROUNDS[background](rng).clip(0, 255).astype(np.uint8))
     mirrored = bool(rng.integers(2))

@@ -10,10 +10,10 @@ from matplotlib.figure import Figure
 from PIL import Image
 from safetensors import safe_open
 
-from ddpo.starter.export import trained_vae
 from ddpo.starter.loop import CHECKPOINT_EVERY, console
 from ddpo.starter.measure import fresh_pictures, reconstruct
 from ddpo.starter.scenes import Kind, scenes
+from ddpo.starter.trained import trained_vae
 from ddpo.starter.work import Recipe, WorkFolder
 
 COLUMNS = 9
@@ -45,14 +45,14 @@ def grid(images: Sequence[Image.Image], columns: int, scale: int = 1) -> Image.I
     return canvas
 
 
-def draw_curves(work: WorkFolder, file: Path) -> None:
+def draw_curves(work: WorkFolder, recipe: Recipe, file: Path) -> None:
     """Draws the loss of the three trained models over the pictures they saw.
 
     Args:
         work: a finished run.
+        recipe: of the run.
         file: PNG to write.
     """
-    recipe = work.read_recipe()
     figure = Figure(figsize=(12, 3.2), layout="constrained")
     trained = (
         ("autoencoder", work.vae, recipe.vae),
@@ -62,7 +62,8 @@ def draw_curves(work: WorkFolder, file: Path) -> None:
     for axes, (name, checkpoint, budget) in zip(figure.subplots(1, 3), trained, strict=True):
         with safe_open(checkpoint, framework="pt") as tensors:
             curve = tensors.get_tensor("curve")
-        seen = (torch.arange(len(curve)) + 1) * CHECKPOINT_EVERY * budget.batch
+        steps = ((torch.arange(len(curve)) + 1) * CHECKPOINT_EVERY).clamp(max=budget.steps)
+        seen = steps * budget.batch
         axes.plot(seen.numpy() / 1000, curve.numpy())
         axes.set_yscale("log")
         axes.set_title(name)
@@ -82,7 +83,7 @@ def write_report(work: WorkFolder, recipe: Recipe, pipeline_folder: Path) -> Non
     """
     folder = work.root / "report"
     folder.mkdir(exist_ok=True)
-    draw_curves(work, folder / "curves.png")
+    draw_curves(work, recipe, folder / "curves.png")
     pixels = np.stack([picture.pixels for picture in fresh_pictures(recipe.seed, 4 * COLUMNS)])
     made = reconstruct(trained_vae(work), pixels)
     rows = []
@@ -92,7 +93,8 @@ def write_report(work: WorkFolder, recipe: Recipe, pipeline_folder: Path) -> Non
     pipeline = StableDiffusionPipeline.from_pretrained(pipeline_folder)
     pipeline.set_progress_bar_config(disable=True)
     for kind in Kind:
-        spread = scenes(kind)[:: len(scenes(kind)) // SHOWN][:SHOWN]
+        places = np.linspace(0, len(scenes(kind)) - 1, SHOWN).round().astype(int)
+        spread = [scenes(kind)[place] for place in places]
         images, _ = pipeline(
             [scene.prompt for scene in spread],
             return_dict=False,

@@ -21,8 +21,8 @@ class Kind(StrEnum):
 
 COUNTS = (2, 3, 4)
 
-FREQUENCIES = {Kind.SINGLE: 0.36, Kind.ACTIVITY: 0.32, Kind.COUNT: 0.22, Kind.OTHER: 0.1}
-"""How often each kind is drawn for the generator."""
+KIND_FREQUENCIES = {Kind.SINGLE: 0.36, Kind.ACTIVITY: 0.32, Kind.COUNT: 0.22, Kind.OTHER: 0.1}
+"""How often each kind is drawn."""
 
 
 @dataclass(frozen=True)
@@ -33,11 +33,25 @@ class Scene:
         name: of `ANIMALS` or `OTHERS`.
         activity: of `ACTIVITIES`, or None.
         count: how many of it, 1 to 4.
+
+    Raises:
+        ValueError: nothing that can be drawn, such as two animals with an activity.
     """
 
     name: str
     activity: str | None = None
     count: int = 1
+
+    def __post_init__(self) -> None:
+        alone = self.activity is None and self.count == 1
+        several = self.activity is None and self.count in COUNTS
+        doing = self.activity in ACTIVITIES and self.count == 1
+        animal = self.name in ANIMALS and (alone or several or doing)
+        if not animal and not (self.name in OTHERS and alone):
+            raise ValueError(
+                f"{self.name!r}, {self.activity!r}, {self.count}: expected one of ANIMALS with "
+                "nothing else, with one of ACTIVITIES or in a number of 2 to 4; or one of OTHERS"
+            )
 
     @property
     def kind(self) -> Kind:
@@ -73,10 +87,11 @@ class Scene:
             all_pairs: whether held-out pairs are drawn too.
 
         Returns:
-            A scene; each kind as often as `FREQUENCIES` says, within it each scene equally often.
+            A scene; each kind as often as `KIND_FREQUENCIES` says, and each scene of a kind equally
+            often.
         """
         rng = np.random.default_rng((seed, index, 0))
-        kind = Kind(rng.choice([*FREQUENCIES], p=[*FREQUENCIES.values()]))
+        kind = Kind(rng.choice([*KIND_FREQUENCIES], p=[*KIND_FREQUENCIES.values()]))
         choices = scenes(kind) if all_pairs else trained_scenes(kind)
         return choices[int(rng.integers(len(choices)))]
 
@@ -104,4 +119,5 @@ def trained_scenes(kind: Kind) -> tuple[Scene, ...]:
 SCENES: tuple[Scene, ...] = tuple(scene for kind in Kind for scene in scenes(kind))
 """All 339 scenes; a scene's place in here is its number."""
 
-NUMBERS: dict[Scene, int] = {scene: number for number, scene in enumerate(SCENES)}
+SCENE_NUMBERS: dict[Scene, int] = {scene: number for number, scene in enumerate(SCENES)}
+"""Each scene's place in `SCENES`."""

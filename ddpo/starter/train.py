@@ -4,8 +4,7 @@ After a kill the same command with `--resume` continues, and ends in the same by
 was never killed.
 """
 
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -15,13 +14,13 @@ from rich.table import Table
 
 from ddpo.starter import JUDGE_PATH, STARTER_PATH
 from ddpo.starter.export import export
-from ddpo.starter.loop import Budget, console
+from ddpo.starter.loop import Budget, console, saved_step
 from ddpo.starter.report import write_report
 from ddpo.starter.stages.autoencoder import encode_latents, train_vae
 from ddpo.starter.stages.generator import train_unet
 from ddpo.starter.stages.judge import train_judge
 from ddpo.starter.stages.pictures import draw_pictures
-from ddpo.starter.work import Recipe, WorkFolder
+from ddpo.starter.work import Recipe, WorkFolder, WorkFolderError, source_commit
 
 app = typer.Typer(add_completion=False)
 
@@ -35,40 +34,70 @@ class Stage:
         run: does it, from where it stands.
         pictures: how many it handles, by the recipe.
         ms: milliseconds a picture, as measured on two shared cores of an AMD EPYC (Zen 4).
+        checkpoint: of a stage that trains: where it saves, and its budget.
     """
 
     name: str
     run: Callable[[WorkFolder, Recipe], None]
     pictures: Callable[[Recipe], int]
     ms: float
+    checkpoint: Callable[[WorkFolder, Recipe], tuple[Path, Budget]] | None = None
+
+    def left(self, work: WorkFolder, recipe: Recipe) -> int:
+        """Returns how many pictures are still to be handled, by the latest checkpoint."""
+        if self.checkpoint is None:
+            return self.pictures(recipe)
+        path, budget = self.checkpoint(work, recipe)
+        return (budget.steps - saved_step(path)) * budget.batch
 
 
 PLAN = (
     Stage("pictures", draw_pictures, lambda recipe: 2 * recipe.cached_pictures, 0.5),
-    Stage("autoencoder", train_vae, lambda recipe: recipe.vae.pictures, 10.5),
-    Stage("judge", train_judge, lambda recipe: recipe.judge.pictures, 5.1),
+    Stage(
+        "autoencoder",
+        train_vae,
+        lambda recipe: recipe.vae.pictures,
+        10.6,
+        lambda work, recipe: (work.vae, recipe.vae),
+    ),
+    Stage(
+        "judge",
+        train_judge,
+        lambda recipe: recipe.judge.pictures,
+        5.1,
+        lambda work, recipe: (work.judge, recipe.judge),
+    ),
     Stage("latents", encode_latents, lambda recipe: recipe.cached_pictures, 1.0),
-    Stage("generator", train_unet, lambda recipe: recipe.unet.pictures, 6.0),
+    Stage(
+        "generator",
+        train_unet,
+        lambda recipe: recipe.unet.pictures,
+        6.5,
+        lambda work, recipe: (work.unet, recipe.unet),
+    ),
 )
 
+EXPORT_MIN = 2.0
+"""Export, measurements and report at the end."""
 
-def show_plan(recipe: Recipe, done: set[str]) -> None:
-    """Prints the stages, what they will take, and which are done.
+
+def show_plan(recipe: Recipe, left: Mapping[str, int]) -> None:
+    """Prints the stages and what they will take.
 
     Args:
         recipe: what to train.
-        done: names of finished stages.
+        left: pictures that each stage has still to handle, by name; 0 where it is done.
     """
-    table = Table("stage", "pictures", "minutes, about", "", title="The plan")
-    left_min = 0.0
+    table = Table("stage", "pictures", "left", "minutes left, about", title="The plan")
+    total_min = EXPORT_MIN
     for stage in PLAN:
-        pictures = stage.pictures(recipe)
-        minutes = pictures * stage.ms / 60_000
-        left_min += 0 if stage.name in done else minutes
-        state = "done" if stage.name in done else ""
-        table.add_row(stage.name, f"{pictures:,}", f"{minutes:.1f}", state)
+        minutes = left[stage.name] * stage.ms / 60_000
+        total_min += minutes
+        shown = f"{left[stage.name]:,}" if left[stage.name] else "done"
+        table.add_row(stage.name, f"{stage.pictures(recipe):,}", shown, f"{minutes:.1f}")
+    table.add_row("export and report", "", "", f"{EXPORT_MIN:.1f}")
     console.print(table)
-    console.print(f"About {left_min:.0f} minutes to go, on two CPU cores; --resume after a stop.")
+    console.print(f"About {total_min:.0f} minutes to go, on two CPU cores; --resume after a stop.")
 
 
 def train(work: WorkFolder, recipe: Recipe, out: Path, judge_out: Path, resume: bool) -> None:
@@ -82,12 +111,14 @@ def train(work: WorkFolder, recipe: Recipe, out: Path, judge_out: Path, resume: 
         resume: whether to continue the run in the work folder.
     """
     work.claim(recipe, resume)
-    show_plan(recipe, set(work.read_journal()))
+    commit = source_commit()  # now: files may change while the stages run
+    finished = work.finished()
+    left = {stage.name: stage.left(work, recipe) for stage in PLAN}
+    show_plan(recipe, {**left, **dict.fromkeys(finished, 0)})
     for stage in PLAN:
-        if stage.name not in work.read_journal():
-            started = time.monotonic()
-            stage.run(work, recipe)
-            work.note(stage.name, time.monotonic() - started)
+        if stage.name not in finished:
+            with work.noting(stage.name, commit):
+                stage.run(work, recipe)
     export(work, recipe, out, judge_out)
     write_report(work, recipe, out)
 
@@ -104,22 +135,27 @@ def main(
     unet_pictures: Annotated[int, typer.Option(help="Seen by the noise predictor.")] = 600_000,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --work.")] = False,
     export_only: Annotated[
-        bool, typer.Option("--export", help="Only export the latest checkpoints of --work.")
+        bool,
+        typer.Option("--export", help="Only export what --work has so far, by its recipe."),
     ] = False,
 ) -> None:
     """Trains the starter model and its judge, resumes that, or exports what there is so far."""
     folder = WorkFolder(work)
-    if export_only:
-        export(folder, folder.read_recipe(), out, judge_out)
-        return
-    recipe = Recipe(
-        seed=seed,
-        cached_pictures=cached_pictures,
-        vae=Budget(vae_pictures, 16, lr=2e-3),
-        judge=Budget(judge_pictures, 64, lr=1e-3),
-        unet=Budget(unet_pictures, 64, lr=1.5e-3),
-    )
-    train(folder, recipe, out, judge_out, resume)
+    try:
+        if export_only:
+            export(folder, folder.read_recipe(), out, judge_out)
+            return
+        recipe = Recipe(
+            seed=seed,
+            cached_pictures=cached_pictures,
+            vae=Budget(vae_pictures, 16, lr=2e-3),
+            judge=Budget(judge_pictures, 64, lr=1e-3),
+            unet=Budget(unet_pictures, 64, lr=1.5e-3),
+        )
+        train(folder, recipe, out, judge_out, resume)
+    except (WorkFolderError, ValueError) as error:
+        console.print(str(error), markup=False, highlight=False)
+        raise typer.Exit(2) from error
 
 
 if __name__ == "__main__":

@@ -2,6 +2,9 @@
 
 import json
 import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -57,7 +60,7 @@ class WorkFolder(NamedTuple):
 
     @property
     def journal(self) -> Path:
-        """Of each finished stage: its commit and its seconds, as JSON."""
+        """Of each stage: commits, seconds, and whether it is done, as JSON."""
         return self.root / "journal.json"
 
     @property
@@ -119,24 +122,50 @@ class WorkFolder(NamedTuple):
             )
 
     def read_recipe(self) -> Recipe:
-        """Reads the recipe of the run that lies here."""
+        """Reads the recipe of the run that lies here.
+
+        Raises:
+            WorkFolderError: no run lies here.
+        """
+        if not self.recipe.exists():
+            raise WorkFolderError(f"{self.root} holds no run; train one there first")
         found = json.loads(self.recipe.read_text())
         budgets = {name: Budget(**found[name]) for name in ("vae", "judge", "unet")}
         return Recipe(**{**found, **budgets})
 
     def read_journal(self) -> dict[str, Any]:
-        """Reads what is known of the finished stages, by their names."""
+        """Reads what is known of the stages, by their names."""
         return json.loads(self.journal.read_text()) if self.journal.exists() else {}
 
-    def note(self, stage: str, seconds: float) -> None:
-        """Writes down that a stage is finished.
+    def finished(self) -> set[str]:
+        """Returns the names of the stages that are done."""
+        return {name for name, entry in self.read_journal().items() if entry["done"]}
+
+    @contextmanager
+    def noting(self, stage: str, commit: str) -> Iterator[None]:
+        """Writes down in the journal how long a stage took and what code ran it.
+
+        A stage that a resume continues adds up its seconds and keeps the commits of all its parts.
+        What was spent after the last checkpoint of a part that was killed is not in it.
 
         Args:
             stage: its name.
-            seconds: that this command spent on it; a resumed stage's earlier ones are not in it.
+            commit: of the code, as the process loaded it.
         """
-        entry = {"commit": source_commit(), "seconds": round(seconds)}
+        before = self.read_journal().get(stage, {"commits": [], "seconds": 0})
+        entry = {
+            "commits": [*before["commits"], *([commit] if commit not in before["commits"] else [])],
+            "seconds": before["seconds"],
+            "done": False,
+        }
         write_json(self.journal, {**self.read_journal(), stage: entry})
+        started = time.monotonic()
+        try:
+            yield
+            entry["done"] = True
+        finally:
+            entry["seconds"] += round(time.monotonic() - started)
+            write_json(self.journal, {**self.read_journal(), stage: entry})
 
 
 def source_commit() -> str:
@@ -151,7 +180,13 @@ def source_commit() -> str:
             check=True,
         ).stdout.strip()
 
+    # What the weights depend on: code and glyphs, not the texts and weights beside them.
+    sources = (
+        ":(top)ddpo/randomness.py",
+        ":(top,glob)ddpo/starter/**/*.py",
+        ":(top)ddpo/starter/glyphs.png",
+    )
     try:
-        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "-uno", ".") else "")
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", *sources) else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"

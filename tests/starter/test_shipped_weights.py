@@ -93,8 +93,9 @@ def test_the_weights_name_what_made_them() -> None:
     assert made[0] == made[1]
     assert made[0]["command"].startswith("python -m ddpo.starter.train --seed ")
     assert made[0]["unet_pictures_seen"] == made[0]["recipe"]["unet"]["pictures"]
-    commits = {stage["commit"] for stage in made[0]["stages"].values()}
-    assert all(len(commit) == 40 for commit in commits), commits
+    stages = made[0]["stages"].values()
+    assert all(stage["done"] for stage in stages)
+    assert all(len(commit) == 40 for stage in stages for commit in stage["commits"])
     figures = made[0]["figures"]["judge"]
     assert figures["renders"]["all"] >= 0.98
 

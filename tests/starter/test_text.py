@@ -8,7 +8,7 @@ from transformers import CLIPTokenizer
 
 from ddpo.starter.glyphs import ANIMALS, OTHERS
 from ddpo.starter.prompt_table import PromptTable
-from ddpo.starter.scenes import NUMBERS, Scene
+from ddpo.starter.scenes import SCENE_NUMBERS, Scene
 from ddpo.starter.text import MAX_TOKENS, PLURALS, WORDS, article_prompt, build_tokenizer
 
 STRANGE = ["Zwölf 猫 \n 🐈 xyz-12", "", "quetzalcoatl!", "it's a <tag> & more", "a\tcat   ate"]
@@ -70,7 +70,7 @@ def test_a_picture_gets_its_scenes_prompt_a_bare_name_or_none() -> None:
     table, draws = PromptTable(), torch.Generator().manual_seed(0)
 
     def texts(scene: Scene, dropped: float) -> dict[str, float]:
-        places = table.choose(torch.full((4000,), NUMBERS[scene]), dropped, draws)
+        places = table.choose(torch.full((4000,), SCENE_NUMBERS[scene]), dropped, draws)
         found, counts = places.unique(return_counts=True)
         return {
             table.texts[place]: count / 4000

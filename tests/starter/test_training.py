@@ -1,6 +1,7 @@
 """Promises of the training command: all stages run, and a kill changes nothing."""
 
 import json
+import subprocess
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,19 +12,28 @@ import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
-from ddpo.starter import export, loop
+from ddpo.starter import loop, measure
 from ddpo.starter.loop import Budget, learning_rate
 from ddpo.starter.losses import kl_loss, picture_loss
 from ddpo.starter.networks import build_vae, whiten
-from ddpo.starter.train import PLAN, show_plan, train
-from ddpo.starter.work import Recipe, WorkFolder, WorkFolderError
+from ddpo.starter.render import draw
+from ddpo.starter.scenes import SCENES
+from ddpo.starter.stages.pictures import (
+    draw_pictures,
+    judge_seed,
+    read_pictures,
+    scene_numbers,
+)
+from ddpo.starter.train import PLAN, app, show_plan, train
+from ddpo.starter.work import Recipe, WorkFolder, WorkFolderError, source_commit
 
 TINY = Recipe(
     seed=1,
     cached_pictures=8,
     vae=Budget(pictures=8, batch=2, lr=1e-3),
-    judge=Budget(pictures=8, batch=4, lr=1e-3),
+    judge=Budget(pictures=8, batch=2, lr=1e-3),
     unet=Budget(pictures=8, batch=2, lr=1e-3),
 )
 
@@ -43,7 +53,7 @@ def folder_bytes(folder: Path) -> dict[str, bytes]:
 
 def small(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(loop, "CHECKPOINT_EVERY", 2)
-    patch.setattr(export, "FRESH_PICTURES", 64)
+    patch.setattr(measure, "FRESH_PICTURES", 64)
     patch.setattr("ddpo.starter.report.SHOWN", 2)
 
 
@@ -83,19 +93,67 @@ def killed_at_save(number: int, before: bool) -> Callable[..., None]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "stage"), [(2, "loop"), (3, "loop"), (1, "autoencoder")])
+@pytest.mark.parametrize(
+    ("number", "module", "before"),
+    [
+        (2, "loop", True),  # the autoencoder's last save
+        (4, "loop", False),  # within the judge's last
+        (1, "stages.autoencoder", False),  # within that of the latents
+        (5, "loop", False),  # within the generator's first
+        (6, "loop", True),  # the generator's last
+    ],
+)
 def test_killed_and_resumed_ends_in_the_same_bytes(
-    straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, stage: str
+    straight: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    number: int,
+    module: str,
+    before: bool,
 ) -> None:
-    """Kills at the autoencoder's last save, within the judge's, within that of the latents."""
     with monkeypatch.context() as patch:
-        module = f"ddpo.starter.{'stages.' if stage != 'loop' else ''}{stage}"
-        patch.setattr(f"{module}.save_file", killed_at_save(number, before=number == 2))
+        patch.setattr(f"ddpo.starter.{module}.save_file", killed_at_save(number, before=before))
         with pytest.raises(KilledError):
             run(tmp_path, resume=False)
     assert not (tmp_path / "out").exists()
     run(tmp_path, resume=True)
     assert folder_bytes(tmp_path) == folder_bytes(straight)
+
+
+def test_a_kill_between_the_two_sets_of_pictures_changes_nothing(
+    straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work = WorkFolder(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr("ddpo.starter.stages.pictures.judge_seed", raise_killed)
+        with pytest.raises(KilledError):
+            draw_pictures(work, TINY)
+    assert work.pictures.exists() and not work.judge_pictures.exists()
+    draw_pictures(work, TINY)
+    for path in (work.pictures, work.judge_pictures):
+        assert path.read_bytes() == (straight / "work" / path.name).read_bytes()
+
+
+def raise_killed(*_: object) -> int:
+    raise KilledError
+
+
+def test_labels_belong_to_their_pictures_and_no_held_out_pair_is_learnt(straight: Path) -> None:
+    work = WorkFolder(straight / "work")
+    sets = (
+        (work.pictures, TINY.seed, False),
+        (work.judge_pictures, judge_seed(TINY), True),
+    )
+    for path, seed, all_pairs in sets:
+        numbers = scene_numbers(seed, 8, all_pairs=all_pairs)
+        for index, pixels in enumerate(read_pictures(path)):
+            picture = draw(seed, index, all_pairs=all_pairs)
+            assert (picture.pixels == pixels).all()
+            assert picture.scene == SCENES[numbers[index]]
+    assert not any(SCENES[number].held_out for number in scene_numbers(TINY.seed, 2000))
+    assert any(
+        SCENES[number].held_out for number in scene_numbers(judge_seed(TINY), 2000, all_pairs=True)
+    )
 
 
 def test_the_weights_name_what_made_them(straight: Path) -> None:
@@ -107,7 +165,8 @@ def test_the_weights_name_what_made_them(straight: Path) -> None:
         )
         assert record["recipe"]["seed"] == 1
         assert list(record["stages"]) == sorted(stage.name for stage in PLAN)
-        assert all(len(stage["commit"]) >= 7 for stage in record["stages"].values())
+        assert all(stage["done"] for stage in record["stages"].values())
+        assert all(len(stage["commits"]) == 1 for stage in record["stages"].values())
         assert record["unet_pictures_seen"] == 8
         assert set(record["figures"]["judge"]) == {"renders", "reconstructions"}
 
@@ -121,11 +180,70 @@ def test_the_report_shows_curves_and_pictures(straight: Path) -> None:
             assert min(picture.size) >= 64 and np.asarray(picture.convert("L")).std() > 1, path
 
 
-def test_the_plan_tells_times_and_what_is_done(capsys: pytest.CaptureFixture[str]) -> None:
-    show_plan(replace(TINY, unet=Budget(600_000, 2, lr=1e-3)), {"pictures", "judge"})
+def test_the_plan_tells_what_is_left(
+    straight: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = replace(TINY, unet=Budget(600_000, 2, lr=1e-3))
+    begun = WorkFolder(straight / "work")
+    left = {stage.name: stage.left(begun, recipe) for stage in PLAN}
+    assert left["autoencoder"] == left["judge"] == 0
+    assert left["generator"] == 600_000 - 8
+    assert PLAN[-1].left(WorkFolder(tmp_path), recipe) == 600_000
+    show_plan(recipe, left)
     shown = capsys.readouterr().out
     assert shown.count("done") == 2
-    assert "600,000" in shown and "About 60 minutes to go" in shown
+    assert "599,992" in shown and "About 67 minutes to go" in shown
+
+
+def test_the_journal_keeps_commits_and_seconds_of_all_parts(tmp_path: Path) -> None:
+    work = WorkFolder(tmp_path)
+    with pytest.raises(KilledError), work.noting("judge", "one"):
+        raise KilledError
+    assert work.finished() == set()
+    for commit in ("one", "two"):
+        with work.noting("judge", commit):
+            pass
+    assert work.finished() == {"judge"}
+    assert work.read_journal()["judge"]["commits"] == ["one", "two"]
+
+
+def git(folder: Path, *words: str) -> None:
+    identity = ["-c", "user.name=t", "-c", "user.email=t@example.org"]
+    subprocess.run(["git", *identity, *words], cwd=folder, check=True, capture_output=True)
+
+
+def test_the_source_commit_tells_changed_code_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "ddpo" / "starter"
+    package.mkdir(parents=True)
+    monkeypatch.setattr("ddpo.starter.work.__file__", str(package / "work.py"))
+    assert source_commit() == "unknown"
+    (package / "render.py").write_text("1")
+    (package / "README.md").write_text("1")
+    git(tmp_path, "init")
+    git(tmp_path, "add", ".")
+    git(tmp_path, "commit", "-m", "first")
+    clean = source_commit()
+    assert len(clean) == 40
+    (package / "README.md").write_text("2")
+    assert source_commit() == clean
+    (package / "new.py").write_text("2")
+    assert source_commit() == clean + "+"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--export"], "holds no run"),
+        (["--vae-pictures", "8"], "batch of 16"),
+    ],
+)
+def test_expected_mistakes_are_one_message(tmp_path: Path, words: list[str], said: str) -> None:
+    done = CliRunner().invoke(app, ["--work", str(tmp_path / "work"), *words])
+    assert done.exit_code == 2
+    assert done.exception is None or isinstance(done.exception, SystemExit)
+    assert said in done.output.replace("\n", " ")
 
 
 def test_what_comes_out_is_a_pipeline_that_drew_from_a_trained_average(straight: Path) -> None:

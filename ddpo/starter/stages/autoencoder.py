@@ -1,4 +1,4 @@
-"""Second stage: the autoencoder, and the latents of all pictures."""
+"""Two stages: the autoencoder, and the latents of all pictures."""
 
 import torch
 from rich.progress import track
@@ -8,8 +8,8 @@ from torch import Tensor
 from ddpo.randomness import derive_seed, generator
 from ddpo.starter.loop import console, fit, load_ema, one_core_each, replacing
 from ddpo.starter.losses import KL_WEIGHT, kl_loss, picture_loss
-from ddpo.starter.networks import build_vae, decode, encode
-from ddpo.starter.stages.pictures import read_pictures, to_model
+from ddpo.starter.networks import build_vae, decode, encode, to_model
+from ddpo.starter.stages.pictures import read_pictures
 from ddpo.starter.work import Recipe, WorkFolder
 
 ENCODED_AT_ONCE = 64
@@ -55,7 +55,7 @@ def encode_latents(work: WorkFolder, recipe: Recipe) -> None:
     with one_core_each() as pool:
         parts = track(pool.map(encode_from, starts), "latents", len(starts), console=console)
         latents = torch.cat(list(parts))
-    mean, std = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
+        mean, std = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
     latents = (latents - mean[:, None, None]) / std[:, None, None]
     with replacing(work.latents) as temporary:
         tensors = {"latents": latents.half().contiguous(), "mean": mean, "std": std}

@@ -1,4 +1,4 @@
-"""Last stage: noise predictor and text encoder."""
+"""The last stage: noise predictor and text encoder."""
 
 import torch
 from safetensors.torch import load_file
@@ -33,7 +33,8 @@ def train_unet(work: WorkFolder, recipe: Recipe) -> None:
         prompt = prompts.choose(scenes[chosen], DROPPED, draws)
         # One timestep from each of `batch` equal slices: less variance than independent ones.
         spread = (torch.arange(batch) + torch.rand(batch, generator=draws)) / batch
-        t = (spread * len(weights)).long()
+        # A draw just below 1 may round up to it.
+        t = (spread * len(weights)).long().clamp(max=len(weights) - 1)
         x_0 = latents[chosen].float()
         noise = torch.randn(x_0.shape, generator=draws)
         alpha = alphas_cumprod[t][:, None, None, None]

@@ -1,16 +1,17 @@
-"""Third stage: the judge, on pictures of its own."""
+"""A stage: the judge, on pictures of its own."""
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from ddpo.randomness import derive_seed, generator
-from ddpo.starter.judge import DOINGS, NAMES, NUMBERS, JudgeNetwork, build_clip
+from ddpo.starter.judge import ACTIVITY_LABELS, COUNT_LABELS, NAME_LABELS, JudgeNetwork, build_clip
 from ddpo.starter.loop import fit
 from ddpo.starter.losses import clip_loss
+from ddpo.starter.networks import to_model
 from ddpo.starter.prompt_table import PromptTable
 from ddpo.starter.scenes import SCENES
-from ddpo.starter.stages.pictures import judge_seed, read_pictures, scene_numbers, to_model
+from ddpo.starter.stages.pictures import judge_seed, read_pictures, scene_numbers
 from ddpo.starter.text import build_tokenizer
 from ddpo.starter.work import Recipe, WorkFolder
 
@@ -36,9 +37,9 @@ def train_judge(work: WorkFolder, recipe: Recipe) -> None:
     scenes = scene_numbers(judge_seed(recipe), len(pictures), all_pairs=True)
     prompts = PromptTable()
     answers = {
-        "name": torch.tensor([NAMES.index(scene.name) for scene in SCENES]),
-        "activity": torch.tensor([DOINGS.index(scene.activity or "") for scene in SCENES]),
-        "count": torch.tensor([NUMBERS.index(scene.count) for scene in SCENES]),
+        "name": torch.tensor([NAME_LABELS.index(scene.name) for scene in SCENES]),
+        "activity": torch.tensor([ACTIVITY_LABELS.index(scene.activity or "") for scene in SCENES]),
+        "count": torch.tensor([COUNT_LABELS.index(scene.count) for scene in SCENES]),
     }
 
     def loss_of_shard(step: int, shard: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""First stage: the pictures to train on."""
+"""The first stage: the pictures to train on."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from torch import Tensor
 from ddpo.randomness import derive_seed
 from ddpo.starter.loop import console, replacing
 from ddpo.starter.render import Pixels, draw_many
-from ddpo.starter.scenes import NUMBERS, Scene
+from ddpo.starter.scenes import SCENE_NUMBERS, Scene
 from ddpo.starter.work import Recipe, WorkFolder
 
 
@@ -43,9 +43,4 @@ def read_pictures(path: Path) -> Pixels:
 def scene_numbers(seed: int, count: int, *, all_pairs: bool = False) -> Tensor:
     """Returns what the first `count` pictures of a seed show: places in `SCENES`, int64 [count]."""
     shown = (Scene.at(seed, index, all_pairs=all_pairs) for index in range(count))
-    return torch.tensor([NUMBERS[scene] for scene in shown])
-
-
-def to_model(pixels: Pixels) -> Tensor:
-    """Turns uint8 [B, 64, 64, 3] into [B, 3, 64, 64] in -1..1."""
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2).float().contiguous() / 127.5 - 1
+    return torch.tensor([SCENE_NUMBERS[scene] for scene in shown])
