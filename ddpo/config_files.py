@@ -68,7 +68,8 @@ def parse_config(raw: Mapping[str, Any], source: str) -> RunConfig:
             wrong, hint = _problem(dict(each))
             problems.setdefault(wrong, []).append(hint)
         lines = "".join(f"\n  {wrong}; {' or '.join(hints)}" for wrong, hints in problems.items())
-        raise ConfigError(f"{source} cannot be run:{lines}") from error
+        # Not chained: pydantic's own error quotes every value, and one may be a misplaced secret.
+        raise ConfigError(f"{source} cannot be run:{lines}") from None
 
 
 def _apply(raw: dict[str, Any], override: str) -> None:

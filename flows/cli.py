@@ -75,12 +75,14 @@ def resume(
 ) -> None:
     """Go on with a run that was stopped; what is committed is not done again."""
     from ddpo.run import check_run, storage_root
+    from ddpo.store.s3 import S3Options
     from flows.train import resume as resume_flow
     from tasks.mlflow_connection import connect
 
     place = storage_root(root)
     config = _open(run_id, place).config
-    storage = config.storage.model_copy(update={"root": place})
+    # Found by `--root` and the AWS variables, and not by what an earlier start was told.
+    storage = config.storage.model_copy(update={"root": place, "s3": S3Options()})
     store, _ = check_run(config.model_copy(update={"storage": storage}), run_id)
     connect(config.tracking.uri)
     total = epochs or config.epochs
@@ -139,42 +141,45 @@ def verify(
     root: Root = None,
 ) -> None:
     """Read all that a run committed; say what is damaged, and mend what can be made again."""
+    from ddpo.run import open_run, storage_root
     from ddpo.store import keys
+    from ddpo.store.objects import Store
     from ddpo.store.verify import Verification, verify_run
 
-    run = _open(run_id, root)
+    store = Store.open(storage_root(root))
 
     def check() -> Verification:
         with console.status("reading") as status:
-            return verify_run(run.store, run_id, lambda key: status.update(f"reading {key}"))
+            return verify_run(store, run_id, lambda key: status.update(f"reading {key}"))
 
     found = check()
+    reasons: dict[str, str] = {}
     if found.damages and repair:
         from tasks.repair import repair as repair_parts
 
         hide_loading_bars()
-        for outcome in repair_parts(run, found.damages):
-            mark = "[green]made again[/]" if outcome.done else "[bold red]not mended[/]"
-            console.print(f"{mark} {outcome.manifest} {outcome.said}", highlight=False)
+        for outcome in repair_parts(open_run(store, run_id), found.damages):
+            reasons[outcome.manifest] = outcome.said
+            said = "made again" if outcome.done else "not mended"
+            _say(f"{said}: {outcome.manifest}")
         found = check()
     for damage in found.damages:
-        console.print(f"damaged: {damage}", markup=False, highlight=False, soft_wrap=True)
         derivable = keys.parse_part_manifest(damage.manifest) is not None
         way_out = "ddpo verify --repair makes it again" if derivable else "restore it from a copy"
-        console.print(f"    listed in {damage.manifest}; {way_out}", highlight=False)
+        _say(f"damaged: {damage}")
+        _say(f"    listed in {damage.manifest}; {reasons.get(damage.manifest, way_out)}")
     retired = f", {found.retired} retired on purpose" if found.retired else ""
-    console.print(f"{found.objects} objects, {found.bytes / 1e6:.1f} MB{retired}: ", end="")
+    outcome = f"{len(found.damages)} damaged" if found.damages else "whole"
+    _say(f"{found.objects} objects, {found.bytes / 1e6:.1f} MB{retired}: {outcome}")
     if found.damages:
-        console.print(f"[bold red]{len(found.damages)} damaged[/]")
         sys.exit(1)
-    console.print("[green]whole[/]")
 
 
 @app.command()
 def gc(
     run_id: RunId,
     older_than: Annotated[
-        float, typer.Option(help="Hours; younger objects may belong to a task at work.", min=1.5)
+        float, typer.Option(help="Hours; younger objects may belong to a task at work.", min=6)
     ] = 24.0,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only list what would be deleted.")
@@ -190,7 +195,7 @@ def gc(
     grace = timedelta(hours=older_than)
     found = (find_unreferenced if dry_run else sweep)(run.store, run_id, grace=grace)
     for key, size in found.items():
-        console.print(f"{size:>12,}  {key}", markup=False, highlight=False, soft_wrap=True)
+        _say(f"{size:>12,}  {key}")
     verb = "would be deleted" if dry_run else "deleted"
     megabytes = sum(found.values()) / 1e6
     console.print(f"{len(found)} objects, {megabytes:.1f} MB {verb}")
@@ -215,7 +220,7 @@ def doctor(
         failed += not finding.ok
         mark = "[green]ok[/]  " if finding.ok else "[bold red]no[/]  "
         console.print(f"{mark}[bold]{finding.what}[/]", highlight=False)
-        console.print(f"    {finding.said}", markup=False, highlight=False, soft_wrap=True)
+        _say(f"    {finding.said}")
     if failed:
         console.print(f"{failed} to mend; each line above says how")
         sys.exit(1)
@@ -238,13 +243,29 @@ def ui(
 
 def main() -> None:
     """Run the command; bad input is one message and exit status 2."""
+    from botocore.exceptions import BotoCoreError
+
+    from ddpo.secrets import hide_credentials
+
     set_defaults()
     try:
         app()
     except DdpoError as error:
         console.print(f"[bold red]{type(error).__name__}[/]", style=None, highlight=False)
-        console.print(str(error), markup=False, highlight=False, soft_wrap=True)
+        _say(str(error))
         sys.exit(2)
+    except (ConnectionError, PermissionError, BotoCoreError) as error:
+        console.print(f"[bold red]{type(error).__name__}[/]", style=None, highlight=False)
+        _say(
+            f"{hide_credentials(str(error))}. Check the store's address (--root, AWS_ENDPOINT_URL) "
+            "and credentials; `ddpo doctor CONFIG` looks at each part"
+        )
+        sys.exit(2)
+
+
+def _say(text: str) -> None:
+    """Print a line as it is: keys and errors may look like markup."""
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def _open(run_id: str, root: str | None) -> Run:
@@ -262,8 +283,8 @@ def _show(run_id: str, epochs: int, run: Callable[[], object], store: Store) -> 
 
     hide_loading_bars()
     again = f"ddpo resume {run_id} --root {store.root.removeprefix('file://')}"
-    if store.s3 is not None and store.s3.endpoint_url:
-        again = f"AWS_ENDPOINT_URL={store.s3.endpoint_url} {again}"
+    for name, value in (store.s3.environment() if store.s3 else {}).items():
+        again = f"{name}={value} {again}"
     try:
         with without_heartbeats(), Bars(console, run_id, epochs) as bars, shown_by(bars):
             run()
@@ -272,7 +293,7 @@ def _show(run_id: str, epochs: int, run: Callable[[], object], store: Store) -> 
         sys.exit(130)
     except Exception as error:
         console.print(f"[bold red]the run failed: {type(error).__name__}[/]", highlight=False)
-        console.print(str(error), markup=False, highlight=False, soft_wrap=True)
+        _say(str(error))
         console.print(f"What is committed is kept. Go on with: [bold]{again}[/]")
         sys.exit(1)
     _summarise(open_run(store, run_id))

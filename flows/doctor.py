@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-import httpx
 import psutil
 import torch
+from prefect.client.orchestration import get_client
 from prefect.settings import get_current_settings
 
 from ddpo.config import RunConfig
@@ -17,10 +17,10 @@ from ddpo.policies import check_model
 from ddpo.prompts import load_prompts
 from ddpo.rewards import load_reward
 from ddpo.run import storage_root
+from ddpo.secrets import hide_credentials
 from ddpo.store.objects import Store
-from tasks.mlflow_connection import connect, find_or_create_experiment, hide_credentials
+from tasks.mlflow_connection import connect, find_or_create_experiment
 
-ANSWER_TIMEOUT_S = 5.0
 GIB = 2**30
 
 
@@ -66,6 +66,8 @@ def examine(config: RunConfig) -> Iterator[Finding]:
             yield Finding(what, True, check(config))
         except DdpoError as error:
             yield Finding(what, False, str(error))
+        except Exception as error:  # a broken driver, a library's own error: the rest is looked at
+            yield Finding(what, False, f"{type(error).__name__}: {hide_credentials(str(error))}")
 
 
 def _prompts(config: RunConfig) -> str:
@@ -109,12 +111,14 @@ def _prefect(config: RunConfig) -> str:
     url = get_current_settings().api.url
     if url is None:
         return "no PREFECT_API_URL: a temporary server starts with the run, and ends with it"
-    try:
-        httpx.get(f"{url}/health", timeout=ANSWER_TIMEOUT_S).raise_for_status()
-    except httpx.HTTPError as error:
+    shown = hide_credentials(str(url))
+    with get_client(sync_client=True) as client:
+        problem = client.api_healthcheck()
+    if problem is not None:
         raise SetupError(
-            f"nobody answers at PREFECT_API_URL {hide_credentials(str(url))} "
-            f"({type(error).__name__}); start it with `prefect server start`, or unset the "
-            "variable for a temporary server"
-        ) from error
-    return f"{hide_credentials(str(url))} answers"
+            f"the server at PREFECT_API_URL {shown} does not answer as it should "
+            f"({type(problem).__name__}: {hide_credentials(str(problem))}); start it with "
+            "`prefect server start`, check PREFECT_API_KEY, or unset the variable for a temporary "
+            "server"
+        )
+    return f"{shown} answers"

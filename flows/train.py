@@ -25,6 +25,7 @@ from ddpo.run import Run, open_run, start_run, storage_root
 from ddpo.store import keys
 from ddpo.store.checkpoints import find_checkpoint
 from ddpo.store.objects import Store
+from ddpo.store.s3 import S3Options
 from flows.epoch import EpochPlan, artifact_key, run_epoch
 from flows.quiet import without_heartbeats
 from tasks.export import export_weights
@@ -104,7 +105,10 @@ def resume(run_id: str, storage: Text = None, epochs: Whole = None) -> str:
     """
     config = open_run(Store.open(storage_root(storage)), run_id).config
     changes: dict[str, object] = {
-        "storage": config.storage.model_copy(update={"root": storage_root(storage)})
+        # Found by its address and the AWS variables, and not by what an earlier start was told.
+        "storage": config.storage.model_copy(
+            update={"root": storage_root(storage), "s3": S3Options()}
+        )
     }
     if epochs is not None:
         if epochs < 1:

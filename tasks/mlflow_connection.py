@@ -18,6 +18,7 @@ from mlflow.utils.mlflow_tags import MLFLOW_RUN_NAME
 from sqlalchemy.engine import make_url
 
 from ddpo.errors import DdpoError
+from ddpo.secrets import HIDDEN, USER_INFO, hide_credentials
 
 RUN_ID_TAG = "ddpo.run_id"
 """The tag by which a resumed run finds its MLflow run again."""
@@ -26,11 +27,8 @@ _REACH_TIMEOUT_S = 5.0
 _PARAM_LIMIT = 500  # MLflow takes 6,000, but its pages print a parameter in full, whatever it is.
 _TAG_LIMIT = 8000
 _BATCH_LIMIT = 100
-_HIDDEN = "***"
 _EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
 _DATABRICKS = {"databricks", "databricks-uc", "uc"}
-_USER_INFO = re.compile(r"(?<=://)[^/@\s]+@")
-_QUERY = re.compile(r"(\w+://[^\s?#]+)\?[^\s#]*")
 _SECRET_NAME = re.compile(
     r"(^|[._/\-])(pass(word|wd|phrase)?|secret|token|credentials?|(api|access|secret|private)_?key)"
     r"([._/\-]|$)",
@@ -59,11 +57,6 @@ def named_errors(action: str) -> Iterator[None]:
         raise TrackingError(f"MLflow could not {action}: {hide_credentials(str(error))}") from error
 
 
-def hide_credentials(text: str) -> str:
-    """`text` whose URLs carry neither user, password nor query (signed URLs sign in the query)."""
-    return _QUERY.sub(r"\1", _USER_INFO.sub(f"{_HIDDEN}@", text))
-
-
 def loggable(values: Mapping[str, str | int | float | bool]) -> dict[str, str]:
     """`values` as MLflow stores them: text, without secrets.
 
@@ -71,7 +64,7 @@ def loggable(values: Mapping[str, str | int | float | bool]) -> dict[str, str]:
     a kind of key (`s3.secret_key`, `judge/token`); credentials inside URLs are hidden too.
     """
     return {
-        key: _HIDDEN if _SECRET_NAME.search(key) else hide_credentials(str(value))
+        key: HIDDEN if _SECRET_NAME.search(key) else hide_credentials(str(value))
         for key, value in values.items()
     }
 
@@ -183,7 +176,7 @@ def find_or_create_run(
 
 
 def _require_answer(address: str) -> None:
-    health = f"{_USER_INFO.sub('', address).rstrip('/')}/health"
+    health = f"{USER_INFO.sub('', address).rstrip('/')}/health"
     try:
         status = requests.get(health, timeout=_REACH_TIMEOUT_S, allow_redirects=False).status_code
     except requests.exceptions.SSLError:

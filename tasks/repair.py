@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
+from ddpo.digests import sha256_bytes
 from ddpo.errors import DdpoError
 from ddpo.run import Run
 from ddpo.store import keys, manifests
-from ddpo.store.manifests import Committed, Ref
+from ddpo.store.manifests import Ref
+from ddpo.store.scratch import ScratchStore
 from ddpo.store.verify import Damage
 from tasks.advantages import normalise
 from tasks.sample import draw_shard
@@ -24,7 +26,7 @@ class Repair:
 
     Attributes:
         manifest: Key of the part's manifest.
-        done: Whether it was made again, with objects of the bytes that its manifest lists.
+        done: Whether its bytes are again those that were committed.
         said: Why not, otherwise.
     """
 
@@ -37,57 +39,76 @@ def repair(run: Run, damages: Iterable[Damage]) -> list[Repair]:
     """Make again what is derivable: rollouts, their rewards, and advantages.
 
     Rollouts come from checkpoint and seed, rewards from rollouts, advantages from rewards. Equal
-    numerics give equal bytes; where the bytes are others, that is said, and they are not kept.
+    numerics give equal bytes; where the bytes are others, that is said, and nothing is touched.
 
     Args:
         run: The run, of whose own reward the parts are.
         damages: What :func:`ddpo.store.verify.verify_run` found.
 
     Returns:
-        A repair a part, in the order they were made; other damages have none. Verify once more: a
-        manifest that was made anew may differ from the one that an epoch's commit names.
+        A repair a part, in the order they were made; other damages have none.
     """
     by_manifest: dict[str, list[Damage]] = {}
     for damage in damages:
         by_manifest.setdefault(damage.manifest, []).append(damage)
     parts = [(part, key) for key in by_manifest if (part := keys.parse_part_manifest(key))]
     parts.sort(key=lambda found: (KINDS.index(found[0][0]), found[1]))
-    return [
-        _make_again(run, key, by_manifest[key], kind, epoch, shard)
-        for (kind, epoch, shard), key in parts
-    ]
+    outcomes = []
+    for (kind, epoch, shard), key in parts:
+        try:
+            _make_again(run, key, by_manifest[key], kind, epoch, shard or 0)
+        except Exception as error:  # whatever it was, the other parts are still to be mended
+            outcomes.append(Repair(key, False, f"{type(error).__name__}: {error}"))
+        else:
+            outcomes.append(Repair(key, True))
+    return outcomes
+
+
+class NotMended(DdpoError):
+    """A part that cannot be made again here; nothing was touched."""
 
 
 def _make_again(
-    run: Run, manifest: str, damages: list[Damage], kind: str, epoch: int, shard: int | None
-) -> Repair:
-    makers: dict[str, Callable[[], Committed]] = {
-        "rollouts": lambda: draw_shard(run, _checkpoint(run, epoch), epoch, shard or 0),
-        "rewards": lambda: score_rollouts(
-            run, _rollouts(run, epoch, shard or 0), epoch, shard or 0
-        ),
-        "advantages": lambda: normalise(
-            run,
-            _checkpoint(run, epoch),
-            [_rollouts(run, epoch, number) for number in range(run.shards)],
-            [_rewards(run, epoch, number) for number in range(run.shards)],
-            epoch,
-        ),
+    run: Run, manifest: str, damages: list[Damage], kind: str, epoch: int, shard: int
+) -> None:
+    reward_id = run.reward.identity.reward_id
+    own = {
+        "rollouts": keys.rollout_manifest_key(run.run_id, epoch, shard),
+        "rewards": keys.reward_manifest_key(reward_id, run.run_id, epoch, shard),
+        "advantages": keys.advantage_manifest_key(reward_id, run.run_id, epoch),
     }
+    if manifest != own[kind]:
+        raise NotMended("it belongs to another run, or to another reward than this run's own")
+    # In memory first: what is there, however damaged, is replaced by whole bytes or not at all.
+    scratch = ScratchStore(run.store, [damage.key for damage in damages])
+    aside = replace(run, store=scratch)
+    if kind == "rollouts":
+        draw_shard(aside, _checkpoint(aside, epoch), epoch, shard)
+    elif kind == "rewards":
+        score_rollouts(aside, _rollouts(aside, epoch, shard), epoch, shard)
+    else:
+        shards = range(run.shards)
+        rollouts = [_rollouts(aside, epoch, number) for number in shards]
+        rewards = [_rewards(aside, epoch, number) for number in shards]
+        normalise(aside, _checkpoint(aside, epoch), rollouts, rewards, epoch)
     for damage in damages:
-        run.store.delete(damage.key)
-    try:
-        made = makers[kind]()
-    except DdpoError as error:
-        return Repair(manifest, False, str(error))
-    if made.diverged:
-        return Repair(
-            manifest,
-            False,
-            "it was made again with other bytes; use the kind of device and the versions that "
-            f"made it: {run.numerics.device_name}, {run.numerics.versions}",
+        made = scratch.written.get(damage.key)
+        wrong = (
+            made is not None
+            and _is_digest(damage.expected)
+            and (sha256_bytes(made) != damage.expected)
         )
-    return Repair(manifest, True)
+        if made is None or wrong:
+            raise NotMended(
+                "it was made again with other bytes; use the kind of device and the versions that "
+                f"made it: {run.numerics.device_name}, {run.numerics.versions}"
+            )
+    for damage in damages:
+        run.store.replace(damage.key, scratch.written[damage.key])
+
+
+def _is_digest(text: str) -> bool:
+    return len(text) == 64
 
 
 def _checkpoint(run: Run, epoch: int) -> Ref:
@@ -106,5 +127,5 @@ def _rewards(run: Run, epoch: int, shard: int) -> Ref:
 def _found(run: Run, key: str) -> Ref:
     found = manifests.find(run.store, key)
     if found is None:
-        raise DdpoError(f"{key} is missing too, and this part is made from it")
+        raise NotMended(f"{key} is missing too, and this part is made from it")
     return found.ref

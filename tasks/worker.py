@@ -27,7 +27,7 @@ _loaded: _Loaded | None = None
 class RunHandle(BaseModel, frozen=True):
     """All that a task needs to find its run: small, and safe to show in a UI."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
 
     root: str
     """The store's address."""

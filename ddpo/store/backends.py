@@ -7,7 +7,6 @@ have a conditional put behind it.
 
 from __future__ import annotations
 
-import errno
 import os
 import threading
 import time
@@ -17,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, cast
 
+from botocore.exceptions import BotoCoreError
 from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
@@ -144,12 +144,14 @@ class S3Backend(ConditionalPutBackend):
         for wait_s in CONFLICT_WAITS_S:
             try:
                 self._fs.pipe_file(path, data, mode="create", Metadata={WRITER: mark})
-            except OSError as error:
-                writer = self._writer(path)
+            except (OSError, BotoCoreError) as error:
+                try:
+                    writer = self._writer(path)
+                except (OSError, BotoCoreError):
+                    raise error from None  # the first error is the one that tells
                 if writer is not None:
                     return writer == mark
-                # Two conditional puts at once: AWS answers the later one with 409, come again.
-                if error.errno != errno.EBUSY or wait_s is None:
+                if not _is_busy(error) or wait_s is None:
                     raise
                 time.sleep(wait_s)
             else:
@@ -159,11 +161,17 @@ class S3Backend(ConditionalPutBackend):
     def _writer(self, path: str) -> str | None:
         """Returns the mark of the object that is there, '' for one without, None for none."""
         try:
-            # s3fs's own `metadata` would cache nothing of use here, and is not in fsspec's types.
-            found: dict[str, str] = cast(Any, self._fs).metadata(path, refresh=True)
+            # Of s3fs alone: not in fsspec's types.
+            found: dict[str, str] = cast(Any, self._fs).metadata(path)
         except FileNotFoundError:
             return None
         return found.get(WRITER, "")
+
+
+def _is_busy(error: Exception) -> bool:
+    """Returns whether a server asks to come again: AWS says 409 to the later of two racing puts."""
+    response: dict[str, Any] = getattr(error.__cause__, "response", {})
+    return response.get("ResponseMetadata", {}).get("HTTPStatusCode") in (409, 503)
 
 
 def backend_for(fs: AbstractFileSystem, root: str) -> Backend:

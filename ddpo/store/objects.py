@@ -10,10 +10,20 @@ from typing import Annotated, Any
 
 import fsspec
 from fsspec import AbstractFileSystem
+from fsspec.implementations.local import LocalFileSystem
+from fsspec.implementations.memory import MemoryFileSystem
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from ddpo.digests import sha256_bytes
-from ddpo.errors import CorruptObject, InvalidKey, MissingObject, RetiredObject, StoreNotWritable
+from ddpo.errors import (
+    CorruptObject,
+    InvalidKey,
+    MissingObject,
+    RetiredObject,
+    StoreError,
+    StoreNotWritable,
+)
+from ddpo.secrets import hide_credentials
 from ddpo.store import keys
 from ddpo.store.backends import backend_for
 from ddpo.store.s3 import S3Options
@@ -79,21 +89,28 @@ class Store:
         Raises:
             StoreNotWritable: No such kind of store is known, or the address holds credentials.
         """
-        scheme = root.partition("://")[0]
-        if "://" in root and "@" in root:
+        scheme, _, place = root.partition("://")
+        if place and "@" in place and scheme not in ("file", "local"):
             raise StoreNotWritable(
                 f"{scheme}://...",
                 "its address holds an '@', as one with credentials does",
                 "Give s3://bucket/prefix, and AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY in the "
                 "environment",
             )
-        arguments = (s3 or S3Options()).filesystem_arguments() if scheme in ("s3", "s3a") else {}
+        arguments = {}
+        if scheme in ("s3", "s3a"):
+            arguments = (s3 or S3Options()).filesystem_arguments()
+            bundle = s3.ca_bundle if s3 else None
+            if bundle and not bundle.is_file():
+                raise StoreNotWritable(root, f"there is no ca_bundle {bundle}", "Check its path.")
         # Other processes write to the same store, so a cached listing is a wrong answer.
         try:
             fs, path = fsspec.core.url_to_fs(root, use_listings_cache=False, **arguments)
         except (ValueError, ImportError) as error:
             way_out = "Give a folder, or an fsspec URL such as s3://bucket/prefix."
             raise StoreNotWritable(root, str(error), way_out) from error
+        if arguments:
+            fs.retries = 1  # botocore retries already; both together would try 30 times
         return cls(fs, path, s3)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -115,14 +132,23 @@ class Store:
         key = f".probe/{uuid.uuid4().hex}"
         way_out = "Check the address, the credentials and the permissions of the root"
         try:
-            created = self.put_if_absent(key, b"first")
-            refused = not self.put_if_absent(key, b"second")
-            found = self.read(key)
-            self.delete(key)
+            try:
+                created = self.put_if_absent(key, b"first")
+                refused = not self.put_if_absent(key, b"second")
+                found = self.read(key)
+                self.list("runs")
+            finally:
+                self.delete(key)
             gone = not self.exists(key)
         except Exception as error:  # whatever a filesystem raises is the reason that we report
-            reason = f"{type(error).__name__}: {error}"
-            raise StoreNotWritable(self.root, reason, way_out) from error
+            reason = f"{type(error).__name__}: {hide_credentials(str(error))}"
+            if isinstance(error, PermissionError) and self.root.startswith("s3"):
+                way_out += (
+                    " (a run needs s3:GetObject, s3:PutObject, s3:DeleteObject, s3:ListBucket and "
+                    "s3:AbortMultipartUpload)"
+                )
+            # Not chained: what it quotes may hold credentials.
+            raise StoreNotWritable(self.root, reason, way_out) from None
         if not created:
             raise StoreNotWritable(self.root, "it refused to create a new object", way_out)
         if not refused or found != b"first":
@@ -156,6 +182,10 @@ class Store:
         if not self._is_fresh(stored):
             self._backend.write(self._full(stored.key), data)
         return stored
+
+    def replace(self, key: str, data: bytes) -> None:
+        """Writes an object in place of a damaged one; readers see the one or the other, whole."""
+        self._backend.write(self._full(key), data)
 
     def put_if_absent(self, key: str, data: bytes) -> bool:
         """Creates an object exclusively; returns False where one is there already."""
@@ -198,6 +228,7 @@ class Store:
         """
         digest = hashlib.sha256()
         try:
+            file: Any  # typed as text or bytes
             with self._fs.open(self._full(key), "rb", block_size=BLOCK_BYTES) as file:
                 while block := file.read(BLOCK_BYTES):
                     digest.update(block)
@@ -247,33 +278,79 @@ class Store:
         Returns:
             The keys; none where there is no such folder.
         """
-        folder = self._full(prefix) if prefix else self._path
-        start = len(self._path) + 1
-        # SeaweedFS lists an emptied folder as itself: no key below the root is that short.
-        found = (str(path)[start:] for path in self._fs.find(folder) if len(str(path)) > start)
-        return sorted(key for key in found if not any(s.startswith(".") for s in key.split("/")))
+        found = self._below(self._full(prefix) if prefix else self._path)
+        return sorted(key for key in found if not _is_hidden(key))
 
     def ages(self) -> dict[str, tuple[int, datetime]]:
-        """Lists all keys with size in bytes and time of the last write (UTC)."""
-        start = len(self._path) + 1
-        found = self._fs.find(self._path, detail=True)
-        keys_found = {
-            str(path)[start:]: (int(info["size"]), _modified(info))
-            for path, info in found.items()
-            if len(str(path)) > start
-        }
+        """Lists all keys, unfinished writes too, with size in bytes and time of the last write.
+
+        Returns:
+            By key; times in UTC.
+
+        Raises:
+            StoreError: The filesystem does not tell when an object was written.
+        """
         return {
-            key: value
-            for key, value in keys_found.items()
-            if not any(s.startswith(".") for s in key.split("/"))
+            key: (int(info["size"]), self._modified(key, info))
+            for key, info in self._below(self._path).items()
         }
+
+    def modified(self, key: str) -> datetime | None:
+        """Returns when what is under a key was last written (UTC), None for nothing."""
+        try:
+            return self._modified(key, self._fs.info(self._full(key)))
+        except FileNotFoundError:
+            return None
+
+    def _below(self, folder: str) -> dict[str, dict[str, Any]]:
+        """Finds all objects below a folder, unfinished writes too: what fsspec says, by key."""
+        if isinstance(self._fs, LocalFileSystem | MemoryFileSystem):
+            found = self._walk(folder)
+        else:
+            listed: Any = self._fs.find(folder, detail=True)  # typed as a list too
+            found = listed
+        start = len(self._path) + 1
+        # SeaweedFS lists an emptied folder as itself.
+        inside = {path: info for path, info in found.items() if path.startswith(folder + "/")}
+        return {str(path)[start:]: info for path, info in inside.items()}
+
+    def _walk(self, folder: str) -> dict[str, dict[str, Any]]:
+        """Finds all files below a folder; raises where one may not be listed.
+
+        fsspec's own walk leaves such folders out without a word, and a listing with holes is a
+        wrong answer.
+        """
+        found: dict[str, dict[str, Any]] = {}
+        pending = [folder]
+        while pending:
+            try:
+                listing = self._fs.ls(pending.pop(), detail=True)
+            except FileNotFoundError:
+                continue
+            for info in listing:
+                if info["type"] == "directory":
+                    pending.append(info["name"])
+                else:
+                    found[info["name"]] = info
+        return found
+
+    def _modified(self, key: str, info: dict[str, Any]) -> datetime:
+        found = info.get("mtime", info.get("LastModified", info.get("created")))
+        if found is None:
+            try:
+                found = self._fs.modified(self._full(key))
+            except (NotImplementedError, AttributeError, KeyError) as error:
+                raise StoreError(f"{self.root} does not tell when {key} was written") from error
+        if isinstance(found, datetime):
+            return found.astimezone(UTC) if found.tzinfo else found.replace(tzinfo=UTC)
+        return datetime.fromtimestamp(float(found), UTC)
 
     def _is_fresh(self, stored: StoredObject) -> bool:
         try:
             info = self._fs.info(self._full(stored.key))
         except FileNotFoundError:
             return False
-        young = now() - _modified(info) < REFRESH_AFTER
+        young = now() - self._modified(stored.key, info) < REFRESH_AFTER
         return info["type"] == "file" and info["size"] == stored.size and young
 
     def _full(self, key: str) -> str:
@@ -300,9 +377,6 @@ def now() -> datetime:
     return datetime.now(UTC)
 
 
-def _modified(info: dict[str, Any]) -> datetime:
-    """Returns the time of the last write: a number on local disks, a time everywhere else."""
-    found = info.get("mtime", info.get("LastModified", info.get("created")))
-    if isinstance(found, datetime):
-        return found.astimezone(UTC) if found.tzinfo else found.replace(tzinfo=UTC)
-    return datetime.fromtimestamp(float(found or 0.0), UTC)
+def _is_hidden(key: str) -> bool:
+    """Returns whether a key is of an unfinished write or of a probe."""
+    return any(segment.startswith(".") for segment in key.split("/"))

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, field_validator
+from pydantic import BaseModel, ConfigDict, field_validator, model_validator
 
 CONNECT_TIMEOUT_S = 10
 READ_TIMEOUT_S = 20
@@ -40,16 +40,31 @@ class S3Options(BaseModel):
     def _has_no_credentials(cls, value: str | None) -> str | None:
         if value is None:
             return None
-        # The value itself stays out of every message: it may hold a password.
-        parts = urlsplit(value)
-        if "@" in parts.netloc or parts.query:
+        # Before it is taken apart: a password may hold any character, and errors quote their input.
+        if "@" in value or "?" in value:
             raise ValueError(
                 "credentials do not belong in a config; set AWS_ACCESS_KEY_ID and "
                 "AWS_SECRET_ACCESS_KEY in the environment instead"
             )
+        parts = urlsplit(value)
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError("expected http://host:port or https://host")
+            raise ValueError("not an http address; expected http://host:port or https://host")
         return value
+
+    @model_validator(mode="after")
+    def _verifies_with_a_bundle(self) -> Self:
+        if self.ca_bundle and not self.verify_tls:
+            raise ValueError("ca_bundle is of no use with verify_tls: false; give one of the two")
+        return self
+
+    def environment(self) -> dict[str, str]:
+        """Returns the AWS variables that say the same, as far as there are any."""
+        found = {
+            "AWS_ENDPOINT_URL": self.endpoint_url,
+            "AWS_DEFAULT_REGION": self.region,
+            "AWS_CA_BUNDLE": str(self.ca_bundle) if self.ca_bundle else None,
+        }
+        return {name: value for name, value in found.items() if value}
 
     def filesystem_arguments(self) -> dict[str, Any]:
         """Returns what s3fs is created with."""
@@ -67,6 +82,6 @@ class S3Options(BaseModel):
                 "s3": {"addressing_style": self.addressing_style},
                 "connect_timeout": CONNECT_TIMEOUT_S,
                 "read_timeout": READ_TIMEOUT_S,
-                "retries": {"mode": "standard", "max_attempts": ATTEMPTS},
+                "retries": {"mode": "standard", "total_max_attempts": ATTEMPTS},
             },
         }

@@ -1,16 +1,18 @@
 """Garbage collection: deletes what no manifest lists.
 
 A writer that died between an object and its manifest leaves the object behind; so does one whose
-bytes lost against another's. Such objects cost room and nothing else.
+bytes lost against another's, and one that was killed while it wrote a file. Such objects cost room
+and nothing else.
 """
 
 from __future__ import annotations
 
 from datetime import timedelta
 
+from ddpo.errors import MissingObject
 from ddpo.store import keys, manifests, objects
-from ddpo.store.manifests import Committed
 from ddpo.store.objects import REFRESH_AFTER, Store
+from ddpo.store.verify import references
 
 DEFAULT_GRACE = timedelta(days=1)
 """Younger objects may belong to a task that has not committed yet."""
@@ -34,6 +36,7 @@ def find_unreferenced(
         ValueError: The grace period is too short.
         CorruptObject: A manifest is damaged: what it lists cannot be told.
         UnreadableData: Likewise.
+        MissingObject: A manifest is gone that another refers to: likewise.
     """
     if grace <= REFRESH_AFTER:
         raise ValueError(
@@ -49,10 +52,15 @@ def find_unreferenced(
         if part in key.split("/") and not key.startswith("manifests/") and modified < limit
     }
     listed: set[str] = set()
-    for key in store.list("manifests"):
-        found: Committed | None = manifests.find(store, key)
+    present = store.list("manifests")
+    referred: set[str] = set()
+    for key in present:
+        found = manifests.find(store, key)
         if found is not None:
             listed |= {stored.key for stored in found.manifest.objects.values()}
+            referred |= {ref.key for ref in references(found.manifest.inputs)}
+    if lost := sorted(referred - set(present)):
+        raise MissingObject(lost[0], store.root)
     return {key: old[key] for key in sorted(old.keys() - listed)}
 
 
@@ -67,7 +75,11 @@ def sweep(store: Store, run_id: str, *, grace: timedelta = DEFAULT_GRACE) -> dic
     Returns:
         Sizes in bytes of what was deleted, by key.
     """
-    doomed = find_unreferenced(store, run_id, grace=grace)
-    for key in doomed:
-        store.delete(key)
-    return doomed
+    deleted: dict[str, int] = {}
+    for key, size in find_unreferenced(store, run_id, grace=grace).items():
+        # Looked at once more: a task may have found it, written it again and committed it since.
+        modified = store.modified(key)
+        if modified is not None and modified < objects.now() - grace:
+            store.delete(key)
+            deleted[key] = size
+    return deleted

@@ -56,7 +56,10 @@ class Verification:
 def verify_run(
     store: Store, run_id: str, on_object: Callable[[str], None] = lambda key: None
 ) -> Verification:
-    """Read all records, manifests and objects of a run, and follow every reference.
+    """Read all records, manifests and objects of a run, and compare every reference.
+
+    What nothing refers to cannot be missed when it is gone: the newest epoch's commit, the newest
+    checkpoint, and pictures.
 
     Args:
         store: The store.
@@ -71,9 +74,12 @@ def verify_run(
     """
     verifier = _Verifier(store, run_id, on_object)
     verifier.records()
-    for key in run_manifests(store, run_id):
+    present = run_manifests(store, run_id)
+    for key in present:
         verifier.manifest(key)
-    damages = {damage.key: damage for damage in verifier.damages}
+    verifier.gaps(present)
+    # Where both are known, the digest that another manifest names tells more.
+    damages = {damage.key: damage for damage in [*verifier.unreadable, *verifier.damages]}
     return Verification(
         objects=len(verifier.seen),
         bytes=verifier.bytes,
@@ -98,6 +104,7 @@ class _Verifier:
         self.bytes = 0
         self.retired = 0
         self.damages: list[Damage] = []
+        self.unreadable: list[Damage] = []
 
     def records(self) -> None:
         """Read the run's record, and those of its starts."""
@@ -128,14 +135,36 @@ class _Verifier:
             elif found != stored.sha256:
                 self.damages.append(Damage(stored.key, key, stored.sha256, found))
 
+    def gaps(self, present: list[str]) -> None:
+        """Find commits that must have been there: those before a later one."""
+        checkpoints, epochs = (
+            {int(key[-10:-5]) for key in present if key.startswith(f"manifests/{kind}/")}
+            for kind in ("checkpoints", "epochs")
+        )
+        # Checkpoint k + 1 comes before the commit of epoch k, and that before checkpoint k + 2.
+        last = max([*epochs, *(epoch - 2 for epoch in checkpoints)], default=-1)
+        wanted = [keys.epoch_manifest_key(self.run_id, epoch) for epoch in range(last + 1)]
+        wanted += [
+            keys.checkpoint_manifest_key(self.run_id, epoch)
+            for epoch in range(max(checkpoints, default=-1))
+        ]
+        starts = self.store.list(keys.starts_prefix(self.run_id))
+        wanted += [keys.start_key(self.run_id, number) for number in range(1, len(starts) + 1)]
+        for key in sorted({*wanted} - {*present} - {*starts}):
+            self.unreadable.append(Damage(key, key, "a readable document", NOTHING))
+
     def _document(self, key: str, read: Callable[[], Any]) -> Any:
         self.on_object(key)
         try:
             found = read()
         except CorruptObject as error:
-            self.damages.append(Damage(error.key, key, error.expected, error.found))
-        except StoreError as error:
-            self.damages.append(Damage(key, key, "a readable document", str(error)))
+            said = f"one with checksum {error.found}"
+            self.unreadable.append(Damage(error.key, key, f"checksum {error.expected}", said))
+        except (StoreError, OSError) as error:
+            said = (
+                NOTHING if isinstance(error, MissingObject) else f"{type(error).__name__}: {error}"
+            )
+            self.unreadable.append(Damage(key, key, "a readable document", said))
         else:
             self.seen.setdefault(key, "")
             return found
@@ -148,6 +177,8 @@ class _Verifier:
                 self.seen[key] = self.store.digest(key)
             except MissingObject:
                 return NOTHING
+            except OSError as error:  # a bad block, a server that failed: not to be repaired
+                return f"{type(error).__name__}: {error}"
             self.bytes += self.store.size(key)
         return self.seen[key]
 

@@ -113,8 +113,8 @@ def test_no_secret_is_in_anything_that_a_run_wrote(on_s3: Trained, seaweedfs: Ob
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"AWS_SECRET_ACCESS_KEY": "canary-wrong-secret"}, "credentials"),
-        ({"AWS_ENDPOINT_URL": "http://127.0.0.1:9"}, "address"),
+        ({"AWS_SECRET_ACCESS_KEY": "canary-wrong-secret"}, "PermissionError"),
+        ({"AWS_ENDPOINT_URL": "http://user:canary@127.0.0.1:9"}, "EndpointConnectionError"),
     ],
     ids=["wrong secret", "nobody there"],
 )
@@ -128,6 +128,7 @@ def test_a_bucket_that_cannot_be_reached_is_named_without_its_secret(
     assert f"s3://{BUCKET}/refused" in screen and said in screen, screen
     assert "Traceback" not in screen
     assert environment["AWS_SECRET_ACCESS_KEY"] not in screen
+    assert "canary" not in screen
     assert not (tmp_path / "mlflow.db").exists()
 
 
@@ -135,7 +136,7 @@ def test_a_bucket_that_cannot_be_reached_is_named_without_its_secret(
     "setting",
     [
         "storage.root=s3://user:canary-secret@bucket/prefix",
-        "storage.s3.endpoint_url=http://user:canary-secret@127.0.0.1:9000",
+        "storage.s3.endpoint_url=http://user:canary-secret/with/slashes@127.0.0.1:9000",
         "storage.s3.secret_key=canary-secret",
     ],
 )
@@ -184,3 +185,11 @@ def test_a_run_is_resumed_on_s3_and_keeps_only_its_newest_checkpoint(
     (run,) = client.search_runs([e.experiment_id for e in client.search_experiments()])
     history = client.get_metric_history(run.info.run_id, "reward/mean")
     assert sorted(metric.step for metric in history) == [0, 1, 2]
+
+
+def test_a_command_on_a_bucket_that_nobody_serves_is_one_message(seaweedfs: ObjectStore) -> None:
+    environment = {**os.environ, **seaweedfs.environment, "AWS_ENDPOINT_URL": "http://127.0.0.1:9"}
+    done = ddpo(environment, "runs", "--root", f"s3://{BUCKET}/x")
+    assert done.returncode == 2
+    assert "Traceback" not in done.stdout + done.stderr
+    assert "AWS_ENDPOINT_URL" in done.stdout

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import pytest
 
+from ddpo.errors import MissingObject
 from ddpo.store import manifests, objects
 from ddpo.store.objects import Store
 from ddpo.store.sweep import find_unreferenced, sweep
@@ -80,3 +82,66 @@ def test_ages_are_times_of_writing(store: Store) -> None:
     size, modified = store.ages()[key]
     assert size == 5
     assert abs(datetime.now(UTC) - modified) < timedelta(minutes=1)
+
+
+def test_what_was_committed_between_the_look_and_the_deletion_stays(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A resumed task finds the object of a killed one, writes it again, commits it."""
+    left = store.put(STEM, ".parquet", b"made twice").key
+    ahead = [timedelta(days=2)]
+    monkeypatch.setattr(objects, "now", lambda: datetime.now(UTC) + ahead[0])
+    look = find_unreferenced
+
+    def look_and_lose_the_race(*arguments, **named):
+        found = look(*arguments, **named)
+        ahead[0] = timedelta()  # written and committed just now
+        commit(store, b"made twice")
+        return found
+
+    monkeypatch.setattr("ddpo.store.sweep.find_unreferenced", look_and_lose_the_race)
+    assert sweep(store, "R") == {}
+    assert store.exists(left)
+
+
+def test_a_lost_manifest_stops_the_sweep(store: Store, later: None) -> None:
+    """What it listed cannot be told from garbage any more."""
+    committed = commit(store, b"whole")
+    manifest = manifests.find(store, "manifests/rollouts/run_id=R/epoch=00000/shard-00000.json")
+    assert manifest is not None
+    manifests.commit(
+        store,
+        "manifests/epochs/run_id=R/epoch=00000.json",
+        kind="epoch",
+        inputs={"rollouts": [manifest.ref.model_dump()]},
+        objects={},
+    )
+    store.delete(manifest.ref.key)
+    with pytest.raises(MissingObject, match=manifest.ref.key):
+        sweep(store, "R")
+    assert store.exists(committed)
+
+
+def test_an_unfinished_file_of_a_killed_writer_goes(local_store: Store, later: None) -> None:
+    key = commit(local_store, b"whole")
+    path = Path(local_store.url(key).removeprefix("file://")).with_name(".tmp-cut-off")
+    path.write_bytes(b"half")
+    assert list(sweep(local_store, "R").values()) == [4]
+    assert not path.exists()
+
+
+def test_a_folder_that_cannot_be_listed_is_an_error_and_not_an_empty_one(
+    local_store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit(local_store, b"whole")
+    fs = local_store._fs
+    look = fs.ls
+
+    def refuse(path: str, *arguments, **named):
+        if path.rstrip("/").endswith("/rollouts"):
+            raise PermissionError(path)
+        return look(path, *arguments, **named)
+
+    monkeypatch.setattr(fs, "ls", refuse)
+    with pytest.raises(PermissionError):
+        local_store.list("manifests")

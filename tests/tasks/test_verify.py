@@ -10,7 +10,7 @@ import pytest
 from ddpo.config_files import read_config
 from ddpo.run import Run, start_run
 from ddpo.store import keys
-from ddpo.store.verify import NOTHING, verify_run
+from ddpo.store.verify import NOTHING, Damage, verify_run
 from tasks.repair import repair
 from tests.fold import run_epochs
 
@@ -146,7 +146,55 @@ def test_a_damaged_checkpoint_is_named_and_is_not_made_again(run: Run) -> None:
 def test_a_part_whose_origin_is_damaged_too_says_so(run: Run) -> None:
     path_of(run, keys.checkpoint_manifest_key("r", 1)).unlink()
     path_of(run, objects(run, ROLLOUTS)[0]).unlink()
+    before = content(run)
     damages = verify_run(run.store, "r").damages
     assert keys.checkpoint_manifest_key("r", 1) in [damage.key for damage in damages]
     (mended,) = repair(run, damages)
     assert not mended.done and "missing too" in mended.said
+    assert content(run) == before
+
+
+def test_what_comes_out_otherwise_is_said_and_nothing_is_touched(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on another kind of device: the damaged shard may still be of use to someone."""
+    flip(path_of(run, objects(run, TRAJECTORIES)[0]))
+    before = content(run)
+    damages = verify_run(run.store, "r").damages
+    monkeypatch.setattr("tasks.sample.encode_tensors", lambda tensors: b"rounded otherwise")
+    (mended,) = repair(run, damages)
+    assert not mended.done and "other bytes" in mended.said
+    assert content(run) == before
+
+
+def test_an_error_of_any_kind_stops_no_other_repair(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flip(path_of(run, objects(run, REWARDS)[0]))
+    flip(path_of(run, objects(run, ADVANTAGES)[0]))
+    damages = verify_run(run.store, "r").damages
+    monkeypatch.setattr("tasks.repair.score_rollouts", lambda *_: 1 / 0)
+    first, second = repair(run, damages)
+    assert not first.done and "ZeroDivisionError" in first.said
+    assert not second.done  # made from the rewards, which are still damaged
+    monkeypatch.undo()
+    assert all(mended.done for mended in repair(run, verify_run(run.store, "r").damages))
+
+
+def test_parts_of_another_reward_are_left_alone(run: Run) -> None:
+    (key, *_) = objects(run, f"manifests/{REWARDS}")
+    other = key.replace("jpeg_compressibility", "another_reward")
+    (mended,) = repair(run, [Damage(other, other, "0" * 64, NOTHING)])
+    assert not mended.done and "another reward" in mended.said
+
+
+@pytest.mark.parametrize("kind", ["epochs", "checkpoints"])
+def test_a_gap_in_the_commits_is_seen(run: Run, kind: str) -> None:
+    key = f"manifests/{kind}/run_id=r/epoch=00000.json"
+    path_of(run, key).unlink()
+    assert key in [damage.key for damage in verify_run(run.store, "r").damages]
+
+
+def test_a_flipped_record_is_named(run: Run) -> None:
+    flip(path_of(run, keys.run_key("r")))
+    assert [damage.key for damage in verify_run(run.store, "r").damages] == [keys.run_key("r")]
