@@ -241,6 +241,7 @@ def main() -> None:
     parser.add_argument("--judge", type=Path, default=JUDGE_PATH)
     parser.add_argument("--jobs", type=int, default=2, help="processes, of one thread each")
     arguments = parser.parse_args()
+    hide_loading_bars()
     print_origin(arguments.model)
     jobs = [
         Job(
