@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import uuid
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
@@ -99,6 +100,14 @@ class Store:
             )
         arguments = {}
         if scheme in ("s3", "s3a"):
+            for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"):
+                if "@" in os.environ.get(name, ""):
+                    raise StoreNotWritable(
+                        root,
+                        f"{name} holds an '@', as an address with credentials does",
+                        "Give http://host:port there, and AWS_ACCESS_KEY_ID and "
+                        "AWS_SECRET_ACCESS_KEY beside it",
+                    )
             arguments = (s3 or S3Options()).filesystem_arguments()
             bundle = s3.ca_bundle if s3 else None
             if bundle and not bundle.is_file():

@@ -114,9 +114,10 @@ def test_no_secret_is_in_anything_that_a_run_wrote(on_s3: Trained, seaweedfs: Ob
     ("change", "said"),
     [
         ({"AWS_SECRET_ACCESS_KEY": "canary-wrong-secret"}, "PermissionError"),
-        ({"AWS_ENDPOINT_URL": "http://user:canary@127.0.0.1:9"}, "EndpointConnectionError"),
+        ({"AWS_ENDPOINT_URL": "http://127.0.0.1:9"}, "EndpointConnectionError"),
+        ({"AWS_ENDPOINT_URL": "http://user:canary@127.0.0.1:9"}, "AWS_ENDPOINT_URL holds"),
     ],
-    ids=["wrong secret", "nobody there"],
+    ids=["wrong secret", "nobody there", "secret in the address"],
 )
 def test_a_bucket_that_cannot_be_reached_is_named_without_its_secret(
     seaweedfs: ObjectStore, tiny_model: Path, tmp_path: Path, change: dict[str, str], said: str
