@@ -95,7 +95,7 @@ def test_a_run_id_with_another_identity_shows_the_difference(ddpo, tmp_path: Pat
         "--set", "numerics.micro_batch_size=8",
     )  # fmt: skip
     assert status == 2
-    assert "optimizer.learning_rate: 0.002 in the store, 0.5 in the config" in screen
+    assert "optimizer.learning_rate: 0.005 in the store, 0.5 in the config" in screen
     assert "numerics.micro_batch_size: 16 in the store, 8 in the config" in screen
 
 
