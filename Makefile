@@ -24,7 +24,7 @@ lint: $(READY)  ## Check style and docstrings (ruff) and types (pyright)
 bench: $(READY)  ## Measure the share of an epoch that is not model compute
 	$(BIN)/python -m bench.overhead
 
-starter-report: $(READY)  ## Measure what the starter model draws, by its judge (ten minutes)
+starter-report: $(READY)  ## Measure what the starter model draws, by its judge (five minutes)
 	$(BIN)/python -m bench.starter
 
 results: $(READY)  ## Train three seeds for both JPEG rewards, with shuffled controls (half an hour and more)

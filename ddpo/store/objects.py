@@ -349,7 +349,10 @@ class Store:
             try:
                 found = self._fs.modified(self._full(key))
             except (NotImplementedError, AttributeError, KeyError) as error:
-                raise StoreError(f"{self.root} does not tell when {key} was written") from error
+                raise StoreError(
+                    f"{self.root} does not tell when {key} was written, so nothing can be told "
+                    "to be old enough to sweep; use a disk or S3 to sweep"
+                ) from error
         if isinstance(found, datetime):
             return found.astimezone(UTC) if found.tzinfo else found.replace(tzinfo=UTC)
         return datetime.fromtimestamp(float(found), UTC)

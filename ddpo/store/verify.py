@@ -177,7 +177,7 @@ class _Verifier:
                 self.seen[key] = self.store.digest(key)
             except MissingObject:
                 return NOTHING
-            except OSError as error:  # a bad block, a server that failed: not to be repaired
+            except OSError as error:  # a bad block, or a server that failed
                 return f"{type(error).__name__}: {error}"
             self.bytes += self.store.size(key)
         return self.seen[key]

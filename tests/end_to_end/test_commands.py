@@ -55,6 +55,25 @@ def test_runs_lists_what_a_store_holds(root, monkeypatch, capsys):
     assert "1/1" in screen
 
 
+def test_verify_names_damage_mends_it_and_gc_finds_nothing(root, monkeypatch, capsys):
+    ddpo(monkeypatch, "verify", "small", "--root", root)
+    assert capsys.readouterr().out.strip().endswith("whole")
+    (shard, *_) = sorted(root.glob("trajectories/**/*.safetensors"))
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-1])
+    monkeypatch.setattr(sys, "argv", ["ddpo", "verify", "small", "--root", str(root)])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    screen = capsys.readouterr().out
+    assert ended.value.code == 1
+    assert shard.name in screen and "--repair makes it again" in screen and "1 damaged" in screen
+    ddpo(monkeypatch, "verify", "small", "--repair", "--root", root)
+    assert "made again" in capsys.readouterr().out
+    assert shard.read_bytes() == whole
+    ddpo(monkeypatch, "gc", "small", "--dry-run", "--root", root)
+    assert "0 objects, 0.0 MB would be deleted" in capsys.readouterr().out
+
+
 def test_sample_draws_the_picture_that_plain_diffusers_draws(
     root, tiny_model, tmp_path, monkeypatch
 ):
