@@ -41,6 +41,20 @@ class StoreNotWritable(StoreError):
         )
 
 
+class StoreCallFailed(StoreError):
+    """A call to the store failed, for a reason that may pass: no room, no rights, no answer."""
+
+    def __init__(self, call: str, key: str, root: str, reason: str, way_out: str) -> None:
+        self.call = call
+        self.key = key
+        self.reason = reason
+        self.way_out = way_out
+        super().__init__(
+            f"could not {call} {key or 'its objects'} in {root}: {reason}. {way_out}. What is "
+            "committed is kept, and nothing half-written is ever read"
+        )
+
+
 class InvalidKey(StoreError):
     """A key, or an id that becomes part of one, is outside the whitelist."""
 

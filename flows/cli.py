@@ -243,23 +243,12 @@ def ui(
 
 def main() -> None:
     """Run the command; bad input is one message and exit status 2."""
-    from botocore.exceptions import BotoCoreError
-
-    from ddpo.secrets import hide_credentials
-
     set_defaults()
     try:
         app()
     except DdpoError as error:
         console.print(f"[bold red]{type(error).__name__}[/]", style=None, highlight=False)
         _say(str(error))
-        sys.exit(2)
-    except (ConnectionError, PermissionError, BotoCoreError) as error:
-        console.print(f"[bold red]{type(error).__name__}[/]", style=None, highlight=False)
-        _say(
-            f"{hide_credentials(str(error))}. Check the store's address (--root, AWS_ENDPOINT_URL) "
-            "and credentials; `ddpo doctor CONFIG` looks at each part"
-        )
         sys.exit(2)
 
 

@@ -16,10 +16,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, cast
 
-from botocore.exceptions import BotoCoreError
 from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
+
+from ddpo.store.calls import CALL_ERRORS
 
 TEMPORARY_PREFIX = ".tmp-"
 """File names that start so are unfinished writes: no key, and hidden from pyarrow and globs."""
@@ -144,10 +145,10 @@ class S3Backend(ConditionalPutBackend):
         for wait_s in CONFLICT_WAITS_S:
             try:
                 self._fs.pipe_file(path, data, mode="create", Metadata={WRITER: mark})
-            except (OSError, BotoCoreError) as error:
+            except CALL_ERRORS as error:
                 try:
                     writer = self._writer(path)
-                except (OSError, BotoCoreError):
+                except CALL_ERRORS:
                     raise error from None  # the first error is the one that tells
                 if writer is not None:
                     return writer == mark

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import uuid
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any
 
@@ -21,12 +21,14 @@ from ddpo.errors import (
     InvalidKey,
     MissingObject,
     RetiredObject,
+    StoreCallFailed,
     StoreError,
     StoreNotWritable,
 )
 from ddpo.secrets import hide_credentials
 from ddpo.store import keys
 from ddpo.store.backends import backend_for
+from ddpo.store.calls import named_call
 from ddpo.store.s3 import S3Options
 
 REFRESH_AFTER = timedelta(hours=1)
@@ -150,12 +152,9 @@ class Store:
                 self.delete(key)
             gone = not self.exists(key)
         except Exception as error:  # whatever a filesystem raises is the reason that we report
+            if isinstance(error, StoreCallFailed):
+                raise StoreNotWritable(self.root, error.reason, error.way_out) from None
             reason = f"{type(error).__name__}: {hide_credentials(str(error))}"
-            if isinstance(error, PermissionError) and self.root.startswith("s3"):
-                way_out += (
-                    " (a run needs s3:GetObject, s3:PutObject, s3:DeleteObject, s3:ListBucket and "
-                    "s3:AbortMultipartUpload)"
-                )
             # Not chained: what it quotes may hold credentials.
             raise StoreNotWritable(self.root, reason, way_out) from None
         if not created:
@@ -189,16 +188,19 @@ class Store:
             key=keys.check_key(f"{stem}-{digest[:12]}{suffix}"), size=len(data), sha256=digest
         )
         if not self._is_fresh(stored):
-            self._backend.write(self._full(stored.key), data)
+            with self._named("write", stored.key):
+                self._backend.write(self._full(stored.key), data)
         return stored
 
     def replace(self, key: str, data: bytes) -> None:
         """Writes an object in place of a damaged one; readers see the one or the other, whole."""
-        self._backend.write(self._full(key), data)
+        with self._named("write", key):
+            self._backend.write(self._full(key), data)
 
     def put_if_absent(self, key: str, data: bytes) -> bool:
         """Creates an object exclusively; returns False where one is there already."""
-        return self._backend.create(self._full(key), data)
+        with self._named("create", key):
+            return self._backend.create(self._full(key), data)
 
     def get(self, stored: StoredObject) -> bytes:
         """Reads an object and verifies it.
@@ -238,7 +240,10 @@ class Store:
         digest = hashlib.sha256()
         try:
             file: Any  # typed as text or bytes
-            with self._fs.open(self._full(key), "rb", block_size=BLOCK_BYTES) as file:
+            with (
+                self._named("read", key),
+                self._fs.open(self._full(key), "rb", block_size=BLOCK_BYTES) as file,
+            ):
                 while block := file.read(BLOCK_BYTES):
                     digest.update(block)
         except FileNotFoundError:
@@ -258,7 +263,8 @@ class Store:
             MissingObject: As `get`.
         """
         try:
-            data: Any = self._fs.cat_file(self._full(key))  # typed as str | bytes
+            with self._named("read", key):
+                data: Any = self._fs.cat_file(self._full(key))  # typed as str | bytes
         except FileNotFoundError:
             raise self._missing(key) from None
         return data
@@ -273,7 +279,7 @@ class Store:
 
     def delete(self, key: str) -> None:
         """Deletes what is under the key; nothing there is fine."""
-        with suppress(FileNotFoundError):
+        with suppress(FileNotFoundError), self._named("delete", key):
             self._fs.rm_file(self._full(key))
 
     def list(self, prefix: str = "") -> list[str]:
@@ -307,17 +313,18 @@ class Store:
     def modified(self, key: str) -> datetime | None:
         """Returns when what is under a key was last written (UTC), None for nothing."""
         try:
-            return self._modified(key, self._fs.info(self._full(key)))
+            return self._modified(key, self._info(key))
         except FileNotFoundError:
             return None
 
     def _below(self, folder: str) -> dict[str, dict[str, Any]]:
         """Finds all objects below a folder, unfinished writes too: what fsspec says, by key."""
-        if isinstance(self._fs, LocalFileSystem | MemoryFileSystem):
-            found = self._walk(folder)
-        else:
-            listed: Any = self._fs.find(folder, detail=True)  # typed as a list too
-            found = listed
+        with self._named("list", folder[len(self._path) + 1 :]):
+            if isinstance(self._fs, LocalFileSystem | MemoryFileSystem):
+                found = self._walk(folder)
+            else:
+                listed: Any = self._fs.find(folder, detail=True)  # typed as a list too
+                found = listed
         start = len(self._path) + 1
         # SeaweedFS lists an emptied folder as itself.
         inside = {path: info for path, info in found.items() if path.startswith(folder + "/")}
@@ -359,18 +366,25 @@ class Store:
 
     def _is_fresh(self, stored: StoredObject) -> bool:
         try:
-            info = self._fs.info(self._full(stored.key))
+            info = self._info(stored.key)
         except FileNotFoundError:
             return False
         young = now() - self._modified(stored.key, info) < REFRESH_AFTER
         return info["type"] == "file" and info["size"] == stored.size and young
+
+    def _info(self, key: str) -> dict[str, Any]:
+        with self._named("look at", key):
+            return self._fs.info(self._full(key))
+
+    def _named(self, call: str, key: str) -> AbstractContextManager[None]:
+        return named_call(call, key, self.root)
 
     def _full(self, key: str) -> str:
         return f"{self._path}/{keys.check_key(key)}"
 
     def _size(self, key: str) -> int | None:
         try:
-            info = self._fs.info(self._full(key))
+            info = self._info(key)
         except FileNotFoundError:
             return None
         return info["size"] if info["type"] == "file" else None

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from ddpo.errors import CorruptObject, MissingObject, StoreError
+from ddpo.errors import CorruptObject, MissingObject, StoreCallFailed, StoreError
 from ddpo.store import keys, manifests, runs
 from ddpo.store.manifests import Manifest, Ref
 from ddpo.store.objects import Store
@@ -160,7 +160,7 @@ class _Verifier:
         except CorruptObject as error:
             said = f"one with checksum {error.found}"
             self.unreadable.append(Damage(error.key, key, f"checksum {error.expected}", said))
-        except (StoreError, OSError) as error:
+        except StoreError as error:
             said = (
                 NOTHING if isinstance(error, MissingObject) else f"{type(error).__name__}: {error}"
             )
@@ -177,8 +177,8 @@ class _Verifier:
                 self.seen[key] = self.store.digest(key)
             except MissingObject:
                 return NOTHING
-            except OSError as error:  # a bad block, or a server that failed
-                return f"{type(error).__name__}: {error}"
+            except StoreCallFailed as error:  # a bad block, or a server that failed
+                return error.reason
             self.bytes += self.store.size(key)
         return self.seen[key]
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from botocore.exceptions import ClientError, ReadTimeoutError
 
-from ddpo.errors import StoreNotWritable
+from ddpo.errors import StoreCallFailed, StoreNotWritable
 from ddpo.store import backends
 from ddpo.store.objects import Store
 from ddpo.store.s3 import S3Options
@@ -102,7 +102,7 @@ def test_a_server_that_stays_busy_is_an_error_in_the_end(
 ) -> None:
     busy = answer(409, "ConditionalRequestConflict")
     calls = around(s3_store, monkeypatch, *[fail_with(busy)] * 9)
-    with pytest.raises(OSError, match="ConditionalRequestConflict"):
+    with pytest.raises(StoreCallFailed, match="could not create a .*ConditionalRequestConflict"):
         s3_store.put_if_absent("a", b"ours")
     assert calls == [3]
     assert not s3_store.exists("a")
@@ -117,7 +117,9 @@ def test_the_error_of_the_put_is_told_where_the_look_fails_too(
     monkeypatch.setattr(
         s3_store._backend, "_writer", lambda path: (_ for _ in ()).throw(PermissionError("head"))
     )
-    with pytest.raises(PermissionError, match="s3:PutObject"):
+    with pytest.raises(
+        StoreCallFailed, match="PermissionError: not authorized to perform s3:PutObject"
+    ):
         s3_store.put_if_absent("a", b"ours")
 
 

@@ -9,6 +9,7 @@ from ddpo.store.documents import Difference
 
 EXAMPLES = [
     errors.StoreNotWritable("file:///a", "no space", "Free some"),
+    errors.StoreCallFailed("write", "a/b", "s3://a", "SlowDown", "Wait"),
     errors.InvalidKey("key", "..", "a key"),
     errors.CorruptObject("a/b", "0" * 64, "1" * 64),
     errors.MissingObject("a/b", "file:///a"),

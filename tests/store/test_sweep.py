@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ddpo.errors import MissingObject
+from ddpo.errors import MissingObject, StoreCallFailed
 from ddpo.store import manifests, objects
 from ddpo.store.objects import Store
 from ddpo.store.sweep import find_unreferenced, sweep
@@ -143,5 +143,5 @@ def test_a_folder_that_cannot_be_listed_is_an_error_and_not_an_empty_one(
         return look(path, *arguments, **named)
 
     monkeypatch.setattr(fs, "ls", refuse)
-    with pytest.raises(PermissionError):
+    with pytest.raises(StoreCallFailed, match="list"):
         local_store.list("manifests")
