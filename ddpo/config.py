@@ -186,6 +186,21 @@ class NumericsConfig(_Part):
     """Recompute activations in the backward: less memory, about a third more time."""
 
 
+Keep = Literal["everything", "images_and_scores", "checkpoints"]
+
+
+class RetentionConfig(_Part):
+    """What is kept of old epochs. Checkpoints have settings of their own, beside this."""
+
+    keep: Keep = "everything"
+    """`images_and_scores` drops trajectories, which are most of the bytes; such epochs can be
+    scored again, but not trained on again. `checkpoints` drops pictures and scores too; what is
+    left beside checkpoints is each sample's reward and advantage, and the pictures of fixed
+    prompts."""
+    older_than: PositiveInt = 10
+    """So many of the newest epochs keep everything."""
+
+
 class StorageConfig(_Part):
     """Where a run is remembered."""
 
@@ -198,6 +213,8 @@ class StorageConfig(_Part):
     each."""
     keep_every_checkpoint: PositiveInt | None = None
     """Of the older ones keep each n-th."""
+    retention: RetentionConfig = RetentionConfig()
+    """What is kept of old epochs' rollouts; by default everything."""
 
 
 class PicturesConfig(_Part):

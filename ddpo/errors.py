@@ -90,15 +90,15 @@ class MissingObject(StoreError):
 
 
 class RetiredObject(MissingObject):
-    """The object was deleted on purpose, by a checkpoint's retirement."""
+    """The object was deleted on purpose, by retention."""
 
     def __init__(self, key: str, root: str, retired_key: str) -> None:
         super().__init__(key, root)
         self.retired_key = retired_key
         self.args = (
-            f"object {key} is gone from {root} because its checkpoint was retired (recorded in "
-            f"{retired_key}). Start from a checkpoint that is kept, or keep more of them "
-            "(retention) in the next run",
+            f"object {key} is gone from {root}: it was retired, as {retired_key} records. Use an "
+            "epoch or a checkpoint that is kept, or keep more of them in the next run "
+            "(storage.retention, storage.keep_newest_checkpoints)",
         )
 
 

@@ -1,4 +1,7 @@
-"""The `ddpo` command. Exit status: 0 done, 1 the run failed, 2 bad input, 130 interrupted."""
+"""The `ddpo` command.
+
+Exit status: 0 done, 1 the run failed, 2 bad input, 130 stopped by Ctrl-C, 143 by SIGTERM.
+"""
 
 from __future__ import annotations
 
@@ -268,22 +271,25 @@ def _show(run_id: str, epochs: int, run: Callable[[], object], store: Store) -> 
     """Run a flow under progress bars, then show what came of it."""
     from ddpo.run import open_run
     from flows.bars import Bars
+    from flows.stopping import Stop, resume_command, start_server
     from tasks.progress import shown_by
 
     hide_loading_bars()
-    again = f"ddpo resume {run_id} --root {store.root.removeprefix('file://')}"
-    for name, value in (store.s3.environment() if store.s3 else {}).items():
-        again = f"{name}={value} {again}"
+    again = resume_command(store, run_id)
+
+    def tell() -> None:
+        console.show_cursor()  # hidden by bars that may not have come to their end
+        _say(f"stopped; what is committed is kept. Go on with: {again}")
+
+    bars = Bars(console, run_id, epochs)
     try:
-        with without_heartbeats(), Bars(console, run_id, epochs) as bars, shown_by(bars):
+        with Stop(tell), without_heartbeats(), bars, shown_by(bars):
+            start_server()
             run()
-    except KeyboardInterrupt:
-        console.print(f"stopped; what is committed is kept. Go on with: [bold]{again}[/]")
-        sys.exit(130)
     except Exception as error:
         console.print(f"[bold red]the run failed: {type(error).__name__}[/]", highlight=False)
         _say(str(error))
-        console.print(f"What is committed is kept. Go on with: [bold]{again}[/]")
+        _say(f"What is committed is kept. Go on with: {again}")
         sys.exit(1)
     _summarise(open_run(store, run_id))
 

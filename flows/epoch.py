@@ -6,11 +6,11 @@ import time
 
 from prefect import flow
 from prefect.artifacts import create_table_artifact
-from prefect.task_runners import ThreadPoolTaskRunner
 from pydantic import BaseModel, ConfigDict
 
 from ddpo.config import StorageConfig
 from ddpo.store.manifests import Ref
+from flows.stopping import AbandoningThreads, mark_stopped, note_begun
 from tasks.advantages import advantages_of
 from tasks.commit import commit_epoch
 from tasks.pictures import PictureSet, draw_pictures
@@ -50,7 +50,10 @@ class EpochOutcome(BaseModel):
 @flow(  # pyright: ignore[reportCallIssue]  # task runners are typed by what tasks return
     name="ddpo-epoch",
     flow_run_name="{plan.run.run_id} epoch {epoch}",
-    task_runner=ThreadPoolTaskRunner(max_workers=4),  # pyright: ignore[reportArgumentType]
+    task_runner=AbandoningThreads(max_workers=4),  # pyright: ignore[reportArgumentType]
+    on_running=[note_begun],
+    on_crashed=[mark_stopped],
+    on_failure=[mark_stopped],
 )
 def run_epoch(plan: EpochPlan, checkpoint: Ref, epoch: int) -> EpochOutcome:
     """Sample, score, compute advantages, update; show it in MLflow.

@@ -8,7 +8,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Annotated
 
-from prefect import flow
+from prefect import flow, get_run_logger
 from prefect.artifacts import (
     create_progress_artifact,
     create_table_artifact,
@@ -28,6 +28,7 @@ from ddpo.store.objects import Store
 from ddpo.store.s3 import S3Options
 from flows.epoch import EpochPlan, artifact_key, run_epoch
 from flows.quiet import without_heartbeats
+from flows.stopping import is_stop, mark_stopped, note_begun, resume_command
 from tasks.export import export_weights
 from tasks.mlflow_page import open_page
 from tasks.pictures import draw_pictures, picture_set
@@ -51,7 +52,13 @@ def _run_name() -> str:
     return asked.get("run_id") or f"{_stem(asked['config_file'])}-{(flow_run.get_id() or '')[:8]}"
 
 
-@flow(name="ddpo-train", flow_run_name=_run_name)
+@flow(
+    name="ddpo-train",
+    flow_run_name=_run_name,
+    on_running=[note_begun],
+    on_crashed=[mark_stopped],
+    on_failure=[mark_stopped],
+)
 def train(
     config_file: str = "configs/starter.yaml",
     run_id: Text = None,
@@ -91,7 +98,13 @@ def train(
     return run_id
 
 
-@flow(name="ddpo-resume", flow_run_name="{run_id}")
+@flow(
+    name="ddpo-resume",
+    flow_run_name="{run_id}",
+    on_running=[note_begun],
+    on_crashed=[mark_stopped],
+    on_failure=[mark_stopped],
+)
 def resume(run_id: str, storage: Text = None, epochs: Whole = None) -> str:
     """Go on with a run as its last start operated it.
 
@@ -174,9 +187,13 @@ def _train(run: Run) -> None:
             description=f"Mean reward: {_mean(rows[0])}, in the end {_mean(rows[-1])}",
         )
     except BaseException as error:
+        killed = is_stop(error)
+        if killed:
+            again = resume_command(run.store, run.run_id)
+            get_run_logger().warning("Stopped; what is committed is kept. Go on with: %s", again)
         # MLflow may be what failed; the first error is the one to tell.
         with suppress(TrackingError):
-            page.finish("FAILED" if isinstance(error, Exception) else "KILLED")
+            page.finish("KILLED" if killed or not isinstance(error, Exception) else "FAILED")
         raise
     page.finish("FINISHED")
 

@@ -9,6 +9,7 @@ from prefect.cache_policies import NO_CACHE
 
 from ddpo.config import StorageConfig
 from ddpo.store import keys, manifests
+from ddpo.store.epoch_retention import retire_epochs
 from ddpo.store.manifests import Ref
 from ddpo.store.retention import retire_checkpoints
 from tasks.retries import STORAGE
@@ -25,7 +26,7 @@ def commit_epoch(
     storage: StorageConfig,
     epoch: int,
 ) -> Ref:
-    """Commit the epoch, then retire the checkpoints that the config does not keep.
+    """Commit the epoch, then retire the checkpoints and epochs that the config does not keep.
 
     Args:
         handle: The run.
@@ -55,4 +56,6 @@ def commit_epoch(
             keep_newest=storage.keep_newest_checkpoints,
             keep_every=storage.keep_every_checkpoint,
         )
+    retention = storage.retention
+    retire_epochs(run.store, run.run_id, keep=retention.keep, older_than=retention.older_than)
     return ref

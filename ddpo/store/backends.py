@@ -139,6 +139,15 @@ class S3Backend(ConditionalPutBackend):
     carries a mark of its own, and what lies there in the end decides.
     """
 
+    def write(self, path: str, data: bytes) -> None:
+        """Puts the object, in parts if it is large."""
+        try:
+            super().write(path, data)
+        except FileNotFoundError:
+            # A server forgets an upload once its parts are joined, and says so if it is asked
+            # again because its answer was lost. Where the bucket is gone, this fails alike.
+            super().write(path, data)
+
     def create(self, path: str, data: bytes) -> bool:
         """Puts the object if there is none; True even where the first answer was lost."""
         mark = uuid.uuid4().hex
@@ -170,9 +179,15 @@ class S3Backend(ConditionalPutBackend):
 
 
 def _is_busy(error: Exception) -> bool:
-    """Returns whether a server asks to come again: AWS says 409 to the later of two racing puts."""
+    """Returns whether a server asks to come again: AWS says 409 to the later of two racing puts.
+
+    A 503 that botocore gave up on is none: it came as often as a call is tried, and rounds of such
+    tries would multiply.
+    """
     response: dict[str, Any] = getattr(error.__cause__, "response", {})
-    return response.get("ResponseMetadata", {}).get("HTTPStatusCode") in (409, 503)
+    answer = response.get("ResponseMetadata", {})
+    status = answer.get("HTTPStatusCode")
+    return status == 409 or (status == 503 and not answer.get("MaxAttemptsReached"))
 
 
 def backend_for(fs: AbstractFileSystem, root: str) -> Backend:

@@ -25,6 +25,11 @@ _SEGMENT = re.compile(r"[A-Za-z0-9._=-]{1,200}")
 _CHECKPOINT_OBJECT = re.compile(r"checkpoints/run_id=([^/]+)/epoch=(\d{5})/.+")
 _CHECKPOINT_MANIFEST = re.compile(r"manifests/checkpoints/run_id=([^/]+)/epoch=(\d{5})\.json")
 
+_EPOCH = re.compile(r"/epoch=(\d{5})(?:/|\.json$)")
+_EPOCH_OBJECT = re.compile(
+    r"(?P<tree>trajectories|rollouts|rewards|statistics)/(reward_name=[^/]+/)?"
+    r"run_id=(?P<run_id>[^/]+)/epoch=(?P<epoch>\d{5})/.+"
+)
 _PART_MANIFEST = re.compile(
     r"manifests/(?P<kind>rollouts|rewards|advantages)/(reward_name=[^/]+/)?run_id=[^/]+/"
     r"epoch=(?P<epoch>\d{5})(/shard-(?P<shard>\d{5}))?\.json"
@@ -133,6 +138,11 @@ def rollouts_prefix(run_id: str) -> str:
     return f"rollouts/run_id={validate_run_id(run_id)}"
 
 
+def trajectories_prefix(run_id: str) -> str:
+    """Returns the folder of a run's trajectories."""
+    return f"trajectories/run_id={validate_run_id(run_id)}"
+
+
 def trajectory_stem(run_id: str, epoch: int, shard: int) -> str:
     """Returns the stem of a shard of trajectories."""
     return f"trajectories/{_partition(run_id, epoch)}/{_shard(shard)}"
@@ -205,9 +215,50 @@ def epoch_manifest_key(run_id: str, epoch: int) -> str:
     return f"manifests/epochs/{_partition(run_id, epoch)}.json"
 
 
+def epoch_manifests_prefix(run_id: str) -> str:
+    """Returns the folder of the commits of a run's epochs."""
+    return f"manifests/epochs/run_id={validate_run_id(run_id)}"
+
+
 def retired_checkpoint_key(run_id: str, epoch: int) -> str:
     """Returns the key of the record that a checkpoint's objects were deleted on purpose."""
     return f"manifests/retired/checkpoints/{_partition(run_id, epoch)}.json"
+
+
+def retired_epoch_key(part: str, run_id: str, epoch: int) -> str:
+    """Returns the key of the record that an epoch's objects were deleted on purpose.
+
+    Args:
+        part: 'trajectories'; or 'samples': pictures, scores and statistics.
+        run_id: The run.
+        epoch: The epoch.
+    """
+    return check_key(f"manifests/retired/{part}/{_partition(run_id, epoch)}.json")
+
+
+def retirement_of(key: str) -> str | None:
+    """Returns the key of the record that would tell of an object's deletion, if one may be deleted.
+
+    Args:
+        key: Key of any object.
+
+    Returns:
+        None for objects that retention never deletes.
+    """
+    checkpoint = parse_checkpoint_object(key)
+    if checkpoint is not None:
+        return retired_checkpoint_key(*checkpoint) if key.endswith(TENSORS_SUFFIX) else None
+    match = _EPOCH_OBJECT.fullmatch(key)
+    if match is None:
+        return None
+    part = "trajectories" if match["tree"] == "trajectories" else "samples"
+    return retired_epoch_key(part, match["run_id"], int(match["epoch"]))
+
+
+def parse_epoch(key: str) -> int | None:
+    """Returns the epoch that a key is of, None for keys of none."""
+    match = _EPOCH.search(key)
+    return int(match[1]) if match else None
 
 
 def parse_part_manifest(key: str) -> tuple[str, int, int | None] | None:

@@ -7,7 +7,7 @@ adopts it, a writer of other inputs fails by name.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -150,6 +150,19 @@ def load(store: Store, ref: Ref) -> Manifest:
     if found != ref.sha256:
         raise CorruptObject(ref.key, ref.sha256, found)
     return _parse(ref.key, data)
+
+
+def references(inputs: Any) -> Iterator[Ref]:
+    """Yield every reference to a manifest that stands in a manifest's inputs, at any depth."""
+    if isinstance(inputs, dict):
+        if inputs.keys() == Ref.model_fields.keys():
+            yield Ref.model_validate(inputs)
+        else:
+            for value in inputs.values():
+                yield from references(value)
+    elif isinstance(inputs, list):
+        for value in inputs:
+            yield from references(value)
 
 
 def _read(store: Store, key: str) -> Committed:

@@ -28,7 +28,7 @@ from ddpo.errors import (
 from ddpo.secrets import hide_credentials
 from ddpo.store import keys
 from ddpo.store.backends import backend_for
-from ddpo.store.calls import named_call
+from ddpo.store.calls import named_call, read_on, read_whole
 from ddpo.store.s3 import S3Options
 
 REFRESH_AFTER = timedelta(hours=1)
@@ -188,18 +188,18 @@ class Store:
             key=keys.check_key(f"{stem}-{digest[:12]}{suffix}"), size=len(data), sha256=digest
         )
         if not self._is_fresh(stored):
-            with self._named("write", stored.key):
+            with self._named("write", stored.key, writes=True):
                 self._backend.write(self._full(stored.key), data)
         return stored
 
     def replace(self, key: str, data: bytes) -> None:
         """Writes an object in place of a damaged one; readers see the one or the other, whole."""
-        with self._named("write", key):
+        with self._named("write", key, writes=True):
             self._backend.write(self._full(key), data)
 
     def put_if_absent(self, key: str, data: bytes) -> bool:
         """Creates an object exclusively; returns False where one is there already."""
-        with self._named("create", key):
+        with self._named("create", key, writes=True):
             return self._backend.create(self._full(key), data)
 
     def get(self, stored: StoredObject) -> bytes:
@@ -244,7 +244,7 @@ class Store:
                 self._named("read", key),
                 self._fs.open(self._full(key), "rb", block_size=BLOCK_BYTES) as file,
             ):
-                while block := file.read(BLOCK_BYTES):
+                while block := read_on(file, BLOCK_BYTES):
                     digest.update(block)
         except FileNotFoundError:
             raise self._missing(key) from None
@@ -264,7 +264,8 @@ class Store:
         """
         try:
             with self._named("read", key):
-                data: Any = self._fs.cat_file(self._full(key))  # typed as str | bytes
+                full = self._full(key)
+                data: Any = read_whole(lambda: self._fs.cat_file(full))  # typed as str | bytes
         except FileNotFoundError:
             raise self._missing(key) from None
         return data
@@ -376,8 +377,8 @@ class Store:
         with self._named("look at", key):
             return self._fs.info(self._full(key))
 
-    def _named(self, call: str, key: str) -> AbstractContextManager[None]:
-        return named_call(call, key, self.root)
+    def _named(self, call: str, key: str, *, writes: bool = False) -> AbstractContextManager[None]:
+        return named_call(call, key, self.root, writes=writes)
 
     def _full(self, key: str) -> str:
         return f"{self._path}/{keys.check_key(key)}"
@@ -390,11 +391,9 @@ class Store:
         return info["size"] if info["type"] == "file" else None
 
     def _missing(self, key: str) -> MissingObject:
-        checkpoint = keys.parse_checkpoint_object(key)
-        if checkpoint is not None and key.endswith(keys.TENSORS_SUFFIX):
-            retired_key = keys.retired_checkpoint_key(*checkpoint)
-            if self.exists(retired_key):
-                return RetiredObject(key, self.root, retired_key)
+        retired_key = keys.retirement_of(key)
+        if retired_key is not None and self.exists(retired_key):
+            return RetiredObject(key, self.root, retired_key)
         return MissingObject(key, self.root)
 
 

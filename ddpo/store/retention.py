@@ -1,4 +1,4 @@
-"""Retention: deletes the tensors of checkpoints that nobody will start from.
+"""Retention of checkpoints: deletes the tensors of those that nobody will start from.
 
 A whole UNet's checkpoint is some 10 GB. Its manifest and its JSON documents are small and stay, so
 the history of a run stays whole. A record of the retirement comes first, so that a missing object

@@ -12,7 +12,6 @@ from datetime import timedelta
 from ddpo.errors import MissingObject
 from ddpo.store import keys, manifests, objects
 from ddpo.store.objects import REFRESH_AFTER, Store
-from ddpo.store.verify import references
 
 DEFAULT_GRACE = timedelta(days=1)
 """Younger objects may belong to a task that has not committed yet."""
@@ -58,7 +57,7 @@ def find_unreferenced(
         found = manifests.find(store, key)
         if found is not None:
             listed |= {stored.key for stored in found.manifest.objects.values()}
-            referred |= {ref.key for ref in references(found.manifest.inputs)}
+            referred |= {ref.key for ref in manifests.references(found.manifest.inputs)}
     if lost := sorted(referred - set(present)):
         raise MissingObject(lost[0], store.root)
     return {key: old[key] for key in sorted(old.keys() - listed)}

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from ddpo.errors import CorruptObject, MissingObject, StoreCallFailed, StoreError
 from ddpo.store import keys, manifests, runs
-from ddpo.store.manifests import Manifest, Ref
+from ddpo.store.manifests import Manifest
 from ddpo.store.objects import Store
-from ddpo.store.retention import is_retired
 
 NOTHING = "nothing"
 """Stands for the digest of an object that is not there."""
@@ -122,15 +121,13 @@ class _Verifier:
         manifest = self._document(key, lambda: _whole(self.store, key))
         if manifest is None:
             return
-        for ref in references(manifest.inputs):
+        for ref in manifests.references(manifest.inputs):
             found = self._digest(ref.key)
             if found != ref.sha256:
                 self.damages.append(Damage(ref.key, ref.key, ref.sha256, found))
-        owner = keys.parse_checkpoint_manifest(key)
-        retired = owner is not None and is_retired(self.store, *owner)
         for stored in manifest.objects.values():
             found = self._digest(stored.key)
-            if found == NOTHING and retired and stored.key.endswith(keys.TENSORS_SUFFIX):
+            if found == NOTHING and self._is_retired(stored.key):
                 self.retired += 1
             elif found != stored.sha256:
                 self.damages.append(Damage(stored.key, key, stored.sha256, found))
@@ -152,6 +149,10 @@ class _Verifier:
         wanted += [keys.start_key(self.run_id, number) for number in range(1, len(starts) + 1)]
         for key in sorted({*wanted} - {*present} - {*starts}):
             self.unreadable.append(Damage(key, key, "a readable document", NOTHING))
+
+    def _is_retired(self, key: str) -> bool:
+        record = keys.retirement_of(key)
+        return record is not None and self.store.exists(record)
 
     def _document(self, key: str, read: Callable[[], Any]) -> Any:
         self.on_object(key)
@@ -181,19 +182,6 @@ class _Verifier:
                 return error.reason
             self.bytes += self.store.size(key)
         return self.seen[key]
-
-
-def references(inputs: Any) -> Iterator[Ref]:
-    """Yield every reference to a manifest that stands in a manifest's inputs, at any depth."""
-    if isinstance(inputs, dict):
-        if inputs.keys() == Ref.model_fields.keys():
-            yield Ref.model_validate(inputs)
-        else:
-            for value in inputs.values():
-                yield from references(value)
-    elif isinstance(inputs, list):
-        for value in inputs:
-            yield from references(value)
 
 
 def _whole(store: Store, key: str) -> Manifest:

@@ -18,7 +18,6 @@ from ddpo.store.checkpoints import load_checkpoint, load_document
 from ddpo.store.manifests import Ref
 from ddpo.store.retention import is_retired
 from ddpo.store.tables import decode_advantages, decode_rewards, decode_rollouts
-from tasks import worker
 from tasks.advantages import advantages_of
 from tasks.commit import commit_epoch
 from tasks.pictures import PictureSet, draw_pictures
@@ -27,6 +26,7 @@ from tasks.score import score_shard
 from tasks.start import start
 from tasks.update import update_policy
 from tasks.worker import RunHandle
+from tests.fold import as_in_a_new_process
 from tests.tiny import tiny_config
 
 TREES = (
@@ -65,12 +65,6 @@ def handle_of(run: Run) -> RunHandle:
 
 def nothing() -> None:
     """What happens between two tasks of one process."""
-
-
-def as_in_a_new_process() -> None:
-    """Forget all that a process keeps between tasks."""
-    worker.opened.cache_clear()
-    worker._loaded = None
 
 
 def do_epoch(

@@ -102,7 +102,7 @@ def test_a_server_that_stays_busy_is_an_error_in_the_end(
 ) -> None:
     busy = answer(409, "ConditionalRequestConflict")
     calls = around(s3_store, monkeypatch, *[fail_with(busy)] * 9)
-    with pytest.raises(StoreCallFailed, match="could not create a .*ConditionalRequestConflict"):
+    with pytest.raises(StoreCallFailed, match=r"could not create a .*ConditionalRequestConflict"):
         s3_store.put_if_absent("a", b"ours")
     assert calls == [3]
     assert not s3_store.exists("a")

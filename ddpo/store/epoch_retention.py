@@ -1,0 +1,131 @@
+"""Retention of epochs: deletes trajectories, or whole samples, of epochs that are old.
+
+Trajectories are most of what a run stores. As with checkpoints, manifests stay, a record of the
+retirement comes first, and a call that was killed is finished by the next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal
+
+from ddpo.config import Keep
+from ddpo.errors import MissingObject
+from ddpo.store import keys, manifests
+from ddpo.store.manifests import Committed
+from ddpo.store.objects import Store
+
+Part = Literal["trajectories", "samples"]
+PARTS: dict[Keep, tuple[Part, ...]] = {
+    "everything": (),
+    "images_and_scores": ("trajectories",),
+    "checkpoints": ("trajectories", "samples"),
+}
+"""What each setting of `storage.retention.keep` drops."""
+
+
+def retire_epochs(store: Store, run_id: str, *, keep: Keep, older_than: int) -> list[int]:
+    """Delete what is no longer kept of a run's old epochs.
+
+    An object that another run refers to stays, since a fork trains on it.
+
+    Args:
+        store: The store.
+        run_id: The run.
+        keep: What stays.
+        older_than: So many of the newest committed epochs are left alone, at least 1: a run that
+            is resumed shows its last one again.
+
+    Returns:
+        Epochs of which this call deleted something, sorted.
+
+    Raises:
+        MissingObject: A manifest is gone.
+        CorruptObject: A manifest is damaged.
+        UnreadableData: Likewise.
+    """
+    retired: set[int] = set()
+    referenced: set[str] | None = None
+    newest = _newest_epoch(store, run_id) if PARTS[keep] else -1
+    for part in PARTS[keep]:
+        # By what is still there, so that a call costs what it deletes, not the length of the run.
+        old = [epoch for epoch in _present(store, run_id, part) if epoch <= newest - older_than]
+        # Recorded before looking for references: a fork that commits meanwhile either is seen
+        # here, or sees the record.
+        commits = {epoch: _commit_of(store, run_id, epoch) for epoch in old}
+        for epoch, commit in commits.items():
+            manifests.commit(
+                store,
+                keys.retired_epoch_key(part, run_id, epoch),
+                kind=f"retired-{part}",
+                inputs={"epoch": commit.ref.model_dump()},
+                objects={},
+            )
+        if old and referenced is None:
+            referenced = _referenced_by_others(store, run_id)
+        for epoch, commit in commits.items():
+            record = keys.retired_epoch_key(part, run_id, epoch)
+            doomed = {key for key in _objects(store, commit) if keys.retirement_of(key) == record}
+            # Rollouts last: they tell the next call that this one was not finished.
+            for key in sorted(doomed - (referenced or set()), key=_is_rollout):
+                if store.exists(key):
+                    store.delete(key)
+                    retired.add(epoch)
+    return sorted(retired)
+
+
+def _is_rollout(key: str) -> bool:
+    return key.startswith("rollouts/")
+
+
+def _newest_epoch(store: Store, run_id: str) -> int:
+    found = store.list(keys.epoch_manifests_prefix(run_id))
+    return max((epoch for key in found if (epoch := keys.parse_epoch(key)) is not None), default=-1)
+
+
+def _present(store: Store, run_id: str, part: Part) -> list[int]:
+    prefix = (
+        keys.trajectories_prefix(run_id) if part == "trajectories" else keys.rollouts_prefix(run_id)
+    )
+    found = {keys.parse_epoch(key) for key in store.list(prefix)}
+    return sorted(epoch for epoch in found if epoch is not None)
+
+
+def _commit_of(store: Store, run_id: str, epoch: int) -> Committed:
+    key = keys.epoch_manifest_key(run_id, epoch)
+    found = manifests.find(store, key)
+    if found is None:
+        raise MissingObject(key, store.root)
+    return found
+
+
+def _objects(store: Store, commit: Committed) -> Iterator[str]:
+    """Yield the keys of all objects that an epoch's commit refers to."""
+    for ref in manifests.references(commit.manifest.inputs):
+        for stored in manifests.load(store, ref).objects.values():
+            yield stored.key
+
+
+def _referenced_by_others(store: Store, run_id: str) -> set[str]:
+    """Collect what the rollouts of other runs refer to outside of their own folders.
+
+    Only a fork's first epoch does that, so of each run the lowest epoch is read.
+    """
+    first: dict[str, tuple[int, list[str]]] = {}
+    for key in store.list("manifests/rollouts"):
+        owner = key.split("/")[2]
+        epoch = keys.parse_epoch(key)
+        if owner == f"run_id={run_id}" or epoch is None:
+            continue
+        lowest, found = first.setdefault(owner, (epoch, []))
+        if epoch == lowest:
+            found.append(key)
+        elif epoch < lowest:
+            first[owner] = (epoch, [key])
+    referenced: set[str] = set()
+    for _, found in first.values():
+        for key in found:
+            committed = manifests.find(store, key)
+            if committed is not None:
+                referenced |= {stored.key for stored in committed.manifest.objects.values()}
+    return referenced

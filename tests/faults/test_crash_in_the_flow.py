@@ -1,0 +1,64 @@
+"""Crashes at writes of the whole Prefect flow: tasks in threads, retries, exports and all."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from ddpo.digests import sha256_bytes
+from flows.train import train
+from tests.faults.crashes import RUN, Crash, Moment, Night, Writes, watched
+
+POINTS = 6
+
+
+@dataclass(frozen=True)
+class InFlow:
+    """A night's run as `flows.train` runs it, and the folder it writes to."""
+
+    night: Night
+    folder: Path
+
+    @classmethod
+    def plan(cls, model: Path, folder: Path, database: Path) -> InFlow:
+        outputs = {"outputs": str(folder / "outputs")}
+        return cls(Night.plan(model, str(folder / "store"), folder, database, **outputs), folder)
+
+    def go(self) -> None:
+        """Start the run or go on with it, through Prefect."""
+        file = self.folder / "config.yaml"
+        file.write_text(self.night.config.model_dump_json())
+        train(str(file), RUN)
+
+    def adapter(self) -> dict[str, str]:
+        """Return the digest of each file that was handed over, by name."""
+        lora = self.folder / "outputs" / RUN / "lora"
+        return {file.name: sha256_bytes(file.read_bytes()) for file in sorted(lora.iterdir())}
+
+
+@pytest.mark.slow
+def test_a_crash_anywhere_in_the_flow_changes_no_byte(
+    tiny_model: Path, tmp_path: Path, mlflow_database: Path
+) -> None:
+    whole = InFlow.plan(tiny_model, tmp_path / "whole", mlflow_database)
+    with watched(Writes()) as writes:
+        whole.go()
+    count = len(writes.made)
+    content, metrics, adapter = whole.night.content(), whole.night.metrics(), whole.adapter()
+    assert count > 60 and adapter
+    for point in range(POINTS):
+        at = round((point + 0.5) * count / POINTS)
+        moment: Moment = "after" if point % 2 else "before"
+        crashed = InFlow.plan(tiny_model, tmp_path / f"crash-{at}", mlflow_database)
+        with watched(Writes(at, moment)) as writes, pytest.raises(Crash) as crash:
+            crashed.go()
+        where = f"{moment} {crash.value}"
+        crashed.go()
+        assert crashed.night.content() == content, where
+        assert crashed.night.metrics().keys() == metrics.keys(), where
+        for name, values in metrics.items():
+            if not name.startswith("time/"):
+                assert crashed.night.metrics()[name] == values, (where, name)
+        assert crashed.adapter() == adapter, where

@@ -1,0 +1,163 @@
+from __future__ import annotations
+
+import pytest
+
+from ddpo.config import Keep
+from ddpo.errors import MissingObject, RetiredObject
+from ddpo.store import keys, manifests
+from ddpo.store.epoch_retention import retire_epochs
+from ddpo.store.manifests import Ref
+from ddpo.store.objects import Store, StoredObject
+from ddpo.store.sweep import find_unreferenced
+from ddpo.store.verify import verify_run
+
+REWARD = "jpeg-01234567"
+TREES = ("trajectories", "rollouts", "rewards", "statistics", "advantages")
+
+
+def put(store: Store, stem: str) -> StoredObject:
+    return store.put(stem, ".bin", stem.encode())
+
+
+def epoch(store: Store, run_id: str, number: int, *, from_run: str | None = None) -> None:
+    """Commit an epoch of one shard; `from_run` gives its rollouts, as a fork's first epoch has."""
+    owner = from_run or run_id
+    parts: dict[str, tuple[str, dict[str, StoredObject]]] = {
+        "rollouts": (
+            keys.rollout_manifest_key(run_id, number, 0),
+            {
+                "rollouts": put(store, keys.rollout_stem(owner, number, 0)),
+                "trajectories": put(store, keys.trajectory_stem(owner, number, 0)),
+            },
+        ),
+        "rewards": (
+            keys.reward_manifest_key(REWARD, run_id, number, 0),
+            {"rewards": put(store, keys.reward_stem(REWARD, run_id, number, 0))},
+        ),
+        "advantages": (
+            keys.advantage_manifest_key(REWARD, run_id, number),
+            {
+                "advantages": put(store, keys.advantage_stem(REWARD, run_id, number)),
+                "statistics": put(store, keys.statistics_stem(REWARD, run_id, number)),
+            },
+        ),
+    }
+    refs: dict[str, Ref] = {
+        kind: manifests.commit(store, key, kind=kind, inputs={}, objects=objects).ref
+        for kind, (key, objects) in parts.items()
+    }
+    inputs = {kind: [ref.model_dump()] for kind, ref in refs.items()}
+    key = keys.epoch_manifest_key(run_id, number)
+    manifests.commit(store, key, kind="epoch", inputs=inputs, objects={})
+
+
+def kept(store: Store, run_id: str = "R") -> dict[str, list[int | None]]:
+    """The epochs of which each tree still has an object of the run."""
+    return {
+        tree: sorted(
+            keys.parse_epoch(key) for key in store.list(tree) if f"run_id={run_id}/" in key
+        )
+        for tree in TREES
+    }
+
+
+@pytest.mark.parametrize(
+    ("keep", "gone"),
+    [
+        ("everything", ()),
+        ("images_and_scores", ("trajectories",)),
+        ("checkpoints", ("trajectories", "rollouts", "rewards", "statistics")),
+    ],
+)
+def test_what_each_setting_keeps_of_old_epochs(
+    store: Store, keep: Keep, gone: tuple[str, ...]
+) -> None:
+    for number in range(5):
+        epoch(store, "R", number)
+        epoch(store, "Other", number)
+    before = store.list("manifests")
+    retired = retire_epochs(store, "R", keep=keep, older_than=2)
+    assert retired == ([0, 1, 2] if gone else [])
+    assert kept(store) == {
+        tree: [3, 4] if tree in gone else [0, 1, 2, 3, 4] for tree in TREES
+    }  # fmt: skip
+    assert kept(store, "Other") == {key: [0, 1, 2, 3, 4] for key in TREES}
+    assert set(before) <= set(store.list("manifests"))
+    assert retire_epochs(store, "R", keep=keep, older_than=2) == []
+
+
+def test_what_is_dropped_reads_as_retired_and_not_as_damage(store: Store) -> None:
+    for number in range(3):
+        epoch(store, "R", number)
+    store.put_if_absent(keys.run_key("R"), b"{}")
+    retire_epochs(store, "R", keep="images_and_scores", older_than=1)
+    found = manifests.find(store, keys.rollout_manifest_key("R", 0, 0))
+    assert found is not None
+    record = keys.retired_epoch_key("trajectories", "R", 0)
+    with pytest.raises(RetiredObject, match=record):
+        store.get(found.manifest.objects["trajectories"])
+    table = found.manifest.objects["rollouts"]
+    assert store.get(table)
+    verified = verify_run(store, "R")
+    assert verified.retired == 2
+    assert [damage.key for damage in verified.damages] == [keys.run_key("R")]  # it is no record
+    store.delete(table.key)
+    with pytest.raises(MissingObject) as caught:
+        store.get(table)
+    assert not isinstance(caught.value, RetiredObject)  # that one is a loss
+    assert table.key in [damage.key for damage in verify_run(store, "R").damages]
+
+
+def test_keeping_less_later_drops_what_was_kept_before(store: Store) -> None:
+    for number in range(4):
+        epoch(store, "R", number)
+    assert retire_epochs(store, "R", keep="images_and_scores", older_than=1) == [0, 1, 2]
+    assert retire_epochs(store, "R", keep="checkpoints", older_than=2) == [0, 1]
+    assert kept(store)["trajectories"] == [3]
+    assert kept(store)["rollouts"] == [2, 3]
+
+
+def test_a_call_that_was_killed_is_finished_by_the_next(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(3):
+        epoch(store, "R", number)
+    right = Store.delete
+    deletions = 0
+
+    def dies(self: Store, key: str) -> None:
+        nonlocal deletions
+        deletions += 1
+        if deletions == 5:
+            raise KeyboardInterrupt
+        right(self, key)
+
+    monkeypatch.setattr(Store, "delete", dies)
+    with pytest.raises(KeyboardInterrupt):
+        retire_epochs(store, "R", keep="checkpoints", older_than=1)
+    monkeypatch.undo()
+    half = kept(store)
+    assert half != {key: [0, 1, 2] for key in TREES}
+    retire_epochs(store, "R", keep="checkpoints", older_than=1)
+    assert kept(store) == {tree: [0, 1, 2] if tree == "advantages" else [2] for tree in TREES}
+
+
+def test_what_a_fork_trains_on_stays(store: Store) -> None:
+    for number in range(4):
+        epoch(store, "R", number)
+    epoch(store, "Fork", 1, from_run="R")
+    epoch(store, "Fork", 2)
+    retire_epochs(store, "R", keep="checkpoints", older_than=1)
+    assert kept(store)["trajectories"] == kept(store)["rollouts"] == [1, 3]
+    assert kept(store)["rewards"] == [3]
+    # The fork's own retention leaves the other run alone, too.
+    retire_epochs(store, "Fork", keep="checkpoints", older_than=1)
+    assert kept(store)["trajectories"] == [1, 3]
+
+
+def test_an_epoch_that_is_not_committed_is_left_alone(store: Store) -> None:
+    epoch(store, "R", 0)
+    put(store, keys.trajectory_stem("R", 1, 0))
+    assert retire_epochs(store, "R", keep="checkpoints", older_than=1) == []
+    assert kept(store)["trajectories"] == [0, 1]
+    assert find_unreferenced(store, "R") == {}  # it is young
