@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench starter-report results screenshots clean
+.PHONY: help demo test faults lint bench starter-report results screenshots clean
 
 help:  ## Show this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -15,6 +15,9 @@ demo: $(READY)  ## Teach the starter model a reward, on the CPU, in minutes
 
 test: $(READY)  ## Run all tests
 	$(BIN)/python -m pytest
+
+faults: $(READY)  ## Kill runs and servers at every write and at random times (the long sweeps)
+	$(BIN)/python -m pytest -m faults -s tests/faults
 
 lint: $(READY)  ## Check style and docstrings (ruff) and types (pyright)
 	$(BIN)/ruff check .

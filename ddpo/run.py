@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import tempfile
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +16,7 @@ import ddpo
 from ddpo.config import NumericsConfig, RunConfig
 from ddpo.config_files import parse_config
 from ddpo.digests import json_digest
-from ddpo.errors import RunIdentityMismatch
+from ddpo.errors import ConfigError, RunIdentityMismatch
 from ddpo.numerics import Numerics, changed_versions, settle_again, settle_numerics
 from ddpo.policies import check_model
 from ddpo.prompts import Prompt, load_prompts, prompt_set_digest
@@ -109,6 +110,7 @@ def check_run(config: RunConfig, run_id: str) -> tuple[Store, Numerics]:
             with another identity.
     """
     keys.validate_run_id(run_id)
+    _check_folders(config.outputs)
     store = Store.open(storage_root(config.storage.root), config.storage.s3)
     store.probe()
     if not store.exists(keys.run_key(run_id)):
@@ -122,6 +124,26 @@ def check_run(config: RunConfig, run_id: str) -> tuple[Store, Numerics]:
         raise RunIdentityMismatch(run_id, changed)
     check_config(config)
     return store, numerics
+
+
+def _check_folders(outputs: str) -> None:
+    """Check that what a run hands over in the end can be written; after a night it is late."""
+    try:
+        Path(outputs).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=outputs):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"the folder for outputs, {outputs}, cannot be written to: {error.strerror}. It gets "
+            "the report and the weights; give another with --set outputs=FOLDER"
+        ) from error
+    try:
+        tempfile.gettempdir()
+    except OSError as error:
+        raise ConfigError(
+            f"{error.strerror}: weights are put together in one. Make room there, or name another "
+            "with TMPDIR"
+        ) from error
 
 
 def start_run(config: RunConfig, run_id: str) -> Run:

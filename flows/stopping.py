@@ -35,10 +35,15 @@ from ddpo.store.objects import Store
 
 _RAISED = (KeyboardInterrupt, TerminationSignal)
 
-_GRACE_S = 7.0
+_GRACE_S = 6.0
 _CANCEL_S = 1.5
 _TELL_S = 0.5
 _ECHO_S = 1.0  # `timeout`, `make` and `uv run` pass on a Ctrl-C that the terminal has sent already
+
+_AGAIN_S = 1.0
+
+_noticed = threading.Event()
+"""Whether a stop is known to be on its way out: from then on no signal raises any more."""
 
 _begun: dict[str, UUID] = {}
 """The last flow run that this process began of each flow, by the flow's name."""
@@ -67,6 +72,13 @@ def is_stop(error: BaseException | None) -> bool:
     return error is not None
 
 
+def notice(error: BaseException | None) -> bool:
+    """Return whether a stop is what an error comes from; let no further signal disturb its end."""
+    if is_stop(error):
+        _noticed.set()
+    return is_stop(error)
+
+
 class AbandoningThreads(ThreadPoolTaskRunner[Any]):
     """Threads for tasks, none of which is waited for once its flow is stopped.
 
@@ -92,7 +104,7 @@ def note_begun(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> No
 
 def mark_stopped(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:
     """Mark a flow run as cancelled if a stop ended it; for ``on_crashed`` and ``on_failure``."""
-    if not is_stop(sys.exception()):  # which Prefect handles while it calls this
+    if not notice(sys.exception()):  # which Prefect handles while it calls this
         return
     _cancel(flow_run.id)
     if flow_run.parent_task_run_id is None:
@@ -139,9 +151,11 @@ class Stop:
         # the main thread is in.
         self._mouth.setblocking(False)
         self._wakeup_before = signal.set_wakeup_fd(self._mouth.fileno(), warn_on_full_buffer=False)
+        _noticed.clear()
+        sys.unraisablehook = _pass_over
         # Also where a shell had SIGINT ignored, as it does for jobs in the background.
         self._before = {
-            sign: signal.signal(sign, _raise_once) for sign in (signal.SIGINT, signal.SIGTERM)
+            sign: signal.signal(sign, _raise) for sign in (signal.SIGINT, signal.SIGTERM)
         }
         threading.Thread(target=self._watch, name="stop", daemon=True).start()
 
@@ -152,13 +166,14 @@ class Stop:
         traceback: TracebackType | None,
     ) -> None:
         # What comes out may be another error: that of a server which the signal has ended, too.
-        if is_stop(error) or (error is not None and self._heard.is_set()):
+        if notice(error) or (error is not None and self._heard.is_set()):
             self._heard.wait(1.0)
             self._finish()
             # Collecting what the process leaves takes seconds, in which nothing watches any more.
             gc.disable()
             gc.freeze()
             sys.exit(128 + self._number)
+        sys.unraisablehook = sys.__unraisablehook__
         signal.set_wakeup_fd(self._wakeup_before)
         for sign, handler in self._before.items():
             signal.signal(sign, handler)
@@ -172,13 +187,18 @@ class Stop:
         self._heard.set()
         heard = time.monotonic()
         while (left := heard + _GRACE_S - time.monotonic()) > 0:
-            self._ear.settimeout(left)
-            with suppress(TimeoutError):
+            self._ear.settimeout(min(left, _AGAIN_S))
+            try:
                 again = self._ear.recv(1)
-                if not again:
-                    return
-                if again[0] == signal.SIGINT and time.monotonic() - heard > _ECHO_S:
-                    break
+            except TimeoutError:
+                # What a signal raises gets lost in callbacks, as when Python frees an object.
+                if not _noticed.is_set():
+                    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
+                continue
+            if not again:
+                return
+            if again[0] == signal.SIGINT and time.monotonic() - heard > _ECHO_S:
+                break
         self._leave()
 
     def _leave(self) -> None:
@@ -197,10 +217,15 @@ class Stop:
             _within(_TELL_S, self._tell)
 
 
-def _raise_once(number: int, frame: FrameType | None) -> None:
-    """Stop the main thread; a second Ctrl-C is the watch's alone, and disturbs no cleaning up."""
-    signal.signal(signal.SIGINT, lambda number, frame: None)
-    raise KeyboardInterrupt
+def _raise(number: int, frame: FrameType | None) -> None:
+    if not _noticed.is_set():
+        raise KeyboardInterrupt
+
+
+def _pass_over(unraisable: sys.UnraisableHookArgs) -> None:
+    """Say nothing of a stop that was lost: it is raised again."""
+    if not is_stop(unraisable.exc_value):
+        sys.__unraisablehook__(unraisable)
 
 
 def start_server() -> None:

@@ -28,7 +28,7 @@ from ddpo.store.objects import Store
 from ddpo.store.s3 import S3Options
 from flows.epoch import EpochPlan, artifact_key, run_epoch
 from flows.quiet import without_heartbeats
-from flows.stopping import is_stop, mark_stopped, note_begun, resume_command
+from flows.stopping import mark_stopped, note_begun, notice, resume_command
 from tasks.export import export_weights
 from tasks.mlflow_page import open_page
 from tasks.pictures import draw_pictures, picture_set
@@ -187,7 +187,7 @@ def _train(run: Run) -> None:
             description=f"Mean reward: {_mean(rows[0])}, in the end {_mean(rows[-1])}",
         )
     except BaseException as error:
-        killed = is_stop(error)
+        killed = notice(error)
         if killed:
             again = resume_command(run.store, run.run_id)
             get_run_logger().warning("Stopped; what is committed is kept. Go on with: %s", again)

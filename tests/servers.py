@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -11,7 +12,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import boto3
@@ -32,11 +33,13 @@ class ObjectStore:
         endpoint_url: Where it listens.
         access_key: Of the account that owns the bucket.
         secret_key: Likewise.
+        pid: Of its process.
     """
 
     endpoint_url: str
     access_key: str
     secret_key: str
+    pid: int = 0
 
     @property
     def environment(self) -> dict[str, str]:
@@ -112,7 +115,7 @@ def running(command: list[str], store: ObjectStore, folder: Path) -> Iterator[Ob
         )
     try:
         wait_for_put(store, process, log)
-        yield store
+        yield replace(store, pid=process.pid)
     finally:
         process.send_signal(signal.SIGTERM)
         try:
@@ -123,23 +126,31 @@ def running(command: list[str], store: ObjectStore, folder: Path) -> Iterator[Ob
 
 
 @contextmanager
-def seaweedfs(folder: Path, port: int | None = None) -> Iterator[ObjectStore]:
+def seaweedfs(folder: Path, again: ObjectStore | None = None) -> Iterator[ObjectStore]:
     """Run SeaweedFS.
 
     Args:
         folder: Holds its data; a second start on the same folder finds what the first one stored.
-        port: Of its S3 interface; by default a free one.
+        again: What the first start on the folder gave: the second has its address and keys.
     """
-    ports = {name: free_port(GRPC_OFFSET) for name in ("master", "volume", "filer")}
-    ports["s3"] = port or free_port(GRPC_OFFSET)
+    ports = _ports_of(folder)
     weed = Path(sys.executable).with_name("weed")
     command = [str(weed), "mini", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1"]
     command += [f"-{name}.port={number}" for name, number in ports.items()]
     command += ["-s3.port.iceberg=0", "-webdav=false", "-admin.ui=false"]
     command += ["-master.telemetry=false", f"-bucket={BUCKET}"]
-    store = ObjectStore(f"http://127.0.0.1:{ports['s3']}", "tests", f"canary-{uuid.uuid4().hex}")
-    with running(command, store, folder) as up:
+    fresh = ObjectStore(f"http://127.0.0.1:{ports['s3']}", "tests", f"canary-{uuid.uuid4().hex}")
+    with running(command, again or fresh, folder) as up:
         yield up
+
+
+def _ports_of(folder: Path) -> dict[str, int]:
+    """Return the ports of the servers that share a folder: they find each other by them."""
+    file = folder / "ports.json"
+    if not file.exists():
+        names = ("master", "volume", "filer", "s3")
+        file.write_text(json.dumps({name: free_port(GRPC_OFFSET) for name in names}))
+    return json.loads(file.read_text())
 
 
 @contextmanager

@@ -11,13 +11,12 @@ from typing import Any, TypeVar
 from aiohttp import ClientError as ConnectionLost
 from aiohttp import ClientPayloadError
 from botocore.exceptions import BotoCoreError, IncompleteReadError, ResponseStreamingError
-from botocore.parsers import ResponseParserError
 from fsspec.exceptions import FSTimeoutError
 
 from ddpo.errors import StoreCallFailed
 from ddpo.secrets import hide_credentials
 
-CALL_ERRORS = (OSError, BotoCoreError, ConnectionLost, ResponseParserError)
+CALL_ERRORS = (OSError, BotoCoreError, ConnectionLost)
 """What a call raises when it fails: s3fs lets some errors of its own libraries through."""
 
 BROKEN_OFF = (ClientPayloadError, FSTimeoutError, IncompleteReadError, ResponseStreamingError)
@@ -30,7 +29,7 @@ _T = TypeVar("_T")
 
 
 def read_whole(read: Callable[[], _T]) -> _T:
-    """Read, and once more where the bytes broke off: botocore tries only until they begin.
+    """Read, and again where the bytes broke off: botocore tries only until they begin.
 
     Args:
         read: Reads from the beginning.
@@ -49,7 +48,7 @@ def read_whole(read: Callable[[], _T]) -> _T:
 
 
 def read_on(file: Any, size: int) -> bytes:
-    """Read the next bytes of an open file, and once more where they broke off.
+    """Read the next bytes of an open file, and again where they broke off.
 
     Args:
         file: The file.

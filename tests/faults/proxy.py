@@ -6,7 +6,7 @@ import socket
 import struct
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from io import BufferedReader
@@ -16,13 +16,13 @@ from urllib.parse import urlsplit
 from tests.servers import ObjectStore
 
 UPSTREAM_LIMIT_S = 60.0
-SLOW_DOWN = (
-    b'<?xml version="1.0" encoding="UTF-8"?>\n<Error><Code>SlowDown</Code>'
-    b"<Message>Please reduce your request rate.</Message></Error>"
-)
-PAGE = b"<!doctype html><title>Sign in</title><p>Sign in to use this network."
+REFUSALS = {
+    "slow_down": ("503 Slow Down", "SlowDown", "Please reduce your request rate."),
+    "no_such_upload": ("404 Not Found", "NoSuchUpload", "The upload may have been completed."),
+}
+"""Status, code and message of what is answered without asking the server."""
 
-Kind = Literal["lost_reply", "slow_down", "reset", "stall", "cut", "page"]
+Kind = Literal["lost_reply", "slow_down", "reset", "stall", "cut", "no_such_upload"]
 
 
 @dataclass(frozen=True)
@@ -32,17 +32,17 @@ class Fault:
     Attributes:
         kind: `lost_reply`: done upstream, and the connection closed without an answer; `slow_down`:
             S3's own 503, not forwarded; `reset`: a TCP reset, not forwarded; `stall`: nothing for a
-            time, then forwarded; `cut`: the body of the answer ends in its middle; `page`: 200 with
-            a page for people, as networks have that want a sign-in, not forwarded.
+            time, then forwarded; `cut`: the body of the answer ends in its middle;
+            `no_such_upload`: 404 for an upload in parts, not forwarded.
         every: Of the matching requests each one whose number this divides; 0 for none.
-        first: And of the matching requests the first ones, this many.
+        at: And of the matching requests those of these numbers, from 1.
         methods: A request matches if its method is one of these; by default all do.
         stall_s: How long a `stall` lasts, and how long a `cut` body stands still before it ends.
     """
 
     kind: Kind
     every: int = 0
-    first: int = 0
+    at: Sequence[int] = ()
     methods: tuple[str, ...] = ()
     stall_s: float = 0.0
 
@@ -72,7 +72,7 @@ class Plan:
                     continue
                 self._matched[fault] += 1
                 number = self._matched[fault]
-                if number <= fault.first or (fault.every and number % fault.every == 0):
+                if number in fault.at or (fault.every and number % fault.every == 0):
                     due = due or fault
             return due
 
@@ -177,10 +177,9 @@ class _Proxy:
             # Closing sends RST, and not FIN, if the kernel is not to linger.
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             return False
-        if fault.kind == "slow_down":
-            return self._answer(connection, request, "503 Slow Down", "application/xml", SLOW_DOWN)
-        if fault.kind == "page":
-            return self._answer(connection, request, "200 OK", "text/html", PAGE)
+        if fault.kind in REFUSALS:
+            connection.sendall(_refusal(request.method, *REFUSALS[fault.kind]))
+            return not request.ends_with_connection
         if fault.kind == "lost_reply":
             self._forward(request)
             return False
@@ -192,13 +191,6 @@ class _Proxy:
         answer = self._forward(request)
         connection.sendall(answer.head + answer.body)
         return not (request.ends_with_connection or answer.ends_with_connection)
-
-    def _answer(
-        self, connection: socket.socket, request: _Message, status: str, kind: str, body: bytes
-    ) -> bool:
-        head = f"HTTP/1.1 {status}\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\n\r\n"
-        connection.sendall(head.encode() + (b"" if request.method == "HEAD" else body))
-        return not request.ends_with_connection
 
     def _cut(self, connection: socket.socket, request: _Message, fault: Fault) -> bool:
         answer = self._forward(request)
@@ -216,6 +208,12 @@ class _Proxy:
         ):
             server.sendall(request.head + request.body)
             return _read_answer(answers, request.method)
+
+
+def _refusal(method: str, status: str, code: str, message: str) -> bytes:
+    body = f"<Error><Code>{code}</Code><Message>{message}</Message></Error>"
+    head = f"HTTP/1.1 {status}\r\nContent-Type: application/xml\r\nContent-Length: {len(body)}"
+    return f"{head}\r\n\r\n{'' if method == 'HEAD' else body}".encode()
 
 
 def _read_request(connection: socket.socket, incoming: BufferedReader) -> _Message | None:

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
-from ddpo.digests import sha256_bytes
+from ddpo.digests import tensors_digest
 from flows.train import train
 from tests.faults.crashes import RUN, Crash, Moment, Night, Writes, watched
 
@@ -32,10 +33,10 @@ class InFlow:
         file.write_text(self.night.config.model_dump_json())
         train(str(file), RUN)
 
-    def adapter(self) -> dict[str, str]:
-        """Return the digest of each file that was handed over, by name."""
-        lora = self.folder / "outputs" / RUN / "lora"
-        return {file.name: sha256_bytes(file.read_bytes()) for file in sorted(lora.iterdir())}
+    def adapter(self) -> str:
+        """Return the digest of the weights that were handed over."""
+        (file,) = (self.folder / "outputs" / RUN / "lora").glob("*.safetensors")
+        return tensors_digest(load_file(file))
 
 
 @pytest.mark.slow
@@ -47,7 +48,7 @@ def test_a_crash_anywhere_in_the_flow_changes_no_byte(
         whole.go()
     count = len(writes.made)
     content, metrics, adapter = whole.night.content(), whole.night.metrics(), whole.adapter()
-    assert count > 60 and adapter
+    assert count > 60
     for point in range(POINTS):
         at = round((point + 0.5) * count / POINTS)
         moment: Moment = "after" if point % 2 else "before"

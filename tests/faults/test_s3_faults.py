@@ -146,6 +146,8 @@ def test_a_run_behind_faults_leaves_the_same_bytes(
     assert plan.planted[fault.kind] >= 24
     # A fault costs another try; a second one too where the machine is slow.
     assert len(waits.asked) <= 2 * plan.planted[fault.kind]
+    if fault.kind in ("slow_down", "stall"):  # of the others some are met before botocore sees them
+        assert len(waits.asked) >= plan.planted[fault.kind]
     assert without_starts(content) == without_starts(undisturbed)
     # A lost reply does not start the run a second time.
     assert content.keys() == undisturbed.keys()
@@ -170,7 +172,7 @@ def test_a_commit_whose_answer_was_lost_is_the_first(
     behind: StoreBehind, waits: Waits, lost: int
 ) -> None:
     """Even where the answers to all tries are."""
-    creates, looks = Plan(Fault("lost_reply", first=lost, methods=("PUT",))), Plan()
+    creates, looks = Plan(Fault("lost_reply", at=range(1, lost + 1), methods=("PUT",))), Plan()
     with behind(looks) as direct:
         table = direct.put("rollouts/x", ".bin", b"rows")
         with behind(creates, direct.root) as store:
@@ -279,14 +281,6 @@ def test_a_server_that_is_busy_with_puts_alone_is_not_asked_in_rounds_of_rounds(
     assert plan.requests == {"PUT": s3.ATTEMPTS, "HEAD": 1}
 
 
-def test_a_page_in_place_of_an_answer_is_an_error_that_names_the_call(
-    behind: StoreBehind, seaweedfs: ObjectStore, waits: Waits
-) -> None:
-    with behind(Plan(Fault("page", every=1))) as store, pytest.raises(StoreCallFailed) as caught:
-        store.list(MANIFEST)
-    check_error(caught.value, "list", store, seaweedfs)
-
-
 def test_a_write_to_a_bucket_that_is_gone_is_an_error_that_names_the_call(
     behind: StoreBehind, moto: ObjectStore, waits: Waits
 ) -> None:
@@ -322,7 +316,7 @@ def test_bytes_that_break_off_are_read_again(
     stall_s: float,
 ) -> None:
     monkeypatch.setattr(s3, "READ_TIMEOUT_S", 0.4)
-    plan = Plan(Fault("cut", first=2, methods=("GET",), stall_s=stall_s))
+    plan = Plan(Fault("cut", at=(1, 2), methods=("GET",), stall_s=stall_s))
     with behind(Plan()) as direct:
         direct.replace(MANIFEST, b"all of it" * 1000)
         with behind(plan, direct.root) as store:
@@ -361,7 +355,7 @@ def check_stall(behind: StoreBehind, stall_s: float, limit_s: float) -> None:
     }
     with behind(Plan()) as direct:
         for method, act in acts.items():
-            plan = Plan(Fault("stall", first=1, methods=(method,), stall_s=stall_s))
+            plan = Plan(Fault("stall", at=(1,), methods=(method,), stall_s=stall_s))
             with behind(plan, direct.root) as store:
                 began = time.monotonic()
                 assert act(store), method
@@ -389,15 +383,18 @@ def test_a_call_that_stalls_for_half_a_minute_is_tried_again(behind: StoreBehind
 
 
 def test_parts_that_were_joined_with_the_answer_lost_are_an_object(
-    behind: StoreBehind, moto: ObjectStore, waits: Waits, monkeypatch: pytest.MonkeyPatch
+    behind: StoreBehind, waits: Waits, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The server does not know the upload any more when it is asked to join it again."""
+    """Even on a server, such as MinIO, that forgets an upload whose parts it joined."""
     data = bytes(11 * 2**20)
-    # The first POST begins the upload, the second ends it.
-    plan = Plan(Fault("lost_reply", every=2, methods=("POST",)))
-    with behind(plan, upstream=moto) as store:
+    # The first POST begins the upload, the second joins its parts, the third asks for it again.
+    plan = Plan(
+        Fault("lost_reply", at=(2,), methods=("POST",)),
+        Fault("no_such_upload", at=(3,), methods=("POST",)),
+    )
+    with behind(plan) as store:
         in_parts = partial(store._fs.pipe_file, chunksize=5 * 2**20)
         monkeypatch.setattr(store._fs, "pipe_file", in_parts)
         stored = store.put("trajectories/x", ".bin", data)
-        assert plan.planted["lost_reply"] >= 1
+        assert plan.planted == {"lost_reply": 1, "no_such_upload": 1}
         assert store.get(stored) == data

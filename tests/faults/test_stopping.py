@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: states, screen and exit status, within ten seconds, and nothing left behind."""
+"""Ctrl-C and SIGTERM: cancelled, told how to go on, gone within ten seconds, nothing left over."""
 
 from __future__ import annotations
 
@@ -126,9 +126,9 @@ class Started:
         found = []
         for process in psutil.process_iter():
             try:
-                if os.getpgid(process.pid) == self.process.pid:
-                    if process.status() != psutil.STATUS_ZOMBIE:
-                        found.append(process)
+                ours = os.getpgid(process.pid) == self.process.pid
+                if ours and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(process)
             except (psutil.Error, ProcessLookupError):
                 continue
         return found

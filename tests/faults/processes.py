@@ -1,0 +1,75 @@
+"""`ddpo train` in processes of their own, to be killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.faults.crashes import RUN, Night
+
+LIMIT_S = 300
+
+
+@dataclass(frozen=True)
+class Command:
+    """A night's run as a user types it.
+
+    Attributes:
+        night: What is run.
+        folder: Gets the config, Prefect's home and the screen's log.
+        environment: More variables, as AWS's.
+    """
+
+    night: Night
+    folder: Path
+    environment: dict[str, str]
+
+    def start(self) -> subprocess.Popen[bytes]:
+        """Start the run or go on with it; the process leads a group of its own."""
+        file = self.folder / "config.yaml"
+        file.write_text(self.night.config.model_dump_json())
+        home = {"PREFECT_HOME": str(self.folder / "prefect"), "HF_HUB_OFFLINE": "1"}
+        with self.log.open("ab") as screen:
+            return subprocess.Popen(
+                [sys.executable, "-m", "flows.cli", "train", str(file), "--run-id", RUN],
+                env={**os.environ, **home, **self.environment},
+                stdout=screen,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    @property
+    def log(self) -> Path:
+        """What the screen showed, of all starts."""
+        return self.folder / "screen.log"
+
+    def run(self) -> int:
+        """Start or go on, and wait; returns the exit status."""
+        process = self.start()
+        try:
+            return process.wait(LIMIT_S)
+        finally:
+            kill(process)
+
+    def run_until_killed(self, seconds: float) -> bool:
+        """Start or go on, and kill after so many seconds; returns whether it was done before."""
+        process = self.start()
+        try:
+            return process.wait(seconds) == 0
+        except subprocess.TimeoutExpired:
+            return False
+        finally:
+            kill(process)
+
+
+def kill(process: subprocess.Popen[bytes]) -> None:
+    """End a process and its children (Prefect's temporary server) at once, as a lost machine."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return
+    process.wait()

@@ -1,0 +1,142 @@
+"""Bugs in durability, planted on purpose: each turns a check of this folder red.
+
+The same check is green on the right code; so the harness sees what it is there to see.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import tasks.sample
+from ddpo.errors import MissingObject
+from ddpo.store import manifests
+from ddpo.store.manifests import Committed
+from ddpo.store.objects import Store, StoredObject
+from tests.faults.crashes import Night, Writes, watched
+
+Plan = Callable[[str], Night]
+
+
+@pytest.fixture
+def plan(tiny_model: Path, tmp_path: Path, mlflow_database: Path) -> Plan:
+    def of(name: str) -> Night:
+        folder = tmp_path / name
+        return Night.plan(tiny_model, str(folder / "store"), folder, mlflow_database)
+
+    return of
+
+
+def check_a_crash_before_each_rollout_write(plan: Plan) -> None:
+    """Crash before and after the writes of an epoch's first shard; compare the resumed run."""
+    whole = plan("whole")
+    with watched(Writes()) as writes:
+        whole.go()
+    first = next(i for i, name in enumerate(writes.made, 1) if "/rollouts/" in name)
+    for at, moment in itertools.product(range(first, first + 3), ("before", "after")):
+        crashed = plan(f"crash-{at}-{moment}")
+        crashed.crash(at, moment)
+        crashed.go()
+        assert crashed.content() == whole.content(), "other bytes after a crash"
+
+
+def check_damage_is_named(plan: Plan) -> None:
+    """Swap two shards' trajectories; going on with the run names one of them."""
+    night = plan("damaged")
+    with watched(Writes()) as writes:
+        night.go()
+    update = next(i for i, name in enumerate(writes.made, 1) if "epoch=00002/weights" in name)
+    again = plan("again")
+    again.crash(update, "before")
+    first, second = again.store.list("trajectories/run_id=night/epoch=00001")
+    one, other = again.store.read(first), again.store.read(second)
+    again.store.replace(first, other)
+    again.store.replace(second, one)
+    try:
+        again.go()
+    except manifests.CorruptObject as error:
+        assert error.key == first
+        return
+    raise AssertionError("an update on damaged trajectories went through")
+
+
+def manifest_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Write objects only when their manifest is committed."""
+    waiting: list[tuple[Store, str, str, bytes]] = []
+    put, commit = Store.put, manifests.commit
+
+    def later(self: Store, stem: str, suffix: str, data: bytes) -> StoredObject:
+        if not stem.startswith(("rollouts", "trajectories")):
+            return put(self, stem, suffix, data)
+        waiting.append((self, stem, suffix, data))
+        digest = manifests.sha256_bytes(data)
+        return StoredObject(
+            key=f"{stem}-{digest[:12]}{suffix}", size=len(data), sha256=digest
+        )  # fmt: skip
+
+    def early(
+        store: Store, key: str, *, kind: str, inputs: Mapping[str, Any],
+        objects: Mapping[str, StoredObject],
+    ) -> Committed:  # fmt: skip
+        done = commit(store, key, kind=kind, inputs=inputs, objects=objects)
+        while waiting:
+            put(*waiting.pop(0))
+        return done
+
+    monkeypatch.setattr(Store, "put", later)
+    monkeypatch.setattr(manifests, "commit", early)
+
+
+def trust_what_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Read objects without comparing digests."""
+    monkeypatch.setattr(Store, "get", lambda self, stored: self.read(stored.key))
+
+
+def draw_noise_from_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seed noise from a generator that starts with the process, and is restored by nobody."""
+    started: list[Any] = []
+    monkeypatch.setattr("tests.faults.crashes.as_in_a_new_process", _forgetting(started))
+
+    def next_seed(seed: int, *purpose: object) -> int:
+        if not started:
+            started.append(itertools.count(seed))
+        return next(started[0])
+
+    monkeypatch.setattr(tasks.sample, "derive_seed", next_seed)
+
+
+def _forgetting(started: list[Any]) -> Callable[[], None]:
+    from tests.fold import as_in_a_new_process
+
+    def forget() -> None:
+        started.clear()
+        as_in_a_new_process()
+
+    return forget
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("check", "plant", "says"),
+    [
+        (check_a_crash_before_each_rollout_write, manifest_first, "nothing under the key"),
+        (check_damage_is_named, trust_what_is_read, "went through"),
+        (check_a_crash_before_each_rollout_write, draw_noise_from_the_process, "other bytes"),
+    ],
+    ids=["manifest before its data", "digest not checked", "generator not restored"],
+)
+def test_a_planted_bug_turns_the_check_red(
+    check: Callable[[Plan], None],
+    plant: Callable[[pytest.MonkeyPatch], None],
+    says: str,
+    plan: Plan,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    check(lambda name: plan(f"right/{name}"))
+    plant(monkeypatch)
+    with pytest.raises((AssertionError, MissingObject), match=says):
+        check(lambda name: plan(f"wrong/{name}"))

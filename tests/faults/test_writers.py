@@ -1,0 +1,91 @@
+"""Sixteen tasks draw one shard at once, as after a lost heartbeat: one wins, all adopt it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+import tasks.sample
+from ddpo.digests import sha256_bytes
+from ddpo.run import Run, start_run
+from ddpo.sampling import sample
+from ddpo.store import manifests
+from ddpo.store.manifests import Committed
+from ddpo.store.objects import Store
+from tasks.sample import draw_shard
+from tasks.start import start
+from tasks.worker import RunHandle, policy_at
+from tests.servers import BUCKET, ObjectStore
+from tests.tiny import tiny_config
+
+WRITERS = 16
+
+
+@pytest.fixture(params=["disk", "s3"])
+def root(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param == "disk":
+        return str(tmp_path / "store")
+    server: ObjectStore = request.getfixturevalue("seaweedfs")
+    for name, value in server.environment.items():
+        monkeypatch.setenv(name, value)
+    return f"s3://{BUCKET}/{request.node.name}"
+
+
+@pytest.mark.parametrize("bytes_differ", [False, True], ids=["same bytes", "other bytes"])
+def test_of_sixteen_writers_of_a_shard_one_wins_and_all_adopt_it(
+    tiny_model: Path, root: str, bytes_differ: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = start_run(tiny_config(tiny_model, storage={"root": root}), "r")
+    checkpoint = start.fn(RunHandle(root=root, run_id="r"))
+    own = threading.local()
+
+    @contextmanager
+    def shared(run: Run, ref: Any) -> Iterator[SimpleNamespace]:
+        # The model is one to a process: drawn with beforehand, so that the writers meet below.
+        yield SimpleNamespace(policy=None)
+
+    with policy_at(run, checkpoint) as lease:
+        indices = range(run.config.sampler.shard_size)
+        texts = [tasks.sample.prompt_of(run, 0, index).text for index in indices]
+        drawn = sample(lease.policy, texts, list(indices), run.config.sampler)
+
+    def draws(*_: object, **__: object) -> Any:
+        # As another GPU rounds: one more in the last place.
+        return replace(drawn, log_probs=drawn.log_probs + own.number * 1e-6 * bytes_differ)
+
+    monkeypatch.setattr(tasks.sample, "policy_at", shared)
+    monkeypatch.setattr(tasks.sample, "sample", draws)
+    together = threading.Barrier(WRITERS)
+    commit = manifests.commit
+
+    def commit_together(*arguments: Any, **named: Any) -> Committed:
+        together.wait(60)
+        return commit(*arguments, **named)
+
+    monkeypatch.setattr(manifests, "commit", commit_together)
+
+    def write(number: int) -> Committed:
+        own.number = number
+        return draw_shard(replace(run, store=Store.open(root)), checkpoint, 0, 0)
+
+    with ThreadPoolExecutor(WRITERS) as pool:
+        outcomes = list(pool.map(write, range(WRITERS)))
+    assert sum(not outcome.adopted for outcome in outcomes) == 1
+    assert len({outcome.ref for outcome in outcomes}) == 1
+    assert sum(outcome.diverged for outcome in outcomes) == (WRITERS - 1 if bytes_differ else 0)
+    committed = manifests.load(run.store, outcomes[0].ref)
+    for stored in committed.objects.values():
+        assert run.store.get(stored)
+    # What the others wrote lies beside it, each under its own digest; nothing was overwritten.
+    trajectories = run.store.list("trajectories")
+    assert len(trajectories) == (WRITERS if bytes_differ else 1)
+    for key in trajectories:
+        assert sha256_bytes(run.store.read(key))[:12] in key
