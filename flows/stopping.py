@@ -36,11 +36,10 @@ from ddpo.store.objects import Store
 _RAISED = (KeyboardInterrupt, TerminationSignal)
 
 _GRACE_S = 6.0
+_AGAIN_S = 1.0
 _CANCEL_S = 1.5
 _TELL_S = 0.5
 _ECHO_S = 1.0  # `timeout`, `make` and `uv run` pass on a Ctrl-C that the terminal has sent already
-
-_AGAIN_S = 1.0
 
 _noticed = threading.Event()
 """Whether a stop is known to be on its way out: from then on no signal raises any more."""
