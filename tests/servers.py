@@ -165,3 +165,20 @@ def moto(folder: Path) -> Iterator[ObjectStore]:
     store = ObjectStore(f"http://127.0.0.1:{port}", "tests", f"canary-{uuid.uuid4().hex}")
     with running([str(server), "-H", "127.0.0.1", "-p", str(port)], store, folder) as up:
         yield up
+
+
+@contextmanager
+def rclone(folder: Path) -> Iterator[ObjectStore]:
+    """Run `rclone serve s3`, which lets every writer of an exclusive put win.
+
+    Args:
+        folder: Holds its data.
+    """
+    port = free_port()
+    (folder / "data").mkdir()
+    store = ObjectStore(f"http://127.0.0.1:{port}", "tests", f"canary-{uuid.uuid4().hex}")
+    command = [str(Path(sys.executable).with_name("rclone")), "serve", "s3"]
+    command += ["--addr", f"127.0.0.1:{port}", "--auth-key", f"tests,{store.secret_key}"]
+    command += ["--config", os.devnull, str(folder / "data")]
+    with running(command, store, folder) as up:
+        yield up

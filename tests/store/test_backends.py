@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from ddpo.errors import StoreCallFailed, StoreNotWritable
 from ddpo.store import backends
 from ddpo.store.objects import Store
 from ddpo.store.s3 import S3Options
-from tests.servers import BUCKET, ObjectStore
+from tests.servers import BUCKET, ObjectStore, rclone
 
 
 @pytest.fixture
@@ -123,15 +124,13 @@ def test_the_error_of_the_put_is_told_where_the_look_fails_too(
         s3_store.put_if_absent("a", b"ours")
 
 
-def test_a_server_that_ignores_the_condition_is_refused_by_name(
-    s3_store: Store, monkeypatch: pytest.MonkeyPatch
+def test_a_server_that_lets_every_writer_win_is_refused_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = s3_store._fs.pipe_file
-
-    def unconditional(path, data, mode="overwrite", **named):
-        return real(path, data, **named)
-
-    monkeypatch.setattr(s3_store._fs, "pipe_file", unconditional)
-    with pytest.raises(StoreNotWritable, match=r"s3://ddpo/backends .*let a second writer"):
-        s3_store.probe()
-    assert s3_store.list() == [] and not any(s3_store.ages())
+    with rclone(tmp_path) as server:
+        for name, value in server.environment.items():
+            monkeypatch.setenv(name, value)
+        store = Store.open(f"s3://{BUCKET}/backends")
+        with pytest.raises(StoreNotWritable, match=r"s3://ddpo/backends .*let a second writer"):
+            store.probe()
+        assert store.list() == [] and not any(store.ages())
