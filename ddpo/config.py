@@ -230,7 +230,8 @@ class TrackingConfig(_Part):
     """Where a run is shown (MLflow)."""
 
     uri: str = "sqlite:///ddpo-data/mlflow.db"
-    """MLflow's tracking URI: a SQLite file or a server."""
+    """MLflow's tracking URI: a SQLite file or a server. Holds no password: a server's stands in
+    MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD."""
     experiment: str = "ddpo"
     """MLflow experiment that the run appears in."""
     pictures: PicturesConfig = PicturesConfig()
@@ -239,6 +240,19 @@ class TrackingConfig(_Part):
     """Log the adapter every so many epochs, and after the last."""
     system_metrics: bool = True
     """Log CPU, memory and GPU use."""
+
+    @field_validator("uri")
+    @classmethod
+    def _has_no_password(cls, value: str) -> str:
+        # Up to the last '@': a password may hold any character.
+        user, at, _ = value.partition("://")[2].rpartition("@")
+        if at and ":" in user:
+            raise ValueError(
+                "a password does not belong in a config; a server's stands in "
+                "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, a database's where its "
+                "driver looks for it (PGPASSWORD)"
+            )
+        return value
 
 
 Advantages = Annotated[PerPromptAdvantages | BatchAdvantages, Field(discriminator="type")]

@@ -115,6 +115,12 @@ def check_run(config: RunConfig, run_id: str) -> tuple[Store, Numerics]:
     store.probe()
     if not store.exists(keys.run_key(run_id)):
         return store, check_config(config)
+    committed = len(store.list(keys.epoch_manifests_prefix(run_id)))
+    if config.epochs < committed:
+        raise ConfigError(
+            f"epochs is {config.epochs}, and run {run_id!r} has {committed} already; give at least "
+            f"as many (--epochs {committed} on resume), or start another run"
+        )
     record = runs.load_run(store, run_id)
     frozen = Numerics.model_validate(record.numerics)
     numerics = settle_again(config.numerics, frozen)

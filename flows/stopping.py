@@ -51,10 +51,15 @@ _begun: dict[str, UUID] = {}
 def resume_command(store: Store, run_id: str) -> str:
     """Return the command that goes on with a run, as a shell takes it.
 
+    No AWS variable says how a bucket is addressed or that its certificate is not checked: a run
+    that needs that is gone on with by its config.
+
     Args:
         store: Where the run is.
         run_id: The run's name.
     """
+    if store.s3 and (store.s3.addressing_style != "auto" or not store.s3.verify_tls):
+        return f"the same ddpo train command, with --run-id {shlex.quote(run_id)}"
     command = shlex.join(["ddpo", "resume", run_id, "--root", store.root.removeprefix("file://")])
     for name, value in (store.s3.environment() if store.s3 else {}).items():
         command = f"{name}={shlex.quote(value)} {command}"
@@ -178,17 +183,24 @@ class Stop:
             signal.signal(sign, handler)
         self._mouth.close()
 
+    def _next(self) -> int:
+        """Return the number of the next signal that is to stop; 0 once the context is left."""
+        while number := self._ear.recv(1):  # other libraries handle other signals
+            if number[0] in (signal.SIGINT, signal.SIGTERM):
+                return number[0]
+        return 0
+
     def _watch(self) -> None:
-        number = self._ear.recv(1)
+        number = self._next()
         if not number:
             return
-        self._number = number[0]
+        self._number = number
         self._heard.set()
         heard = time.monotonic()
         while (left := heard + _GRACE_S - time.monotonic()) > 0:
             self._ear.settimeout(min(left, _AGAIN_S))
             try:
-                again = self._ear.recv(1)
+                again = self._next()
             except TimeoutError:
                 # What a signal raises gets lost in callbacks, as when Python frees an object.
                 if not _noticed.is_set():
@@ -196,7 +208,7 @@ class Stop:
                 continue
             if not again:
                 return
-            if again[0] == signal.SIGINT and time.monotonic() - heard > _ECHO_S:
+            if again == signal.SIGINT and time.monotonic() - heard > _ECHO_S:
                 break
         self._leave()
 

@@ -19,11 +19,12 @@ from pydantic import WithJsonSchema
 
 from ddpo.config import RunConfig
 from ddpo.config_files import read_config
-from ddpo.errors import ConfigError
+from ddpo.errors import ConfigError, MissingObject
 from ddpo.report import write_report
 from ddpo.run import Run, open_run, start_run, storage_root
 from ddpo.store import keys
 from ddpo.store.checkpoints import find_checkpoint
+from ddpo.store.manifests import Ref
 from ddpo.store.objects import Store
 from ddpo.store.s3 import S3Options
 from flows.epoch import EpochPlan, artifact_key, run_epoch
@@ -166,8 +167,7 @@ def _train(run: Run) -> None:
     try:
         rows: list[dict[str, str]] = []
         first = _first_epoch(run)
-        begun = find_checkpoint(run.store, run.run_id, first) if first else None
-        checkpoint = begun.ref if begun else start(handle)
+        checkpoint = committed_checkpoint(run, first) if first else start(handle)
         for epoch in range(first, epochs):
             with without_heartbeats():  # this flow has its own
                 outcome = run_epoch(plan, checkpoint, epoch)
@@ -196,6 +196,14 @@ def _train(run: Run) -> None:
             page.finish("KILLED" if killed or not isinstance(error, Exception) else "FAILED")
         raise
     page.finish("FINISHED")
+
+
+def committed_checkpoint(run: Run, epoch: int) -> Ref:
+    """Return a checkpoint that must be there, since a later epoch is committed."""
+    found = find_checkpoint(run.store, run.run_id, epoch)
+    if found is None:
+        raise MissingObject(keys.checkpoint_manifest_key(run.run_id, epoch), run.store.root)
+    return found.ref
 
 
 def _first_epoch(run: Run) -> int:

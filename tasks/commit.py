@@ -55,6 +55,7 @@ def commit_epoch(
             run.run_id,
             keep_newest=storage.keep_newest_checkpoints,
             keep_every=storage.keep_every_checkpoint,
+            needed_from=epoch + 1,
         )
     retention = storage.retention
     retire_epochs(run.store, run.run_id, keep=retention.keep, older_than=retention.older_than)

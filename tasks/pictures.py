@@ -15,6 +15,7 @@ from ddpo.store import keys, manifests
 from ddpo.store.checkpoints import load_document
 from ddpo.store.images import encode_image
 from ddpo.store.manifests import Ref
+from ddpo.store.retention import is_retired
 from ddpo.store.tables import RolloutRow, encode_rollouts
 from tasks.progress import report
 from tasks.retries import STORAGE
@@ -64,7 +65,9 @@ def picture_set(run: Run, config: PicturesConfig) -> PictureSet:
     cache_policy=NO_CACHE,
     **STORAGE,
 )
-def draw_pictures(handle: RunHandle, checkpoint: Ref, pictures: PictureSet, epoch: int) -> Ref:
+def draw_pictures(
+    handle: RunHandle, checkpoint: Ref, pictures: PictureSet, epoch: int
+) -> Ref | None:
     """Draw and commit a checkpoint's pictures.
 
     Args:
@@ -74,7 +77,7 @@ def draw_pictures(handle: RunHandle, checkpoint: Ref, pictures: PictureSet, epoc
         epoch: The checkpoint's epoch.
 
     Returns:
-        The pictures' manifest.
+        The pictures' manifest; None where the checkpoint was retired before these were asked for.
     """
     run = opened(handle)
     key = keys.pictures_manifest_key(pictures.pictures_id, run.run_id, epoch)
@@ -82,6 +85,8 @@ def draw_pictures(handle: RunHandle, checkpoint: Ref, pictures: PictureSet, epoc
     done = manifests.find(run.store, key, inputs=inputs)
     if done is not None:
         return done.ref
+    if is_retired(run.store, run.run_id, epoch):
+        return None
     pairs = pictures.pairs
     seeds = [derive_seed(seed, "pictures", prompt) for prompt, seed in pairs]
     report("pictures", 0, len(pairs))

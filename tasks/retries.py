@@ -6,18 +6,18 @@ from typing import Any
 
 from prefect.tasks import exponential_backoff
 
-from ddpo.errors import DdpoError, RewardError, StoreError
+from ddpo.errors import DdpoError, RewardError, StoreCallFailed
 
 
 def _worth_another_try(task: object, task_run: object, state: Any) -> bool:
     """Tell what may pass by itself from what will fail again.
 
-    Our own errors name something a person has to mend. The exceptions are the store's and the
-    reward's, whose cause may be a server that is away for a moment.
+    Our own errors name something a person has to mend. The exceptions are a call to the store and
+    the reward, whose cause may be a server that is away for a moment.
     """
     try:
         state.result()
-    except (StoreError, RewardError):
+    except (StoreCallFailed, RewardError):
         return True
     except DdpoError:
         return False

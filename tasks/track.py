@@ -86,15 +86,19 @@ def track_epoch(
     cache_policy=NO_CACHE,
     **STORAGE,
 )
-def track_pictures(handle: RunHandle, tracking: TrackingHandle, pictures: Ref, epoch: int) -> None:
+def track_pictures(
+    handle: RunHandle, tracking: TrackingHandle, pictures: Ref | None, epoch: int
+) -> None:
     """Log a checkpoint's pictures at step ``epoch``.
 
     Args:
         handle: The run.
         tracking: Its MLflow run.
-        pictures: The pictures' manifest.
+        pictures: The pictures' manifest, if there is one.
         epoch: The checkpoint's epoch.
     """
+    if pictures is None:
+        return
     run = opened(handle)
     table = run.store.get(manifests.load(run.store, pictures).objects["pictures"])
     for row in decode_rollouts(table):

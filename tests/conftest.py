@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from s3fs import S3FileSystem
 
 from flows.quiet import set_defaults
 from tests import servers
@@ -42,6 +43,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("cuda"):
             item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+
+
+@pytest.fixture(autouse=True)
+def clients_of_its_own() -> None:
+    """Forget clients of S3 servers: their cache does not see that the environment has changed."""
+    S3FileSystem.clear_instance_cache()
 
 
 @pytest.fixture(scope="session")

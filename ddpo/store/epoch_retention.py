@@ -6,14 +6,17 @@ retirement comes first, and a call that was killed is finished by the next.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from typing import Literal
 
 from ddpo.config import Keep
-from ddpo.errors import MissingObject
+from ddpo.errors import StoreError
 from ddpo.store import keys, manifests
 from ddpo.store.manifests import Committed
 from ddpo.store.objects import Store
+
+_logger = logging.getLogger(__name__)
 
 Part = Literal["trajectories", "samples"]
 PARTS: dict[Keep, tuple[Part, ...]] = {
@@ -27,7 +30,8 @@ PARTS: dict[Keep, tuple[Part, ...]] = {
 def retire_epochs(store: Store, run_id: str, *, keep: Keep, older_than: int) -> list[int]:
     """Delete what is no longer kept of a run's old epochs.
 
-    An object that another run refers to stays, since a fork trains on it.
+    What the rollouts of another run refer to stays, since a fork trains on it. Where another run
+    cannot be read, nothing is deleted this time.
 
     Args:
         store: The store.
@@ -40,8 +44,8 @@ def retire_epochs(store: Store, run_id: str, *, keep: Keep, older_than: int) -> 
         Epochs of which this call deleted something, sorted.
 
     Raises:
-        MissingObject: A manifest is gone.
-        CorruptObject: A manifest is damaged.
+        MissingObject: A manifest that an epoch's commit refers to is gone.
+        CorruptObject: A manifest of the run is damaged.
         UnreadableData: Likewise.
     """
     retired: set[int] = set()
@@ -52,7 +56,8 @@ def retire_epochs(store: Store, run_id: str, *, keep: Keep, older_than: int) -> 
         old = [epoch for epoch in _present(store, run_id, part) if epoch <= newest - older_than]
         # Recorded before looking for references: a fork that commits meanwhile either is seen
         # here, or sees the record.
-        commits = {epoch: _commit_of(store, run_id, epoch) for epoch in old}
+        found = {epoch: _commit_of(store, run_id, epoch) for epoch in old}
+        commits = {epoch: commit for epoch, commit in found.items() if commit is not None}
         for epoch, commit in commits.items():
             manifests.commit(
                 store,
@@ -61,8 +66,12 @@ def retire_epochs(store: Store, run_id: str, *, keep: Keep, older_than: int) -> 
                 inputs={"epoch": commit.ref.model_dump()},
                 objects={},
             )
-        if old and referenced is None:
-            referenced = _referenced_by_others(store, run_id)
+        if commits and referenced is None:
+            try:
+                referenced = _referenced_by_others(store, run_id)
+            except StoreError as error:
+                _logger.warning("nothing of %s's old epochs is deleted for now: %s", run_id, error)
+                break
         for epoch, commit in commits.items():
             record = keys.retired_epoch_key(part, run_id, epoch)
             doomed = {key for key in _objects(store, commit) if keys.retirement_of(key) == record}
@@ -91,12 +100,9 @@ def _present(store: Store, run_id: str, part: Part) -> list[int]:
     return sorted(epoch for epoch in found if epoch is not None)
 
 
-def _commit_of(store: Store, run_id: str, epoch: int) -> Committed:
-    key = keys.epoch_manifest_key(run_id, epoch)
-    found = manifests.find(store, key)
-    if found is None:
-        raise MissingObject(key, store.root)
-    return found
+def _commit_of(store: Store, run_id: str, epoch: int) -> Committed | None:
+    """Return an epoch's commit; None where a person took it away, so that it is made anew."""
+    return manifests.find(store, keys.epoch_manifest_key(run_id, epoch))
 
 
 def _objects(store: Store, commit: Committed) -> Iterator[str]:

@@ -148,12 +148,16 @@ class Store:
                 refused = not self.put_if_absent(key, b"second")
                 found = self.read(key)
                 self.list("runs")
-            finally:
-                self.delete(key)
+            except Exception:
+                with suppress(Exception):  # the first error is the one that tells
+                    self.delete(key)
+                raise
+            self.delete(key)
             gone = not self.exists(key)
         except Exception as error:  # whatever a filesystem raises is the reason that we report
             if isinstance(error, StoreCallFailed):
-                raise StoreNotWritable(self.root, error.reason, error.way_out) from None
+                reason = f"it could not {error.call}: {error.reason}"
+                raise StoreNotWritable(self.root, reason, error.way_out) from None
             reason = f"{type(error).__name__}: {hide_credentials(str(error))}"
             # Not chained: what it quotes may hold credentials.
             raise StoreNotWritable(self.root, reason, way_out) from None

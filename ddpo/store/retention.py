@@ -8,27 +8,38 @@ next.
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict
 
-from ddpo.errors import InvalidRetention, MissingObject
+from ddpo.errors import InvalidRetention, MissingObject, StoreError
 from ddpo.store import keys, manifests
 from ddpo.store.manifests import Committed
 from ddpo.store.objects import Store
 
+_logger = logging.getLogger(__name__)
+
 
 def retire_checkpoints(
-    store: Store, run_id: str, *, keep_newest: int, keep_every: int | None
+    store: Store,
+    run_id: str,
+    *,
+    keep_newest: int,
+    keep_every: int | None,
+    needed_from: int | None = None,
 ) -> list[int]:
     """Deletes the tensors of a run's old checkpoints.
 
     Kept are the newest `keep_newest` checkpoints, those whose epoch is a multiple of `keep_every`,
-    and every object that a kept checkpoint, or another run's, refers to.
+    and every object that a kept checkpoint, or another run's, refers to. Where another run cannot
+    be read, nothing is deleted this time.
 
     Args:
         store: The store.
         run_id: The run.
         keep_newest: How many of the newest to keep, at least 1.
         keep_every: Keep epochs 0, n, 2 n, ... too; None for none of them.
+        needed_from: Keep this epoch's and all later ones too. A resume repeats what follows the
+            last committed epoch, and may find a checkpoint that is further ahead.
 
     Returns:
         Epochs of the checkpoints of which this call deleted something, sorted.
@@ -45,6 +56,8 @@ def retire_checkpoints(
     kept = set(epochs[-keep_newest:])
     if keep_every is not None:
         kept.update(epoch for epoch in epochs if epoch % keep_every == 0)
+    if needed_from is not None:
+        kept.update(epoch for epoch in epochs if epoch >= needed_from)
     # By what is still there, so that a call costs what it deletes, not the length of the run.
     present: defaultdict[int, set[str]] = defaultdict(set)
     for key in store.list(keys.checkpoints_prefix(run_id)):
@@ -65,7 +78,11 @@ def retire_checkpoints(
             inputs={"checkpoint": checkpoint.ref.model_dump()},
             objects={},
         )
-    referenced = _referenced_by_others(store, run_id)
+    try:
+        referenced = _referenced_by_others(store, run_id)
+    except StoreError as error:
+        _logger.warning("no checkpoint of %s is deleted for now: %s", run_id, error)
+        return []
     for epoch in kept:
         referenced |= _object_keys(_checkpoint(store, run_id, epoch))
     retired: list[int] = []

@@ -75,11 +75,13 @@ class S3Options(BaseModel):
             client["verify"] = False
         elif self.ca_bundle:
             client["verify"] = str(self.ca_bundle)
+        # What is not said is left to ~/.aws/config, which any value here would override.
+        chosen = self.addressing_style != "auto"
         return {
             "endpoint_url": self.endpoint_url,
             "client_kwargs": client,
             "config_kwargs": {
-                "s3": {"addressing_style": self.addressing_style},
+                **({"s3": {"addressing_style": self.addressing_style}} if chosen else {}),
                 "connect_timeout": CONNECT_TIMEOUT_S,
                 "read_timeout": READ_TIMEOUT_S,
                 "retries": {"mode": "standard", "total_max_attempts": ATTEMPTS},

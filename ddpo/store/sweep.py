@@ -58,7 +58,8 @@ def find_unreferenced(
         if found is not None:
             listed |= {stored.key for stored in found.manifest.objects.values()}
             referred |= {ref.key for ref in manifests.references(found.manifest.inputs)}
-    if lost := sorted(referred - set(present)):
+    # A listing takes a while, in which a run at work commits: looked at once more.
+    if lost := [key for key in sorted(referred - set(present)) if not store.exists(key)]:
         raise MissingObject(lost[0], store.root)
     return {key: old[key] for key in sorted(old.keys() - listed)}
 

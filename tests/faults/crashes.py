@@ -7,6 +7,7 @@ killed process leaves is what it wrote, and no more.
 from __future__ import annotations
 
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,9 +21,8 @@ from ddpo.config import RunConfig
 from ddpo.run import start_run
 from ddpo.store import keys
 from ddpo.store.backends import LocalBackend, MemoryBackend, S3Backend
-from ddpo.store.checkpoints import find_checkpoint
 from ddpo.store.objects import Store
-from flows.train import _first_epoch
+from flows.train import _first_epoch, committed_checkpoint
 from tasks.mlflow_page import open_page
 from tasks.start import start
 from tasks.track import TrackingHandle
@@ -53,7 +53,7 @@ class Crash(BaseException):
 
 @dataclass
 class Writes:
-    """The writes of a run, as they happen.
+    """The writes of a run, as they happen. After the crash there are none, from any thread.
 
     Attributes:
         crash_at: Which write to die at, from 1; 0 for none.
@@ -64,10 +64,14 @@ class Writes:
     crash_at: int = 0
     moment: Moment = "before"
     made: list[str] = field(default_factory=list)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __call__(self, name: str, write: Callable[[], Any]) -> Any:
-        self.made.append(name)
-        dies = len(self.made) == self.crash_at
+        with self._lock:
+            if self.crash_at and len(self.made) == self.crash_at:
+                raise Crash(self.made[-1])
+            self.made.append(name)
+            dies = len(self.made) == self.crash_at
         if dies and self.moment == "before":
             raise Crash(name)
         result = write()
@@ -145,8 +149,7 @@ class Night:
             mlflow_run_id=page.mlflow_run_id,
         )
         first = _first_epoch(run)
-        begun = find_checkpoint(run.store, RUN, first) if first else None
-        checkpoint = begun.ref if begun else start.fn(handle)
+        checkpoint = committed_checkpoint(run, first) if first else start.fn(handle)
         for epoch in range(first, run.config.epochs):
             checkpoint = run_epoch(handle, run, checkpoint, epoch, tracking)
         page.finish("FINISHED")

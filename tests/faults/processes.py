@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,15 +56,31 @@ class Command:
         finally:
             kill(process)
 
-    def run_until_killed(self, seconds: float) -> bool:
-        """Start or go on, and kill after so many seconds; returns whether it was done before."""
+    def run_until_killed(self, manifests: int, seconds: float) -> bool:
+        """Start or go on, and kill it.
+
+        Args:
+            manifests: How many there are when its time has come.
+            seconds: How long after that.
+
+        Returns:
+            Whether it was killed; False if it was done before.
+        """
         process = self.start()
         try:
-            return process.wait(seconds) == 0
+            while process.poll() is None and self.manifests() < manifests:
+                time.sleep(0.02)
+            process.wait(seconds)
         except subprocess.TimeoutExpired:
-            return False
+            return True
         finally:
             kill(process)
+        assert process.returncode == 0, self.log.read_text()
+        return False
+
+    def manifests(self) -> int:
+        """Return how many there are in the store."""
+        return len(self.night.store.list("manifests"))
 
 
 def kill(process: subprocess.Popen[bytes]) -> None:

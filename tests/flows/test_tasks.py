@@ -8,10 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from prefect.states import Failed
 
 from ddpo.config import StorageConfig
 from ddpo.digests import sha256_bytes
-from ddpo.errors import PolicyMismatch, RetiredObject
+from ddpo.errors import (
+    ConfigError,
+    CorruptObject,
+    PolicyMismatch,
+    RetiredObject,
+    RewardError,
+    StoreCallFailed,
+)
 from ddpo.run import Run, start_run
 from ddpo.store import keys, manifests
 from ddpo.store.checkpoints import load_checkpoint, load_document
@@ -21,6 +29,7 @@ from ddpo.store.tables import decode_advantages, decode_rewards, decode_rollouts
 from tasks.advantages import advantages_of
 from tasks.commit import commit_epoch
 from tasks.pictures import PictureSet, draw_pictures
+from tasks.retries import STORAGE
 from tasks.sample import sample_shard
 from tasks.score import score_shard
 from tasks.start import start
@@ -239,3 +248,38 @@ def policy_digest(run: Run, checkpoint: Ref) -> str:
     return load_document(run.store, manifests.load(run.store, checkpoint), "digests")[
         "policy_digest"
     ]
+
+
+def test_pictures_of_a_retired_checkpoint_are_left_out(tiny_model: Path, root: Path):
+    """Another picture set may be asked for on resume, of a checkpoint that is gone by then."""
+    run = a_run(tiny_model, root)
+    first = start.fn(handle_of(run))
+    do_epoch(run, first, 0, storage=StorageConfig(keep_newest_checkpoints=1))
+    as_in_a_new_process()
+    other = PictureSet(prompts=("a dog",), seeds=(0,))
+    assert draw_pictures.fn(handle_of(run), first, other, 0) is None
+
+
+def test_fewer_epochs_than_there_are_is_refused_at_the_start(tiny_model: Path, root: Path):
+    run = a_run(tiny_model, root)
+    done = do_epoch(run, start.fn(handle_of(run)), 0)
+    do_epoch(run, done.following, 1)
+    with pytest.raises(ConfigError, match="epochs is 1, and run 'r' has 2 already"):
+        a_run(tiny_model, root, epochs=1)
+    assert a_run(tiny_model, root, epochs=2)
+
+
+@pytest.mark.parametrize(
+    ("error", "again"),
+    [
+        (StoreCallFailed("write", "a", "s3://b", "SlowDown", "Wait"), True),
+        (RewardError("the service is away"), True),
+        (CorruptObject("a", "0" * 64, "1" * 64), False),
+        (ConfigError("no such thing"), False),
+        (ValueError("who knows"), True),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_cannot_pass_by_itself_is_not_tried_again(error: Exception, again: bool):
+    worth = STORAGE["retry_condition_fn"]
+    assert worth(None, None, Failed(data=error)) is again

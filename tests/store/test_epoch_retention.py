@@ -161,3 +161,21 @@ def test_an_epoch_that_is_not_committed_is_left_alone(store: Store) -> None:
     assert retire_epochs(store, "R", keep="checkpoints", older_than=1) == []
     assert kept(store)["trajectories"] == [0, 1]
     assert find_unreferenced(store, "R") == {}  # it is young
+
+
+def test_another_run_that_cannot_be_read_only_puts_it_off(store: Store) -> None:
+    for number in range(3):
+        epoch(store, "R", number)
+    store.put_if_absent(keys.rollout_manifest_key("Broken", 0, 0), b"no manifest")
+    assert retire_epochs(store, "R", keep="checkpoints", older_than=1) == []
+    assert kept(store) == {tree: [0, 1, 2] for tree in TREES}
+    store.delete(keys.rollout_manifest_key("Broken", 0, 0))
+    assert retire_epochs(store, "R", keep="checkpoints", older_than=1) == [0, 1]
+
+
+def test_an_epoch_whose_commit_was_taken_away_is_left_alone(store: Store) -> None:
+    for number in range(3):
+        epoch(store, "R", number)
+    store.delete(keys.epoch_manifest_key("R", 0))
+    assert retire_epochs(store, "R", keep="checkpoints", older_than=1) == [1]
+    assert kept(store)["trajectories"] == [0, 2]

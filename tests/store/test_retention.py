@@ -176,3 +176,24 @@ def test_a_rule_that_keeps_nothing_is_refused(store: Store) -> None:
         with pytest.raises(InvalidRetention):
             retire_checkpoints(store, "R", keep_newest=newest, keep_every=every)
     assert readable(store, "R", range(1)) == [0]
+
+
+def test_a_checkpoint_that_a_resume_needs_stays_beside_one_that_is_further_ahead(
+    store: Store,
+) -> None:
+    for epoch in range(4):
+        checkpoint(store, "R", epoch)
+    retired = retire_checkpoints(store, "R", keep_newest=1, keep_every=None, needed_from=2)
+    assert retired == [0, 1]
+    assert readable(store, "R", range(4)) == [2, 3]
+
+
+def test_another_run_that_cannot_be_read_only_puts_it_off(store: Store) -> None:
+    for epoch in range(3):
+        checkpoint(store, "R", epoch)
+    broken = keys.checkpoint_manifest_key("Broken", 0)
+    store.put_if_absent(broken, b"no manifest")
+    assert retire_checkpoints(store, "R", keep_newest=1, keep_every=None) == []
+    assert readable(store, "R", range(3)) == [0, 1, 2]
+    store.delete(broken)
+    assert retire_checkpoints(store, "R", keep_newest=1, keep_every=None) == [0, 1]
