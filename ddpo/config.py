@@ -69,6 +69,17 @@ class NamedConfig(_Part):
     """Checked against what the named thing takes."""
 
 
+class RewardConfig(NamedConfig):
+    """A reward, and what becomes of samples that it cannot score."""
+
+    tries: PositiveInt = 2
+    """How often a sample is scored before it counts as failed."""
+    on_failure: Literal["drop", "impute", "fail"] = "drop"
+    """`drop`: failed samples stay out of all statistics and train nothing. `impute`: they count as
+    their prompt's mean in the update, and stay out of all statistics; where the prompt has no
+    reward yet, they are dropped. `fail`: the shard's task fails, and with it the run."""
+
+
 class SamplerConfig(_Part):
     """How trajectories are drawn: DDIM with eta (arXiv 2010.02502)."""
 
@@ -276,7 +287,7 @@ class RunConfig(_Part):
     """The prompts to draw from, all with equal chance."""
     sampler: SamplerConfig = SamplerConfig()
     """How pictures are drawn."""
-    reward: NamedConfig
+    reward: RewardConfig
     """What is to be raised."""
     advantages: Advantages = PerPromptAdvantages()
     """How rewards become advantages."""

@@ -194,6 +194,10 @@ class RewardError(DdpoError):
     """A reward that raised, or gave something that is no score."""
 
 
+class RewardUnavailable(RewardError):
+    """A reward that cannot be reached at the moment: no picture's fault, and worth another try."""
+
+
 class InvalidRetention(StoreError):
     """A retention rule that could delete the state that a run resumes from."""
 

@@ -97,12 +97,14 @@ def normalise(
         {prompt: tuple(rewards) for prompt, rewards in progress["statistics"].items()},
         [prompt_by_id[i] for i in ids],
         np.asarray([_or_nan(reward_by_id[i]) for i in ids], dtype=np.float64),
+        impute=run.config.reward.on_failure == "impute",
         shuffle_seed=derive_seed(run.config.seed, "shuffle", epoch),
     )
     rows = [
         AdvantageRow(
             sample_id=sample_id,
             reward=reward_by_id[sample_id],
+            status=_status(reward_by_id[sample_id], bool(batch.imputed[i])),
             advantage=float(batch.advantages[i]),
             mean=float(batch.mean[i]),
             std=float(batch.std[i]),
@@ -120,6 +122,12 @@ def normalise(
     }
     key, inputs = _identity(run, checkpoint, rollouts, scores, epoch)
     return manifests.commit(run.store, key, kind="advantages", inputs=inputs, objects=objects)
+
+
+def _status(reward: float | None, imputed: bool) -> str:
+    if reward is not None:
+        return "ok"
+    return "imputed" if imputed else "dropped"
 
 
 def _or_nan(reward: float | None) -> float:

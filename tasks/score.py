@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
+from ddpo.errors import RewardError
 from ddpo.prompts import Prompt
-from ddpo.rewards import score_images
+from ddpo.rewards.scoring import score_samples
 from ddpo.run import Run
 from ddpo.store import keys, manifests
 from ddpo.store.images import decode_image
@@ -38,7 +38,8 @@ def score_shard(handle: RunHandle, rollouts: Ref, epoch: int, shard: int) -> Ref
         The scores' manifest.
 
     Raises:
-        RewardError: The reward raised, or gave something that is no score.
+        RewardError: The reward is broken or away; or it could not score a sample, and the config
+            wants the shard to fail then.
     """
     run = opened(handle)
     key, inputs = _identity(run, rollouts, epoch, shard)
@@ -66,22 +67,26 @@ def score_rollouts(run: Run, rollouts: Ref, epoch: int, shard: int) -> Committed
         The commit; of an earlier writer, if there was one.
 
     Raises:
-        RewardError: The reward raised, or gave something that is no score.
+        RewardError: The reward is broken or away; or it could not score a sample, and the config
+            wants the shard to fail then.
     """
     stored = manifests.load(run.store, rollouts).objects["rollouts"]
     samples = decode_rollouts(run.store.get(stored))
     images = [decode_image(s.image_png) for s in samples]
     prompts = [Prompt(s.prompt, s.prompt_metadata) for s in samples]
-    scores = score_images(run.reward, images, prompts)
+    config = run.config.reward
+    outcomes = score_samples(run.reward, images, prompts, tries=config.tries)
     rows = [
-        RewardRow(
-            sample_id=sample.sample_id,
-            reward=None if scores.failed[i] else float(np.float32(scores.values[i])),
-            status="failed" if scores.failed[i] else "ok",
-            columns={name: column[i] for name, column in scores.columns.items()},
-        )
-        for i, sample in enumerate(samples)
+        RewardRow(sample.sample_id, outcome.value, outcome.status, outcome.columns)
+        for sample, outcome in zip(samples, outcomes, strict=True)
     ]
+    failed = [row for row in rows if row.reward is None]
+    if failed and config.on_failure == "fail":
+        raise RewardError(
+            f"{len(failed)} of {len(rows)} samples could not be scored in {config.tries} tries, "
+            f"the first {failed[0].sample_id}: {failed[0].status}. With reward.on_failure drop or "
+            "impute the run goes on without them"
+        )
     stem = keys.reward_stem(run.reward.identity.reward_id, run.run_id, epoch, shard)
     objects = {"rewards": run.store.put(stem, ".parquet", encode_rewards(rows))}
     key, inputs = _identity(run, rollouts, epoch, shard)

@@ -70,8 +70,11 @@ def track_epoch(
     metrics = {f"time/{name}": value for name, value in timings.items()}
     metrics |= _reward_metrics(run.store, scores)
     table = run.store.get(manifests.load(run.store, advantages).objects["advantages"])
-    found = np.asarray([row.advantage for row in decode_advantages(table)])
-    metrics |= {"reward/advantage_std": float(found.std())}
+    rows = decode_advantages(table)
+    metrics |= {
+        "reward/advantage_std": float(np.std([row.advantage for row in rows])),
+        "reward/imputed": float(sum(row.status == "imputed" for row in rows)),
+    }
     checkpoint = manifests.load(run.store, following)
     metrics |= _update_metrics(load_document(run.store, checkpoint, "metrics"))
     progress = load_document(run.store, checkpoint, "progress")

@@ -123,7 +123,8 @@ def test_every_part_and_every_field_says_what_it_is(part: type[BaseModel]) -> No
         ),
         (
             {"reward": {"name": "r", "xyzzy": 1}},
-            "reward.xyzzy: there is no such key; expected one of name, parameters",
+            "reward.xyzzy: there is no such key; expected one of name, parameters, tries, "
+            "on_failure",
         ),
     ],
 )

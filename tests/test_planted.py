@@ -19,7 +19,6 @@ import torch
 
 import tasks.update
 from ddpo.algorithms import advantages as advantages_module
-from ddpo.algorithms.advantages import AdvantageBatch
 from ddpo.gradient import Pairs, PolicyGradient, Rollouts
 from ddpo.policies import Policy
 from ddpo.run import start_run
@@ -237,15 +236,17 @@ def test_guidance_left_out_of_the_update_is_caught_by_the_gradient(
 def test_statistics_updated_after_their_use_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     right = advantages_module._per_prompt
 
-    def late(config, statistics, prompts, rewards):
-        after = right(config, statistics, prompts, rewards).statistics
-        mean, std, count = advantages_module._moments(rewards)
+    def late(config, statistics, prompts, rewards, moments):
+        before = {prompt: np.asarray(statistics.get(prompt, ())) for prompt in prompts}
+        batch = [part.copy() for part in moments]
+        after = right(config, statistics, prompts, rewards, moments)
         for index, prompt in enumerate(prompts):
-            before = np.asarray(statistics.get(prompt, ()))
-            if len(before) >= config.min_count:
-                mean[index], std[index], count[index] = before.mean(), before.std(), len(before)
-        normalised = advantages_module._normalise(rewards, mean, std, config.clip)
-        return AdvantageBatch(normalised, mean, std, count, after)
+            known = before[prompt]
+            enough = len(known) >= config.min_count
+            own = (known.mean(), known.std(), len(known)) if enough else [p[index] for p in batch]
+            for part, value in zip(moments, own, strict=True):
+                part[index] = value
+        return after
 
     assert_turns_red(
         check_advantages_are_golden,

@@ -1,6 +1,7 @@
 """Rewards to advantages: per-prompt statistics (arXiv 2305.13301, section 4.3) or the batch's.
 
-Failed samples (reward NaN) stay out of every statistic and get advantage 0.
+Failed samples (reward NaN) stay out of every statistic. They get advantage 0, or, imputed, that of
+their prompt's mean.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ class AdvantageBatch:
         mean: [N] float64.
         std: [N] float64, population standard deviation, without the floor of 1e-6.
         count: [N] int64, rewards behind mean and std.
+        imputed: [N] bool, samples without a reward that count as their prompt's mean.
         statistics: What the next epoch starts from.
     """
 
@@ -34,6 +36,7 @@ class AdvantageBatch:
     mean: NDArray[np.float64]
     std: NDArray[np.float64]
     count: NDArray[np.int64]
+    imputed: NDArray[np.bool_]
     statistics: PromptStatistics
 
 
@@ -43,6 +46,7 @@ def compute_advantages(
     prompts: Sequence[str],
     rewards: NDArray[np.floating],
     *,
+    impute: bool = False,
     shuffle_seed: int = 0,
 ) -> AdvantageBatch:
     """Normalise one epoch's rewards.
@@ -52,6 +56,7 @@ def compute_advantages(
         statistics: Rewards that earlier epochs left.
         prompts: N texts, in the order of ``sample_id``.
         rewards: [N]; NaN where scoring failed.
+        impute: Whether failed samples count as their prompt's mean, where it has one.
         shuffle_seed: Decides the dealing of a control experiment (``config.shuffle``).
 
     Returns:
@@ -66,16 +71,16 @@ def compute_advantages(
             f"none of the {len(rewards)} samples of this epoch has a finite reward, so there is "
             "nothing to learn from; look at the status column of the epoch's rewards"
         )
+    mean, std, count = _moments(rewards)
+    after = statistics
     if isinstance(config, PerPromptAdvantages):
-        batch = _per_prompt(config, statistics, prompts, rewards)
-    else:
-        batch = _whole_batch(config, statistics, rewards)
-    if not config.shuffle:
-        return batch
-    dealt = np.random.default_rng(shuffle_seed).permutation(len(rewards))
-    return AdvantageBatch(
-        batch.advantages[dealt], batch.mean, batch.std, batch.count, batch.statistics
-    )
+        after = _per_prompt(config, statistics, prompts, rewards, (mean, std, count))
+    counted = _impute(prompts, rewards, after) if impute else rewards
+    advantages = _normalise(counted, mean, std, config.clip)
+    if config.shuffle:
+        advantages = advantages[np.random.default_rng(shuffle_seed).permutation(len(rewards))]
+    imputed = np.isfinite(counted) & ~np.isfinite(rewards)
+    return AdvantageBatch(advantages, mean, std, count, imputed, after)
 
 
 def _per_prompt(
@@ -83,10 +88,12 @@ def _per_prompt(
     statistics: PromptStatistics,
     prompts: Sequence[str],
     rewards: NDArray[np.float64],
-) -> AdvantageBatch:
+    moments: tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.int64]],
+) -> PromptStatistics:
+    """Put a prompt's own moments in place of the batch's where there are enough rewards."""
+    mean, std, count = moments
     names = np.asarray(prompts)
     scored = np.isfinite(rewards)
-    mean, std, count = _moments(rewards)
     after = dict(statistics)
     for prompt in dict.fromkeys(prompts):
         own = names == prompt
@@ -97,14 +104,22 @@ def _per_prompt(
             remembered = np.asarray(after[prompt])
             mean[own], std[own] = remembered.mean(), remembered.std()
             count[own] = len(remembered)
-    return AdvantageBatch(_normalise(rewards, mean, std, config.clip), mean, std, count, after)
+    return after
 
 
-def _whole_batch(
-    config: BatchAdvantages, statistics: PromptStatistics, rewards: NDArray[np.float64]
-) -> AdvantageBatch:
-    mean, std, count = _moments(rewards)
-    return AdvantageBatch(_normalise(rewards, mean, std, config.clip), mean, std, count, statistics)
+def _impute(
+    prompts: Sequence[str], rewards: NDArray[np.float64], statistics: PromptStatistics
+) -> NDArray[np.float64]:
+    """Return the rewards with the prompt's mean, remembered or of this epoch, for failed ones."""
+    names = np.asarray(prompts)
+    whole = rewards.copy()
+    for prompt in dict.fromkeys(names[~np.isfinite(rewards)].tolist()):
+        own = names == prompt
+        known = np.asarray(statistics.get(prompt, ())) if prompt in statistics else rewards[own]
+        known = known[np.isfinite(known)]
+        if len(known):
+            whole[own & ~np.isfinite(rewards)] = known.mean()
+    return whole
 
 
 def _moments(

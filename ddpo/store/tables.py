@@ -68,8 +68,10 @@ class AdvantageRow:
     sample_id: str
     reward: float | None
     """As float32; None where scoring failed."""
+    status: str
+    """'ok'; or of a sample that could not be scored, 'dropped' or 'imputed'."""
     advantage: float
-    """As float32; 0 where scoring failed."""
+    """As float32; 0 of a dropped sample."""
     mean: float
     std: float
     count: int
@@ -111,6 +113,7 @@ ADVANTAGE_SCHEMA = pa.schema(
     [
         ("sample_id", pa.string()),
         ("reward", pa.float32()),
+        ("status", pa.string()),
         ("advantage", pa.float32()),
         ("mean", pa.float64()),
         ("std", pa.float64()),

@@ -127,3 +127,27 @@ def test_a_shuffled_control_deals_the_same_advantages_to_other_samples(kind: str
     assert dealt.advantages.tolist() == again.advantages.tolist()
     assert dealt.advantages.tolist() != other.advantages.tolist()
     assert dealt.statistics == plain.statistics
+
+
+@pytest.mark.parametrize("config", [PER_PROMPT, BATCH], ids=["per prompt", "batch"])
+def test_an_imputed_sample_counts_as_its_prompts_mean_and_moves_no_statistic(config) -> None:
+    prompts = ["a", "a", "b", "a", "c"]
+    rewards = np.array([1.0, 3.0, 9.0, np.nan, np.nan])
+    dropped = compute_advantages(config, {}, prompts, rewards)
+    imputed = compute_advantages(config, {}, prompts, rewards, impute=True)
+    assert imputed.statistics == dropped.statistics
+    for name in ("mean", "std", "count"):
+        assert np.array_equal(getattr(imputed, name), getattr(dropped, name))
+    # 'c' has no reward to take a mean of.
+    assert imputed.imputed.tolist() == [False, False, False, True, False]
+    assert not dropped.imputed.any()
+    expected = (2.0 - imputed.mean[3]) / (imputed.std[3] + 1e-6)
+    assert imputed.advantages[3] == pytest.approx(expected, rel=1e-12)
+    assert dropped.advantages[3] == dropped.advantages[4] == imputed.advantages[4] == 0.0
+    assert np.array_equal(imputed.advantages[:3], dropped.advantages[:3])
+
+
+def test_a_sample_is_imputed_from_what_its_prompt_had_in_earlier_epochs() -> None:
+    before = {"a": (4.0, 8.0)}
+    batch = compute_advantages(PER_PROMPT, before, ["a", "b"], np.array([np.nan, 1.0]), impute=True)
+    assert batch.imputed.tolist() == [True, False]

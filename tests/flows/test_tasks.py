@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from prefect.states import Failed
 
+import tasks.advantages
 from ddpo.config import StorageConfig
 from ddpo.digests import sha256_bytes
 from ddpo.errors import (
@@ -134,7 +135,7 @@ def test_a_task_whose_manifest_exists_returns_it_and_loads_no_model(
         raise AssertionError("work that is committed was done again")
 
     monkeypatch.setattr("tasks.worker.Policy", refuse)
-    monkeypatch.setattr("tasks.score.score_images", refuse)
+    monkeypatch.setattr("tasks.score.score_samples", refuse)
     monkeypatch.setattr("ddpo.store.objects.Store.put", refuse)
     assert start.fn(handle_of(run)) == first
     assert do_epoch(run, first, 0, between=as_in_a_new_process) == done
@@ -283,3 +284,64 @@ def test_fewer_epochs_than_there_are_is_refused_at_the_start(tiny_model: Path, r
 def test_what_cannot_pass_by_itself_is_not_tried_again(error: Exception, again: bool):
     worth = STORAGE["retry_condition_fn"]
     assert worth(None, None, Failed(data=error)) is again
+
+
+CANNOT_READ_CATS = """
+def score(images, prompts):
+    if any(prompt.text == "a cat" for prompt in prompts):
+        raise ValueError("cats are beyond me")
+    return [float(index) for index, _ in enumerate(images)]
+"""
+
+
+@pytest.mark.parametrize(
+    ("on_failure", "status"), [("drop", {"ok", "dropped"}), ("impute", {"ok", "imputed"})]
+)
+def test_samples_that_cannot_be_scored_are_told_apart_and_never_stop_the_others(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, on_failure: str, status: set
+):
+    run, scored, following = run_that_cannot_read_cats(
+        tiny_model, tmp_path, monkeypatch, on_failure, statistics={"a cat": (1.0, 2.0)}
+    )
+    rewards = [row for ref in scored.scores for row in decode_rewards(data_of(run, ref, "rewards"))]
+    cats = {row.sample_id for row in rewards if row.reward is None}
+    assert 0 < len(cats) < len(rewards)
+    assert all("cats are beyond me" in row.status for row in rewards if row.sample_id in cats)
+    rows = decode_advantages(data_of(run, scored.advantages, "advantages"))
+    assert {row.status for row in rows} == status
+    assert {row.sample_id for row in rows if row.status != "ok"} == cats
+    assert following
+
+
+def test_a_shard_with_a_sample_that_cannot_be_scored_fails_where_the_config_wants_that(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    with pytest.raises(RewardError, match=r"in 2 tries, the first r/00000/00000\d: .*beyond me"):
+        run_that_cannot_read_cats(tiny_model, tmp_path, monkeypatch, "fail")
+
+
+def run_that_cannot_read_cats(
+    model: Path,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    on_failure: str,
+    statistics: dict[str, tuple[float, ...]] | None = None,
+) -> tuple[Run, Epoch, Ref]:
+    """Do an epoch of cats and dogs with a reward that raises on cats."""
+    (folder / "cannot_read_cats.py").write_text(CANNOT_READ_CATS)
+    monkeypatch.syspath_prepend(folder)
+    if statistics:
+        right = tasks.advantages.compute_advantages
+        monkeypatch.setattr(
+            tasks.advantages,
+            "compute_advantages",
+            lambda config, _, *rest, **named: right(config, statistics, *rest, **named),
+        )
+    run = a_run(
+        model,
+        folder / "store",
+        reward={"name": "cannot_read_cats:score", "on_failure": on_failure},
+        prompts={"name": "prompt_list", "parameters": {"prompts": ["a cat", "a dog"]}},
+    )
+    done = do_epoch(run, start.fn(handle_of(run)), 0)
+    return run, done, done.following

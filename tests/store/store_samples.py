@@ -50,7 +50,13 @@ def reward_rows(count: int = 4) -> list[tables.RewardRow]:
 def advantage_rows(count: int = 4) -> list[tables.AdvantageRow]:
     return [
         tables.AdvantageRow(
-            keys.sample_id("R", 3, index), None if index == 1 else 0.5, 0.25 * index, 1 / 3, 0.1, 7
+            keys.sample_id("R", 3, index),
+            None if index == 1 else 0.5,
+            "dropped" if index == 1 else "ok",
+            0.25 * index,
+            1 / 3,
+            0.1,
+            7,
         )
         for index in range(count)
     ]
