@@ -30,6 +30,8 @@ _logger = logging.getLogger(__name__)
 
 DEFAULT_ROOT = "ddpo-data/store"
 
+_ROOM = 2**20  # a report and the weights of a small adapter
+
 
 @dataclass(frozen=True)
 class Run:
@@ -136,8 +138,8 @@ def _check_folders(outputs: str) -> None:
     """Check that what a run hands over in the end can be written; after a night it is late."""
     try:
         Path(outputs).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=outputs):
-            pass
+        with tempfile.TemporaryFile(dir=outputs) as file:
+            file.write(bytes(_ROOM))
     except OSError as error:
         raise ConfigError(
             f"the folder for outputs, {outputs}, cannot be written to: {error.strerror}. It gets "

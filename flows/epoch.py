@@ -9,6 +9,7 @@ from prefect.artifacts import create_table_artifact
 from pydantic import BaseModel, ConfigDict
 
 from ddpo.config import StorageConfig
+from ddpo.store import keys
 from ddpo.store.manifests import Ref
 from flows.stopping import AbandoningThreads, mark_stopped, note_begun
 from tasks.advantages import advantages_of
@@ -69,6 +70,8 @@ def run_epoch(plan: EpochPlan, checkpoint: Ref, epoch: int) -> EpochOutcome:
         The checkpoint after the epoch, and what was measured.
     """
     run = opened(plan.run)
+    # A resume shows its last committed epoch once more; how fast it is found says nothing.
+    found = run.store.exists(keys.epoch_manifest_key(run.run_id, epoch))
     started = time.monotonic()
     pictures = draw_pictures(plan.run, checkpoint, plan.pictures, epoch)
     shown = track_pictures.submit(plan.run, plan.tracking, pictures, epoch)
@@ -93,7 +96,8 @@ def run_epoch(plan: EpochPlan, checkpoint: Ref, epoch: int) -> EpochOutcome:
         "epoch_s": time.monotonic() - started,
         "images_per_s": run.config.sampler.samples_per_epoch / (updated - began),
     }
-    metrics = track_epoch(plan.run, plan.tracking, scores, advantages, following, timings, epoch)
+    measured = {} if found else timings
+    metrics = track_epoch(plan.run, plan.tracking, scores, advantages, following, measured, epoch)
     shown.result()
     create_table_artifact(
         key=f"{artifact_key(plan.run.run_id)}-epoch",

@@ -125,7 +125,7 @@ def undisturbed(tiny_model: Path) -> dict[str, bytes]:
         (Fault("slow_down", every=3), 20),
         (Fault("reset", every=3), 20),
         (Fault("cut", every=6, methods=("GET",)), 20),
-        (Fault("stall", every=16, stall_s=0.8), 0.4),
+        (Fault("stall", every=40, stall_s=3.0), 1.5),
     ],
     ids=lambda value: getattr(value, "kind", ""),
 )
@@ -143,7 +143,8 @@ def test_a_run_behind_faults_leaves_the_same_bytes(
     with behind(plan) as store:
         content = content_of_run(tiny_model, store)
     print(f"{dict(plan.planted)} in {dict(plan.requests)}")
-    assert plan.planted[fault.kind] >= 24
+    # Each stall takes as long as the limit on reading, so there are fewer of them.
+    assert plan.planted[fault.kind] >= (8 if fault.kind == "stall" else 24)
     # A fault costs another try; a second one too where the machine is slow.
     assert len(waits.asked) <= 2 * plan.planted[fault.kind]
     if fault.kind in ("slow_down", "stall"):  # of the others some are met before botocore sees them
@@ -307,7 +308,7 @@ def test_botocores_own_waits_end_in_bounded_time(behind: StoreBehind) -> None:
 
 
 @pytest.mark.parametrize("read", [Store.read, Store.digest])
-@pytest.mark.parametrize("stall_s", [0.0, 0.8], ids=["ends", "stands still"])
+@pytest.mark.parametrize("stall_s", [0.0, 3.0], ids=["ends", "stands still"])
 def test_bytes_that_break_off_are_read_again(
     behind: StoreBehind,
     waits: Waits,
@@ -315,7 +316,7 @@ def test_bytes_that_break_off_are_read_again(
     read: Callable[[Store, str], Any],
     stall_s: float,
 ) -> None:
-    monkeypatch.setattr(s3, "READ_TIMEOUT_S", 0.4)
+    monkeypatch.setattr(s3, "READ_TIMEOUT_S", 1.5)
     plan = Plan(Fault("cut", at=(1, 2), methods=("GET",), stall_s=stall_s))
     with behind(Plan()) as direct:
         direct.replace(MANIFEST, b"all of it" * 1000)
@@ -326,7 +327,7 @@ def test_bytes_that_break_off_are_read_again(
 
 
 @pytest.mark.parametrize("name", ["get", "digest"])
-@pytest.mark.parametrize("stall_s", [0.0, 0.8], ids=["ends", "stands still"])
+@pytest.mark.parametrize("stall_s", [0.0, 3.0], ids=["ends", "stands still"])
 def test_bytes_that_break_off_for_good_are_an_error_that_names_the_call(
     behind: StoreBehind,
     seaweedfs: ObjectStore,
@@ -335,7 +336,7 @@ def test_bytes_that_break_off_for_good_are_an_error_that_names_the_call(
     stall_s: float,
     name: str,
 ) -> None:
-    monkeypatch.setattr(s3, "READ_TIMEOUT_S", 0.4)
+    monkeypatch.setattr(s3, "READ_TIMEOUT_S", 1.5)
     plan = Plan(Fault("cut", every=1, methods=("GET",), stall_s=stall_s))
     with behind(Plan()) as direct:
         direct.replace(MANIFEST, b"all of it" * 1000)
