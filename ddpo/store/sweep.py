@@ -51,16 +51,18 @@ def find_unreferenced(
         if part in key.split("/") and not key.startswith("manifests/") and modified < limit
     }
     listed: set[str] = set()
-    present = store.list("manifests")
-    referred: set[str] = set()
-    for key in present:
+    pending = store.list("manifests")
+    seen = set(pending)
+    while pending:
+        key = pending.pop()
         found = manifests.find(store, key)
-        if found is not None:
-            listed |= {stored.key for stored in found.manifest.objects.values()}
-            referred |= {ref.key for ref in manifests.references(found.manifest.inputs)}
-    # A listing takes a while, in which a run at work commits: looked at once more.
-    if lost := [key for key in sorted(referred - set(present)) if not store.exists(key)]:
-        raise MissingObject(lost[0], store.root)
+        if found is None:
+            raise MissingObject(key, store.root)
+        listed |= {stored.key for stored in found.manifest.objects.values()}
+        # A listing takes a while, in which a run at work commits: what is referred to is read too.
+        referred = {ref.key for ref in manifests.references(found.manifest.inputs)} - seen
+        pending += sorted(referred)
+        seen |= referred
     return {key: old[key] for key in sorted(old.keys() - listed)}
 
 
