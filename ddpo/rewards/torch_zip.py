@@ -1,0 +1,199 @@
+"""Tensors out of a file that ``torch.save`` wrote, without running what is in it.
+
+Such a file (torch 1.6 and later) is a zip: an entry of raw bytes for each storage, and `data.pkl`,
+a program for a small stack machine that says which tensor is which part of which storage.
+Unpickling runs that program, and it may call whatever it names. Here it is only read: `pickletools`
+takes it apart into instructions, and the few that build a table of tensors are followed. A name in
+it stays a string, which is compared and neither imported nor called; what an unknown name would
+have made is an empty placeholder.
+"""
+
+from __future__ import annotations
+
+import pickletools
+import struct
+import zipfile
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ddpo.errors import RewardError
+
+_DTYPES = {
+    "torch DoubleStorage": torch.float64,
+    "torch FloatStorage": torch.float32,
+    "torch HalfStorage": torch.float16,
+    "torch BFloat16Storage": torch.bfloat16,
+    "torch LongStorage": torch.int64,
+    "torch IntStorage": torch.int32,
+    "torch ShortStorage": torch.int16,
+    "torch CharStorage": torch.int8,
+    "torch ByteStorage": torch.uint8,
+    "torch BoolStorage": torch.bool,
+}
+_SAFETENSORS = (
+    "Have it saved as safetensors (safetensors.torch.save_file), by someone who trusts the file or "
+    "in a sandbox, and name that"
+)
+
+
+@dataclass(frozen=True)
+class _Name:
+    """A module and a name in it, as the program has them. Never looked up."""
+
+    text: str
+
+
+class _Unknown:
+    """What a call of an unknown name would have returned."""
+
+
+def read_torch_zip(path: Path) -> dict[str, Any]:
+    """Read the tensors of a file that ``torch.save`` wrote.
+
+    Args:
+        path: The file; by custom `.pt`, `.pth` or `.bin`.
+
+    Returns:
+        The mapping that was saved, on the CPU: tensors and mappings of them by name; beside them
+        plain values, and placeholders for objects of other kinds.
+
+    Raises:
+        RewardError: The file is of the format before torch 1.6, is damaged, or holds no mapping.
+    """
+    if not zipfile.is_zipfile(path):
+        raise RewardError(
+            f"{path} is not the zip that torch.save writes since 1.6; what is older can only be "
+            f"unpickled, which may run anything. {_SAFETENSORS}"
+        )
+    try:
+        with zipfile.ZipFile(path) as archive:
+            tree = _read(archive)
+    except (
+        *(zipfile.BadZipFile, zlib.error, struct.error, EOFError, NotImplementedError),
+        *(ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError),
+    ) as error:
+        raise RewardError(
+            f"{path} cannot be read as a file of torch.save ({type(error).__name__}: {error}); "
+            f"it is damaged, or holds more than tensors. Fetch it again. Or: {_SAFETENSORS}"
+        ) from error
+    if not isinstance(tree, dict):
+        raise RewardError(f"{path} holds no mapping of tensors by name. {_SAFETENSORS}")
+    return tree
+
+
+def _read(archive: zipfile.ZipFile) -> Any:
+    program = next((n for n in archive.namelist() if n.endswith("/data.pkl")), None)
+    if program is None:
+        raise ValueError("it has no data.pkl")
+    root = program.removesuffix("data.pkl")
+    if f"{root}byteorder" in archive.namelist() and archive.read(f"{root}byteorder") != b"little":
+        raise ValueError("its numbers are big-endian")
+    storages: dict[str, Tensor] = {}
+
+    def storage(kind: str, key: str) -> Tensor:
+        if key not in storages:
+            entry = archive.getinfo(f"{root}data/{key}")
+            if entry.compress_type != zipfile.ZIP_STORED:  # torch never compresses; a bomb would
+                raise ValueError(f"its storage {key} is compressed")
+            data = bytearray(archive.read(entry))
+            dtype = _DTYPES[kind]
+            storages[key] = (
+                torch.frombuffer(data, dtype=dtype) if data else torch.empty(0).to(dtype)
+            )
+        return storages[key]
+
+    return _follow(archive.read(program), storage)
+
+
+def _follow(program: bytes, storage: Callable[[str, str], Tensor]) -> Any:
+    """Follow the instructions that build containers, numbers, strings and tensors."""
+    stack: list[Any] = []
+    marks: list[int] = []
+    memo: dict[int, Any] = {}
+
+    def since_mark() -> list[Any]:
+        start = marks.pop()
+        items = stack[start:]
+        del stack[start:]
+        return items
+
+    for operation, argument, _ in pickletools.genops(program):
+        place: Any = argument  # in the memo, where the instruction is about it
+        match operation.name:
+            case "PROTO" | "FRAME":
+                pass
+            case "STOP":
+                return stack.pop()
+            case "MARK":
+                marks.append(len(stack))
+            case "NONE":
+                stack.append(None)
+            case "NEWTRUE" | "NEWFALSE":
+                stack.append(operation.name == "NEWTRUE")
+            case "EMPTY_DICT":
+                stack.append({})
+            case "EMPTY_LIST":
+                stack.append([])
+            case "EMPTY_TUPLE":
+                stack.append(())
+            case "TUPLE":
+                stack.append(tuple(since_mark()))
+            case "TUPLE1" | "TUPLE2" | "TUPLE3":
+                count = int(operation.name[-1])
+                stack[-count:] = [tuple(stack[-count:])]
+            case "BINPUT" | "LONG_BINPUT":
+                memo[place] = stack[-1]
+            case "MEMOIZE":
+                memo[len(memo)] = stack[-1]
+            case "BINGET" | "LONG_BINGET":
+                stack.append(memo[place])
+            case "GLOBAL":
+                stack.append(_Name(str(argument)))
+            case "STACK_GLOBAL":
+                name, module = stack.pop(), stack.pop()
+                stack.append(_Name(f"{module} {name}"))
+            case "BINPERSID":
+                _, kind, key, *_ = stack.pop()
+                stack.append(storage(kind.text, key))
+            case "REDUCE" | "NEWOBJ":
+                arguments, made_by = stack.pop(), stack.pop()
+                stack.append(_made(made_by, arguments))
+            case "BUILD":  # attributes of an object; those of a table of tensors hold no tensor
+                stack.pop()
+            case "APPEND" | "APPENDS":
+                items = since_mark() if operation.name == "APPENDS" else [stack.pop()]
+                if isinstance(stack[-1], list):
+                    stack[-1].extend(items)
+            case "SETITEM" | "SETITEMS":
+                items = (
+                    since_mark() if operation.name == "SETITEMS" else [stack.pop(-2), stack.pop()]
+                )
+                if isinstance(stack[-1], dict):
+                    stack[-1].update(zip(items[::2], items[1::2], strict=True))
+            case name if name.removeprefix("SHORT_").startswith(_LITERALS):
+                stack.append(argument)
+            case name:
+                raise ValueError(f"its table of contents has the instruction {name}")
+    raise ValueError("its table of contents has no end")
+
+
+_LITERALS = ("BININT", "LONG1", "LONG4", "BINFLOAT", "BINUNICODE", "BINSTRING", "BINBYTES")
+
+
+def _made(made_by: Any, arguments: Any) -> Any:
+    match made_by:
+        case _Name("collections OrderedDict"):
+            return dict(*arguments)
+        case _Name("torch._utils _rebuild_tensor_v2"):
+            storage, offset, size, stride, *_ = arguments
+            return torch.as_strided(storage, size, stride, offset)
+        case _Name("torch._utils _rebuild_parameter"):
+            return arguments[0]
+        case _:
+            return _Unknown()
