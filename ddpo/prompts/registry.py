@@ -20,6 +20,7 @@ _OURS = {
         "imagenet_animals",
         "prompt_list",
         "simple_animals",
+        "starter_scenes",
         "text_file",
     )
 }

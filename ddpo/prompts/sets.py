@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
@@ -79,6 +79,26 @@ def counting(
     if low > high:
         raise ConfigError(f"low is {low}, which is above high, {high}; swap them")
     return [_count(number, animal) for number in range(low, high + 1) for animal in ANIMALS]
+
+
+def starter_scenes(
+    kinds: list[Literal["single", "activity", "count", "other"]] | None = None,
+    held_out: Literal["with", "without", "only"] = "with",
+) -> list[Prompt]:
+    """Return the prompts of what the starter model can draw, each scene once.
+
+    Args:
+        kinds: ``single`` ("a cat", 45), ``activity`` ("a cat riding a bike", 135), ``count`` ("two
+            cats" to four, 135), ``other`` ("an owl", 24); by default all.
+        held_out: Whether the 27 activities that the starter was never shown are in it: ``with``,
+            ``without`` them, or they ``only``.
+    """
+    from ddpo.starter.scenes import SCENES  # here, since it imports transformers
+
+    chosen = [scene for scene in SCENES if kinds is None or scene.kind in kinds]
+    if held_out != "with":
+        chosen = [scene for scene in chosen if scene.held_out == (held_out == "only")]
+    return [Prompt(scene.prompt) for scene in chosen]
 
 
 def prompt_list(prompts: list[str]) -> list[Prompt]:

@@ -24,6 +24,16 @@ ENTRY_POINT_GROUP = "ddpo.rewards"
 _OURS = {
     "jpeg_compressibility": "ddpo.rewards.jpeg:JpegCompressibility",
     "jpeg_incompressibility": "ddpo.rewards.jpeg:JpegIncompressibility",
+    "http": "ddpo.rewards.http:HttpReward",
+    "colorfulness": "ddpo.rewards.colorfulness:Colorfulness",
+    "ocr_text": "ddpo.rewards.ocr:OcrText",
+    "starter_vqa": "ddpo.rewards.starter_vqa:StarterVqa",
+    "weighted": "ddpo.rewards.weighted:Weighted",
+    "laion_aesthetic": "ddpo.rewards.laion_aesthetic:LaionAesthetic",
+    "clip_score": "ddpo.rewards.clip_score:ClipScore",
+    "pickscore": "ddpo.rewards.pickscore:PickScore",
+    "hps_v2": "ddpo.rewards.hps_v2:HpsV2",
+    "image_reward": "ddpo.rewards.image_reward:ImageReward",
 }
 
 _SCORED = ("images", "prompts")  # first parameters of a plain function that is itself the reward

@@ -1,0 +1,160 @@
+"""Several rewards in one: a weighted sum, each standardised by constants from the config."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import re
+from collections.abc import Iterator, Sequence, Set
+from contextvars import ContextVar
+from dataclasses import asdict
+from typing import Annotated, ClassVar
+
+import numpy as np
+from PIL import Image
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, JsonValue
+
+from ddpo.errors import ConfigError
+from ddpo.prompts.base import Prompt
+from ddpo.rewards.base import RESERVED_COLUMNS, Reward, Scores
+from ddpo.rewards.identity import RewardIdentity
+from ddpo.rewards.registry import load_reward
+from ddpo.rewards.scoring import score_images
+
+VERSION = "1"
+DEEPEST = 4
+"""So many sums may lie within each other; more is a reward that has itself among its parts."""
+
+FAILED_COLUMN = "failed_components"
+
+_LABEL = r"[A-Za-z_][A-Za-z0-9_-]{0,39}"
+_OTHER_CHARACTERS = re.compile(r"[^A-Za-z0-9_-]+")
+_depth: ContextVar[int] = ContextVar("depth of weighted sums", default=0)
+
+
+class Component(BaseModel):
+    """One reward of a weighted sum."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    """A registered name, or an import path."""
+    parameters: dict[str, JsonValue] = Field(default_factory=dict)
+    """Of that reward."""
+    weight: FiniteFloat = 1.0
+    """Below 0 it is a penalty; 0 only shows the component."""
+    mean: FiniteFloat = 0.0
+    """Taken off its value first; `ddpo score NAME --run R` measures it."""
+    std: Annotated[FiniteFloat, Field(gt=0)] = 1.0
+    """Divides what is left; likewise."""
+    label: Annotated[str, Field(pattern=f"^{_LABEL}$")] | None = None
+    """What its columns are called; by default its name."""
+
+
+class Weighted:
+    """Reward = sum over the components of weight * (value - mean) / std.
+
+    Means and standard deviations are constants, since a shard cannot know the whole. Column
+    ``<label>`` is a component's own value, ``<label>.<column>`` each of its columns: labels differ,
+    so no two columns collide. Where names repeat, labels are numbered: ``starter_vqa_1``,
+    ``starter_vqa_2``. A sample that any component failed on has failed; ``failed_components`` says
+    which.
+
+    Its identity holds those of all components.
+
+    Args:
+        rewards: The components: each a ``name``, and where wanted ``parameters``, ``weight`` (1),
+            ``mean`` (0), ``std`` (1) and ``label``.
+
+    Raises:
+        ConfigError: A component cannot be had, two share a label, or one has itself in it.
+    """
+
+    needs: ClassVar[str] = "what its components need"
+
+    def __init__(self, rewards: Annotated[tuple[Component, ...], Field(min_length=1)]) -> None:
+        self._components = rewards
+        self._labels = _labels(rewards)
+        with _one_deeper():
+            self._rewards = [load_reward(each.name, each.parameters) for each in rewards]
+        parts: list[JsonValue] = [
+            {
+                "label": label,
+                "weight": component.weight,
+                "mean": component.mean,
+                "std": component.std,
+                "identity": asdict(reward.identity),
+            }
+            for label, component, reward in self._parts()
+        ]
+        self.identity = RewardIdentity("weighted", {"rewards": parts}, version=VERSION)
+
+    def __call__(self, images: Sequence[Image.Image], prompts: Sequence[Prompt]) -> Scores:
+        """Score B images with each component.
+
+        Raises:
+            RewardError: A component raised, or gave something that is no score.
+        """
+        total = np.zeros(len(images), np.float64)
+        failures: list[list[str]] = [[] for _ in images]
+        columns: dict[str, Sequence[object]] = {}
+        for label, component, reward in self._parts():
+            scores = score_images(reward, images, prompts)
+            values = scores.values.astype(np.float64)
+            total += component.weight * (values - component.mean) / component.std
+            for place in np.flatnonzero(scores.failed):
+                failures[place].append(label)
+            columns[label] = values.tolist()
+            columns |= {f"{label}.{name}": column for name, column in scores.columns.items()}
+        columns[FAILED_COLUMN] = [", ".join(labels) for labels in failures]
+        return Scores(total, failed=np.array([bool(f) for f in failures], bool), columns=columns)
+
+    def _parts(self) -> Iterator[tuple[str, Component, Reward]]:
+        return zip(self._labels, self._components, self._rewards, strict=True)
+
+
+@contextlib.contextmanager
+def _one_deeper() -> Iterator[None]:
+    depth = _depth.get() + 1
+    if depth > DEEPEST:
+        raise ConfigError(
+            f"reward 'weighted' lies within itself more than {DEEPEST} deep: one of its components "
+            "has itself among its own; name the components of the inner sums directly"
+        )
+    token = _depth.set(depth)
+    try:
+        yield
+    finally:
+        _depth.reset(token)
+
+
+def _labels(components: Sequence[Component]) -> list[str]:
+    """Return a label for each component, no two alike and none that a table has already."""
+    chosen = [each.label for each in components if each.label is not None]
+    reserved = {*RESERVED_COLUMNS, FAILED_COLUMN}
+    for label in chosen:
+        if label in reserved or chosen.count(label) > 1:
+            raise ConfigError(
+                f"reward 'weighted': the label {label!r} is given to two components, or is a "
+                "column that every table has; give each component one of its own"
+            )
+    taken = {*reserved, *chosen}
+    names = [_label_of(each.name) for each in components if each.label is None]
+    labels: list[str] = []
+    for each in components:
+        label = each.label or _unused(_label_of(each.name), names, taken)
+        taken.add(label)
+        labels.append(label)
+    return labels
+
+
+def _unused(name: str, names: Sequence[str], taken: Set[str]) -> str:
+    numbered = (f"{name}_{number}" for number in itertools.count(1))
+    candidates = itertools.chain([name] if names.count(name) == 1 else [], numbered)
+    return next(candidate for candidate in candidates if candidate not in taken)
+
+
+def _label_of(name: str) -> str:
+    """Return a name, or an import path's last part, with the characters that labels may have."""
+    plain = _OTHER_CHARACTERS.sub("_", re.split(r"[:.]", name)[-1])[:36]
+    return plain if re.match(r"[A-Za-z_]", plain) else f"_{plain}"
