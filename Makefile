@@ -13,11 +13,11 @@ demo: $(READY)  ## Teach the starter model a reward, on the CPU, in minutes
 	$(BIN)/ddpo train configs/starter.yaml
 	@echo "Look at it: $(BIN)/ddpo ui"
 
-test: $(READY)  ## Run all tests
-	$(BIN)/python -m pytest
+test: $(READY)  ## Run all tests, two processes side by side
+	$(BIN)/python -m pytest -n 2 --dist loadscope
 
 faults: $(READY)  ## Kill runs and servers at every write and at random times (the long sweeps)
-	$(BIN)/python -m pytest -m faults -s tests/faults
+	$(BIN)/python -m pytest -m faults -n 2 --dist loadscope -rP tests/faults
 
 lint: $(READY)  ## Check style and docstrings (ruff) and types (pyright)
 	$(BIN)/ruff check .
