@@ -28,7 +28,7 @@ from pydantic import (
     ValidationError,
 )
 
-from ddpo.errors import ConfigError, RewardError
+from ddpo.errors import ConfigError, RewardError, RewardUnavailable
 from ddpo.prompts.base import Prompt
 from ddpo.rewards.base import Scores
 from ddpo.rewards.identity import RewardIdentity
@@ -323,7 +323,7 @@ class HttpReward:
             _logger.warning("the reward service is away, trying again in %.1f s: %s", wait_s, said)
             time.sleep(wait_s)
         said = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
-        raise RewardError(
+        raise RewardUnavailable(
             f"no endpoint of the reward service answered ({said}). Start it with `ddpo "
             "serve-reward`, or say where it is: `endpoints` of the reward's parameters, or the "
             f"environment variable {self._endpoints_variable}"
