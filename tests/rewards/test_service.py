@@ -326,7 +326,12 @@ PROMPTS = ("prompts", json.dumps(prompts_of(1)).encode())
     [
         ({"Content-Type": "application/json"}, b"{}", 415, "multipart/form-data"),
         ({}, b"", 415, "multipart/form-data"),
-        ({"Content-Type": XYZ, "Content-Encoding": "gzip"}, gzip.compress(b"a", mtime=0), 415, "unencoded"),
+        (
+            {"Content-Type": XYZ, "Content-Encoding": "gzip"},
+            gzip.compress(b"a", mtime=0),
+            415,
+            "unencoded",
+        ),
         ({"Content-Type": "multipart/form-data"}, b"", 400, "boundary"),
         ({"Content-Type": f"multipart/form-data; boundary={'x' * 71}"}, b"", 400, "1 to 70"),
         ({"Content-Type": XYZ}, b"", 400, "ends before its last boundary"),
