@@ -420,7 +420,9 @@ def test_body_that_does_not_come_in_time_is_given_up(monkeypatch):
         ("infinite", "a column of reward sum-.*JSON cannot say"),
     ],
 )
-def test_reward_that_fails_is_answered_by_its_message_alone(up, text, message):
+def test_reward_that_fails_is_answered_by_its_message_alone(up, text, message, caplog):
+    # What is logged is no Unicode either, and pytest's processes tell each other what was logged.
+    caplog.set_level(logging.CRITICAL, service.__name__)
     answer = score(up, text=text)
     assert answer.status_code == 500
     assert_says(answer, message)
