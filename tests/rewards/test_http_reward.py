@@ -395,7 +395,9 @@ def test_what_a_service_refuses_is_said_and_not_tried_again(fake, status, body, 
     assert planted.asked == ["/identity", "/score"]
 
 
-def test_reward_that_raises_there_is_an_error_here():
+def test_reward_that_raises_there_is_an_error_here(caplog):
+    # What is logged is no Unicode, and pytest's processes tell each other what was logged.
+    caplog.set_level(logging.CRITICAL, "ddpo.rewards.service")
     with serving(create_app(Sum)) as url:
         reward = load(url)
         with pytest.raises(RewardError, match=r"500 reward sum-.* raised ValueError: no such"):
