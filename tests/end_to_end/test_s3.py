@@ -50,10 +50,10 @@ def train(
     command = ["train", "configs/starter.yaml", "--run-id", "r", "--root", root]
     everything = (
         *SETTINGS,
-        *settings,
         f"model={{path: {model}}}",
         f"tracking.uri=sqlite:///{folder}/mlflow.db",
         f"outputs={folder}/outputs",
+        *settings,
     )
     for setting in everything:
         command += ["--set", setting]
