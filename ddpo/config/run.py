@@ -1,9 +1,4 @@
-"""What a run is: one YAML file, read into frozen models.
-
-A config has two halves. Its *identity* (model, prompts, sampler, reward, algorithm, optimizer,
-seed, numerics) makes a run what it is and may not change under a ``run_id``; its *operation*
-(number of epochs, storage, tracking) may.
-"""
+"""A whole run's config, and the parts of its identity."""
 
 from __future__ import annotations
 
@@ -11,8 +6,6 @@ import math
 from typing import Annotated, Any, Literal
 
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Field,
     JsonValue,
     NonNegativeFloat,
@@ -22,16 +15,12 @@ from pydantic import (
     model_validator,
 )
 
-from ddpo.store.s3 import S3Options
+from ddpo.config.algorithm import Advantages, Algorithm, DdpoIsConfig, PerPromptAdvantages
+from ddpo.config.operation import StorageConfig, TrackingConfig
+from ddpo.config.part import Part
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, hide_input_in_errors=True
-    )
-
-
-class ModelConfig(_Part):
+class ModelConfig(Part):
     """The diffusion pipeline that is fine-tuned: Stable Diffusion 1.x or 2.x, or the starter."""
 
     path: str
@@ -42,7 +31,7 @@ class ModelConfig(_Part):
     """Pixels a side; by default the size that the model was trained at."""
 
 
-class LoraConfig(_Part):
+class LoraConfig(Part):
     """Train low-rank adapters on the UNet's attention (peft)."""
 
     type: Literal["lora"] = "lora"
@@ -54,13 +43,13 @@ class LoraConfig(_Part):
     """Names of the layers that get an adapter, as peft matches them."""
 
 
-class FullConfig(_Part):
+class FullConfig(Part):
     """Train every weight of the UNet. Wants a learning rate near 1e-5: LoRA's collapses it."""
 
     type: Literal["full"]
 
 
-class NamedConfig(_Part):
+class NamedConfig(Part):
     """Something by name, with its parameters."""
 
     name: str
@@ -80,7 +69,7 @@ class RewardConfig(NamedConfig):
     reward yet, they are dropped. `fail`: the shard's task fails, and with it the run."""
 
 
-class SamplerConfig(_Part):
+class SamplerConfig(Part):
     """How trajectories are drawn: DDIM with eta (arXiv 2010.02502)."""
 
     steps: PositiveInt = 50
@@ -95,73 +84,7 @@ class SamplerConfig(_Part):
     """Pictures a task: what is committed, scored and redone as one."""
 
 
-class PerPromptAdvantages(_Part):
-    """Advantage = (reward - mean) / std of the prompt's own last rewards (paper, section 4.3)."""
-
-    type: Literal["per_prompt"] = "per_prompt"
-    buffer_size: PositiveInt = 16
-    """Rewards that are remembered for each prompt."""
-    min_count: PositiveInt = 16
-    """A prompt with fewer remembered rewards is normalised by the whole batch instead."""
-    clip: PositiveFloat = 5.0
-    """Advantages are clipped to plus and minus this: 5 with LoRA, 10 with the whole UNet."""
-    shuffle: bool = False
-    """Control experiment: deal the advantages to random samples. Nothing can be learned then."""
-
-    @model_validator(mode="after")
-    def _buffer_can_reach_min_count(self) -> PerPromptAdvantages:
-        if self.min_count > self.buffer_size:
-            raise ValueError(
-                f"min_count {self.min_count} is never reached by a buffer of {self.buffer_size}, "
-                "so per-prompt statistics would never be used; "
-                f"set min_count to at most {self.buffer_size}"
-            )
-        return self
-
-
-class BatchAdvantages(_Part):
-    """Advantage = (reward - mean) / std over the whole epoch."""
-
-    type: Literal["batch"]
-    clip: PositiveFloat = 5.0
-    """Advantages are clipped to plus and minus this."""
-    shuffle: bool = False
-    """Control experiment: deal the advantages to random samples. Nothing can be learned then."""
-
-
-class DdpoIsConfig(_Part):
-    """DDPO-IS: several updates on one round of samples, corrected by clipped importance ratios."""
-
-    type: Literal["ddpo_is"] = "ddpo_is"
-    clip_range: PositiveFloat = 1e-4
-    """The ratio is clipped to 1 ± this. So small since log-densities are means over dimensions."""
-    updates_per_epoch: PositiveInt = 4
-    """Optimizer steps an epoch; each sees samples_per_epoch / updates_per_epoch samples."""
-    old_log_probs: Literal["auto", "stored", "recompute"] = "auto"
-    """Where the ratio's denominator comes from. `auto` recomputes it in the update's own graph if
-    low precision moves the ratio by more than a tenth of the clip range before any update."""
-
-
-class DdpoSfConfig(_Part):
-    """DDPO-SF: the score function estimator, exactly one update on a round of samples."""
-
-    type: Literal["ddpo_sf"]
-    updates_per_epoch: int = 1
-    """Always 1: the estimator holds only for samples of the policy that is being updated."""
-
-    @field_validator("updates_per_epoch")
-    @classmethod
-    def _one_update(cls, value: int) -> int:
-        if value != 1:
-            raise ValueError(
-                f"ddpo_sf takes exactly one update a sampling round, not {value}: after the first, "
-                "the samples are no longer the policy's own and nothing corrects for it; "
-                "set it to 1, or use `type: ddpo_is`"
-            )
-        return value
-
-
-class OptimizerConfig(_Part):
+class OptimizerConfig(Part):
     """AdamW, as the paper's code sets it."""
 
     learning_rate: PositiveFloat = 3e-4
@@ -176,7 +99,7 @@ class OptimizerConfig(_Part):
     """The gradient's global norm is clipped to this."""
 
 
-class NumericsConfig(_Part):
+class NumericsConfig(Part):
     """What the bytes of a result depend on. `auto` is settled at the first start and frozen."""
 
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
@@ -197,84 +120,13 @@ class NumericsConfig(_Part):
     """Recompute activations in the backward: less memory, about a third more time."""
 
 
-Keep = Literal["everything", "images_and_scores", "checkpoints"]
-
-
-class RetentionConfig(_Part):
-    """What is kept of old epochs. Checkpoints have settings of their own, beside this."""
-
-    keep: Keep = "everything"
-    """`images_and_scores` drops trajectories, which are most of the bytes; such epochs can be
-    scored again, but not trained on again. `checkpoints` drops pictures and scores too; what is
-    left beside checkpoints is each sample's reward and advantage, and the pictures of fixed
-    prompts."""
-    older_than: PositiveInt = 10
-    """So many of the newest epochs keep everything."""
-
-
-class StorageConfig(_Part):
-    """Where a run is remembered."""
-
-    root: str | None = None
-    """Folder or fsspec URL (`s3://bucket/prefix`). By default DDPO_ROOT, else `ddpo-data/store`."""
-    s3: S3Options = S3Options()
-    """How a bucket is reached; what is not said here comes from the usual AWS variables."""
-    keep_newest_checkpoints: PositiveInt | None = None
-    """Keep this many of the newest checkpoints; by default all. A whole UNet's are about 10 GB
-    each."""
-    keep_every_checkpoint: PositiveInt | None = None
-    """Of the older ones keep each n-th."""
-    retention: RetentionConfig = RetentionConfig()
-    """What is kept of old epochs' rollouts; by default everything."""
-
-
-class PicturesConfig(_Part):
-    """The same prompts and seeds drawn before every epoch, to watch the model change."""
-
-    prompts: tuple[str, ...] = ()
-    """By default the first four of the run's own prompt set."""
-    seeds: tuple[int, ...] = (0,)
-    """Each prompt is drawn with each seed."""
-
-
-class TrackingConfig(_Part):
-    """Where a run is shown (MLflow)."""
-
-    uri: str = "sqlite:///ddpo-data/mlflow.db"
-    """MLflow's tracking URI: a SQLite file or a server. Holds no password: a server's stands in
-    MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD."""
-    experiment: str = "ddpo"
-    """MLflow experiment that the run appears in."""
-    pictures: PicturesConfig = PicturesConfig()
-    """What is drawn at every step."""
-    adapter_every: PositiveInt = 10
-    """Log the adapter every so many epochs, and after the last."""
-    system_metrics: bool = True
-    """Log CPU, memory and GPU use."""
-
-    @field_validator("uri")
-    @classmethod
-    def _has_no_password(cls, value: str) -> str:
-        # Up to the last '@': a password may hold any character.
-        user, at, _ = value.partition("://")[2].rpartition("@")
-        if at and ":" in user:
-            raise ValueError(
-                "a password does not belong in a config; a server's stands in "
-                "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, a database's where its "
-                "driver looks for it (PGPASSWORD)"
-            )
-        return value
-
-
-Advantages = Annotated[PerPromptAdvantages | BatchAdvantages, Field(discriminator="type")]
-Algorithm = Annotated[DdpoIsConfig | DdpoSfConfig, Field(discriminator="type")]
 Trainable = Annotated[LoraConfig | FullConfig, Field(discriminator="type")]
 
 OPERATION_FIELDS = frozenset({"epochs", "storage", "tracking", "outputs"})
 """The half of a config that may change under a run_id."""
 
 
-class RunConfig(_Part):
+class RunConfig(Part):
     """One run, whole."""
 
     seed: int = Field(default=0, ge=0, lt=2**63)

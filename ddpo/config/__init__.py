@@ -1,0 +1,60 @@
+"""What a run is: one YAML file, read into frozen models.
+
+A config has two halves. Its *identity* (model, prompts, sampler, reward, algorithm, optimizer,
+seed, numerics) makes a run what it is and may not change under a ``run_id``; its *operation*
+(number of epochs, storage, tracking) may.
+"""
+
+from ddpo.config.algorithm import (
+    Advantages,
+    Algorithm,
+    BatchAdvantages,
+    DdpoIsConfig,
+    DdpoSfConfig,
+    PerPromptAdvantages,
+)
+from ddpo.config.operation import (
+    Keep,
+    PicturesConfig,
+    RetentionConfig,
+    StorageConfig,
+    TrackingConfig,
+)
+from ddpo.config.run import (
+    OPERATION_FIELDS,
+    FullConfig,
+    LoraConfig,
+    ModelConfig,
+    NamedConfig,
+    NumericsConfig,
+    OptimizerConfig,
+    RewardConfig,
+    RunConfig,
+    SamplerConfig,
+    Trainable,
+)
+
+__all__ = [
+    "OPERATION_FIELDS",
+    "Advantages",
+    "Algorithm",
+    "BatchAdvantages",
+    "DdpoIsConfig",
+    "DdpoSfConfig",
+    "FullConfig",
+    "Keep",
+    "LoraConfig",
+    "ModelConfig",
+    "NamedConfig",
+    "NumericsConfig",
+    "OptimizerConfig",
+    "PerPromptAdvantages",
+    "PicturesConfig",
+    "RetentionConfig",
+    "RewardConfig",
+    "RunConfig",
+    "SamplerConfig",
+    "StorageConfig",
+    "TrackingConfig",
+    "Trainable",
+]

@@ -1,0 +1,79 @@
+"""How rewards become advantages, and advantages become gradients."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
+
+from ddpo.config.part import Part
+
+
+class PerPromptAdvantages(Part):
+    """Advantage = (reward - mean) / std of the prompt's own last rewards (paper, section 4.3)."""
+
+    type: Literal["per_prompt"] = "per_prompt"
+    buffer_size: PositiveInt = 16
+    """Rewards that are remembered for each prompt."""
+    min_count: PositiveInt = 16
+    """A prompt with fewer remembered rewards is normalised by the whole batch instead."""
+    clip: PositiveFloat = 5.0
+    """Advantages are clipped to plus and minus this: 5 with LoRA, 10 with the whole UNet."""
+    shuffle: bool = False
+    """Control experiment: deal the advantages to random samples. Nothing can be learned then."""
+
+    @model_validator(mode="after")
+    def _buffer_can_reach_min_count(self) -> PerPromptAdvantages:
+        if self.min_count > self.buffer_size:
+            raise ValueError(
+                f"min_count {self.min_count} is never reached by a buffer of {self.buffer_size}, "
+                "so per-prompt statistics would never be used; "
+                f"set min_count to at most {self.buffer_size}"
+            )
+        return self
+
+
+class BatchAdvantages(Part):
+    """Advantage = (reward - mean) / std over the whole epoch."""
+
+    type: Literal["batch"]
+    clip: PositiveFloat = 5.0
+    """Advantages are clipped to plus and minus this."""
+    shuffle: bool = False
+    """Control experiment: deal the advantages to random samples. Nothing can be learned then."""
+
+
+class DdpoIsConfig(Part):
+    """DDPO-IS: several updates on one round of samples, corrected by clipped importance ratios."""
+
+    type: Literal["ddpo_is"] = "ddpo_is"
+    clip_range: PositiveFloat = 1e-4
+    """The ratio is clipped to 1 ± this. So small since log-densities are means over dimensions."""
+    updates_per_epoch: PositiveInt = 4
+    """Optimizer steps an epoch; each sees samples_per_epoch / updates_per_epoch samples."""
+    old_log_probs: Literal["auto", "stored", "recompute"] = "auto"
+    """Where the ratio's denominator comes from. `auto` recomputes it in the update's own graph if
+    low precision moves the ratio by more than a tenth of the clip range before any update."""
+
+
+class DdpoSfConfig(Part):
+    """DDPO-SF: the score function estimator, exactly one update on a round of samples."""
+
+    type: Literal["ddpo_sf"]
+    updates_per_epoch: int = 1
+    """Always 1: the estimator holds only for samples of the policy that is being updated."""
+
+    @field_validator("updates_per_epoch")
+    @classmethod
+    def _one_update(cls, value: int) -> int:
+        if value != 1:
+            raise ValueError(
+                f"ddpo_sf takes exactly one update a sampling round, not {value}: after the first, "
+                "the samples are no longer the policy's own and nothing corrects for it; "
+                "set it to 1, or use `type: ddpo_is`"
+            )
+        return value
+
+
+Advantages = Annotated[PerPromptAdvantages | BatchAdvantages, Field(discriminator="type")]
+Algorithm = Annotated[DdpoIsConfig | DdpoSfConfig, Field(discriminator="type")]
