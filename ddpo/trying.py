@@ -17,11 +17,10 @@ import yaml
 from PIL import Image, UnidentifiedImageError
 from pydantic import JsonValue
 
-from ddpo import plugins
 from ddpo.errors import ConfigError, RewardError
 from ddpo.prompts import Prompt
 from ddpo.rewards import Reward, Scores, available_rewards, score_images
-from ddpo.rewards.registry import _OURS, _SCORED, ENTRY_POINT_GROUP
+from ddpo.rewards.registry import find_reward
 from ddpo.run import Run
 from ddpo.store import keys, manifests
 from ddpo.store.images import PIXEL_LIMIT, decode_image
@@ -248,21 +247,16 @@ def _committed_shards(run: Run, epoch: int) -> list[manifests.Manifest]:
 
 def _describe(name: str) -> RewardDescription:
     try:
-        target = plugins.resolve("reward", name, _OURS, ENTRY_POINT_GROUP).target
+        target, parameters = find_reward(name)
     except ConfigError as error:  # of another package; the others are still to be seen
         return RewardDescription(name, str(error), "", ())
     summary = (inspect.getdoc(target) or "").partition("\n")[0].replace("``", "`")
     return RewardDescription(
-        name, summary, getattr(target, "needs", ""), tuple(_parameters(target))
+        name, summary, getattr(target, "needs", ""), tuple(_described(target, parameters))
     )
 
 
-def _parameters(target: Any) -> list[ParameterDescription]:
-    if not (inspect.isclass(target) or inspect.isroutine(target)):
-        return []  # built already: it takes none
-    parameters = list(inspect.signature(target).parameters.values())
-    if tuple(each.name for each in parameters)[: len(_SCORED)] == _SCORED:
-        parameters = parameters[len(_SCORED) :]
+def _described(target: Any, parameters: Sequence[inspect.Parameter]) -> list[ParameterDescription]:
     try:
         hints = typing.get_type_hints(target.__init__ if inspect.isclass(target) else target)
     except Exception:  # an annotation that only a type checker can read is shown as written

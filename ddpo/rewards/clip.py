@@ -11,7 +11,8 @@ from torch import Tensor
 from transformers import CLIPModel, CLIPTokenizer
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from ddpo.rewards.pretrained import Device, ModelFolder, load_part, pick_device, place
+from ddpo.rewards.pinned import ModelFolder, load_part
+from ddpo.rewards.pretrained import Device, pick_device, place
 
 
 @dataclass(frozen=True)

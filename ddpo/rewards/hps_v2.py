@@ -17,16 +17,8 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from ddpo.prompts.base import Prompt
 from ddpo.rewards.base import Scores
 from ddpo.rewards.clip import Clip, cosines, load_tokenizer
-from ddpo.rewards.pretrained import (
-    Device,
-    LoadedOnce,
-    build_model,
-    find_model,
-    find_weights,
-    in_batches,
-    pick_device,
-    place,
-)
+from ddpo.rewards.pinned import find_model, find_weights
+from ddpo.rewards.pretrained import Device, LoadedOnce, build_model, in_batches, pick_device, place
 
 SIDE_PX = 224
 """Of the square that the model sees."""

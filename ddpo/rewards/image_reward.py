@@ -17,18 +17,8 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from ddpo.prompts.base import Prompt
 from ddpo.rewards.base import Scores
 from ddpo.rewards.linear_head import build_head
-from ddpo.rewards.pretrained import (
-    Device,
-    LoadedOnce,
-    ModelFolder,
-    build_model,
-    find_model,
-    find_weights,
-    in_batches,
-    load_part,
-    pick_device,
-    place,
-)
+from ddpo.rewards.pinned import ModelFolder, find_model, find_weights, load_part
+from ddpo.rewards.pretrained import Device, LoadedOnce, build_model, in_batches, pick_device, place
 
 MEAN = 0.16717362830052426
 STD = 1.0333394966054072

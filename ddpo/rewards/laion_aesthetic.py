@@ -13,14 +13,8 @@ from ddpo.prompts.base import Prompt
 from ddpo.rewards.base import Scores
 from ddpo.rewards.clip import Clip, load_clip
 from ddpo.rewards.linear_head import build_head
-from ddpo.rewards.pretrained import (
-    Device,
-    LoadedOnce,
-    find_model,
-    find_weights,
-    in_batches,
-    place,
-)
+from ddpo.rewards.pinned import find_model, find_weights
+from ddpo.rewards.pretrained import Device, LoadedOnce, in_batches, place
 
 HEAD = (
     "https://raw.githubusercontent.com/christophschuhmann/improved-aesthetic-predictor/"

@@ -11,7 +11,8 @@ from torch import Tensor
 from ddpo.prompts.base import Prompt
 from ddpo.rewards.base import Scores
 from ddpo.rewards.clip import cosines, load_clip
-from ddpo.rewards.pretrained import Device, LoadedOnce, find_model, in_batches
+from ddpo.rewards.pinned import find_model
+from ddpo.rewards.pretrained import Device, LoadedOnce, in_batches
 
 
 class PickScore:

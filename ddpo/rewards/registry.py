@@ -44,6 +44,27 @@ def available_rewards() -> tuple[str, ...]:
     return plugins.available(_OURS, ENTRY_POINT_GROUP)
 
 
+def find_reward(name: str) -> tuple[Any, list[inspect.Parameter]]:
+    """Find what a name stands for, without building it.
+
+    Args:
+        name: One of ``available_rewards()``, or an import path.
+
+    Returns:
+        What `load_reward` would build or call, and the parameters that a config may give it.
+
+    Raises:
+        ConfigError: No such reward, or it cannot be imported.
+    """
+    target = plugins.resolve("reward", name, _OURS, ENTRY_POINT_GROUP).target
+    if not (inspect.isclass(target) or inspect.isroutine(target)):
+        return target, []  # built already: it takes none
+    parameters = list(inspect.signature(target).parameters.values())
+    if not inspect.isclass(target) and _scores_itself(target):
+        parameters = parameters[len(_SCORED) :]
+    return target, parameters
+
+
 def load_reward(name: str, parameters: Mapping[str, Any]) -> Reward:
     """Build a reward.
 

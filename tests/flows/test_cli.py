@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
@@ -32,6 +33,18 @@ def ddpo(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tm
 
 
 STARTER = "configs/starter.yaml"
+
+COMMANDS = [
+    "train", "resume", "runs", "sample", "verify", "gc", "doctor", "ui",
+    "serve-reward", "rewards", "score",
+]  # fmt: skip
+
+
+def test_help_lists_all_commands_from_training_to_rewards(ddpo):
+    status, screen = ddpo("--help")
+    assert status == 0
+    listed = screen.partition("Commands")[2]
+    assert re.findall(r"│ ([a-z]\S*) +[A-Z]", listed) == COMMANDS
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,8 @@ from starlette.types import Receive, Scope, Send
 
 from ddpo.errors import ConfigError, RewardError
 from ddpo.prompts import Prompt
-from ddpo.rewards import RewardIdentity, http, load_reward, score_images
+from ddpo.rewards import RewardIdentity, load_reward, score_images
+from ddpo.rewards import endpoints as endpoints_module
 from ddpo.rewards.service import Limits, create_app
 from tests.rewards.test_service import TOKEN, Sum, pictures, serving, wait_for
 from tests.servers import free_port
@@ -34,7 +35,7 @@ IDENTITY = {"name": "sum", "parameters": {}, "revisions": {}, "version": "1"}
 def clean(monkeypatch):
     monkeypatch.delenv("DDPO_REWARD_TOKEN", raising=False)
     monkeypatch.delenv("DDPO_REWARD_ENDPOINTS", raising=False)
-    monkeypatch.setattr(http, "_FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr(endpoints_module, "_FIRST_WAIT_S", 0.01)
 
 
 def load(*endpoints: str, **parameters):
@@ -184,7 +185,7 @@ def start(folder: Path, port: int) -> subprocess.Popen[bytes]:
 
 
 def test_service_killed_and_started_again_costs_a_delay_only(tmp_path, monkeypatch):
-    monkeypatch.setattr(http, "_LONGEST_WAIT_S", 0.5)
+    monkeypatch.setattr(endpoints_module, "_LONGEST_WAIT_S", 0.5)
     monkeypatch.syspath_prepend(tmp_path)
     port = free_port()
     url = f"http://127.0.0.1:{port}"
@@ -241,7 +242,7 @@ def test_endpoint_that_was_away_is_asked_last_for_a_while(fake):
         reward = load(url, other, max_batch=1)
         assert scored(reward, 6).values.tolist() == [1.0] * 6
         assert (planted.asked.count("/score"), good.asked.count("/score")) == (1, 6)
-        reward.score._away_until.clear()  # as it is half a minute later
+        reward.score._endpoints._away_until.clear()  # as it is half a minute later
         planted.status, planted.body = 200, answer(values=[2.0], failed=[False])
         assert sorted(scored(reward, 4).values.tolist()) == [1.0, 1.0, 2.0, 2.0]
 
@@ -292,8 +293,8 @@ def test_waits_grow_are_jittered_and_bounded(monkeypatch, fake):
     reward = load(url, retries=14, give_up_after_s=1e6)
     planted.status = 503
     waits: list[float] = []
-    monkeypatch.setattr(http.time, "sleep", waits.append)
-    monkeypatch.setattr(http, "_FIRST_WAIT_S", 0.25)
+    monkeypatch.setattr(endpoints_module.time, "sleep", waits.append)
+    monkeypatch.setattr(endpoints_module, "_FIRST_WAIT_S", 0.25)
     with pytest.raises(RewardError):
         scored(reward, 2)
     steps = [min(15.0, 0.25 * 2**n) for n in range(14)]
@@ -441,7 +442,7 @@ def test_answer_that_never_ends_is_given_up(fake, monkeypatch):
             await send({"type": "http.response.body", "body": bytes(1000), "more_body": True})
 
     planted.send_body = flood
-    monkeypatch.setattr(http, "_ANSWER_LIMIT_BYTES", 5000)
+    monkeypatch.setattr(endpoints_module, "_ANSWER_LIMIT_BYTES", 5000)
     with pytest.raises(RewardError, match="more than 5000 bytes"):
         scored(load(url), 2)
 

@@ -12,15 +12,9 @@ import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 from ddpo.errors import ConfigError, RewardError
-from ddpo.rewards import load_reward, pretrained
-from ddpo.rewards.pretrained import (
-    PINNED,
-    LoadedOnce,
-    check_tensors,
-    find_model,
-    find_weights,
-    pick_device,
-)
+from ddpo.rewards import load_reward, pinned
+from ddpo.rewards.pinned import PINNED, find_model, find_weights
+from ddpo.rewards.pretrained import LoadedOnce, check_tensors, pick_device
 from tests.rewards.tiny_models import PICTURES, PROMPTS, head_tensors, save_clip, save_tensors
 
 COMMIT = "a" * 40
@@ -34,14 +28,14 @@ def no_hub(monkeypatch):
         raise LocalEntryNotFoundError("no network in tests\nand more")
 
     for name in ("snapshot_download", "hf_hub_download"):
-        monkeypatch.setattr(pretrained, name, refuse)
+        monkeypatch.setattr(pinned, name, refuse)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_building_a_reward_fetches_nothing_and_pins_everything(name, monkeypatch):
-    monkeypatch.setattr(pretrained, "snapshot_download", None)
-    monkeypatch.setattr(pretrained, "hf_hub_download", None)
-    monkeypatch.setattr(pretrained.urllib.request, "urlopen", None)
+    monkeypatch.setattr(pinned, "snapshot_download", None)
+    monkeypatch.setattr(pinned, "hf_hub_download", None)
+    monkeypatch.setattr(pinned.urllib.request, "urlopen", None)
     started = time.monotonic()
     identity = load_reward(name, {}).identity
     assert time.monotonic() - started < 5  # the import of transformers' classes, at most
@@ -135,7 +129,7 @@ def served(monkeypatch, data: bytes) -> list[str]:
         asked.append(address)
         return io.BytesIO(data)
 
-    monkeypatch.setattr(pretrained.urllib.request, "urlopen", urlopen)
+    monkeypatch.setattr(pinned.urllib.request, "urlopen", urlopen)
     return asked
 
 
@@ -164,7 +158,7 @@ def test_an_address_that_does_not_answer_is_named(tmp_path, monkeypatch):
     def refuse(address, timeout):
         raise URLError("no route")
 
-    monkeypatch.setattr(pretrained.urllib.request, "urlopen", refuse)
+    monkeypatch.setattr(pinned.urllib.request, "urlopen", refuse)
     with pytest.raises(RewardError, match=r"cannot be fetched.*no route.*by hand"):
         find_weights(ADDRESS, None, "0" * 64).tensors()
 

@@ -39,7 +39,8 @@ from starlette.types import ASGIApp
 from ddpo.errors import ConfigError, RewardError
 from ddpo.prompts import Prompt
 from ddpo.rewards import RewardIdentity, Scores, score_images, service
-from ddpo.rewards.service import Limits, create_app, serve
+from ddpo.rewards.service import Limits, create_app, drain, serve
+from ddpo.rewards.service import form as form_reader
 from ddpo.store.images import encode_image
 
 CLIENT = httpx.Client(timeout=30, limits=httpx.Limits(max_connections=None))
@@ -354,7 +355,7 @@ def test_body_that_is_no_form_is_refused(up, headers, body, status, message):
 def test_a_form_is_read_however_it_is_cut(up):
     body = multipart(("images", GOOD), PROMPTS, ("images", b"\r\n--xy"))
     for size in (1, 2, 7, 64, len(body)):
-        read = service._Form(b"xyz", SMALL)
+        read = form_reader.Form(b"xyz", SMALL)
         for start in range(0, len(body), size):
             read.write(body[start : start + size])
         assert (read.complete, read.images, read.prompts) == (True, [GOOD, b"\r\n--xy"], PROMPTS[1])
@@ -374,7 +375,7 @@ def connection(url: str, headers: str) -> Iterator[socket.socket]:
 
 @pytest.mark.parametrize("sizes", [[20_001], [19_000, 19_000, 19_000]])
 def test_too_long_a_body_is_refused_while_it_comes_in(up, sizes, monkeypatch):
-    monkeypatch.setattr(service, "_DRAIN_S", 0.2)
+    monkeypatch.setattr(drain, "_DRAIN_S", 0.2)
     with connection(up, "Transfer-Encoding: chunked") as sending:
         for size in sizes:
             piece = multipart(("images", bytes(size)), end="")[: -len("--xyz")]
@@ -384,7 +385,7 @@ def test_too_long_a_body_is_refused_while_it_comes_in(up, sizes, monkeypatch):
 
 
 def test_too_long_a_body_is_refused_by_what_it_claims(up, monkeypatch):
-    monkeypatch.setattr(service, "_DRAIN_S", 0.2)
+    monkeypatch.setattr(drain, "_DRAIN_S", 0.2)
     with connection(up, "Content-Length: 10000000000") as claiming:
         assert b"413" in claiming.recv(100)  # before a byte of it
 
@@ -396,7 +397,7 @@ def test_too_long_a_body_is_refused_by_what_it_claims(up, monkeypatch):
 def test_client_that_sends_all_before_it_listens_gets_the_answer_and_no_reset(
     header, size, status, monkeypatch
 ):
-    monkeypatch.setattr(service, "_DRAIN_S", 30.0)  # a busy machine is slow to read on
+    monkeypatch.setattr(drain, "_DRAIN_S", 30.0)  # a busy machine is slow to read on
     with serving(create_app(Sum, limits=replace(SMALL, body_bytes=4_000_000), token=TOKEN)) as url:
         wait_for(url)
         with connection(url, f"{header}\r\nConnection: close\r\nContent-Length: {size}") as sending:
@@ -405,7 +406,7 @@ def test_client_that_sends_all_before_it_listens_gets_the_answer_and_no_reset(
 
 
 def test_body_that_does_not_come_in_time_is_given_up(monkeypatch):
-    monkeypatch.setattr(service, "_DRAIN_S", 0.1)
+    monkeypatch.setattr(drain, "_DRAIN_S", 0.1)
     with serving(create_app(Sum, limits=replace(SMALL, body_seconds=0.2))) as url:
         wait_for(url)
         with connection(url, "Content-Length: 1000") as sending:

@@ -1,0 +1,170 @@
+"""The service as an application: its routes, its token and its OpenAPI page."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Annotated, Any
+
+from fastapi import Depends, FastAPI, HTTPException, Request, Response
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from pydantic import BaseModel
+from starlette.requests import ClientDisconnect
+
+import ddpo
+from ddpo.rewards.base import Reward
+from ddpo.rewards.service.drain import ReadToTheEnd
+from ddpo.rewards.service.form import read_batch
+from ddpo.rewards.service.limits import Limits
+from ddpo.rewards.service.scorer import Scorer
+from ddpo.rewards.wire import TOKEN_VARIABLE, IdentityMessage, PromptMessage, ScoresMessage
+
+
+class Problem(BaseModel):
+    """Why a request was refused."""
+
+    detail: str
+
+
+class Alive(BaseModel):
+    """That the service answers."""
+
+    alive: bool = True
+
+
+class Ready(BaseModel):
+    """That the reward is loaded."""
+
+    ready: bool = True
+
+
+_bearer = HTTPBearer(auto_error=False, description=f"What {TOKEN_VARIABLE} holds.")
+
+_PROBLEMS = {
+    400: "The body is no multipart form.",
+    401: "The token is missing or wrong.",
+    408: "The body did not come in in time.",
+    413: "A bound is exceeded: pictures, bytes or pixels.",
+    415: "The body is of another type than multipart/form-data.",
+    422: "Prompts or pictures that cannot be read, or not one prompt for each picture.",
+    500: "The reward failed.",
+    503: "The reward is being loaded, or the queue is full; come again after Retry-After.",
+}
+
+
+def create_app(
+    load: Callable[[], Reward], *, token: str | None = None, limits: Limits | None = None
+) -> FastAPI:
+    """Build the service.
+
+    Args:
+        load: Makes the reward; called once, in the thread that will score, when the service starts.
+        token: The bearer token that `/identity` and `/score` want; None lets everyone in.
+        limits: What is taken in.
+
+    Returns:
+        The application. `/health` answers at once, the others once the reward is loaded.
+    """
+    limits = limits or Limits()
+    scorer = Scorer(load, limits)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        with scorer.running():
+            yield
+
+    app = FastAPI(
+        title="ddpo reward service",
+        version=ddpo.__version__,
+        lifespan=lifespan,
+        separate_input_output_schemas=False,
+    )
+    app.add_middleware(ReadToTheEnd, limit_bytes=limits.body_bytes)
+    app.add_exception_handler(ClientDisconnect, _nobody_listens)
+    guard = [Depends(_guard(token))] if token else []
+
+    @app.get("/health")
+    async def health() -> Alive:
+        """Tell that the service is alive."""
+        return Alive()
+
+    @app.get("/ready", responses=_problems(503))
+    async def ready() -> Ready:
+        """Tell whether the reward is loaded."""
+        scorer.reward()
+        return Ready()
+
+    @app.get("/identity", dependencies=guard, responses=_problems(401, 503))
+    async def identity() -> IdentityMessage:
+        """Tell what makes the scores the same scores."""
+        return IdentityMessage.of(scorer.reward().identity)
+
+    @app.post(
+        "/score",
+        dependencies=guard,
+        response_model=ScoresMessage,
+        responses=_problems(*_PROBLEMS),
+        openapi_extra={"requestBody": _request_body(limits)},
+    )
+    async def score(request: Request) -> Response:
+        """Score pictures, each drawn for the prompt of its own index."""
+        scorer.reward()
+        with scorer.slot() as held:
+            batch = await read_batch(request, limits, held)
+            return Response(await scorer.score(batch, request), media_type="application/json")
+
+    return app
+
+
+async def _nobody_listens(request: Request, error: Exception) -> Response:
+    """End a request whose client has gone, without a traceback in the log."""
+    return Response(status_code=400)
+
+
+def _guard(token: str) -> Callable[..., None]:
+    def check(
+        credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)],
+    ) -> None:
+        given = credentials.credentials if credentials else ""
+        if not secrets.compare_digest(given.encode(), token.encode()):
+            raise HTTPException(
+                401,
+                f"the token is {'wrong' if given else 'missing'}; expected the header "
+                "'Authorization: Bearer TOKEN'",
+                {"WWW-Authenticate": "Bearer"},
+            )
+
+    return check
+
+
+def _problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    return {s: {"model": Problem, "description": _PROBLEMS[s]} for s in statuses}
+
+
+def _request_body(limits: Limits) -> dict[str, Any]:
+    """Return what OpenAPI says of a request, whose body is read here and not by FastAPI."""
+    count = {"type": "array", "minItems": 1, "maxItems": limits.images}
+    # What it refers to, any JSON value, is among the page's components by way of the answer.
+    prompt = PromptMessage.model_json_schema(ref_template="#/components/schemas/{model}")
+    del prompt["$defs"]
+    schema = {
+        "type": "object",
+        "required": ["prompts", "images"],
+        "additionalProperties": False,
+        "properties": {
+            "prompts": {**count, "items": prompt, "description": "A JSON array, in one part."},
+            "images": {
+                **count,
+                "items": {"type": "string", "format": "binary"},
+                "description": f"A part each: PNG or JPEG, at most {limits.image_bytes} bytes and "
+                f"{limits.image_pixels} pixels; {limits.batch_pixels} pixels together.",
+            },
+        },
+    }
+    encoding = {
+        "prompts": {"contentType": "application/json"},
+        "images": {"contentType": "image/png, image/jpeg"},
+    }
+    form = {"schema": schema, "encoding": encoding}
+    return {"required": True, "content": {"multipart/form-data": form}}

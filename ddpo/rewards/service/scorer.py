@@ -1,0 +1,183 @@
+"""The reward behind a service: its queue, and a batch from encoded pictures to an answer."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+import logging
+import math
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import Any
+
+from fastapi import Request
+from PIL import Image, UnidentifiedImageError
+from starlette.requests import ClientDisconnect
+from starlette.types import Receive
+
+from ddpo.errors import RewardError
+from ddpo.rewards.base import Reward, Scores
+from ddpo.rewards.identity import RewardIdentity
+from ddpo.rewards.scoring import score_images
+from ddpo.rewards.service.form import Batch
+from ddpo.rewards.service.limits import Limits, refusal
+
+_FORMATS = ("PNG", "JPEG")
+
+_logger = logging.getLogger(__name__)
+
+
+class Scorer:
+    """The reward and its queue: so many requests are scored at once, so many more are held.
+
+    Args:
+        load: Makes the reward; called once, in the thread that will score.
+        limits: How many requests, and how many bytes of them.
+    """
+
+    def __init__(self, load: Callable[[], Reward], limits: Limits) -> None:
+        self._load = load
+        self._limits = limits
+        self._admitted = 0
+        self._held_bytes = 0
+        self._executor: ThreadPoolExecutor
+        self._loading: Future[Reward]
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Load the reward and score until the block ends."""
+        self._executor = ThreadPoolExecutor(self._limits.workers, thread_name_prefix="reward")
+        self._loading = self._executor.submit(self._load)
+        try:
+            yield
+        finally:
+            self._executor.shutdown(wait=False, cancel_futures=True)
+
+    def reward(self) -> Reward:
+        """Return the reward; a request that comes before it is loaded is told to come again."""
+        if not self._loading.done():
+            raise refusal(503, "the reward is being loaded", retry_after_s=1)
+        error = self._loading.exception()
+        if error is not None:
+            raise refusal(503, f"the reward could not be loaded: {error}")
+        return self._loading.result()
+
+    @contextmanager
+    def slot(self) -> Iterator[Callable[[int], None]]:
+        """Hold a place in the queue; the callable that it gives counts the bytes held there."""
+        if self._admitted >= self._limits.workers + self._limits.queue:
+            raise refusal(503, f"{self._admitted} requests are waiting already", retry_after_s=1)
+        self._admitted += 1
+        mine = 0
+
+        def hold(count: int) -> None:
+            nonlocal mine
+            if self._held_bytes + count > self._limits.held_bytes:
+                raise refusal(503, "the requests that wait fill the memory", retry_after_s=1)
+            mine += count
+            self._held_bytes += count
+
+        try:
+            yield hold
+        finally:
+            self._admitted -= 1
+            self._held_bytes -= mine
+
+    async def score(self, batch: Batch, request: Request) -> bytes:
+        """Score a batch when its turn comes, unless its client has gone by then."""
+        job = self._executor.submit(_score, self.reward(), batch, self._limits)
+        scored = asyncio.wrap_future(job)
+        gone = asyncio.ensure_future(_disconnected(request.receive))
+        try:
+            await asyncio.wait({scored, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if not scored.done() and job.cancel():
+                raise ClientDisconnect
+            return await scored
+        finally:
+            gone.cancel()
+
+
+def _score(reward: Reward, batch: Batch, limits: Limits) -> bytes:
+    """Decode and score a batch; return the answer's body. Runs in a thread."""
+    images = _decode(batch.images, limits)
+    try:
+        scores = score_images(reward, images, batch.prompts)
+        return _answer(scores, reward.identity)
+    except RewardError as error:
+        _logger.warning("%s", error, exc_info=True)
+        raise refusal(500, str(error)) from error
+    except SystemExit as error:  # would end the service, not the request
+        _logger.warning("the reward called exit", exc_info=True)
+        raise refusal(500, f"the reward called exit: {error}") from error
+
+
+def _decode(files: Sequence[bytes | bytearray], limits: Limits) -> list[Image.Image]:
+    """Decode pictures, once the sizes that all of them claim are known to be within bounds."""
+    images: list[Image.Image] = []
+    pixels = 0
+    for index, data in enumerate(files):
+        with _readable(index):
+            images.append(Image.open(io.BytesIO(data), formats=_FORMATS))
+        width, height = images[-1].size
+        if width * height > limits.image_pixels:
+            raise refusal(
+                413,
+                f"image {index} is {width}x{height}, more than {limits.image_pixels} pixels",
+            )
+        pixels += width * height
+    if pixels > limits.batch_pixels:
+        raise refusal(
+            413,
+            f"the images have {pixels} pixels together, more than {limits.batch_pixels}; send "
+            "fewer at once",
+        )
+    for index, image in enumerate(images):
+        with _readable(index):
+            image.load()
+    return images
+
+
+@contextmanager
+def _readable(index: int) -> Iterator[None]:
+    """Make of whatever a decoder raises on damaged bytes one refusal that names the picture."""
+    try:
+        yield
+    except Image.DecompressionBombError as error:
+        raise refusal(413, f"image {index} has far too many pixels: {error}") from error
+    except UnidentifiedImageError as error:  # its own text is an address in memory
+        raise refusal(422, f"image {index} is neither PNG nor JPEG") from error
+    except Exception as error:
+        raise refusal(422, f"image {index} cannot be decoded: {error}") from error
+
+
+def _answer(scores: Scores, identity: RewardIdentity) -> bytes:
+    """Return scores as JSON. A float32 is written out in full, so it comes back as it was."""
+    message = {
+        "values": [None if math.isnan(value) else value for value in scores.values.tolist()],
+        "failed": scores.failed.tolist(),
+        "columns": {
+            name: [_plain(value) for value in column] for name, column in scores.columns.items()
+        },
+        "identity": {**asdict(identity), "digest": identity.digest},
+    }
+    try:
+        return json.dumps(message, allow_nan=False).encode()
+    except (TypeError, ValueError) as error:
+        raise RewardError(
+            f"a column of reward {identity.reward_id} holds what JSON cannot say ({error}); "
+            "expected numbers or text"
+        ) from error
+
+
+def _plain(value: Any) -> Any:
+    """Return a number of NumPy's or torch's as Python's; nan as None, which JSON has."""
+    value = value.item() if hasattr(value, "item") else value
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

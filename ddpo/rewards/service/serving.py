@@ -1,0 +1,105 @@
+"""A service that listens: `ddpo serve-reward`."""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+import socket
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import uvicorn
+
+from ddpo.errors import ConfigError
+from ddpo.rewards.base import Reward
+from ddpo.rewards.registry import load_reward
+from ddpo.rewards.service.app import create_app
+from ddpo.rewards.service.limits import Limits
+from ddpo.rewards.wire import TOKEN_VARIABLE, read_token
+
+_KEEP_ALIVE_S = 30
+_SHUTDOWN_S = 30
+
+_logger = logging.getLogger(__name__)
+
+
+def serve(
+    name: str,
+    parameters: Mapping[str, Any],
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8100,
+    limits: Limits | None = None,
+    say: Callable[[str], None] = _logger.info,
+) -> None:
+    """Serve a reward until the process is told to stop.
+
+    Args:
+        name: A registered reward or an import path.
+        parameters: Its parameters.
+        host: Address to listen on. One that other machines reach needs a token.
+        port: Port to listen on; 0 takes a free one.
+        limits: What is taken in.
+        say: Gets a line when the service listens, and one when the reward is loaded.
+
+    Raises:
+        ConfigError: The reward cannot be named so, the address cannot be listened on, or other
+            machines reach it and there is no token.
+        RewardError: The reward could not be built.
+    """
+    token = read_token(TOKEN_VARIABLE)
+    if token is None and not _is_loopback(host):
+        raise ConfigError(
+            f"{host!r} can be reached from other machines, and there is no token; set the "
+            f"environment variable {TOKEN_VARIABLE} here and for the run, or listen on 127.0.0.1"
+        )
+    failures: list[Exception] = []
+
+    def load() -> Reward:
+        try:
+            reward = load_reward(name, parameters)
+        except Exception as error:
+            failures.append(error)
+            server.should_exit = True
+            raise
+        say(f"ready: {reward.identity.reward_id}")
+        return reward
+
+    app = create_app(load, token=token, limits=limits)
+    server = uvicorn.Server(
+        uvicorn.Config(
+            app,
+            http="h11",
+            ws="none",
+            lifespan="on",
+            log_level="warning",
+            server_header=False,
+            timeout_keep_alive=_KEEP_ALIVE_S,
+            timeout_graceful_shutdown=_SHUTDOWN_S,
+        )
+    )
+    with _listen(host, port) as listener:
+        address = f"[{host}]" if ":" in host else host
+        url = f"http://{address}:{listener.getsockname()[1]}"
+        say(f"reward {name} on {url}, its API on {url}/docs")
+        server.run(sockets=[listener])
+    if failures:
+        raise failures[0]
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot listen on port {port} of {host}: {error.strerror}; give another with --port "
+            "or --host"
+        ) from error

@@ -1,0 +1,176 @@
+"""`ddpo train`, `resume`, `runs` and `sample`: runs, what is shown of them, their pictures."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+
+from flows.commands.common import (
+    ConfigFile,
+    Root,
+    RunId,
+    Settings,
+    console,
+    overrides,
+    saved_run,
+    say,
+)
+from flows.quiet import hide_loading_bars, without_heartbeats
+
+if TYPE_CHECKING:
+    from ddpo.run import Run
+    from ddpo.store.objects import Store
+
+app = typer.Typer()
+
+
+@app.command()
+def train(
+    config: ConfigFile,
+    set_: Settings = None,
+    run_id: Annotated[
+        str | None, typer.Option(help="The run's name; one that exists goes on.")
+    ] = None,
+    root: Root = None,
+) -> None:
+    """Fine-tune a model on a reward, or go on with a run."""
+    from ddpo.config_files import read_config
+
+    changes = overrides(set_, root)
+    settings = read_config(config, changes)
+    console.print("[dim]checking model, store and tracking ...[/]")
+
+    from ddpo.run import check_run
+    from flows.train import new_run_id
+    from flows.train import train as train_flow
+    from tasks.mlflow_connection import connect
+
+    run_id = run_id or new_run_id(config)
+    store, _ = check_run(settings, run_id)
+    connect(settings.tracking.uri)
+    _show(run_id, settings.epochs, lambda: train_flow(config, run_id, overrides=changes), store)
+
+
+@app.command()
+def resume(
+    run_id: RunId,
+    epochs: Annotated[
+        int | None, typer.Option(help="How many epochs it is to have in the end.", min=1)
+    ] = None,
+    root: Root = None,
+) -> None:
+    """Go on with a run that was stopped; what is committed is not done again."""
+    from ddpo.run import check_run, storage_root
+    from ddpo.store.s3 import S3Options
+    from flows.train import resume as resume_flow
+    from tasks.mlflow_connection import connect
+
+    place = storage_root(root)
+    config = saved_run(run_id, place).config
+    # Found by `--root` and the AWS variables, and not by what an earlier start was told.
+    storage = config.storage.model_copy(update={"root": place, "s3": S3Options()})
+    store, _ = check_run(config.model_copy(update={"storage": storage}), run_id)
+    connect(config.tracking.uri)
+    total = epochs or config.epochs
+    _show(run_id, total, lambda: resume_flow(run_id, place, epochs), store)
+
+
+@app.command()
+def runs(root: Root = None) -> None:
+    """List the runs of a store."""
+    from ddpo.report import reward_curve
+    from ddpo.run import storage_root
+    from ddpo.store.objects import Store
+    from ddpo.store.runs import list_runs
+
+    store = Store.open(storage_root(root))
+    table = Table("run", "model", "reward", "epochs", "first", "last", title=store.root)
+    for run_id in list_runs(store):
+        run = saved_run(run_id, root)
+        curve = reward_curve(run)
+        first, last = (f"{curve[0].mean:.4g}", f"{curve[-1].mean:.4g}") if curve else ("", "")
+        epochs = f"{len(curve)}/{run.config.epochs}"
+        table.add_row(run_id, run.config.model.path, run.config.reward.name, epochs, first, last)
+    console.print(table if table.row_count else f"no runs in {store.root}")
+
+
+@app.command()
+def sample(
+    run_id: RunId,
+    prompt: Annotated[str, typer.Option(help="What to draw.")],
+    out: Annotated[Path, typer.Option(help="The picture to write, a .png.")],
+    seed: Annotated[int, typer.Option(help="Of the noise.", min=0)] = 0,
+    checkpoint: Annotated[
+        int | None, typer.Option(help="Epochs trained; 0 is the base model. By default the last.")
+    ] = None,
+    root: Root = None,
+) -> None:
+    """Draw a picture with a run's model."""
+    from ddpo.drawing import draw
+    from ddpo.errors import ConfigError
+
+    if out.suffix.lower() != ".png":
+        raise ConfigError(f"--out {out} does not end in .png, which is what is written")
+    hide_loading_bars()
+    picture = draw(saved_run(run_id, root), prompt, seed=seed, checkpoint=checkpoint)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    picture.save(out)
+    console.print(f"{out}: '{prompt}', seed {seed}")
+
+
+def _show(run_id: str, epochs: int, run: Callable[[], object], store: Store) -> None:
+    """Run a flow under progress bars, then show what came of it."""
+    from ddpo.run import open_run
+    from flows.bars import Bars
+    from flows.stopping import Stop, resume_command, start_server
+    from tasks.progress import shown_by
+
+    hide_loading_bars()
+    again = resume_command(store, run_id)
+
+    def tell() -> None:
+        console.show_cursor()  # hidden by bars that may not have come to their end
+        say(f"stopped; what is committed is kept. Go on with: {again}")
+
+    bars = Bars(console, run_id, epochs)
+    try:
+        with Stop(tell), without_heartbeats(), bars, shown_by(bars):
+            start_server()
+            run()
+    except Exception as error:
+        console.print(f"[bold red]the run failed: {type(error).__name__}[/]", highlight=False)
+        say(str(error))
+        say(f"What is committed is kept. Go on with: {again}")
+        sys.exit(1)
+    _summarise(open_run(store, run_id))
+
+
+def _summarise(run: Run) -> None:
+    from ddpo.report import reward_curve
+    from ddpo.secrets import hide_credentials
+    from flows.train import outputs_folder
+    from tasks.export import ADAPTER_FOLDER, PIPELINE_FOLDER
+
+    curve = reward_curve(run)
+    outputs = outputs_folder(run.config, run.run_id)
+    table = Table("", "first epoch", "last epoch", title=run.run_id, title_justify="left")
+    first, last = curve[0], curve[-1]
+    table.add_row("epoch", str(first.epoch), str(last.epoch))
+    table.add_row("reward, mean", f"{first.mean:.4f}", f"{last.mean:.4f}")
+    table.add_row("reward, std", f"{first.std:.4f}", f"{last.std:.4f}")
+    console.print(table)
+    places = Table.grid(padding=(0, 2))
+    places.add_column()
+    places.add_column(overflow="fold")  # a path that is cut short leads nowhere
+    places.add_row("report", str(outputs / "report.png"))
+    whole = run.config.trainable.type == "full"
+    places.add_row("weights", str(outputs / (PIPELINE_FOLDER if whole else ADAPTER_FOLDER)))
+    places.add_row("store", run.store.root)
+    places.add_row("MLflow", hide_credentials(run.config.tracking.uri))
+    places.add_row("look", "ddpo ui")
+    console.print(places)
