@@ -129,7 +129,7 @@ def main() -> None:
     arguments = parser.parse_args()
     hide_loading_bars()
     run = open_run(Store.open(storage_root(arguments.root)), arguments.run_id)
-    latest = latest_checkpoint(run.store, run.run_id)
+    latest = latest_checkpoint(run.store, run.run_id, run.first_epoch)
     if latest is None:
         parser.error(f"run {run.run_id} has no checkpoint yet; start it with `ddpo resume`")
     base, trained = evaluate(run, 0), evaluate(run, latest[0])

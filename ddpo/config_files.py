@@ -42,9 +42,22 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
             f"{file} holds {type(raw).__name__}, not a mapping; expected keys such as `model:`, "
             "`prompts:` and `reward:` (see configs/starter.yaml)"
         )
+    apply_overrides(raw, overrides)
+    return parse_config(raw, str(file))
+
+
+def apply_overrides(raw: dict[str, Any], overrides: Sequence[str]) -> None:
+    """Change settings of a config that is not checked yet, in place.
+
+    Args:
+        raw: Nested keys and values.
+        overrides: ``a.b=value``, the value as YAML; applied in order.
+
+    Raises:
+        ConfigError: One of them is nothing of the kind.
+    """
     for override in overrides:
         _apply(raw, override)
-    return parse_config(raw, str(file))
 
 
 def parse_config(raw: Mapping[str, Any], source: str) -> RunConfig:

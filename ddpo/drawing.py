@@ -35,12 +35,13 @@ def draw(run: Run, prompt: str, *, seed: int, checkpoint: int | None = None) -> 
 
 
 def _checkpoint(run: Run, epoch: int | None) -> Ref:
-    latest = latest_checkpoint(run.store, run.run_id)
+    latest = latest_checkpoint(run.store, run.run_id, run.first_epoch)
     if latest is None:
         raise ConfigError(f"run {run.run_id!r} has no checkpoint yet; start it with `ddpo resume`")
     if epoch is None:
         return latest[1]
     found = find_checkpoint(run.store, run.run_id, epoch)
     if found is None:
-        raise ConfigError(f"run {run.run_id!r} has no checkpoint {epoch}; it has 0 to {latest[0]}")
+        known = f"{run.first_epoch} to {latest[0]}"
+        raise ConfigError(f"run {run.run_id!r} has no checkpoint {epoch}; it has {known}")
     return found.ref

@@ -47,13 +47,14 @@ def reward_curve(run: Run) -> list[EpochRewards]:
     reward_id = run.reward.identity.reward_id
     curve: list[EpochRewards] = []
     while True:
-        key = keys.advantage_manifest_key(reward_id, run.run_id, len(curve))
+        epoch = run.first_epoch + len(curve)
+        key = keys.advantage_manifest_key(reward_id, run.run_id, epoch)
         committed = manifests.find(run.store, key)
         if committed is None:
             return curve
         rows = decode_advantages(run.store.get(committed.manifest.objects["advantages"]))
         rewards = np.asarray([row.reward for row in rows if row.reward is not None])
-        curve.append(EpochRewards(len(curve), float(rewards.mean()), float(rewards.std())))
+        curve.append(EpochRewards(epoch, float(rewards.mean()), float(rewards.std())))
 
 
 def checkpoint_pictures(run: Run, pictures_id: str, epoch: int) -> list[RolloutRow]:
@@ -86,15 +87,16 @@ def write_report(run: Run, pictures_id: str, path: Path) -> Path:
         ``path``.
     """
     curve = reward_curve(run)
-    before = checkpoint_pictures(run, pictures_id, 0)[:_MOST_PICTURES]
-    after = checkpoint_pictures(run, pictures_id, len(curve))[:_MOST_PICTURES]
+    before = checkpoint_pictures(run, pictures_id, run.first_epoch)[:_MOST_PICTURES]
+    last = run.first_epoch + len(curve)
+    after = checkpoint_pictures(run, pictures_id, last)[:_MOST_PICTURES]
     columns = max(len(before), 1)
     figure = plt.figure(figsize=(10, 4.2 + 2 * 10 / columns), layout="constrained")
     upper, lower = figure.subfigures(2, 1, height_ratios=[4.2, 2 * 10 / columns], squeeze=False)[
         :, 0
     ]
     _draw_curve(upper.subplots(), run, curve)
-    _draw_pictures(lower, before, after, len(curve))
+    _draw_pictures(lower, before, after, last)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110, facecolor="white")
     plt.close(figure)

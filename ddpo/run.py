@@ -67,6 +67,11 @@ class Run:
         )
 
     @property
+    def first_epoch(self) -> int:
+        """The run's first epoch: 0, unless it branches off another run."""
+        return self.config.fork.epoch if self.config.fork else 0
+
+    @property
     def shards(self) -> int:
         """Shards an epoch."""
         return self.config.sampler.samples_per_epoch // self.config.sampler.shard_size
@@ -117,7 +122,8 @@ def check_run(config: RunConfig, run_id: str) -> tuple[Store, Numerics]:
     store.probe()
     if not store.exists(keys.run_key(run_id)):
         return store, check_config(config)
-    committed = len(store.list(keys.epoch_manifests_prefix(run_id)))
+    first = config.fork.epoch if config.fork else 0
+    committed = first + len(store.list(keys.epoch_manifests_prefix(run_id)))
     if config.epochs < committed:
         raise ConfigError(
             f"epochs is {config.epochs}, and run {run_id!r} has {committed} already; give at least "

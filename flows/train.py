@@ -29,12 +29,12 @@ from ddpo.store.objects import Store
 from ddpo.store.s3 import S3Options
 from flows.epoch import EpochPlan, artifact_key, run_epoch
 from flows.quiet import without_heartbeats
+from flows.start import first_checkpoint
 from flows.stopping import mark_stopped, note_begun, notice, resume_command
 from tasks.export import export_weights
 from tasks.mlflow_page import open_page
 from tasks.pictures import draw_pictures, picture_set
 from tasks.progress import finished_epoch
-from tasks.start import start
 from tasks.track import TrackingHandle, track_pictures
 from tasks.tracking import TrackingError
 from tasks.worker import RunHandle, opened
@@ -95,7 +95,7 @@ def train(
     named = [f"{name}={value}" for name, value in form.items() if value is not None]
     config = read_config(config_file, [*named, *overrides])
     run_id = run_id or _run_name()
-    _train(start_run(config, run_id))
+    train_run(start_run(config, run_id))
     return run_id
 
 
@@ -128,7 +128,7 @@ def resume(run_id: str, storage: Text = None, epochs: Whole = None) -> str:
         if epochs < 1:
             raise ConfigError(f"epochs is {epochs}; a run has at least 1")
         changes["epochs"] = epochs
-    _train(start_run(config.model_copy(update=changes), run_id))
+    train_run(start_run(config.model_copy(update=changes), run_id))
     return run_id
 
 
@@ -146,7 +146,12 @@ def outputs_folder(config: RunConfig, run_id: str) -> Path:
     return Path(config.outputs) / run_id
 
 
-def _train(run: Run) -> None:
+def train_run(run: Run) -> None:
+    """Start a run or go on with it, epoch by epoch, and hand over what was learnt.
+
+    Args:
+        run: The run, as this start operates it.
+    """
     opened.cache_clear()  # the operation half may be another than at an earlier start
     handle = RunHandle(root=run.store.root, s3=run.store.s3, run_id=run.run_id)
     pictures = picture_set(run, run.config.tracking.pictures)
@@ -167,7 +172,8 @@ def _train(run: Run) -> None:
     try:
         rows: list[dict[str, str]] = []
         first = _first_epoch(run)
-        checkpoint = committed_checkpoint(run, first) if first else start(handle)
+        begun = first > run.first_epoch
+        checkpoint = committed_checkpoint(run, first) if begun else first_checkpoint(run, handle)
         for epoch in range(first, epochs):
             with without_heartbeats():  # this flow has its own
                 outcome = run_epoch(plan, checkpoint, epoch)
@@ -208,10 +214,10 @@ def committed_checkpoint(run: Run, epoch: int) -> Ref:
 
 def _first_epoch(run: Run) -> int:
     """Return the last committed epoch, which may lack its tracking; all before it are whole."""
-    committed = 0
+    committed = run.first_epoch
     while run.store.exists(keys.epoch_manifest_key(run.run_id, committed)):
         committed += 1
-    return max(min(committed, run.config.epochs) - 1, 0)
+    return max(min(committed, run.config.epochs) - 1, run.first_epoch)
 
 
 def _mean(row: Mapping[str, str]) -> str:

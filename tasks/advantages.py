@@ -33,7 +33,8 @@ def advantages_of(
 
     Args:
         handle: The run.
-        checkpoint: The checkpoint before the epoch: it holds the statistics so far.
+        checkpoint: Holds the statistics so far: the checkpoint before the epoch; or, where samples
+            are scored again, the advantages of the epoch before it.
         rollouts: The epoch's shards, in order.
         scores: Their scores, in order.
         epoch: The epoch.
@@ -70,7 +71,8 @@ def normalise(
 
     Args:
         run: The run.
-        checkpoint: The checkpoint before the epoch: it holds the statistics so far.
+        checkpoint: Holds the statistics so far: the checkpoint before the epoch; or, where samples
+            are scored again, the advantages of the epoch before it.
         rollouts: The epoch's shards, in order.
         scores: Their scores, in order.
         epoch: The epoch.
@@ -91,10 +93,10 @@ def normalise(
         table = run.store.get(manifests.load(run.store, ref).objects["rewards"])
         reward_by_id |= {row.sample_id: row.reward for row in decode_rewards(table)}
     ids = sorted(prompt_by_id)
-    progress = load_document(run.store, manifests.load(run.store, checkpoint), "progress")
+    statistics = _statistics_after(run, checkpoint)
     batch = compute_advantages(
         run.config.advantages,
-        {prompt: tuple(rewards) for prompt, rewards in progress["statistics"].items()},
+        {prompt: tuple(rewards) for prompt, rewards in statistics.items()},
         [prompt_by_id[i] for i in ids],
         np.asarray([_or_nan(reward_by_id[i]) for i in ids], dtype=np.float64),
         impute=run.config.reward.on_failure == "impute",
@@ -112,16 +114,24 @@ def normalise(
         )
         for i, sample_id in enumerate(ids)
     ]
-    statistics = {prompt: list(rewards) for prompt, rewards in batch.statistics.items()}
+    after = {prompt: list(rewards) for prompt, rewards in batch.statistics.items()}
     stem = keys.advantage_stem(reward_id, run.run_id, epoch)
     objects = {
         "advantages": run.store.put(stem, ".parquet", encode_advantages(rows)),
         "statistics": run.store.put(
-            keys.statistics_stem(reward_id, run.run_id, epoch), ".json", canonical_json(statistics)
+            keys.statistics_stem(reward_id, run.run_id, epoch), ".json", canonical_json(after)
         ),
     }
     key, inputs = _identity(run, checkpoint, rollouts, scores, epoch)
     return manifests.commit(run.store, key, kind="advantages", inputs=inputs, objects=objects)
+
+
+def _statistics_after(run: Run, ref: Ref) -> dict[str, list[float]]:
+    """Return the prompt statistics that a checkpoint, or an epoch's advantages, ends with."""
+    manifest = manifests.load(run.store, ref)
+    if manifest.kind == "checkpoint":
+        return load_document(run.store, manifest, "progress")["statistics"]
+    return load_document(run.store, manifest, "statistics")
 
 
 def _status(reward: float | None, imputed: bool) -> str:

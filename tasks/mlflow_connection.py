@@ -133,6 +133,22 @@ def find_or_create_experiment(client: MlflowClient, name: str) -> str:
     return experiment.experiment_id
 
 
+def find_run(client: MlflowClient, experiment_id: str, run_id: str) -> Run | None:
+    """The MLflow run of `run_id`, None where it has none in the experiment.
+
+    Raises:
+        TrackingError: If MLflow refuses.
+    """
+    with named_errors(f"look for the run {run_id!r}"):
+        found = client.search_runs(
+            [experiment_id],
+            filter_string=f"tags.`{RUN_ID_TAG}` = '{run_id}'",
+            order_by=["attributes.start_time ASC"],
+            max_results=1,
+        )
+        return found[0] if found else None
+
+
 def find_or_create_run(
     client: MlflowClient,
     experiment_id: str,
@@ -150,13 +166,8 @@ def find_or_create_run(
         TrackingError: If MLflow refuses.
     """
     with named_errors(f"open the run {run_id!r}"):
-        found = client.search_runs(
-            [experiment_id],
-            filter_string=f"tags.`{RUN_ID_TAG}` = '{run_id}'",
-            order_by=["attributes.start_time ASC"],
-            max_results=1,
-        )
-        run = found[0] if found else client.create_run(experiment_id, tags={RUN_ID_TAG: run_id})
+        found = find_run(client, experiment_id, run_id)
+        run = found or client.create_run(experiment_id, tags={RUN_ID_TAG: run_id})
         mlflow_run_id = run.info.run_id
         if run.info.status != "RUNNING":
             client.update_run(mlflow_run_id, status="RUNNING")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import tempfile
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import yaml
 
+from ddpo.config import RewardConfig
 from ddpo.run import Run
 from ddpo.store import keys
 from tasks.tracking import RunTracker
@@ -29,6 +31,8 @@ def open_page(run: Run, *, flow_run_id: str | None, flow_run_name: str | None) -
         TrackingError: MLflow refuses or is gone.
     """
     tracking = run.config.tracking
+    fork = run.config.fork
+    lineage = {"ddpo.forked_from": fork.run_id, "ddpo.forked_at": str(fork.epoch)} if fork else {}
     page = RunTracker.open(
         tracking_uri=tracking.uri,
         experiment=tracking.experiment,
@@ -39,7 +43,11 @@ def open_page(run: Run, *, flow_run_id: str | None, flow_run_name: str | None) -
             "ddpo.git_commit": _git_commit(),
             "prefect.flow_run_id": flow_run_id or "",
             "prefect.flow_run_name": flow_run_name or "",
+            **(
+                {"ddpo.forked_from": fork.run_id, "ddpo.forked_at": str(fork.epoch)} if fork else {}
+            ),
         },
+        parent=fork.run_id if fork else None,
     )
     page.log_rollouts(
         name=f"rollouts-{run.run_id}",
@@ -52,6 +60,42 @@ def open_page(run: Run, *, flow_run_id: str | None, flow_run_name: str | None) -
     if tracking.system_metrics:
         page.start_system_metrics()
     return page
+
+
+def open_rescored_page(
+    run: Run, reward: RewardConfig, reward_id: str, *, uri: str | None, flow_run_id: str
+) -> RunTracker:
+    """Open the page of a run's samples under another reward, below the run's own page.
+
+    Args:
+        run: The run.
+        reward: The new reward.
+        reward_id: Its id.
+        uri: MLflow's tracking URI; by default the run's.
+        flow_run_id: Prefect's id of the flow run that asks.
+
+    Returns:
+        The page.
+
+    Raises:
+        TrackingError: MLflow refuses or is gone.
+    """
+    return RunTracker.open(
+        tracking_uri=uri or run.config.tracking.uri,
+        experiment=run.config.tracking.experiment,
+        run_id=f"{run.run_id}-by-{reward_id}",
+        params={
+            "reward": reward.name,
+            "reward_of_run": run.config.reward.name,
+            **{f"reward.{name}": json.dumps(value) for name, value in reward.parameters.items()},
+        },
+        tags={
+            "ddpo.storage_root": run.store.root,
+            "ddpo.rescored_run": run.run_id,
+            "prefect.flow_run_id": flow_run_id,
+        },
+        parent=run.run_id,
+    )
 
 
 def _parameters(run: Run) -> dict[str, str | int | float | bool]:

@@ -18,6 +18,7 @@ from ddpo.store.images import encode_image
 from ddpo.store.manifests import Committed, Ref
 from ddpo.store.tables import RolloutRow, encode_rollouts
 from ddpo.store.tensors import encode_tensors
+from tasks.adopt import adopt_shard
 from tasks.progress import report
 from tasks.retries import STORAGE
 from tasks.worker import RunHandle, opened, policy_at
@@ -32,6 +33,8 @@ from tasks.worker import RunHandle, opened, policy_at
 def sample_shard(handle: RunHandle, checkpoint: Ref, epoch: int, shard: int) -> Ref:
     """Draw and commit one shard: a row a sample, and its trajectories.
 
+    In a fork's first epoch, the shard that is saved already.
+
     Args:
         handle: The run.
         checkpoint: The checkpoint before the epoch.
@@ -42,6 +45,8 @@ def sample_shard(handle: RunHandle, checkpoint: Ref, epoch: int, shard: int) -> 
         The shard's manifest.
     """
     run = opened(handle)
+    if run.config.fork and run.config.fork.adopts(epoch):
+        return adopt_shard(run, epoch, shard).ref
     key, inputs = _identity(run, checkpoint, epoch, shard)
     done = manifests.find(run.store, key, inputs=inputs)
     return (done or draw_shard(run, checkpoint, epoch, shard)).ref

@@ -1,6 +1,8 @@
-"""The task that makes checkpoint 0: the state before anything was learnt."""
+"""The task that makes a run's first checkpoint: the state before it has learnt anything."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
@@ -9,25 +11,34 @@ from ddpo.sampling import sampler_digest
 from ddpo.store.checkpoints import commit_checkpoint, find_checkpoint
 from ddpo.store.manifests import Ref
 from ddpo.update import initial_state
+from tasks.adopt import adopt_checkpoint
 from tasks.retries import STORAGE
 from tasks.worker import RunHandle, fresh_policy, opened
 
 
-@task(name="start", task_run_name="checkpoint 0", cache_policy=NO_CACHE, **STORAGE)
-def start(handle: RunHandle) -> Ref:
-    """Commit checkpoint 0, or return it where it is committed.
+@task(name="start", task_run_name="first checkpoint", cache_policy=NO_CACHE, **STORAGE)
+def start(handle: RunHandle, history: Sequence[Ref] = ()) -> Ref:
+    """Commit a run's first checkpoint, or return it where it is committed.
 
     Args:
         handle: The run.
+        history: Of a fork that rebuilds its prompt statistics: the scores of all epochs before it,
+            in order.
 
     Returns:
         The checkpoint's manifest.
+
+    Raises:
+        PolicyMismatch: A fork's base model or sampler is not that of the saved rollouts.
+        RetiredObject: Retention deleted the checkpoint that a fork starts from.
     """
     run = opened(handle)
-    done = find_checkpoint(run.store, run.run_id, 0)
+    done = find_checkpoint(run.store, run.run_id, run.first_epoch)
     if done is not None:
         return done.ref
     with fresh_policy(run) as policy:
+        if run.config.fork:
+            return adopt_checkpoint(run, policy, history)
         digests = {
             "policy_digest": policy.digest,
             "base_digest": policy.base_digest,

@@ -16,6 +16,7 @@ from ddpo.store import manifests
 from ddpo.store.checkpoints import load_document
 from ddpo.store.images import decode_image
 from ddpo.store.manifests import Ref
+from ddpo.store.objects import Store
 from ddpo.store.tables import decode_advantages, decode_rewards, decode_rollouts
 from tasks.mlflow_connection import connect
 from tasks.retries import STORAGE
@@ -68,7 +69,7 @@ def track_epoch(
     """
     run = opened(handle)
     metrics = {f"time/{name}": value for name, value in timings.items()}
-    metrics |= _reward_metrics(run.store, scores)
+    metrics |= reward_metrics(run.store, scores)
     table = run.store.get(manifests.load(run.store, advantages).objects["advantages"])
     rows = decode_advantages(table)
     metrics |= {
@@ -110,7 +111,16 @@ def track_pictures(
         tracker(tracking).log_picture(key, decode_image(row.image_png), step=epoch)
 
 
-def _reward_metrics(store: Any, scores: Sequence[Ref]) -> dict[str, float]:
+def reward_metrics(store: Store, scores: Sequence[Ref]) -> dict[str, float]:
+    """Return what MLflow shows of an epoch's rewards: mean, std, min, max, and how many failed.
+
+    Args:
+        store: The store.
+        scores: The epoch's scores.
+
+    Returns:
+        Metrics by name.
+    """
     rows = [
         row
         for ref in scores

@@ -19,7 +19,7 @@ from mlflow.entities import Dataset, DatasetInput, InputTag, Metric
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 from mlflow.tracking import MlflowClient
 from mlflow.tracking.multimedia import compress_image_size
-from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT
+from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT, MLFLOW_PARENT_RUN_ID
 
 from tasks import mlflow_adapters
 from tasks.mlflow_connection import (
@@ -27,6 +27,7 @@ from tasks.mlflow_connection import (
     connect,
     find_or_create_experiment,
     find_or_create_run,
+    find_run,
     hide_credentials,
     loggable,
     named_errors,
@@ -67,6 +68,7 @@ class RunTracker:
         run_id: str,
         params: Mapping[str, str | int | float | bool],
         tags: Mapping[str, str],
+        parent: str | None = None,
     ) -> Self:
         """Finds the MLflow run of `run_id`, or creates it, and sets it running.
 
@@ -78,6 +80,7 @@ class RunTracker:
             params: The resolved config, flat. A parameter is logged once, and keeps its first
                 value; secrets are hidden; beyond 500 characters it is cut, and attached in full.
             tags: What may differ from start to start (engine, host); the newest wins.
+            parent: Id of the run below whose page this one is shown, if that has a page here.
 
         Raises:
             TrackingError: If the address is a plain folder, if no server answers within 5 seconds,
@@ -85,7 +88,9 @@ class RunTracker:
         """
         client = connect(tracking_uri)
         experiment_id = find_or_create_experiment(client, experiment)
-        run = find_or_create_run(client, experiment_id, run_id, params, tags)
+        above = find_run(client, experiment_id, parent) if parent else None
+        marks = {**tags, MLFLOW_PARENT_RUN_ID: above.info.run_id} if above else tags
+        run = find_or_create_run(client, experiment_id, run_id, params, marks)
         return cls(client, experiment_id, run.info.run_id)
 
     def run_url(self, ui_address: str) -> str:

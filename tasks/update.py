@@ -89,6 +89,7 @@ def _read_rollouts(
     run: Run, refs: Sequence[Ref], digests: dict[str, str]
 ) -> tuple[Rollouts, list[str]]:
     """Read the epoch's trajectories, and refuse those of another policy or sampler."""
+    off_policy = run.config.fork is not None and run.config.fork.off_policy
     rows, shards = [], []
     for ref in refs:
         manifest = manifests.load(run.store, ref)
@@ -96,11 +97,14 @@ def _read_rollouts(
         shards.append(decode_tensors(run.store.get(manifest.objects["trajectories"]))[0])
     for row in rows:
         for name in ("policy_digest", "sampler_digest"):
+            if name == "policy_digest" and off_policy:
+                continue
             if getattr(row, name) != digests[name]:
                 raise PolicyMismatch(
                     f"sample {row.sample_id} has {name} {getattr(row, name)}, expected "
                     f"{digests[name]}: it was drawn by another policy or sampler than the one "
-                    "that is to be updated, and importance ratios would be wrong"
+                    "that is to be updated, and importance ratios would be wrong. In a fork, "
+                    "off_policy: true trains on another policy's all the same"
                 )
     rollouts = Rollouts(
         prompts=[row.prompt for row in rows],

@@ -5,11 +5,12 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from pydantic import BaseModel, ConfigDict
 
+from ddpo.config import RewardConfig
 from ddpo.errors import PolicyMismatch
 from ddpo.policies import Policy
 from ddpo.run import Run, open_run
@@ -35,6 +36,9 @@ class RunHandle(BaseModel, frozen=True):
     """How its bucket is reached."""
     run_id: str
     """The run's name."""
+    reward: str | None = None
+    """A `RewardConfig` as JSON that stands in for the run's own, when its samples are scored again.
+    Text, since a handle is a key of caches."""
 
 
 @dataclass
@@ -63,7 +67,11 @@ class Lease:
 @lru_cache(maxsize=8)
 def opened(handle: RunHandle) -> Run:
     """Open a run, once a process."""
-    return open_run(Store.open(handle.root, handle.s3), handle.run_id)
+    run = open_run(Store.open(handle.root, handle.s3), handle.run_id)
+    if handle.reward is None:
+        return run
+    reward = RewardConfig.model_validate_json(handle.reward)
+    return replace(run, config=run.config.model_copy(update={"reward": reward}))
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from ddpo.config.algorithm import (
     DdpoSfConfig,
     PerPromptAdvantages,
 )
+from ddpo.config.fork import ForkConfig
 from ddpo.config.operation import (
     Keep,
     PicturesConfig,
@@ -41,6 +42,7 @@ __all__ = [
     "BatchAdvantages",
     "DdpoIsConfig",
     "DdpoSfConfig",
+    "ForkConfig",
     "FullConfig",
     "Keep",
     "LoraConfig",

@@ -16,6 +16,7 @@ from pydantic import (
 )
 
 from ddpo.config.algorithm import Advantages, Algorithm, DdpoIsConfig, PerPromptAdvantages
+from ddpo.config.fork import ForkConfig
 from ddpo.config.operation import StorageConfig, TrackingConfig
 from ddpo.config.part import Part
 
@@ -149,8 +150,11 @@ class RunConfig(Part):
     """How gradients become weights."""
     numerics: NumericsConfig = NumericsConfig()
     """Batches, dtype, device."""
+    fork: ForkConfig | None = None
+    """Where the run branches off another; by default it starts from the base model."""
     epochs: PositiveInt = 100
-    """Rounds of sampling and updating. May be raised later: the run goes on."""
+    """Rounds of sampling and updating. May be raised later: the run goes on. A fork's are counted
+    from the start of the run that it branches off."""
     storage: StorageConfig = StorageConfig()
     """Where the run is remembered."""
     tracking: TrackingConfig = TrackingConfig()
@@ -190,9 +194,19 @@ class RunConfig(Part):
             )
         return self
 
+    @model_validator(mode="after")
+    def _fork_has_epochs(self) -> RunConfig:
+        if self.fork and self.epochs <= self.fork.epoch:
+            raise ValueError(
+                f"epochs {self.epochs}: the fork's first epoch is {self.fork.epoch}, and they are "
+                f"counted from 0; expected at least {self.fork.epoch + 1}"
+            )
+        return self
+
     def identity(self) -> dict[str, JsonValue]:
         """Return the half that may not change under a run_id, numerics apart, as plain JSON."""
-        return self.model_dump(mode="json", exclude=set(OPERATION_FIELDS | {"numerics"}))
+        left_out = OPERATION_FIELDS | {"numerics"} | ({"fork"} if self.fork is None else set())
+        return self.model_dump(mode="json", exclude=set(left_out))
 
     def operation(self) -> dict[str, JsonValue]:
         """Return the half that may change under a run_id, as plain JSON."""

@@ -69,10 +69,16 @@ def find_checkpoint(store: Store, run_id: str, epoch: int) -> Committed | None:
     return manifests.find(store, keys.checkpoint_manifest_key(run_id, epoch))
 
 
-def latest_checkpoint(store: Store, run_id: str) -> tuple[int, Ref] | None:
-    """Return the newest committed checkpoint's epoch and reference, None where there is none."""
+def latest_checkpoint(store: Store, run_id: str, first: int = 0) -> tuple[int, Ref] | None:
+    """Return the newest committed checkpoint's epoch and reference, None where there is none.
+
+    Args:
+        store: The store.
+        run_id: The run.
+        first: The epoch of its first checkpoint.
+    """
     found = None
-    epoch = 0
+    epoch = first
     while (committed := find_checkpoint(store, run_id, epoch)) is not None:
         found = (epoch, committed.ref)
         epoch += 1

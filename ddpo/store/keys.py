@@ -125,6 +125,16 @@ def starts_prefix(run_id: str) -> str:
     return f"runs/{validate_run_id(run_id)}/starts"
 
 
+def fork_key(run_id: str, fork: str) -> str:
+    """Returns the key of the record that another run branches off this one."""
+    return f"{forks_prefix(run_id)}/{validate_run_id(fork)}.json"
+
+
+def forks_prefix(run_id: str) -> str:
+    """Returns the folder of the records of a run's forks."""
+    return f"runs/{validate_run_id(run_id)}/forks"
+
+
 # Stems of data objects: `Store.put` appends the digest and the suffix.
 
 

@@ -102,6 +102,7 @@ class _Verifier:
         """Digest of what was found under each key that was read."""
         self.bytes = 0
         self.retired = 0
+        self.is_fork = False
         self.damages: list[Damage] = []
         self.unreadable: list[Damage] = []
 
@@ -110,7 +111,8 @@ class _Verifier:
         key = keys.run_key(self.run_id)
         if not self.store.exists(key):
             runs.load_run(self.store, self.run_id)  # raises, naming the nearest
-        self._document(key, lambda: runs.load_run(self.store, self.run_id))
+        record = self._document(key, lambda: runs.load_run(self.store, self.run_id))
+        self.is_fork = record is not None and "fork" in record.identity
         self._document(
             keys.starts_prefix(self.run_id),
             lambda: runs.list_operations(self.store, self.run_id),
@@ -140,10 +142,12 @@ class _Verifier:
         )
         # Checkpoint k + 1 comes before the commit of epoch k, and that before checkpoint k + 2.
         last = max([*epochs, *(epoch - 2 for epoch in checkpoints)], default=-1)
-        wanted = [keys.epoch_manifest_key(self.run_id, epoch) for epoch in range(last + 1)]
+        # A fork's first checkpoint has the number of the epoch at which it branches off.
+        first = min([*epochs, *checkpoints], default=0) if self.is_fork else 0
+        wanted = [keys.epoch_manifest_key(self.run_id, epoch) for epoch in range(first, last + 1)]
         wanted += [
             keys.checkpoint_manifest_key(self.run_id, epoch)
-            for epoch in range(max(checkpoints, default=-1))
+            for epoch in range(first, max(checkpoints, default=-1))
         ]
         starts = self.store.list(keys.starts_prefix(self.run_id))
         wanted += [keys.start_key(self.run_id, number) for number in range(1, len(starts) + 1)]

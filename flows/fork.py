@@ -1,0 +1,144 @@
+"""A new run from another's checkpoint and saved samples: the night goes on under a new reward."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from prefect import flow
+
+from ddpo.config import RunConfig
+from ddpo.config_files import apply_overrides, parse_config
+from ddpo.errors import ConfigError
+from ddpo.lineage import record_fork
+from ddpo.rewards import load_reward
+from ddpo.run import Run, open_run, start_run, storage_root
+from ddpo.store.objects import Store
+from ddpo.store.s3 import S3Options
+from flows.stopping import mark_stopped, note_begun
+from flows.train import Text, Whole, train_run
+from tasks.adopt import saved_rollouts
+
+Statistics = Literal["rebuild", "reset"]
+
+
+@flow(
+    name="ddpo-fork",
+    flow_run_name="{run_id} from epoch {epoch}",
+    on_running=[note_begun],
+    on_crashed=[mark_stopped],
+    on_failure=[mark_stopped],
+)
+def fork(
+    run_id: str,
+    epoch: int,
+    reward: Text = None,
+    parameters: Mapping[str, Any] | None = None,
+    fork_id: Text = None,
+    epochs: Whole = None,
+    statistics: Statistics = "rebuild",
+    overrides: Sequence[str] = (),
+    storage: Text = None,
+) -> str:
+    """Branch a run off another one's checkpoint, on samples that are saved.
+
+    Args:
+        run_id: The run to branch off.
+        epoch: Its checkpoint before this epoch is the start; this epoch's samples are not drawn
+            again.
+        reward: Name of the new reward. Empty: the same.
+        parameters: The new reward's.
+        fork_id: The new run's name. Empty: made of the other's, the epoch and the reward; one that
+            exists goes on.
+        epochs: How many epochs it is to have in the end, those before the fork counted. Empty: as
+            many as the other.
+        statistics: Prompt statistics are rebuilt by scoring the epochs before, or reset.
+        overrides: Any other setting, one an item, as `optimizer.learning_rate=1e-4`.
+        storage: Folder or URL that remembers the run. Empty: the worker's DDPO_ROOT, or the local
+            store.
+
+    Returns:
+        The new run's name.
+    """
+    parent = open_run(Store.open(storage_root(storage)), run_id)
+    config = forked_config(
+        parent,
+        epoch,
+        reward=reward,
+        parameters=parameters,
+        epochs=epochs,
+        statistics=statistics,
+        overrides=overrides,
+    )
+    fork_id = fork_id or fork_name(parent, config)
+    run = start_run(config, fork_id)
+    record_fork(run)
+    train_run(run)
+    return fork_id
+
+
+def forked_config(
+    parent: Run,
+    epoch: int,
+    *,
+    reward: str | None = None,
+    parameters: Mapping[str, Any] | None = None,
+    epochs: int | None = None,
+    statistics: Statistics = "rebuild",
+    overrides: Sequence[str] = (),
+) -> RunConfig:
+    """Return the config of a fork: the other run's, and what is asked to differ.
+
+    Args:
+        parent: The run to branch off.
+        epoch: Where.
+        reward: The new reward's name; by default the same reward.
+        parameters: Its parameters.
+        epochs: Epochs in the end.
+        statistics: As in :func:`fork`.
+        overrides: Other settings, as `a.b=value`.
+
+    Returns:
+        The config.
+
+    Raises:
+        ConfigError: The other run has no such epoch, or something must not differ.
+        RetiredObject: Retention deleted that epoch's samples.
+    """
+    saved = saved_rollouts(parent, epoch)
+    raw: dict[str, Any] = {**parent.config.identity(), **parent.config.operation()}
+    raw["numerics"] = parent.config.numerics.model_dump(mode="json")
+    # As the store was found now, and not as an earlier start was told.
+    s3 = (parent.store.s3 or S3Options()).model_dump(mode="json")
+    raw["storage"] |= {"root": parent.store.root, "s3": s3}
+    if reward is not None:
+        raw["reward"] |= {"name": reward, "parameters": dict(parameters or {})}
+    if epochs is not None:
+        raw["epochs"] = epochs
+    raw["fork"] = {"run_id": parent.run_id, "epoch": epoch, "statistics": statistics}
+    apply_overrides(raw, overrides)
+    config = parse_config(raw, f"a fork of {parent.run_id} at epoch {epoch}")
+    sampler = config.sampler
+    shards = sampler.samples_per_epoch // sampler.shard_size
+    wrong = [
+        f"{name} is {mine}, and the saved samples have {theirs}"
+        for name, mine, theirs in (
+            ("trainable", config.trainable, parent.config.trainable),
+            ("sampler.shard_size", sampler.shard_size, parent.config.sampler.shard_size),
+            ("the number of shards", shards, len(saved)),
+        )
+        if mine != theirs
+    ]
+    if wrong:
+        raise ConfigError(f"a fork of {parent.run_id} cannot start: {'; '.join(wrong)}")
+    return config
+
+
+def fork_name(parent: Run, config: RunConfig) -> str:
+    """Name a fork after the run, the epoch, and the reward if that is another."""
+    assert config.fork is not None
+    name = f"{parent.run_id}-from-{config.fork.epoch}"
+    if config.reward == parent.config.reward:
+        return name
+    identity = load_reward(config.reward.name, config.reward.parameters).identity
+    return f"{name}-{identity.reward_id}"

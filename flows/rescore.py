@@ -1,0 +1,162 @@
+"""A run's saved samples under another reward: scored again, shown beside the run, nothing drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any
+
+from prefect import flow, get_run_logger
+from prefect.runtime import flow_run
+
+from ddpo.config import RewardConfig
+from ddpo.errors import ConfigError
+from ddpo.rewards import load_reward
+from ddpo.run import Run, open_run, storage_root
+from ddpo.store import keys, manifests
+from ddpo.store.checkpoints import find_checkpoint
+from ddpo.store.manifests import Ref
+from ddpo.store.objects import Store
+from flows.stopping import mark_stopped, note_begun
+from flows.train import Text
+from tasks.adopt import saved_rollouts
+from tasks.advantages import advantages_of
+from tasks.mlflow_page import open_rescored_page
+from tasks.score import score_shard
+from tasks.track import TrackingHandle
+from tasks.track_rescored import track_disagreement, track_rescored
+from tasks.tracking import TrackingError
+from tasks.worker import RunHandle, opened
+
+
+@flow(
+    name="ddpo-rescore",
+    flow_run_name="{run_id} by {reward}",
+    on_running=[note_begun],
+    on_crashed=[mark_stopped],
+    on_failure=[mark_stopped],
+)
+def rescore(
+    run_id: str,
+    reward: str,
+    parameters: Mapping[str, Any] | None = None,
+    epochs: Text = None,
+    storage: Text = None,
+    tracking: Text = None,
+) -> str:
+    """Score a run's saved samples with another reward; what is scored already is not scored again.
+
+    Args:
+        run_id: The run.
+        reward: Name of the new reward.
+        parameters: Its parameters.
+        epochs: Which, as `a:b`, without b; either may be left out. Empty: all.
+        storage: Folder or URL that remembers the run. Empty: the worker's DDPO_ROOT, or the local
+            store.
+        tracking: MLflow's tracking URI. Empty: the run's.
+
+    Returns:
+        The new reward's id: the part `reward_name=` of its tables in the store.
+    """
+    run = open_run(Store.open(storage_root(storage)), run_id)
+    chosen = chosen_epochs(run, epochs)
+    config = RewardConfig(
+        name=reward,
+        parameters=dict(parameters or {}),
+        tries=run.config.reward.tries,
+        on_failure=run.config.reward.on_failure,
+    )
+    reward_id = load_reward(config.name, config.parameters).identity.reward_id
+    if reward_id == run.reward.identity.reward_id:
+        raise ConfigError(f"{reward_id} is the run's own reward: its samples have these scores")
+    handle = RunHandle(
+        root=run.store.root, s3=run.store.s3, run_id=run_id, reward=config.model_dump_json()
+    )
+    rescored = opened(handle)
+    page = open_rescored_page(
+        run, config, reward_id, uri=tracking, flow_run_id=flow_run.get_id() or ""
+    )
+    shown = TrackingHandle(
+        uri=tracking or run.config.tracking.uri,
+        experiment_id=page.experiment_id,
+        mlflow_run_id=page.mlflow_run_id,
+    )
+    try:
+        for epoch in chosen:
+            rollouts = saved_rollouts(run, epoch)
+            scores = [score_shard(handle, ref, epoch, shard) for shard, ref in enumerate(rollouts)]
+            before = _statistics_before(rescored, epoch)
+            if before is None:
+                get_run_logger().info(
+                    "epoch %d has no advantages: those of epoch %d under %s come first",
+                    epoch,
+                    epoch - 1,
+                    reward_id,
+                )
+            else:
+                advantages_of(handle, before, rollouts, scores, epoch)
+            track_rescored(handle, shown, scores, epoch)
+        track_disagreement(handle, shown, chosen)
+    except BaseException as error:
+        with suppress(TrackingError):  # the first error is the one to tell
+            page.finish("FAILED" if isinstance(error, Exception) else "KILLED")
+        raise
+    page.finish("FINISHED")
+    return reward_id
+
+
+def chosen_epochs(run: Run, asked: str | None) -> list[int]:
+    """Return the committed epochs of a run that are asked for and whose samples are kept.
+
+    Args:
+        run: The run.
+        asked: `a:b`, without b; either may be left out. None for all.
+
+    Returns:
+        Epochs, in order.
+
+    Raises:
+        ConfigError: There is none, or the words are no range.
+    """
+    listed = run.store.list(keys.epoch_manifests_prefix(run.run_id))
+    committed = sorted(epoch for key in listed if (epoch := keys.parse_epoch(key)) is not None)
+    low, high = _range(asked)
+    wanted = [e for e in committed if e >= low and (high is None or e < high)]
+    kept = [
+        epoch
+        for epoch in wanted
+        if not run.store.exists(keys.retired_epoch_key("samples", run.run_id, epoch))
+    ]
+    if not kept:
+        held = f"{committed[0]} to {committed[-1]}" if committed else "none"
+        raise ConfigError(
+            f"run {run.run_id!r} has no saved samples of the epochs {asked or 'asked for'}; "
+            f"committed are {held}"
+            + (", and retention deleted the samples asked for" if wanted else "")
+        )
+    return kept
+
+
+def _range(asked: str | None) -> tuple[int, int | None]:
+    if not asked:
+        return 0, None
+    low, separator, high = asked.partition(":")
+    try:
+        if not separator:
+            return int(low), int(low) + 1
+        return int(low or 0), int(high) if high else None
+    except ValueError:
+        raise ConfigError(
+            f"epochs {asked!r} is no range; expected `a:b` (from a on, without b) or one epoch"
+        ) from None
+
+
+def _statistics_before(run: Run, epoch: int) -> Ref | None:
+    """Return what holds the prompt statistics before an epoch, under the run's (new) reward."""
+    if epoch == run.first_epoch:
+        first = find_checkpoint(run.store, run.run_id, epoch)
+        return first.ref if first else None
+    reward_id = run.reward.identity.reward_id
+    key = keys.advantage_manifest_key(reward_id, run.run_id, epoch - 1)
+    found = manifests.find(run.store, key)
+    return found.ref if found else None
