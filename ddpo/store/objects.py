@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import uuid
 from contextlib import AbstractContextManager, suppress
 from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any
 
-import fsspec
 from fsspec import AbstractFileSystem
-from fsspec.implementations.local import LocalFileSystem
-from fsspec.implementations.memory import MemoryFileSystem
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from ddpo.digests import sha256_bytes
@@ -27,8 +23,10 @@ from ddpo.errors import (
 )
 from ddpo.secrets import hide_credentials
 from ddpo.store import keys
+from ddpo.store.addresses import open_filesystem
 from ddpo.store.backends import backend_for
 from ddpo.store.calls import named_call, read_on, read_whole
+from ddpo.store.listing import files_below, written_at
 from ddpo.store.s3 import S3Options
 
 REFRESH_AFTER = timedelta(hours=1)
@@ -92,36 +90,7 @@ class Store:
         Raises:
             StoreNotWritable: No such kind of store is known, or the address holds credentials.
         """
-        scheme, _, place = root.partition("://")
-        if place and "@" in place and scheme not in ("file", "local"):
-            raise StoreNotWritable(
-                f"{scheme}://...",
-                "its address holds an '@', as one with credentials does",
-                "Give s3://bucket/prefix, and AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY in the "
-                "environment",
-            )
-        arguments = {}
-        if scheme in ("s3", "s3a"):
-            for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"):
-                if "@" in os.environ.get(name, ""):
-                    raise StoreNotWritable(
-                        root,
-                        f"{name} holds an '@', as an address with credentials does",
-                        "Give http://host:port there, and AWS_ACCESS_KEY_ID and "
-                        "AWS_SECRET_ACCESS_KEY beside it",
-                    )
-            arguments = (s3 or S3Options()).filesystem_arguments()
-            bundle = s3.ca_bundle if s3 else None
-            if bundle and not bundle.is_file():
-                raise StoreNotWritable(root, f"there is no ca_bundle {bundle}", "Check its path.")
-        # Other processes write to the same store, so a cached listing is a wrong answer.
-        try:
-            fs, path = fsspec.core.url_to_fs(root, use_listings_cache=False, **arguments)
-        except (ValueError, ImportError) as error:
-            way_out = "Give a folder, or an fsspec URL such as s3://bucket/prefix."
-            raise StoreNotWritable(root, str(error), way_out) from error
-        if arguments:
-            fs.retries = 1  # botocore retries already; both together would try 30 times
+        fs, path = open_filesystem(root, s3)
         return cls(fs, path, s3)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -324,50 +293,19 @@ class Store:
 
     def _below(self, folder: str) -> dict[str, dict[str, Any]]:
         """Finds all objects below a folder, unfinished writes too: what fsspec says, by key."""
-        with self._named("list", folder[len(self._path) + 1 :]):
-            if isinstance(self._fs, LocalFileSystem | MemoryFileSystem):
-                found = self._walk(folder)
-            else:
-                listed: Any = self._fs.find(folder, detail=True)  # typed as a list too
-                found = listed
         start = len(self._path) + 1
-        # SeaweedFS lists an emptied folder as itself.
-        inside = {path: info for path, info in found.items() if path.startswith(folder + "/")}
-        return {str(path)[start:]: info for path, info in inside.items()}
-
-    def _walk(self, folder: str) -> dict[str, dict[str, Any]]:
-        """Finds all files below a folder; raises where one may not be listed.
-
-        fsspec's own walk leaves such folders out without a word, and a listing with holes is a
-        wrong answer.
-        """
-        found: dict[str, dict[str, Any]] = {}
-        pending = [folder]
-        while pending:
-            try:
-                listing = self._fs.ls(pending.pop(), detail=True)
-            except FileNotFoundError:
-                continue
-            for info in listing:
-                if info["type"] == "directory":
-                    pending.append(info["name"])
-                else:
-                    found[info["name"]] = info
-        return found
+        with self._named("list", folder[start:]):
+            found = files_below(self._fs, folder)
+        return {path[start:]: info for path, info in found.items()}
 
     def _modified(self, key: str, info: dict[str, Any]) -> datetime:
-        found = info.get("mtime", info.get("LastModified", info.get("created")))
+        found = written_at(self._fs, self._full(key), info)
         if found is None:
-            try:
-                found = self._fs.modified(self._full(key))
-            except (NotImplementedError, AttributeError, KeyError) as error:
-                raise StoreError(
-                    f"{self.root} does not tell when {key} was written, so nothing can be told "
-                    "to be old enough to sweep; use a disk or S3 to sweep"
-                ) from error
-        if isinstance(found, datetime):
-            return found.astimezone(UTC) if found.tzinfo else found.replace(tzinfo=UTC)
-        return datetime.fromtimestamp(float(found), UTC)
+            raise StoreError(
+                f"{self.root} does not tell when {key} was written, so nothing can be told "
+                "to be old enough to sweep; use a disk or S3 to sweep"
+            )
+        return found
 
     def _is_fresh(self, stored: StoredObject) -> bool:
         try:

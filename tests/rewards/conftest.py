@@ -1,0 +1,40 @@
+"""Services for the tests of both ends of a served reward."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from ddpo.rewards import endpoints as endpoints_module
+from ddpo.rewards.service import create_app
+from tests.rewards.fake_service import Fake
+from tests.rewards.served import SMALL, Sum, serving, wait_for
+
+
+@pytest.fixture(scope="module")
+def up() -> Iterator[str]:
+    """A service of small limits, the same one for all that should not hurt it."""
+    with serving(create_app(Sum, limits=SMALL)) as url:
+        wait_for(url)
+        yield url
+
+
+@pytest.fixture
+def reward() -> Sum:
+    return Sum()
+
+
+@pytest.fixture
+def quick_and_unset(monkeypatch):
+    """No token and no endpoints in the environment; a service that is away is soon asked again."""
+    monkeypatch.delenv("DDPO_REWARD_TOKEN", raising=False)
+    monkeypatch.delenv("DDPO_REWARD_ENDPOINTS", raising=False)
+    monkeypatch.setattr(endpoints_module, "_FIRST_WAIT_S", 0.01)
+
+
+@pytest.fixture
+def fake() -> Iterator[tuple[Fake, str]]:
+    planted = Fake()
+    with serving(planted) as url:
+        yield planted, url
