@@ -9,6 +9,7 @@ from pathlib import Path
 
 import yaml
 
+from ddpo.config import Regression
 from ddpo.run import Run
 from ddpo.store import keys
 from tasks.tracking import RunTracker
@@ -60,13 +61,14 @@ def _parameters(run: Run) -> dict[str, str | int | float | bool]:
     MLflow prints every parameter above every picture, so there are few and they are short.
     """
     config = run.config
+    by_advantages = not isinstance(config.algorithm, Regression)
     return {
         "model": config.model.path,
         "trainable": config.trainable.type,
         "prompts": config.prompts.name,
         "reward": config.reward.name,
         "algorithm": config.algorithm.type,
-        "advantages": config.advantages.type,
+        **({"advantages": config.advantages.type} if by_advantages else {}),
         "learning_rate": config.optimizer.learning_rate,
         "samples_per_epoch": config.sampler.samples_per_epoch,
         "steps": config.sampler.steps,

@@ -20,6 +20,7 @@ from ddpo.config.operation import (
     StorageConfig,
     TrackingConfig,
 )
+from ddpo.config.regression import Regression, RwrConfig, RwrSparseConfig
 from ddpo.config.run import (
     OPERATION_FIELDS,
     FullConfig,
@@ -50,9 +51,12 @@ __all__ = [
     "OptimizerConfig",
     "PerPromptAdvantages",
     "PicturesConfig",
+    "Regression",
     "RetentionConfig",
     "RewardConfig",
     "RunConfig",
+    "RwrConfig",
+    "RwrSparseConfig",
     "SamplerConfig",
     "StorageConfig",
     "TrackingConfig",
