@@ -6,7 +6,7 @@ C latent channels, h x w latent pixels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,12 +16,27 @@ from ddpo.algorithms.ddpo_is import ddpo_is_loss
 from ddpo.algorithms.ddpo_sf import ddpo_sf_loss
 from ddpo.config import DdpoIsConfig, DdpoSfConfig, SamplerConfig
 from ddpo.errors import NonFiniteError
+from ddpo.numerics import Numerics
 from ddpo.policies import Policy
 from ddpo.transitions import NoiseSchedule, ddim_transition
 
 # float16's smallest normal number is 6e-5. The mean over thousands of pairs would put gradients
 # inside the UNet below it: they are computed of the sum, times this, and scaled down once gathered.
 _FLOAT16_LOSS_SCALE = 1024.0
+
+
+def float16_loss_scale(numerics: Numerics) -> float:
+    """Return what a summed loss is multiplied by before its backward; 1 where nothing is lost."""
+    return _FLOAT16_LOSS_SCALE if numerics.dtype == "float16" else 1.0
+
+
+def unscale(parameters: Mapping[str, torch.nn.Parameter], scale: float) -> None:
+    """Divide the gathered gradients by the scale of the losses that they are of, in place."""
+    if scale == 1.0:
+        return
+    for parameter in parameters.values():
+        if parameter.grad is not None:
+            parameter.grad /= scale
 
 
 @dataclass(frozen=True)
@@ -94,7 +109,7 @@ class PolicyGradient:
             policy.pipeline.scheduler, steps=sampler.steps, eta=sampler.eta
         ).to(policy.device)
         self.parameters = policy.weights.parameters()
-        self.loss_scale = _FLOAT16_LOSS_SCALE if policy.numerics.dtype == "float16" else 1.0
+        self.loss_scale = float16_loss_scale(policy.numerics)
 
     def log_probs(self, rollouts: Rollouts, pairs: Pairs) -> Tensor:
         """Compute the log-prob of each pair's own next latent under the policy as it is now.
@@ -159,10 +174,7 @@ class PolicyGradient:
             total += float(loss.detach())
             seen[pairs.samples, pairs.steps] = log_probs.detach().to(seen)
             on_pairs(len(pairs.samples))
-        if scale != 1.0:
-            for parameter in self.parameters.values():
-                if parameter.grad is not None:
-                    parameter.grad /= scale
+        unscale(self.parameters, scale)
         return total, seen
 
     @torch.no_grad()

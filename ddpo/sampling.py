@@ -36,6 +36,11 @@ class Trajectories:
     timesteps: Tensor
     images: list[Image.Image]
 
+    def log_prob_mean(self, row: int) -> float | None:
+        """Return the mean log-prob of a sample's steps, None where every step is deterministic."""
+        own = self.log_probs[row]
+        return float(own.mean()) if own.any() else None
+
 
 @torch.no_grad()
 def sample(

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ddpo.config import DdpoIsConfig, OptimizerConfig, RunConfig
-from ddpo.errors import NonFiniteError
+from ddpo.config import DdpoIsConfig, Regression, RunConfig
+from ddpo.errors import ConfigError, NonFiniteError
 from ddpo.gradient import PolicyGradient, Rollouts
+from ddpo.optimizer import copies, make_adamw, optimizer_state, take_step
 from ddpo.policies import Policy
 from ddpo.state import PromptStatistics, TrainState
 
@@ -81,7 +82,7 @@ class UpdateMetrics:
 
 def initial_state(policy: Policy) -> TrainState:
     """Return checkpoint 0: the policy as it was loaded."""
-    return TrainState(_copies(policy.weights.state()), {}, {}, epoch=0, updates=0, samples=0)
+    return TrainState(copies(policy.weights.state()), {}, {}, epoch=0, updates=0, samples=0)
 
 
 def update(
@@ -112,10 +113,17 @@ def update(
         The state after the epoch, and what was measured.
 
     Raises:
+        ConfigError: The algorithm is a regression.
         NonFiniteError: A loss, log-prob or gradient is NaN or infinite.
     """
-    gradient = PolicyGradient(policy, config.sampler, config.algorithm)
-    adamw = _adamw(gradient, config.optimizer, state.optimizer)
+    algorithm = config.algorithm
+    if isinstance(algorithm, Regression):
+        raise ConfigError(
+            f"algorithm.type {algorithm.type} has no policy gradient; its update is "
+            "ddpo.regression.regress"
+        )
+    gradient = PolicyGradient(policy, config.sampler, algorithm)
+    adamw = make_adamw(gradient.parameters, config.optimizer, state.optimizer)
     old = _old_log_probs(gradient, rollouts, config)
     count = len(rollouts.prompts)
     pairs = count * len(gradient.trained_steps())
@@ -130,7 +138,7 @@ def update(
     try:
         for samples in _samples_of_updates(rollouts, config):
             loss, new = gradient.accumulate(rollouts, advantages, samples, old, on_pairs)
-            norms.append(_step(adamw, gradient, config.optimizer))
+            norms.append(take_step(adamw, gradient.parameters, config.optimizer))
             losses.append(loss)
             log_probs.append(new)
     except NonFiniteError:
@@ -141,8 +149,8 @@ def update(
     new = torch.stack(log_probs).nansum(0)[:, gradient.trained_steps()]
     metrics = _measure(config, new, old[:, gradient.trained_steps()])
     after = TrainState(
-        weights=_copies(policy.weights.state()),
-        optimizer=_copies(_optimizer_state(adamw, gradient)),
+        weights=copies(policy.weights.state()),
+        optimizer=copies(optimizer_state(adamw, gradient.parameters)),
         statistics=statistics,
         epoch=state.epoch + 1,
         updates=state.updates + len(losses),
@@ -204,48 +212,3 @@ def _measure(config: RunConfig, new: Tensor, old: Tensor) -> dict[str, float]:
         "ratio_min": float(ratio.min()),
         "ratio_max": float(ratio.max()),
     }
-
-
-def _adamw(
-    gradient: PolicyGradient, settings: OptimizerConfig, state: Mapping[str, Tensor]
-) -> torch.optim.AdamW:
-    adamw = torch.optim.AdamW(
-        gradient.parameters.values(),
-        lr=settings.learning_rate,
-        betas=settings.betas,
-        weight_decay=settings.weight_decay,
-        eps=settings.epsilon,
-    )
-    adamw.zero_grad(set_to_none=True)  # an update that was interrupted leaves its part behind
-    for key, value in state.items():
-        moment, name = key.split("/", 1)
-        parameter = gradient.parameters[name]
-        # torch keeps the step count on the CPU, moments beside their parameter.
-        device = "cpu" if moment == "step" else parameter.device
-        adamw.state[parameter][moment] = value.clone().to(device)
-    return adamw
-
-
-def _optimizer_state(adamw: torch.optim.AdamW, gradient: PolicyGradient) -> dict[str, Tensor]:
-    return {
-        f"{moment}/{name}": value
-        for name, parameter in gradient.parameters.items()
-        for moment, value in adamw.state[parameter].items()
-    }
-
-
-def _step(adamw: torch.optim.AdamW, gradient: PolicyGradient, settings: OptimizerConfig) -> float:
-    norm = torch.nn.utils.clip_grad_norm_(gradient.parameters.values(), settings.max_grad_norm)
-    if not torch.isfinite(norm):
-        adamw.zero_grad(set_to_none=True)
-        raise NonFiniteError(
-            f"the gradient's norm is {float(norm)}; the weights were left as they were. Lower "
-            "optimizer.learning_rate, or use numerics.dtype float32 or bfloat16."
-        )
-    adamw.step()
-    adamw.zero_grad(set_to_none=True)
-    return float(norm)
-
-
-def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value.detach().to("cpu", copy=True) for name, value in tensors.items()}

@@ -1,4 +1,4 @@
-"""The task that turns an epoch's scores into advantages."""
+"""The task that turns an epoch's scores into advantages, or for regression into weights."""
 
 from __future__ import annotations
 
@@ -10,9 +10,12 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from ddpo.algorithms.advantages import compute_advantages
+from ddpo.algorithms.rwr import compute_weights
+from ddpo.config import Regression
 from ddpo.digests import canonical_json
 from ddpo.randomness import derive_seed
 from ddpo.run import Run
+from ddpo.state import PromptStatistics
 from ddpo.store import keys, manifests
 from ddpo.store.checkpoints import load_document
 from ddpo.store.manifests import Committed, Ref
@@ -30,6 +33,8 @@ def advantages_of(
     epoch: int,
 ) -> Ref:
     """Normalise an epoch's rewards and commit the advantages and the statistics after them.
+
+    Regression has weights in their place, and leaves the statistics as they are.
 
     Args:
         handle: The run.
@@ -67,7 +72,7 @@ def _identity(
 def normalise(
     run: Run, checkpoint: Ref, rollouts: Sequence[Ref], scores: Sequence[Ref], epoch: int
 ) -> Committed:
-    """Compute and commit an epoch's advantages, whether or not they are committed already.
+    """Compute and commit an epoch's advantages or weights, whether or not they are committed.
 
     Args:
         run: The run.
@@ -93,33 +98,18 @@ def normalise(
         table = run.store.get(manifests.load(run.store, ref).objects["rewards"])
         reward_by_id |= {row.sample_id: row.reward for row in decode_rewards(table)}
     ids = sorted(prompt_by_id)
-    statistics = _statistics_after(run, checkpoint)
-    batch = compute_advantages(
-        run.config.advantages,
-        {prompt: tuple(rewards) for prompt, rewards in statistics.items()},
-        [prompt_by_id[i] for i in ids],
-        np.asarray([_or_nan(reward_by_id[i]) for i in ids], dtype=np.float64),
-        impute=run.config.reward.on_failure == "impute",
-        shuffle_seed=derive_seed(run.config.seed, "shuffle", epoch),
+    rows, after = _rows(
+        run,
+        epoch,
+        [(i, prompt_by_id[i], reward_by_id[i]) for i in ids],
+        {prompt: tuple(rewards) for prompt, rewards in _statistics_after(run, checkpoint).items()},
     )
-    rows = [
-        AdvantageRow(
-            sample_id=sample_id,
-            reward=reward_by_id[sample_id],
-            status=_status(reward_by_id[sample_id], bool(batch.imputed[i])),
-            advantage=float(batch.advantages[i]),
-            mean=float(batch.mean[i]),
-            std=float(batch.std[i]),
-            count=int(batch.count[i]),
-        )
-        for i, sample_id in enumerate(ids)
-    ]
-    after = {prompt: list(rewards) for prompt, rewards in batch.statistics.items()}
+    remembered = {prompt: list(rewards) for prompt, rewards in after.items()}
     stem = keys.advantage_stem(reward_id, run.run_id, epoch)
     objects = {
         "advantages": run.store.put(stem, ".parquet", encode_advantages(rows)),
         "statistics": run.store.put(
-            keys.statistics_stem(reward_id, run.run_id, epoch), ".json", canonical_json(after)
+            keys.statistics_stem(reward_id, run.run_id, epoch), ".json", canonical_json(remembered)
         ),
     }
     key, inputs = _identity(run, checkpoint, rollouts, scores, epoch)
@@ -132,6 +122,56 @@ def _statistics_after(run: Run, ref: Ref) -> dict[str, list[float]]:
     if manifest.kind == "checkpoint":
         return load_document(run.store, manifest, "progress")["statistics"]
     return load_document(run.store, manifest, "statistics")
+
+
+def _rows(
+    run: Run,
+    epoch: int,
+    samples: Sequence[tuple[str, str, float | None]],
+    statistics: PromptStatistics,
+) -> tuple[list[AdvantageRow], PromptStatistics]:
+    """Return a row a sample, and the statistics after them, from ids, prompts and rewards."""
+    prompts = [prompt for _, prompt, _ in samples]
+    rewards = np.asarray([_or_nan(reward) for _, _, reward in samples], dtype=np.float64)
+    impute = run.config.reward.on_failure == "impute"
+    algorithm = run.config.algorithm
+    if isinstance(algorithm, Regression):
+        weighed = compute_weights(algorithm, prompts, rewards, impute=impute)
+        rows = [
+            AdvantageRow(
+                sample_id=sample_id,
+                reward=reward,
+                status=_status(reward, bool(weighed.imputed[i])),
+                advantage=None,
+                mean=None,
+                std=None,
+                count=int(weighed.count[i]),
+                weight=float(weighed.weights[i]),
+            )
+            for i, (sample_id, _, reward) in enumerate(samples)
+        ]
+        return rows, statistics
+    batch = compute_advantages(
+        run.config.advantages,
+        statistics,
+        prompts,
+        rewards,
+        impute=impute,
+        shuffle_seed=derive_seed(run.config.seed, "shuffle", epoch),
+    )
+    rows = [
+        AdvantageRow(
+            sample_id=sample_id,
+            reward=reward,
+            status=_status(reward, bool(batch.imputed[i])),
+            advantage=float(batch.advantages[i]),
+            mean=float(batch.mean[i]),
+            std=float(batch.std[i]),
+            count=int(batch.count[i]),
+        )
+        for i, (sample_id, _, reward) in enumerate(samples)
+    ]
+    return rows, batch.statistics
 
 
 def _status(reward: float | None, imputed: bool) -> str:

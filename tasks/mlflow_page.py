@@ -10,7 +10,7 @@ from pathlib import Path
 
 import yaml
 
-from ddpo.config import RewardConfig
+from ddpo.config import Regression, RewardConfig
 from ddpo.run import Run
 from ddpo.store import keys
 from tasks.tracking import RunTracker
@@ -43,9 +43,7 @@ def open_page(run: Run, *, flow_run_id: str | None, flow_run_name: str | None) -
             "ddpo.git_commit": _git_commit(),
             "prefect.flow_run_id": flow_run_id or "",
             "prefect.flow_run_name": flow_run_name or "",
-            **(
-                {"ddpo.forked_from": fork.run_id, "ddpo.forked_at": str(fork.epoch)} if fork else {}
-            ),
+            **lineage,
         },
         parent=fork.run_id if fork else None,
     )
@@ -104,13 +102,14 @@ def _parameters(run: Run) -> dict[str, str | int | float | bool]:
     MLflow prints every parameter above every picture, so there are few and they are short.
     """
     config = run.config
+    by_advantages = not isinstance(config.algorithm, Regression)
     return {
         "model": config.model.path,
         "trainable": config.trainable.type,
         "prompts": config.prompts.name,
         "reward": config.reward.name,
         "algorithm": config.algorithm.type,
-        "advantages": config.advantages.type,
+        **({"advantages": config.advantages.type} if by_advantages else {}),
         "learning_rate": config.optimizer.learning_rate,
         "samples_per_epoch": config.sampler.samples_per_epoch,
         "steps": config.sampler.steps,

@@ -104,7 +104,7 @@ def draw_pictures(
             seed=seeds[index],
             policy_digest=digests["policy_digest"],
             sampler_digest=digests["sampler_digest"],
-            log_prob_mean=float(drawn.log_probs[index].mean()),
+            log_prob_mean=drawn.log_prob_mean(index),
             image_png=encode_image(drawn.images[index]),
         )
         for index, (prompt, seed) in enumerate(pairs)

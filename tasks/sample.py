@@ -7,6 +7,7 @@ from typing import Any
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
+from torch import Tensor
 
 from ddpo.prompts import Prompt, draw_prompt
 from ddpo.randomness import derive_seed, generator
@@ -91,16 +92,13 @@ def draw_shard(run: Run, checkpoint: Ref, epoch: int, shard: int) -> Committed:
             on_pictures=on_pictures,
         )
     rows = _rows(run, checkpoint, epoch, shard, indices, prompts, seeds, drawn)
-    tensors = {
-        "latents": drawn.latents,
-        "log_probs": drawn.log_probs,
-        "timesteps": drawn.timesteps,
-    }
     table = keys.rollout_stem(run.run_id, epoch, shard)
     trajectories = keys.trajectory_stem(run.run_id, epoch, shard)
     objects = {
         "rollouts": run.store.put(table, ".parquet", encode_rollouts(rows)),
-        "trajectories": run.store.put(trajectories, ".safetensors", encode_tensors(tensors)),
+        "trajectories": run.store.put(
+            trajectories, ".safetensors", encode_tensors(_tensors(run, drawn))
+        ),
     }
     key, inputs = _identity(run, checkpoint, epoch, shard)
     return manifests.commit(run.store, key, kind="rollouts", inputs=inputs, objects=objects)
@@ -109,6 +107,21 @@ def draw_shard(run: Run, checkpoint: Ref, epoch: int, shard: int) -> Committed:
 def prompt_of(run: Run, epoch: int, index: int) -> Prompt:
     """Return the prompt that a sample draws; it depends on seed, epoch and index alone."""
     return draw_prompt(run.prompts, generator(derive_seed(run.config.seed, "prompt", epoch, index)))
+
+
+def _tensors(run: Run, drawn: Trajectories) -> dict[str, Tensor]:
+    """Return what a trajectory shard holds of B samples in T steps.
+
+    Full: ``latents`` [B, T+1, C, h, w] from noise to clean, ``log_probs`` [B, T] and ``timesteps``
+    [T]. Final: ``latents`` [B, 1, C, h, w], the clean ones.
+    """
+    if run.config.stored_trajectories == "final":
+        return {"latents": drawn.latents[:, -1:]}
+    return {
+        "latents": drawn.latents,
+        "log_probs": drawn.log_probs,
+        "timesteps": drawn.timesteps,
+    }
 
 
 def _rows(
@@ -132,7 +145,7 @@ def _rows(
             seed=seeds[row],
             policy_digest=digests["policy_digest"],
             sampler_digest=digests["sampler_digest"],
-            log_prob_mean=float(drawn.log_probs[row].mean()),
+            log_prob_mean=drawn.log_prob_mean(row),
             image_png=encode_image(drawn.images[row]),
         )
         for row, index in enumerate(indices)

@@ -72,10 +72,10 @@ def track_epoch(
     metrics |= reward_metrics(run.store, scores)
     table = run.store.get(manifests.load(run.store, advantages).objects["advantages"])
     rows = decode_advantages(table)
-    metrics |= {
-        "reward/advantage_std": float(np.std([row.advantage for row in rows])),
-        "reward/imputed": float(sum(row.status == "imputed" for row in rows)),
-    }
+    metrics["reward/imputed"] = float(sum(row.status == "imputed" for row in rows))
+    normalised = [row.advantage for row in rows if row.advantage is not None]
+    if normalised:
+        metrics["reward/advantage_std"] = float(np.std(normalised))
     checkpoint = manifests.load(run.store, following)
     metrics |= _update_metrics(load_document(run.store, checkpoint, "metrics"))
     progress = load_document(run.store, checkpoint, "progress")

@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
+from ddpo.config import Regression
 from ddpo.errors import PolicyMismatch
 from ddpo.gradient import Rollouts
 from ddpo.policies import policy_digest
+from ddpo.regression import FinalLatents, RegressionMetrics, regress
 from ddpo.run import Run
+from ddpo.state import TrainState
 from ddpo.store import keys, manifests
 from ddpo.store.checkpoints import commit_checkpoint, load_document
 from ddpo.store.manifests import Ref
-from ddpo.store.tables import decode_advantages, decode_rollouts
+from ddpo.store.tables import AdvantageRow, decode_advantages, decode_rollouts
 from ddpo.store.tensors import decode_tensors
-from ddpo.update import update
+from ddpo.update import UpdateMetrics, update
 from tasks.progress import report
 from tasks.retries import STORAGE
-from tasks.worker import RunHandle, opened, policy_at
+from tasks.worker import Lease, RunHandle, opened, policy_at
 
 
 @task(name="update", task_run_name="update epoch {epoch}", cache_policy=NO_CACHE, **STORAGE)
@@ -54,24 +58,13 @@ def update_policy(
     if done is not None:
         return done.ref
     digests = load_document(run.store, manifests.load(run.store, checkpoint), "digests")
-    drawn, sample_ids = _read_rollouts(run, rollouts, digests)
+    drawn = _read_rollouts(run, rollouts, digests)
     scored = manifests.load(run.store, advantages)
-    by_id = {
-        row.sample_id: row.advantage
-        for row in decode_advantages(run.store.get(scored.objects["advantages"]))
-    }
+    rows = decode_advantages(run.store.get(scored.objects["advantages"]))
     statistics = load_document(run.store, scored, "statistics")
     report("update", 0.0, 1.0)
     with policy_at(run, checkpoint, training=True) as lease:
-        state, metrics = update(
-            lease.policy,
-            lease.state,
-            drawn,
-            torch.tensor([by_id[i] for i in sample_ids], dtype=torch.float32),
-            {prompt: tuple(rewards) for prompt, rewards in statistics.items()},
-            run.config,
-            on_progress=lambda share: report("update", share, 1.0),
-        )
+        state, metrics = _updated(run, lease, drawn, rows, statistics)
         digests["policy_digest"] = policy_digest(lease.policy.base_digest, state.weights)
         committed = commit_checkpoint(
             run.store,
@@ -85,9 +78,60 @@ def update_policy(
     return committed.ref
 
 
-def _read_rollouts(
-    run: Run, refs: Sequence[Ref], digests: dict[str, str]
-) -> tuple[Rollouts, list[str]]:
+@dataclass(frozen=True)
+class _Drawn:
+    """The samples of an epoch, in the order of ``sample_id``, and what their shards hold."""
+
+    sample_ids: list[str]
+    prompts: list[str]
+    tensors: dict[str, torch.Tensor]
+
+
+def _updated(
+    run: Run,
+    lease: Lease,
+    drawn: _Drawn,
+    rows: Sequence[AdvantageRow],
+    statistics: dict[str, list[float]],
+) -> tuple[TrainState, UpdateMetrics | RegressionMetrics]:
+    """Update the leased policy by the run's algorithm."""
+    by_id = {row.sample_id: row for row in rows}
+    after = {prompt: tuple(rewards) for prompt, rewards in statistics.items()}
+    own = [by_id[sample_id] for sample_id in drawn.sample_ids]
+
+    def on_progress(share: float) -> None:
+        report("update", share, 1.0)
+
+    if isinstance(run.config.algorithm, Regression):
+        finals = FinalLatents(drawn.prompts, drawn.tensors["latents"][:, -1])
+        weights = torch.tensor([row.weight for row in own], dtype=torch.float32)
+        return regress(
+            lease.policy,
+            lease.state,
+            finals,
+            weights,
+            after,
+            run.config,
+            on_progress=on_progress,
+        )
+    rollouts = Rollouts(
+        prompts=drawn.prompts,
+        latents=drawn.tensors["latents"],
+        log_probs=drawn.tensors["log_probs"],
+        timesteps=drawn.tensors["timesteps"],
+    )
+    return update(
+        lease.policy,
+        lease.state,
+        rollouts,
+        torch.tensor([row.advantage for row in own], dtype=torch.float32),
+        after,
+        run.config,
+        on_progress=on_progress,
+    )
+
+
+def _read_rollouts(run: Run, refs: Sequence[Ref], digests: dict[str, str]) -> _Drawn:
     """Read the epoch's trajectories, and refuse those of another policy or sampler."""
     off_policy = run.config.fork is not None and run.config.fork.off_policy
     rows, shards = [], []
@@ -106,10 +150,8 @@ def _read_rollouts(
                     "that is to be updated, and importance ratios would be wrong. In a fork, "
                     "off_policy: true trains on another policy's all the same"
                 )
-    rollouts = Rollouts(
-        prompts=[row.prompt for row in rows],
-        latents=torch.cat([shard["latents"] for shard in shards]),
-        log_probs=torch.cat([shard["log_probs"] for shard in shards]),
-        timesteps=shards[0]["timesteps"],
-    )
-    return rollouts, [row.sample_id for row in rows]
+    tensors = {
+        name: value if name == "timesteps" else torch.cat([shard[name] for shard in shards])
+        for name, value in shards[0].items()
+    }
+    return _Drawn([row.sample_id for row in rows], [row.prompt for row in rows], tensors)

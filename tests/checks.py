@@ -6,7 +6,9 @@ Each goes through the library's public functions and compares with something com
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
+from decimal import Decimal, localcontext
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +18,11 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ddpo.algorithms import advantages as advantages_module
-from ddpo.config import PerPromptAdvantages, RunConfig
+from ddpo.algorithms.rwr import compute_weights
+from ddpo.config import PerPromptAdvantages, RunConfig, RwrConfig
 from ddpo.gradient import PolicyGradient, Rollouts
 from ddpo.policies import Policy
+from ddpo.regression import DenoisingGradient, FinalLatents, Noising
 from ddpo.sampling import sample
 from ddpo.transitions import NoiseSchedule, ddim_transition
 from ddpo.update import initial_state, update
@@ -204,3 +208,69 @@ def accumulated(
     gradient = PolicyGradient(policy, config.sampler, config.algorithm)
     loss, _ = gradient.accumulate(rollouts, alternating_advantages(8), range(8), old)
     return loss, flat(take_gradients(policy))
+
+
+def check_weights_are_a_softmax() -> None:
+    """Compare RWR's weights with decimals of 40 digits, over the data set and by prompt."""
+    prompts = ["a", "b", "a", "b", "a"]
+    rewards = ["0.5", "-3.25", "7.125", "2", "6.875"]
+    with localcontext(prec=40):
+        powers = [(Decimal("0.2") * Decimal(reward)).exp() for reward in rewards]
+        for weights_over in ("data_set", "prompt"):
+            shared = [
+                [p for p, other in zip(powers, prompts, strict=True) if other == own]
+                if weights_over == "prompt"
+                else powers
+                for own in prompts
+            ]
+            expected = [
+                float(len(others) * p / sum(others))
+                for p, others in zip(powers, shared, strict=True)
+            ]
+            found = compute_weights(
+                RwrConfig(type="rwr", beta=0.2, weights_over=weights_over),
+                prompts,
+                np.asarray(rewards, dtype=np.float64),
+            )
+            difference = np.abs(found.weights - expected).max()
+            assert difference < 1e-14, f"weights over the {weights_over} off by {difference}"
+
+
+def check_regression_is_each_samples_own(
+    policy: Policy, finals: FinalLatents, weights: Tensor, noising: Noising
+) -> None:
+    """Compare the gradient of one step with one forward a sample and formulas written out here.
+
+    Args:
+        policy: Computes in float64.
+        finals: In float64.
+        weights: One a sample, no two alike.
+        noising: Of all samples.
+    """
+    count = len(finals.prompts)
+    found_loss = DenoisingGradient(policy).accumulate(finals, weights, range(count), noising)
+    found = take_gradients(policy)
+
+    scheduler = policy.pipeline.scheduler
+    loss = torch.zeros((), dtype=torch.float64)
+    for row, prompt in enumerate(finals.prompts):
+        text = policy.pipeline.encode_prompt(prompt, policy.device, 1, False)[0]
+        timestep = int(noising.timesteps[row])
+        alpha = math.prod(1 - float(beta) for beta in scheduler.betas[: timestep + 1])
+        clean, noise = finals.latents[row : row + 1], noising.noise[row : row + 1].double()
+        noisy = alpha**0.5 * clean + (1 - alpha) ** 0.5 * noise
+        target = noise
+        if scheduler.config.prediction_type == "v_prediction":  # arXiv 2202.00512
+            target = alpha**0.5 * noise - (1 - alpha) ** 0.5 * clean
+        error = policy.pipeline.unet(noisy, timestep, text).sample - target
+        loss = loss + float(weights[row]) * (error**2).sum() / error.numel() / count
+    loss.backward()
+    expected = take_gradients(policy)
+    assert expected.keys() == found.keys()
+    largest = max(float(value.abs().max()) for value in expected.values())
+    assert largest > 1e-4, "the gradient vanishes: this check could not fail"
+    # float32 alphas in the scheduler against float64 ones here.
+    for name, value in expected.items():
+        difference = float((found[name] - value).abs().max()) / largest
+        assert difference < 1e-5, f"{name}: gradient off by {difference} of the largest"
+    assert abs(found_loss / float(loss.detach()) - 1) < 1e-5, f"loss off by {found_loss - loss}"

@@ -77,7 +77,7 @@ def all_parts() -> list[type[BaseModel]]:
         for value in vars(config_module).values()
         if isinstance(value, type)
         and issubclass(value, BaseModel)
-        and value.__module__ == config_module.__name__
+        and value.__module__.startswith(config_module.__name__)
         and not value.__name__.startswith("_")
     ]
 
@@ -151,7 +151,7 @@ def test_a_misspelt_key_is_told_the_nearest(changes: dict[str, Any], message: st
         ),
         (
             {"algorithm": {"type": "ppo"}},
-            "algorithm.type: found 'ppo'; expected one of ddpo_is, ddpo_sf",
+            "algorithm.type: found 'ppo'; expected one of ddpo_is, ddpo_sf, rwr, rwr_sparse",
         ),
         (
             {"advantages": {"clip": 3}},
@@ -212,6 +212,91 @@ def test_ddpo_sf_takes_exactly_one_update() -> None:
 
 def test_eta_0_is_refused_for_want_of_a_gradient() -> None:
     assert "no gradient; set it above 0" in refusal(sampler={"eta": 0})
+
+
+RWR = {"type": "rwr"}
+
+
+def test_regression_has_the_published_settings() -> None:
+    dense, sparse = (
+        parse(algorithm=RWR).algorithm,
+        parse(algorithm={"type": "rwr_sparse"}).algorithm,
+    )
+    assert (dense.beta, dense.weights_over, dense.inner_epochs) == (0.2, "data_set", 5)
+    assert (sparse.keep, sparse.inner_epochs) == (0.1, 50)
+
+
+def test_regression_needs_no_noise_in_sampling() -> None:
+    assert parse(algorithm=RWR, sampler={"eta": 0}).sampler.eta == 0
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "message"),
+    [
+        (
+            {"type": "rwr", "updates_per_epoch": 7},
+            "algorithm: updates_per_epoch 7 is no multiple of inner_epochs 5, and every pass takes "
+            "as many steps; set it to 5 or 10",
+        ),
+        (
+            {"type": "rwr", "updates_per_epoch": 15},
+            "algorithm.updates_per_epoch / inner_epochs 5 = 3 does not divide samples_per_epoch "
+            "256; 1, 2, 4, 8 would",
+        ),
+        (
+            {"type": "rwr_sparse", "updates_per_epoch": 8},
+            "algorithm: updates_per_epoch 8 is no multiple of inner_epochs 50, and every pass "
+            "takes as many steps; set it to 50",
+        ),
+        ({"type": "rwr", "beta": 0}, "algorithm.beta: found 0; input should be greater than 0"),
+        (
+            {"type": "rwr", "beta": float("inf")},
+            "algorithm.beta: found inf; input should be a finite number",
+        ),
+        (
+            {"type": "rwr_sparse", "keep": 1.5},
+            "algorithm.keep: found 1.5; input should be less than or equal to 1",
+        ),
+        (
+            {"type": "rwr", "clip_range": 1e-4},
+            "algorithm.clip_range: there is no such key; expected one of inner_epochs, "
+            "updates_per_epoch, type, beta, weights_over",
+        ),
+    ],
+)
+def test_settings_that_regression_cannot_have_are_refused(
+    algorithm: dict[str, Any], message: str
+) -> None:
+    assert refusal(algorithm=algorithm) == message
+
+
+def test_advantages_are_refused_where_they_would_be_ignored(tmp_path: Path) -> None:
+    for advantages in ({"type": "batch"}, {"type": "per_prompt"}):
+        message = refusal(algorithm=RWR, advantages=advantages)
+        assert message == (
+            "advantages do not apply to rwr, which weights samples by its own settings; leave "
+            "`advantages` out (`--set advantages=null`)"
+        )
+    file = written(tmp_path, yaml.safe_dump({**MINIMAL, "advantages": {"type": "batch"}}))
+    config = read_config(file, ["algorithm={type: rwr}", "advantages=null"])
+    assert config == parse(algorithm=RWR)
+
+
+def test_only_regression_stores_final_latents_alone() -> None:
+    assert parse().stored_trajectories == "full"
+    for algorithm in (RWR, {"type": "rwr_sparse"}):
+        assert parse(algorithm=algorithm).stored_trajectories == "final"
+        full = {"store_trajectories": "full"}
+        assert parse(algorithm=algorithm, sampler=full).stored_trajectories == "full"
+    message = refusal(sampler={"store_trajectories": "final"})
+    assert "ddpo_is trains on every step of a trajectory; leave it at auto" in message
+
+
+def test_a_regressions_config_survives_its_own_json() -> None:
+    """Without the advantages that it does not have: they would be refused when read again."""
+    config = parse(algorithm={"type": "rwr_sparse", "keep": 0.25})
+    assert "advantages" not in config.identity()
+    assert parse_config({**config.identity(), **config.operation()}, "run.json") == config
 
 
 def test_statistics_that_would_never_be_used_are_refused() -> None:

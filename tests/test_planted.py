@@ -16,11 +16,14 @@ import pyarrow.parquet as pq
 import pytest
 import safetensors.torch
 import torch
+from diffusers import DDIMScheduler
 
 import tasks.update
 from ddpo.algorithms import advantages as advantages_module
+from ddpo.algorithms import rwr as rwr_module
 from ddpo.gradient import Pairs, PolicyGradient, Rollouts
 from ddpo.policies import Policy
+from ddpo.regression import DenoisingGradient, FinalLatents, Noising
 from ddpo.run import start_run
 from ddpo.store import manifests
 from ddpo.store.checkpoints import load_checkpoint
@@ -37,6 +40,8 @@ from tests.checks import (
     check_gradient_is_each_samples_own,
     check_initial_ratio_is_one,
     check_log_probs_are_golden,
+    check_regression_is_each_samples_own,
+    check_weights_are_a_softmax,
 )
 from tests.tiny import (
     PROMPTS,
@@ -267,4 +272,84 @@ def test_sample_deviation_in_place_of_the_populations_is_caught(
         check_advantages_are_golden,
         lambda: monkeypatch.setattr(advantages_module, "_normalise", sample_deviation),
         "advantages off by",
+    )
+
+
+@pytest.fixture
+def regression_check(tiny_v_model: Path) -> Callable[[], None]:
+    policy = load_policy(tiny_config(tiny_v_model))
+    grow_adapter(policy)
+    latents = draw(policy, tiny_config(tiny_v_model), PROMPTS[:4]).latents[:, -1].double()
+    make_float64(policy)
+    finals, weights = FinalLatents(PROMPTS[:4], latents), torch.tensor([0.25, 1.0, 2.0, 0.75])
+    noising = Noising.draw(0, 0, 0, range(4), policy)
+    return lambda: check_regression_is_each_samples_own(policy, finals, weights, noising)
+
+
+def test_weights_of_the_neighbouring_sample_are_caught(
+    regression_check: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = DenoisingGradient.accumulate
+
+    def shifted(
+        self: DenoisingGradient, finals: FinalLatents, weights: torch.Tensor, *rest: object
+    ) -> float:
+        return right(self, finals, weights.roll(1), *rest)
+
+    assert_turns_red(
+        regression_check,
+        lambda: monkeypatch.setattr(DenoisingGradient, "accumulate", shifted),
+        "gradient off by",
+    )
+
+
+def test_regression_on_the_other_prediction_type_is_caught(
+    regression_check: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Noise as the target of a model that predicts v."""
+    assert_turns_red(
+        regression_check,
+        lambda: monkeypatch.setattr(
+            DDIMScheduler, "get_velocity", lambda self, sample, noise, timesteps: noise
+        ),
+        "gradient off by",
+    )
+
+
+def test_guidance_in_the_regression_is_caught(
+    regression_check: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = Policy.predict
+
+    def guided(self: Policy, *rest: torch.Tensor) -> torch.Tensor:
+        return right(self, *rest[:3], 3.0)
+
+    assert_turns_red(
+        regression_check,
+        lambda: monkeypatch.setattr(Policy, "predict", guided),
+        "gradient off by",
+    )
+
+
+def test_weights_that_sum_to_1_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = rwr_module._scaled_softmax
+    assert_turns_red(
+        check_weights_are_a_softmax,
+        lambda: monkeypatch.setattr(
+            rwr_module, "_scaled_softmax", lambda logits: right(logits) / len(logits)
+        ),
+        "weights over the data_set off by",
+    )
+
+
+def test_a_softmax_over_all_prompts_in_place_of_each_ones_is_caught(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    right = rwr_module._groups
+    assert_turns_red(
+        check_weights_are_a_softmax,
+        lambda: monkeypatch.setattr(
+            rwr_module, "_groups", lambda names, known: right([""] * len(names), known)
+        ),
+        "weights over the prompt off by",
     )

@@ -66,16 +66,12 @@ def compute_advantages(
         RewardError: No sample has a reward.
     """
     rewards = np.asarray(rewards, dtype=np.float64)
-    if not np.isfinite(rewards).any():
-        raise RewardError(
-            f"none of the {len(rewards)} samples of this epoch has a finite reward, so there is "
-            "nothing to learn from; look at the status column of the epoch's rewards"
-        )
+    require_a_reward(rewards)
     mean, std, count = _moments(rewards)
     after = statistics
     if isinstance(config, PerPromptAdvantages):
         after = _per_prompt(config, statistics, prompts, rewards, (mean, std, count))
-    counted = _impute(prompts, rewards, after) if impute else rewards
+    counted = imputed_rewards(prompts, rewards, after) if impute else rewards
     advantages = _normalise(counted, mean, std, config.clip)
     if config.shuffle:
         advantages = advantages[np.random.default_rng(shuffle_seed).permutation(len(rewards))]
@@ -107,10 +103,35 @@ def _per_prompt(
     return after
 
 
-def _impute(
+def require_a_reward(rewards: NDArray[np.float64]) -> None:
+    """Refuse an epoch without any finite reward.
+
+    Args:
+        rewards: [N]; NaN where scoring failed.
+
+    Raises:
+        RewardError: No sample has a reward.
+    """
+    if not np.isfinite(rewards).any():
+        raise RewardError(
+            f"none of the {len(rewards)} samples of this epoch has a finite reward, so there is "
+            "nothing to learn from; look at the status column of the epoch's rewards"
+        )
+
+
+def imputed_rewards(
     prompts: Sequence[str], rewards: NDArray[np.float64], statistics: PromptStatistics
 ) -> NDArray[np.float64]:
-    """Return the rewards with the prompt's mean, remembered or of this epoch, for failed ones."""
+    """Put the prompt's mean, remembered or of this epoch, in place of rewards that failed.
+
+    Args:
+        prompts: N texts.
+        rewards: [N]; NaN where scoring failed.
+        statistics: Rewards that are remembered; a prompt without any has this epoch's.
+
+    Returns:
+        [N]; still NaN where a prompt has no reward at all.
+    """
     names = np.asarray(prompts)
     whole = rewards.copy()
     for prompt in dict.fromkeys(names[~np.isfinite(rewards)].tolist()):

@@ -21,6 +21,7 @@ from ddpo.config.operation import (
     StorageConfig,
     TrackingConfig,
 )
+from ddpo.config.regression import Regression, RwrConfig, RwrSparseConfig
 from ddpo.config.run import (
     OPERATION_FIELDS,
     FullConfig,
@@ -52,9 +53,12 @@ __all__ = [
     "OptimizerConfig",
     "PerPromptAdvantages",
     "PicturesConfig",
+    "Regression",
     "RetentionConfig",
     "RewardConfig",
     "RunConfig",
+    "RwrConfig",
+    "RwrSparseConfig",
     "SamplerConfig",
     "StorageConfig",
     "TrackingConfig",

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from ddpo.config.part import Part
+from ddpo.config.regression import RwrConfig, RwrSparseConfig
 
 
 class PerPromptAdvantages(Part):
@@ -76,4 +77,6 @@ class DdpoSfConfig(Part):
 
 
 Advantages = Annotated[PerPromptAdvantages | BatchAdvantages, Field(discriminator="type")]
-Algorithm = Annotated[DdpoIsConfig | DdpoSfConfig, Field(discriminator="type")]
+Algorithm = Annotated[
+    DdpoIsConfig | DdpoSfConfig | RwrConfig | RwrSparseConfig, Field(discriminator="type")
+]

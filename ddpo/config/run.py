@@ -11,7 +11,9 @@ from pydantic import (
     NonNegativeFloat,
     PositiveFloat,
     PositiveInt,
+    SerializerFunctionWrapHandler,
     field_validator,
+    model_serializer,
     model_validator,
 )
 
@@ -19,6 +21,7 @@ from ddpo.config.algorithm import Advantages, Algorithm, DdpoIsConfig, PerPrompt
 from ddpo.config.fork import ForkConfig
 from ddpo.config.operation import StorageConfig, TrackingConfig
 from ddpo.config.part import Part
+from ddpo.config.regression import Regression, RwrConfig
 
 
 class ModelConfig(Part):
@@ -76,13 +79,18 @@ class SamplerConfig(Part):
     steps: PositiveInt = 50
     """Denoising steps a picture, T."""
     eta: float = Field(default=1.0, ge=0.0, le=1.0)
-    """Noise of a step: 1 is DDPM's, 0 is deterministic and leaves nothing to train on."""
+    """Noise of a step: 1 is DDPM's, 0 is deterministic and leaves nothing to train on but for
+    regression."""
     guidance_scale: float = Field(default=5.0, ge=1.0)
     """Classifier-free guidance, in sampling and in the update alike; 1 is none."""
     samples_per_epoch: PositiveInt = 256
     """Pictures an epoch. More make the gradient truer and the epoch longer."""
     shard_size: PositiveInt = 64
     """Pictures a task: what is committed, scored and redone as one."""
+    store_trajectories: Literal["auto", "full", "final"] = "auto"
+    """`full`: all latents of a trajectory and its log-probs, which DDPO trains on. `final`: the
+    last latents alone, 1 / (steps + 1) of the bytes, which is all that regression needs. `auto`
+    takes what the algorithm needs."""
 
 
 class OptimizerConfig(Part):
@@ -143,7 +151,7 @@ class RunConfig(Part):
     reward: RewardConfig
     """What is to be raised."""
     advantages: Advantages = PerPromptAdvantages()
-    """How rewards become advantages."""
+    """How rewards become advantages. Regression has none: it weights samples itself."""
     algorithm: Algorithm = DdpoIsConfig()
     """How advantages become gradients."""
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -167,6 +175,14 @@ class RunConfig(Part):
     def _path_alone(cls, value: Any) -> Any:
         return {"path": value} if isinstance(value, str) else value
 
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_left_out(cls, raw: Any) -> Any:
+        # An override can set a key and not remove one.
+        if isinstance(raw, dict) and raw.get("advantages", raw) is None:
+            return {name: value for name, value in raw.items() if name != "advantages"}
+        return raw
+
     @model_validator(mode="after")
     def _batches_divide(self) -> RunConfig:
         samples = self.sampler.samples_per_epoch
@@ -177,20 +193,32 @@ class RunConfig(Part):
             "sampler.shard_size",
             self.sampler.shard_size,
         )
-        _must_divide(
-            "algorithm.updates_per_epoch",
-            self.algorithm.updates_per_epoch,
-            "samples_per_epoch",
-            samples,
-        )
+        if isinstance(self.algorithm, RwrConfig):
+            passed = self.algorithm.updates_per_pass
+            name = f"algorithm.updates_per_epoch / inner_epochs {self.algorithm.inner_epochs} ="
+            _must_divide(name, passed, "samples_per_epoch", samples)
+        elif not isinstance(self.algorithm, Regression):
+            _must_divide(
+                "algorithm.updates_per_epoch",
+                self.algorithm.updates_per_epoch,
+                "samples_per_epoch",
+                samples,
+            )
         return self
 
     @model_validator(mode="after")
     def _something_to_train_on(self) -> RunConfig:
+        if isinstance(self.algorithm, Regression):
+            return self
         if self.sampler.eta == 0:
             raise ValueError(
                 "sampler.eta is 0: every step is then deterministic, has no log-prob and no "
                 "gradient; set it above 0 (the paper uses 1.0)"
+            )
+        if self.sampler.store_trajectories == "final":
+            raise ValueError(
+                f"sampler.store_trajectories is final, but {self.algorithm.type} trains on every "
+                "step of a trajectory; leave it at auto, or use `type: rwr` or `type: rwr_sparse`"
             )
         return self
 
@@ -202,6 +230,32 @@ class RunConfig(Part):
                 f"counted from 0; expected at least {self.fork.epoch + 1}"
             )
         return self
+
+    def _regression_has_no_advantages(self) -> RunConfig:
+        if isinstance(self.algorithm, Regression) and "advantages" in self.model_fields_set:
+            raise ValueError(
+                f"advantages do not apply to {self.algorithm.type}, which weights samples by its "
+                "own settings; leave `advantages` out (`--set advantages=null`)"
+            )
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_what_does_not_apply(
+        self, serialize: SerializerFunctionWrapHandler
+    ) -> dict[str, Any]:
+        # What is written down must be a config that can be read again.
+        whole = serialize(self)
+        if isinstance(self.algorithm, Regression):
+            whole.pop("advantages", None)
+        return whole
+
+    @property
+    def stored_trajectories(self) -> Literal["full", "final"]:
+        """What a trajectory shard holds, `auto` settled."""
+        asked = self.sampler.store_trajectories
+        if asked == "auto":
+            return "final" if isinstance(self.algorithm, Regression) else "full"
+        return asked
 
     def identity(self) -> dict[str, JsonValue]:
         """Return the half that may not change under a run_id, numerics apart, as plain JSON."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -63,19 +63,23 @@ class RewardRow:
 
 @dataclass(frozen=True)
 class AdvantageRow:
-    """A sample's advantage, and what it was normalised by."""
+    """A sample's advantage or weight, and what it was normalised by."""
 
     sample_id: str
     reward: float | None
     """As float32; None where scoring failed."""
     status: str
     """'ok'; or of a sample that could not be scored, 'dropped' or 'imputed'."""
-    advantage: float
-    """As float32; 0 of a dropped sample."""
-    mean: float
-    std: float
+    advantage: float | None
+    """As float32; 0 of a dropped sample. None in a regression, which has weights."""
+    mean: float | None
+    std: float | None
+    """What the reward was normalised by; None in a regression."""
     count: int
-    """Number of rewards behind `mean` and `std`."""
+    """Number of rewards behind `mean` and `std`; in a regression, that the reward was weighed
+    among, 0 of a dropped sample."""
+    weight: float | None = None
+    """As float32, at least 0; 0 of a sample that is not trained on. None but in a regression."""
 
 
 _IMAGE = pa.struct([pa.field("bytes", pa.binary()), pa.field("path", pa.string())])
@@ -115,12 +119,13 @@ ADVANTAGE_SCHEMA = pa.schema(
         ("reward", pa.float32()),
         ("status", pa.string()),
         ("advantage", pa.float32()),
+        ("weight", pa.float32()),
         ("mean", pa.float64()),
         ("std", pa.float64()),
         ("count", pa.int64()),
     ]
 )
-"""Schema of the advantages table."""
+"""Schema of the advantages table: of `advantage` and `weight`, one column is null."""
 
 # A dictionary of values that are all different only costs.
 _REPEATED = ("prompt", "policy_digest", "sampler_digest", "status")
@@ -237,7 +242,9 @@ def decode_advantages(data: bytes) -> list[AdvantageRow]:
     Raises:
         UnreadableData: The bytes are no advantages table, or a page's checksum does not hold.
     """
-    return [AdvantageRow(**record) for record in _decode("advantages", data, ADVANTAGE_SCHEMA)]
+    # Tables that were written before there were regressions have no weights.
+    records = _decode("advantages", data, ADVANTAGE_SCHEMA, optional={"weight"})
+    return [AdvantageRow(**record) for record in records]
 
 
 def _fields(row: Any, *without: str) -> dict[str, Any]:
@@ -261,7 +268,9 @@ def _encode(table: str, records: list[dict[str, Any]], schema: pa.Schema) -> byt
     return sink.getvalue().to_pybytes()
 
 
-def _decode(table: str, data: bytes, schema: pa.Schema) -> list[dict[str, Any]]:
+def _decode(
+    table: str, data: bytes, schema: pa.Schema, optional: Set[str] = frozenset()
+) -> list[dict[str, Any]]:
     try:
         file = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True)
         _check_claims(table, file.metadata)
@@ -270,7 +279,7 @@ def _decode(table: str, data: bytes, schema: pa.Schema) -> list[dict[str, Any]]:
         raise UnreadableData(f"a {table} table", str(error)) from error
     found = {name: read.schema.field(name).type for name in read.schema.names}
     for name, kind in zip(schema.names, schema.types, strict=True):
-        if found.get(name) != kind:
+        if found.get(name) != kind and not (name in optional and name not in found):
             reason = f"column {name} is {found.get(name, 'absent')}, expected {kind}"
             raise UnreadableData(f"a {table} table", reason)
     return read.to_pylist()

@@ -143,3 +143,15 @@ def test_the_partitions_of_several_runs_and_epochs_read_as_one_table(local_store
     picked = rollouts.to_table(filter=(pc.field("epoch") == 1) & (pc.field("run_id") == "A"))
     assert picked["sample_id"].to_pylist() == [keys.sample_id("A", 1, i) for i in range(4)]
     assert set(picked.column_names) == {*tables.ROLLOUT_SCHEMA.names, "run_id", "epoch"}
+
+
+def test_a_weight_is_kept_and_its_advantage_is_null() -> None:
+    row = replace(advantage_rows()[0], advantage=None, mean=None, std=None, weight=0.125)
+    assert tables.decode_advantages(tables.encode_advantages([row])) == [row]
+
+
+def test_advantages_that_were_written_before_there_were_weights_are_read() -> None:
+    whole = pq.read_table(pa.BufferReader(tables.encode_advantages(advantage_rows())))
+    sink = pa.BufferOutputStream()
+    pq.write_table(whole.drop_columns(["weight"]), sink)
+    assert tables.decode_advantages(sink.getvalue().to_pybytes()) == advantage_rows()

@@ -1,0 +1,89 @@
+"""AdamW over a policy's trained parameters: in from a checkpoint, one clipped step, out again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from ddpo.config import OptimizerConfig
+from ddpo.errors import NonFiniteError
+
+
+def make_adamw(
+    parameters: Mapping[str, torch.nn.Parameter],
+    settings: OptimizerConfig,
+    state: Mapping[str, Tensor],
+) -> torch.optim.AdamW:
+    """Return AdamW as a checkpoint left it.
+
+    Args:
+        parameters: What it steps, by name; gradients that are there are thrown away.
+        settings: Learning rate and the rest.
+        state: As :func:`optimizer_state` gave it; empty before the first step.
+
+    Returns:
+        The optimizer, its moments beside their parameters.
+    """
+    adamw = torch.optim.AdamW(
+        parameters.values(),
+        lr=settings.learning_rate,
+        betas=settings.betas,
+        weight_decay=settings.weight_decay,
+        eps=settings.epsilon,
+    )
+    adamw.zero_grad(set_to_none=True)  # an update that was interrupted leaves its part behind
+    for key, value in state.items():
+        moment, name = key.split("/", 1)
+        parameter = parameters[name]
+        # torch keeps the step count on the CPU, moments beside their parameter.
+        device = "cpu" if moment == "step" else parameter.device
+        adamw.state[parameter][moment] = value.clone().to(device)
+    return adamw
+
+
+def optimizer_state(
+    adamw: torch.optim.AdamW, parameters: Mapping[str, torch.nn.Parameter]
+) -> dict[str, Tensor]:
+    """Return AdamW's state as ``moment/parameter``; views, not copies."""
+    return {
+        f"{moment}/{name}": value
+        for name, parameter in parameters.items()
+        for moment, value in adamw.state[parameter].items()
+    }
+
+
+def take_step(
+    adamw: torch.optim.AdamW,
+    parameters: Mapping[str, torch.nn.Parameter],
+    settings: OptimizerConfig,
+) -> float:
+    """Clip the gradient that is there, step, and clear it.
+
+    Args:
+        adamw: Over ``parameters``.
+        parameters: With their gradients.
+        settings: Gives the norm that the gradient is clipped to.
+
+    Returns:
+        The gradient's norm before clipping.
+
+    Raises:
+        NonFiniteError: The norm is NaN or infinite; no step was taken.
+    """
+    norm = torch.nn.utils.clip_grad_norm_(parameters.values(), settings.max_grad_norm)
+    if not torch.isfinite(norm):
+        adamw.zero_grad(set_to_none=True)
+        raise NonFiniteError(
+            f"the gradient's norm is {float(norm)}; the weights were left as they were. Lower "
+            "optimizer.learning_rate, or use numerics.dtype float32 or bfloat16."
+        )
+    adamw.step()
+    adamw.zero_grad(set_to_none=True)
+    return float(norm)
+
+
+def copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return copies on the CPU, which later steps leave as they are."""
+    return {name: value.detach().to("cpu", copy=True) for name, value in tensors.items()}

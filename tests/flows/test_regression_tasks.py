@@ -1,0 +1,187 @@
+"""Regression through the tasks: what they store, and that a resume gives the same bytes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ddpo.run import Run, start_run
+from ddpo.store import keys, manifests
+from ddpo.store.checkpoints import find_checkpoint, load_checkpoint, load_document
+from ddpo.store.manifests import Ref
+from ddpo.store.tables import decode_advantages, decode_rollouts
+from ddpo.store.tensors import decode_tensors
+from ddpo.store.verify import verify_run
+from tasks.advantages import advantages_of
+from tasks.mlflow_page import _parameters
+from tasks.repair import repair
+from tasks.sample import sample_shard
+from tasks.score import score_shard
+from tasks.start import start
+from tasks.track import _update_metrics
+from tasks.update import update_policy
+from tasks.worker import RunHandle
+from tests.fold import as_in_a_new_process, run_epochs
+from tests.tiny import assert_same_tensors, tiny_config
+
+ALGORITHMS: dict[str, dict[str, Any]] = {
+    "rwr": {"type": "rwr", "inner_epochs": 2, "updates_per_epoch": 4},
+    "rwr_sparse": {"type": "rwr_sparse", "inner_epochs": 3, "updates_per_epoch": 3, "keep": 0.5},
+}
+each_type = pytest.mark.parametrize("kind", list(ALGORITHMS))
+
+
+@pytest.fixture(autouse=True)
+def fresh_process() -> None:
+    as_in_a_new_process()
+
+
+def a_run(model: Path, root: Path | str, kind: str, **changes: Any) -> Run:
+    changes = {
+        "storage": {"root": str(root)},
+        "prompts": {"name": "prompt_list", "parameters": {"prompts": ["a cat", "a dog"]}},
+        **changes,
+    }
+    return start_run(tiny_config(model, algorithm=dict(ALGORITHMS[kind]), **changes), "r")
+
+
+def manifest_objects(run: Run, key: str) -> dict[str, bytes]:
+    found = manifests.find(run.store, key)
+    assert found is not None
+    return {role: run.store.get(stored) for role, stored in found.manifest.objects.items()}
+
+
+def advantage_table(run: Run) -> list[Any]:
+    key = keys.advantage_manifest_key(run.reward.identity.reward_id, "r", 0)
+    return decode_advantages(manifest_objects(run, key)["advantages"])
+
+
+def content(run: Run) -> dict[str, bytes]:
+    return {key: run.store.read(key) for key in run.store.list() if not key.startswith("runs/")}
+
+
+def last_state(run: Run, epoch: int):
+    found = find_checkpoint(run.store, "r", epoch)
+    assert found is not None
+    return load_checkpoint(run.store, found.ref)
+
+
+@each_type
+def test_a_new_process_for_every_task_changes_no_byte(
+    tiny_model: Path, tmp_path: Path, kind: str
+) -> None:
+    straight = a_run(tiny_model, tmp_path / "one", kind)
+    run_epochs(straight, 2)
+
+    as_in_a_new_process()
+    resumed = a_run(tiny_model, tmp_path / "many", kind)
+    handle = RunHandle(root=resumed.store.root, run_id="r")
+
+    def alone(task: Any, *rest: Any) -> Ref:
+        as_in_a_new_process()
+        return task.fn(handle, *rest)
+
+    checkpoint = alone(start)
+    for epoch in range(2):
+        drawn = [alone(sample_shard, checkpoint, epoch, shard) for shard in range(2)]
+        scores = [alone(score_shard, ref, epoch, shard) for shard, ref in enumerate(drawn)]
+        weights = alone(advantages_of, checkpoint, drawn, scores, epoch)
+        checkpoint = alone(update_policy, checkpoint, drawn, weights, epoch)
+    commits = {key for key in content(straight) if key.startswith("manifests/epochs/")}
+    assert {k: v for k, v in content(straight).items() if k not in commits} == content(resumed)
+    first, second = last_state(straight, 1), last_state(straight, 2)
+    assert any(not torch.equal(first.weights[name], v) for name, v in second.weights.items())
+    assert second.updates == 2 * ALGORITHMS[kind]["updates_per_epoch"]
+
+
+@each_type
+def test_shards_hold_the_final_latents_alone_and_train_as_whole_trajectories_do(
+    tiny_model: Path, tmp_path: Path, kind: str
+) -> None:
+    shards, states = {}, {}
+    for store_trajectories in ("auto", "full"):
+        as_in_a_new_process()
+        run = a_run(
+            tiny_model,
+            tmp_path / store_trajectories,
+            kind,
+            sampler={"store_trajectories": store_trajectories},
+        )
+        run_epochs(run, 1)
+        data = manifest_objects(run, keys.rollout_manifest_key("r", 0, 1))["trajectories"]
+        shards[store_trajectories] = decode_tensors(data)[0]
+        states[store_trajectories] = last_state(run, 1)
+    final, full = shards["auto"], shards["full"]
+    assert set(final) == {"latents"} and final["latents"].shape == (4, 1, 4, 8, 8)
+    assert full["latents"].shape == (4, 5, 4, 8, 8) and "log_probs" in full
+    assert torch.equal(final["latents"][:, 0], full["latents"][:, -1])
+    assert_same_tensors(states["auto"].weights, states["full"].weights)
+
+
+def test_tables_hold_weights_where_ddpo_has_advantages(tiny_model: Path, tmp_path: Path) -> None:
+    for kind in ALGORITHMS:
+        as_in_a_new_process()
+        run = a_run(tiny_model, tmp_path / kind, kind)
+        run_epochs(run, 1)
+        rows = advantage_table(run)
+        assert all(row.advantage is row.mean is row.std is None for row in rows)
+        assert all(row.status == "ok" and row.reward is not None for row in rows)
+        weights = [row.weight for row in rows]
+        if kind == "rwr":
+            assert sum(weights) / 8 == pytest.approx(1, rel=1e-6)
+            best = max(rows, key=lambda row: row.reward)
+            assert best.weight == max(weights) > min(weights)
+        else:
+            prompts = [
+                row.prompt
+                for shard in range(2)
+                for row in decode_rollouts(
+                    manifest_objects(run, keys.rollout_manifest_key("r", 0, shard))["rollouts"]
+                )
+            ]
+            expected = sum(max(prompts.count(text) // 2, 1) for text in set(prompts))
+            assert set(weights) == {0.0, 1.0} and sum(weights) == expected
+        assert last_state(run, 1).statistics == {}
+
+
+def test_metrics_of_importance_ratios_are_absent_and_not_zero(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    run = a_run(tiny_model, tmp_path, "rwr")
+    following = run_epochs(run, 1)
+    document = load_document(run.store, manifests.load(run.store, following), "metrics")
+    shown = _update_metrics(document)
+    assert set(shown) == {
+        f"update/{name}"
+        for name in (
+            "loss", "grad_norm", "learning_rate", "weight_max", "trained_samples",
+            "effective_sample_size",
+        )
+    }  # fmt: skip
+    assert "advantages" not in _parameters(run) and _parameters(run)["algorithm"] == "rwr"
+
+
+def test_regression_trains_on_deterministic_sampling(tiny_model: Path, tmp_path: Path) -> None:
+    run = a_run(tiny_model, tmp_path, "rwr", sampler={"eta": 0})
+    run_epochs(run, 1)
+    table = manifest_objects(run, keys.rollout_manifest_key("r", 0, 0))["rollouts"]
+    assert all(row.log_prob_mean is None for row in decode_rollouts(table))
+    before, after = last_state(run, 0), last_state(run, 1)
+    assert any(not torch.equal(before.weights[name], v) for name, v in after.weights.items())
+
+
+def test_damaged_final_latents_and_weights_are_mended(tiny_model: Path, tmp_path: Path) -> None:
+    run = a_run(tiny_model, tmp_path, "rwr_sparse")
+    run_epochs(run, 1)
+    before = content(run)
+    damaged = [run.store.list("trajectories")[0], run.store.list("advantages")[0]]
+    for key in damaged:
+        path = Path(run.store.url(key).removeprefix("file://"))
+        path.write_bytes(path.read_bytes()[:-7])
+    damages = verify_run(run.store, "r").damages
+    assert {damage.key for damage in damages} == set(damaged)
+    assert all(mended.done for mended in repair(run, damages))
+    assert content(run) == before
