@@ -73,6 +73,8 @@ def update_policy(
             on_progress=lambda share: report("update", share, 1.0),
         )
         digests["policy_digest"] = policy_digest(lease.policy.base_digest, state.weights)
+        if state.ema:
+            digests["ema_digest"] = policy_digest(lease.policy.base_digest, state.ema)
         committed = commit_checkpoint(
             run.store,
             run.run_id,

@@ -11,6 +11,7 @@ from ddpo.config.algorithm import (
     BatchAdvantages,
     DdpoIsConfig,
     DdpoSfConfig,
+    LeaveOneOutAdvantages,
     PerPromptAdvantages,
 )
 from ddpo.config.operation import (
@@ -32,6 +33,7 @@ from ddpo.config.run import (
     RunConfig,
     SamplerConfig,
     Trainable,
+    WindowConfig,
 )
 
 __all__ = [
@@ -43,6 +45,7 @@ __all__ = [
     "DdpoSfConfig",
     "FullConfig",
     "Keep",
+    "LeaveOneOutAdvantages",
     "LoraConfig",
     "ModelConfig",
     "NamedConfig",
@@ -57,4 +60,5 @@ __all__ = [
     "StorageConfig",
     "TrackingConfig",
     "Trainable",
+    "WindowConfig",
 ]

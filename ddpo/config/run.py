@@ -9,15 +9,22 @@ from pydantic import (
     Field,
     JsonValue,
     NonNegativeFloat,
+    NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     field_validator,
     model_validator,
 )
 
-from ddpo.config.algorithm import Advantages, Algorithm, DdpoIsConfig, PerPromptAdvantages
+from ddpo.config.algorithm import (
+    Advantages,
+    Algorithm,
+    DdpoIsConfig,
+    DdpoSfConfig,
+    PerPromptAdvantages,
+)
 from ddpo.config.operation import StorageConfig, TrackingConfig
-from ddpo.config.part import Part
+from ddpo.config.part import Part, is_off
 
 
 class ModelConfig(Part):
@@ -69,6 +76,18 @@ class RewardConfig(NamedConfig):
     reward yet, they are dropped. `fail`: the shard's task fails, and with it the run."""
 
 
+class WindowConfig(Part):
+    """Train some consecutive denoising steps only."""
+
+    steps: PositiveInt
+    """How many. An update costs steps / T of what all of them cost."""
+    position: NonNegativeInt | Literal["random"] = "random"
+    """The first of them, 0 being the noisiest step; or `random`, drawn anew for each epoch."""
+    noise_only_there: bool = False
+    """Draw with noise in the window alone, and deterministically outside: what a picture's reward
+    says about noise is then about the noise of the window."""
+
+
 class SamplerConfig(Part):
     """How trajectories are drawn: DDIM with eta (arXiv 2010.02502)."""
 
@@ -82,6 +101,26 @@ class SamplerConfig(Part):
     """Pictures an epoch. More make the gradient truer and the epoch longer."""
     shard_size: PositiveInt = 64
     """Pictures a task: what is committed, scored and redone as one."""
+    window: WindowConfig | None = Field(default=None, exclude_if=is_off)
+    """Which steps are trained; by default all."""
+
+    @model_validator(mode="after")
+    def _window_fits(self) -> SamplerConfig:
+        window = self.window
+        if window is None:
+            return self
+        if window.steps > self.steps:
+            raise ValueError(
+                f"window.steps {window.steps} is more than the {self.steps} denoising steps; "
+                f"set it to at most {self.steps}"
+            )
+        last = self.steps - window.steps
+        if window.position != "random" and window.position > last:
+            raise ValueError(
+                f"a window of {window.steps} steps at position {window.position} reaches beyond "
+                f"the last of {self.steps} denoising steps; set window.position to at most {last}"
+            )
+        return self
 
 
 class OptimizerConfig(Part):
@@ -97,6 +136,10 @@ class OptimizerConfig(Part):
     """Added to the root of the second moment."""
     max_grad_norm: PositiveFloat = 1.0
     """The gradient's global norm is clipped to this."""
+    ema_decay: float | None = Field(default=None, gt=0.0, lt=1.0, exclude_if=is_off)
+    """Keep an exponential moving average of the trained weights beside them: after each optimizer
+    step ema = decay * ema + (1 - decay) * weights. Pictures are drawn with it and it is what is
+    exported; rollouts are of the trained weights. By default none."""
 
 
 class NumericsConfig(Part):
@@ -187,6 +230,17 @@ class RunConfig(Part):
             raise ValueError(
                 "sampler.eta is 0: every step is then deterministic, has no log-prob and no "
                 "gradient; set it above 0 (the paper uses 1.0)"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _a_base_to_stay_near(self) -> RunConfig:
+        asked = isinstance(self.algorithm, DdpoIsConfig | DdpoSfConfig) and self.algorithm.kl_weight
+        if asked and isinstance(self.trainable, FullConfig):
+            raise ValueError(
+                f"algorithm.kl_weight is {asked:g} with `trainable: full`: the base model is what "
+                "is left when the adapter is switched off, and here there is no adapter; set "
+                "`trainable: {type: lora}`, or kl_weight to 0"
             )
         return self
 
