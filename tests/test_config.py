@@ -99,7 +99,7 @@ def test_every_part_and_every_field_says_what_it_is(part: type[BaseModel]) -> No
 
 def test_options_that_are_off_are_no_part_of_a_runs_identity() -> None:
     """So runs that were started before there were such options go on, in the same bytes."""
-    plain = parse().identity()
+    plain: dict[str, Any] = parse().identity()
     assert "window" not in plain["sampler"]
     assert "ema_decay" not in plain["optimizer"]
     assert "kl_weight" not in plain["algorithm"]
@@ -109,10 +109,8 @@ def test_options_that_are_off_are_no_part_of_a_runs_identity() -> None:
         "algorithm": {"type": "ddpo_is", "kl_weight": 0},
     }
     assert parse(**off).identity() == plain
-    assert parse(algorithm={"type": "ddpo_sf"}).identity()["algorithm"] == {
-        "type": "ddpo_sf",
-        "updates_per_epoch": 1,
-    }
+    score_function: dict[str, Any] = parse(algorithm={"type": "ddpo_sf"}).identity()
+    assert score_function["algorithm"] == {"type": "ddpo_sf", "updates_per_epoch": 1}
 
 
 @pytest.mark.parametrize(
@@ -129,7 +127,7 @@ def test_options_that_are_off_are_no_part_of_a_runs_identity() -> None:
 )
 def test_options_that_are_on_are_remembered(option: dict[str, Any]) -> None:
     config = parse(**option)
-    identity = config.identity()
+    identity: dict[str, Any] = config.identity()
     ((part, asked),) = option.items()
     assert asked.keys() <= identity[part].keys()
     assert parse_config(identity, "run.json") == config
