@@ -25,6 +25,7 @@ from ddpo.starter.judge import Judge
 from ddpo.starter.scenes import SCENES
 from ddpo.store.checkpoints import find_checkpoint, latest_checkpoint, load_checkpoint
 from ddpo.store.objects import Store
+from ddpo.window import sampler_of_epoch
 from flows.quiet import hide_loading_bars
 
 SEEDS = (101, 102, 103, 104)
@@ -96,11 +97,12 @@ def evaluate(run: Run, epoch: int, *, seeds: Sequence[int] = SEEDS) -> Evaluatio
     if checkpoint is None:
         raise ValueError(f"run {run.run_id} has no checkpoint {epoch}")
     policy = Policy(run.config.model, run.config.trainable, run.numerics, seed=run.config.seed)
-    policy.weights.load(load_checkpoint(run.store, checkpoint.ref).weights)
+    policy.weights.load(load_checkpoint(run.store, checkpoint.ref).shown_weights)
     prompts = [prompt for prompt in run.prompts for _ in seeds]
     shown = [scenes[prompt.text] for prompt in prompts]
     noise = [derive_seed(seed, "evaluate", p.text) for p in run.prompts for seed in seeds]
-    images = sample(policy, [p.text for p in prompts], noise, run.config.sampler).images
+    sampler = sampler_of_epoch(policy, run.config, 0)
+    images = sample(policy, [p.text for p in prompts], noise, sampler).images
     scores = score_images(run.reward, images, prompts)
     shape = (len(run.prompts), len(seeds))
     return Evaluation(

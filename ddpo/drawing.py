@@ -10,10 +10,11 @@ from ddpo.run import Run
 from ddpo.sampling import sample
 from ddpo.store.checkpoints import find_checkpoint, latest_checkpoint, load_checkpoint
 from ddpo.store.manifests import Ref
+from ddpo.window import sampler_of_epoch
 
 
 def draw(run: Run, prompt: str, *, seed: int, checkpoint: int | None = None) -> Image.Image:
-    """Draw one picture with a run's sampler.
+    """Draw one picture with a run's sampler, and with the moving average if the run keeps one.
 
     Args:
         run: The run.
@@ -28,10 +29,11 @@ def draw(run: Run, prompt: str, *, seed: int, checkpoint: int | None = None) -> 
         ConfigError: There is no such checkpoint.
         RetiredObject: Retention deleted its weights.
     """
-    policy_weights = load_checkpoint(run.store, _checkpoint(run, checkpoint)).weights
+    policy_weights = load_checkpoint(run.store, _checkpoint(run, checkpoint)).shown_weights
     policy = Policy(run.config.model, run.config.trainable, run.numerics, seed=run.config.seed)
     policy.weights.load(policy_weights)
-    return sample(policy, [prompt], [seed], run.config.sampler).images[0]
+    sampler = sampler_of_epoch(policy, run.config, 0)
+    return sample(policy, [prompt], [seed], sampler).images[0]
 
 
 def _checkpoint(run: Run, epoch: int | None) -> Ref:

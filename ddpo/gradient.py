@@ -14,11 +14,13 @@ from torch import Tensor
 
 from ddpo.algorithms.ddpo_is import ddpo_is_loss
 from ddpo.algorithms.ddpo_sf import ddpo_sf_loss
+from ddpo.algorithms.kl import gaussian_kl
 from ddpo.config import DdpoIsConfig, DdpoSfConfig, SamplerConfig
 from ddpo.errors import NonFiniteError
 from ddpo.numerics import Numerics
 from ddpo.policies import Policy
-from ddpo.transitions import NoiseSchedule, ddim_transition
+from ddpo.transitions import Transition, ddim_transition
+from ddpo.window import noise_schedule, window_steps
 
 # float16's smallest normal number is 6e-5. The mean over thousands of pairs would put gradients
 # inside the UNet below it: they are computed of the sum, times this, and scaled down once gathered.
@@ -69,6 +71,22 @@ class Pairs:
     steps: Tensor
 
 
+@dataclass(frozen=True)
+class Accumulated:
+    """What one update's gradient was computed of.
+
+    Attributes:
+        loss: Mean over the update's pairs.
+        log_probs: [S, T], the new ones; NaN outside this update's pairs.
+        kl_to_base: Mean KL divergence from the base model over the pairs; None where it has no
+            weight in the loss.
+    """
+
+    loss: float
+    log_probs: Tensor
+    kl_to_base: float | None
+
+
 def micro_batches(samples: Sequence[int], steps: Sequence[int], size: int) -> Iterator[Pairs]:
     """Cut the pairs of one update into micro-batches, timestep by timestep.
 
@@ -92,7 +110,7 @@ class PolicyGradient:
 
     Args:
         policy: Whose weights are updated, in place.
-        sampler: As in sampling: guidance is part of the policy.
+        sampler: As in sampling: guidance is part of the policy. Of a window the steps are trained.
         algorithm: The loss.
     """
 
@@ -105,11 +123,26 @@ class PolicyGradient:
         self.policy = policy
         self.sampler = sampler
         self.algorithm = algorithm
-        self.schedule = NoiseSchedule.from_scheduler(
-            policy.pipeline.scheduler, steps=sampler.steps, eta=sampler.eta
-        ).to(policy.device)
+        self.schedule = noise_schedule(policy, sampler)
         self.parameters = policy.weights.parameters()
         self.loss_scale = float16_loss_scale(policy.numerics)
+
+    def transition(self, rollouts: Rollouts, pairs: Pairs) -> Transition:
+        """Compute the distribution of each pair's next latent under the policy as it is now.
+
+        Args:
+            rollouts: Where the latents are.
+            pairs: N pairs.
+
+        Returns:
+            N Gaussians, with a gradient where gradients are on.
+        """
+        device = self.policy.device
+        latents = rollouts.latents[pairs.samples, pairs.steps].to(device)
+        timesteps = rollouts.timesteps[pairs.steps].to(device)
+        embeddings = self.policy.embed([rollouts.prompts[int(row)] for row in pairs.samples])
+        output = self.policy.predict(latents, timesteps, embeddings, self.sampler.guidance_scale)
+        return ddim_transition(self.schedule, output, latents, timesteps)
 
     def log_probs(self, rollouts: Rollouts, pairs: Pairs) -> Tensor:
         """Compute the log-prob of each pair's own next latent under the policy as it is now.
@@ -121,14 +154,7 @@ class PolicyGradient:
         Returns:
             [N], with a gradient where gradients are on.
         """
-        device = self.policy.device
-        latents = rollouts.latents[pairs.samples, pairs.steps].to(device)
-        next_latents = rollouts.latents[pairs.samples, pairs.steps + 1].to(device)
-        timesteps = rollouts.timesteps[pairs.steps].to(device)
-        texts = [rollouts.prompts[int(row)] for row in pairs.samples]
-        embeddings = self.policy.embed(texts)
-        output = self.policy.predict(latents, timesteps, embeddings, self.sampler.guidance_scale)
-        return ddim_transition(self.schedule, output, latents, timesteps).log_prob(next_latents)
+        return self.transition(rollouts, pairs).log_prob(self._next_latents(rollouts, pairs))
 
     def accumulate(
         self,
@@ -137,7 +163,7 @@ class PolicyGradient:
         samples: Sequence[int],
         old: Tensor,
         on_pairs: Callable[[int], None] = lambda count: None,
-    ) -> tuple[float, Tensor]:
+    ) -> Accumulated:
         """Add the gradient of one update's loss to the parameters, micro-batch by micro-batch.
 
         The loss is the mean over all pairs of the update, so any micro-batch size gives the same
@@ -151,7 +177,7 @@ class PolicyGradient:
             on_pairs: Called with the number of pairs that were just done.
 
         Returns:
-            The loss, and the new log-probs [S, T], NaN outside this update's pairs.
+            The loss and what it was made of.
 
         Raises:
             NonFiniteError: A log-prob or loss is NaN or infinite.
@@ -160,14 +186,21 @@ class PolicyGradient:
         count = len(samples) * len(steps)
         scale = self.loss_scale * count if self.loss_scale != 1.0 else 1.0
         seen = torch.full_like(rollouts.log_probs, torch.nan)
-        total = 0.0
+        total, total_kl = 0.0, 0.0
         for pairs in micro_batches(samples, steps, self.policy.numerics.micro_batch_size):
-            log_probs = self.log_probs(rollouts, pairs)
+            # Before the policy's own: switching an adapter off and on must not meet its graph.
+            base = self._base_transition(rollouts, pairs) if self.algorithm.kl_weight else None
+            transition = self.transition(rollouts, pairs)
+            log_probs = transition.log_prob(self._next_latents(rollouts, pairs))
             losses = self._losses(
                 log_probs,
                 old[pairs.samples, pairs.steps].to(log_probs.device),
                 advantages[pairs.samples].to(log_probs.device, log_probs.dtype),
             )
+            if base is not None:
+                kl = gaussian_kl(transition.mean, base.mean, transition.std)
+                losses = losses + self.algorithm.kl_weight * kl
+                total_kl += float(kl.detach().sum()) / count
             _check_finite(rollouts, pairs, log_probs, losses)
             loss = losses.sum() / count
             (loss * scale).backward()
@@ -175,7 +208,7 @@ class PolicyGradient:
             seen[pairs.samples, pairs.steps] = log_probs.detach().to(seen)
             on_pairs(len(pairs.samples))
         unscale(self.parameters, scale)
-        return total, seen
+        return Accumulated(total, seen, total_kl if self.algorithm.kl_weight else None)
 
     @torch.no_grad()
     def recompute(self, rollouts: Rollouts, samples: Sequence[int]) -> Tensor:
@@ -195,8 +228,21 @@ class PolicyGradient:
         return result
 
     def trained_steps(self) -> list[int]:
-        """Return the columns of a trajectory that have a log-prob, noisiest first."""
-        return self.schedule.stochastic().nonzero().flatten().tolist()
+        """Return the columns of a trajectory that are trained, noisiest first.
+
+        They have a log-prob, and are in the window where there is one.
+        """
+        stochastic = self.schedule.stochastic().tolist()
+        return [step for step in window_steps(self.sampler) if stochastic[step]]
+
+    @torch.no_grad()
+    def _base_transition(self, rollouts: Rollouts, pairs: Pairs) -> Transition:
+        """Return the same under the base model: the same guidance, the adapter switched off."""
+        with self.policy.weights.switched_off():
+            return self.transition(rollouts, pairs)
+
+    def _next_latents(self, rollouts: Rollouts, pairs: Pairs) -> Tensor:
+        return rollouts.latents[pairs.samples, pairs.steps + 1].to(self.policy.device)
 
     def _losses(self, log_probs: Tensor, old: Tensor, advantages: Tensor) -> Tensor:
         if isinstance(self.algorithm, DdpoIsConfig):

@@ -18,6 +18,7 @@ from ddpo.errors import NonFiniteError
 from ddpo.policies import Policy
 from ddpo.randomness import generator
 from ddpo.transitions import NoiseSchedule, ddim_transition
+from ddpo.window import noise_schedule
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ def sample(
         prompts: B texts.
         seeds: B noise seeds: what a sample draws depends on its own alone. The first C·h·w normal
             numbers of a seed's generator are the starting latents.
-        sampler: Steps, eta, guidance.
+        sampler: Steps, eta, guidance; a window that noise is drawn in has its place settled.
         on_pictures: Called with the number of pictures that just got ready.
 
     Returns:
@@ -67,9 +68,7 @@ def sample(
     Raises:
         NonFiniteError: A log-prob or latent is NaN or infinite.
     """
-    schedule = NoiseSchedule.from_scheduler(
-        policy.pipeline.scheduler, steps=sampler.steps, eta=sampler.eta
-    ).to(policy.device)
+    schedule = noise_schedule(policy, sampler)
     size = policy.numerics.sample_batch_size
     batches: list[Trajectories] = []
     for start in range(0, len(prompts), size):
@@ -89,11 +88,14 @@ def sampler_digest(policy: Policy, sampler: SamplerConfig) -> str:
 
     Args:
         policy: Gives the scheduler's config, resolution and dtype.
-        sampler: Steps, eta, guidance.
+        sampler: Steps, eta, guidance, and the window where noise is drawn in it only: as the
+            config has it, since run seed and epoch settle its place.
 
     Returns:
         sha256, hexadecimal.
     """
+    window = sampler.window
+    noisy = {} if window is None or not window.noise_only_there else {"noise": window.model_dump()}
     scheduler = {
         name: value
         for name, value in policy.pipeline.scheduler.config.items()
@@ -107,6 +109,7 @@ def sampler_digest(policy: Policy, sampler: SamplerConfig) -> str:
             "guidance_scale": sampler.guidance_scale,
             "resolution": policy.resolution,
             "dtype": policy.numerics.dtype,
+            **noisy,
         }
     )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -22,6 +22,7 @@ class TrainState:
         epoch: The next epoch to run.
         updates: Optimizer steps so far.
         samples: Pictures drawn so far.
+        ema: Moving average of the weights; empty where none is kept.
     """
 
     weights: Mapping[str, Tensor]
@@ -30,3 +31,9 @@ class TrainState:
     epoch: int
     updates: int
     samples: int
+    ema: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def shown_weights(self) -> Mapping[str, Tensor]:
+        """What pictures are drawn with and what is exported: the average, if one is kept."""
+        return self.ema or self.weights

@@ -10,7 +10,7 @@ Shapes: B pairs of (sample, timestep), C latent channels, h x w latent pixels, T
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -31,6 +31,7 @@ class NoiseSchedule:
         stride: Training timesteps between two denoising steps.
         prediction_type: What the model predicts: ``epsilon`` or ``v_prediction``.
         eta: Share of DDPM's noise that a step draws, in [0, 1].
+        noisy: [W] int64, the only timesteps that draw noise; None where all do.
     """
 
     timesteps: Tensor
@@ -39,6 +40,7 @@ class NoiseSchedule:
     stride: int
     prediction_type: str
     eta: float
+    noisy: Tensor | None = None
 
     @classmethod
     def from_scheduler(cls, scheduler: DDIMScheduler, *, steps: int, eta: float) -> NoiseSchedule:
@@ -85,7 +87,16 @@ class NoiseSchedule:
             self.stride,
             self.prediction_type,
             self.eta,
+            None if self.noisy is None else self.noisy.to(device),
         )
+
+    def with_noise_only_at(self, steps: range) -> NoiseSchedule:
+        """Return the same schedule, deterministic outside of some steps.
+
+        Args:
+            steps: The steps that draw noise, as indices into ``timesteps``.
+        """
+        return replace(self, noisy=self.timesteps[steps.start : steps.stop])
 
     def alphas(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         """Return the signal's share of variance before and after a step.
@@ -114,7 +125,10 @@ class NoiseSchedule:
         """
         alpha_t, alpha_previous = self.alphas(timesteps)
         variance = (1 - alpha_previous) / (1 - alpha_t) * (1 - alpha_t / alpha_previous)
-        return self.eta * variance**0.5
+        std = self.eta * variance**0.5
+        if self.noisy is None:
+            return std
+        return std.masked_fill(~torch.isin(timesteps, self.noisy).view(-1, 1, 1, 1), 0.0)
 
     def stochastic(self) -> Tensor:
         """Return [T] bool: the steps that draw noise. The others have no log-prob, no gradient."""

@@ -12,12 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ddpo.config import DdpoIsConfig, Regression, RunConfig
+from ddpo.config import DdpoIsConfig, OptimizerConfig, Regression, RunConfig
+from ddpo.ema import Ema
 from ddpo.errors import ConfigError, NonFiniteError
 from ddpo.gradient import PolicyGradient, Rollouts
 from ddpo.optimizer import copies, make_adamw, optimizer_state, take_step
 from ddpo.policies import Policy
 from ddpo.state import PromptStatistics, TrainState
+from ddpo.window import sampler_of_epoch
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,8 @@ class UpdateMetrics:
         ratio_max: Largest importance ratio.
         grad_norm: Mean over the updates of the gradient's norm before clipping.
         learning_rate: Of AdamW.
+        kl_to_base: Mean KL divergence of a step from the base model's, over all pairs; None where
+            ``algorithm.kl_weight`` is 0.
         recomputed_log_probs: Whether old log-probs were made anew in the update's own graph.
         initial_ratio_deviation: Of the stored log-probs, over all timesteps of the first update.
         initial_ratio_deviation_by_timestep: The same, a timestep each.
@@ -71,18 +75,26 @@ class UpdateMetrics:
     recomputed_log_probs: bool
     initial_ratio_deviation: RatioDeviation
     initial_ratio_deviation_by_timestep: Mapping[int, RatioDeviation]
+    kl_to_base: float | None = None
 
     def document(self) -> dict[str, Any]:
-        """Return the metrics as JSON values."""
-        document = asdict(self)
+        """Return the metrics as JSON values; what was not measured is left out."""
+        document = {name: value for name, value in asdict(self).items() if value is not None}
         name = "initial_ratio_deviation_by_timestep"
         document[name] = {str(timestep): found for timestep, found in document[name].items()}
         return document
 
 
-def initial_state(policy: Policy) -> TrainState:
-    """Return checkpoint 0: the policy as it was loaded."""
-    return TrainState(copies(policy.weights.state()), {}, {}, epoch=0, updates=0, samples=0)
+def initial_state(policy: Policy, *, ema: bool = False) -> TrainState:
+    """Return checkpoint 0: the policy as it was loaded.
+
+    Args:
+        policy: Just loaded.
+        ema: Whether a moving average of the weights is kept; it starts at them.
+    """
+    weights = copies(policy.weights.state())
+    average = dict(weights) if ema else {}
+    return TrainState(weights, {}, {}, epoch=0, updates=0, samples=0, ema=average)
 
 
 def update(
@@ -97,7 +109,8 @@ def update(
 ) -> tuple[TrainState, UpdateMetrics]:
     """Run one epoch's updates.
 
-    Each update sees samples_per_epoch / updates_per_epoch consecutive samples, all their timesteps.
+    Each update sees samples_per_epoch / updates_per_epoch consecutive samples, all their timesteps
+    or those of the epoch's window.
     (Prompts and noise are drawn independently, so any order is a random one.)
 
     Args:
@@ -122,7 +135,9 @@ def update(
             f"algorithm.type {algorithm.type} has no policy gradient; its update is "
             "ddpo.regression.regress"
         )
-    gradient = PolicyGradient(policy, config.sampler, algorithm)
+    sampler = sampler_of_epoch(policy, config, state.epoch)
+    gradient = PolicyGradient(policy, sampler, algorithm)
+    ema = _ema(policy, state, config.optimizer)
     adamw = make_adamw(gradient.parameters, config.optimizer, state.optimizer)
     old = _old_log_probs(gradient, rollouts, config)
     count = len(rollouts.prompts)
@@ -134,30 +149,31 @@ def update(
         done += number
         on_progress(done / pairs)
 
-    losses, norms, log_probs = [], [], []
+    norms, passes = [], []
     try:
         for samples in _samples_of_updates(rollouts, config):
-            loss, new = gradient.accumulate(rollouts, advantages, samples, old, on_pairs)
+            passes.append(gradient.accumulate(rollouts, advantages, samples, old, on_pairs))
             norms.append(take_step(adamw, gradient.parameters, config.optimizer))
-            losses.append(loss)
-            log_probs.append(new)
+            if ema is not None:
+                ema.follow(policy.weights.state())
     except NonFiniteError:
         # Earlier updates of this epoch have already stepped.
         policy.weights.load(state.weights)
         raise
-    first = log_probs[0]
-    new = torch.stack(log_probs).nansum(0)[:, gradient.trained_steps()]
+    first = passes[0].log_probs
+    new = torch.stack([done.log_probs for done in passes]).nansum(0)[:, gradient.trained_steps()]
     metrics = _measure(config, new, old[:, gradient.trained_steps()])
     after = TrainState(
         weights=copies(policy.weights.state()),
         optimizer=copies(optimizer_state(adamw, gradient.parameters)),
         statistics=statistics,
         epoch=state.epoch + 1,
-        updates=state.updates + len(losses),
+        updates=state.updates + len(passes),
         samples=state.samples + count,
+        ema={} if ema is None else copies(ema.average),
     )
     return after, UpdateMetrics(
-        loss=sum(losses) / len(losses),
+        loss=sum(done.loss for done in passes) / len(passes),
         grad_norm=sum(norms) / len(norms),
         learning_rate=config.optimizer.learning_rate,
         recomputed_log_probs=old is not rollouts.log_probs,
@@ -166,6 +182,7 @@ def update(
             int(rollouts.timesteps[i]): RatioDeviation.of(first[:, i], rollouts.log_probs[:, i])
             for i in gradient.trained_steps()
         },
+        kl_to_base=_mean([done.kl_to_base for done in passes]),
         **metrics,
     )
 
@@ -191,6 +208,17 @@ def _old_log_probs(gradient: PolicyGradient, rollouts: Rollouts, config: RunConf
         gradient.recompute(rollouts, samples) for samples in _samples_of_updates(rollouts, config)
     ]
     return torch.stack(recomputed).nansum(0)
+
+
+def _ema(policy: Policy, state: TrainState, settings: OptimizerConfig) -> Ema | None:
+    if settings.ema_decay is None:
+        return None
+    return Ema(state.shown_weights, settings.ema_decay, policy.device)
+
+
+def _mean(values: list[float | None]) -> float | None:
+    measured = [value for value in values if value is not None]
+    return sum(measured) / len(measured) if measured else None
 
 
 def _samples_of_updates(rollouts: Rollouts, config: RunConfig) -> list[range]:

@@ -41,9 +41,11 @@ def export_weights(
     run = opened(handle)
     whole = isinstance(run.config.trainable, FullConfig)
     digests = load_document(run.store, manifests.load(run.store, checkpoint), "digests")
+    names = ("policy_digest", "ema_digest")  # the second where the average is what is exported
+    exported = {name: digests[name] for name in names if name in digests}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / (PIPELINE_FOLDER if whole else ADAPTER_FOLDER)
-        with policy_at(run, checkpoint) as lease:
+        with policy_at(run, checkpoint, shown=True) as lease:
             lease.policy.export(folder)
             local = str(lease.policy.folder)
         if whole:
@@ -58,7 +60,7 @@ def export_weights(
                 base_model_revision=run.config.model.revision if on_hub else None,
                 name=f"{run.run_id}-adapter".replace(".", "_"),
                 step=max(epoch - 1, 0),
-                metadata={"epochs": epoch, "policy_digest": digests["policy_digest"]},
+                metadata={"epochs": epoch, **exported},
             )
         if outputs is not None:
             shutil.copytree(folder, Path(outputs) / folder.name, dirs_exist_ok=True)

@@ -17,6 +17,7 @@ from ddpo.store.images import encode_image
 from ddpo.store.manifests import Ref
 from ddpo.store.retention import is_retired
 from ddpo.store.tables import RolloutRow, encode_rollouts
+from ddpo.window import sampler_of_epoch
 from tasks.progress import report
 from tasks.retries import STORAGE
 from tasks.worker import RunHandle, opened, policy_at
@@ -81,7 +82,12 @@ def draw_pictures(
     """
     run = opened(handle)
     key = keys.pictures_manifest_key(pictures.pictures_id, run.run_id, epoch)
-    inputs = {"checkpoint": checkpoint.model_dump(), "pictures": pictures.model_dump(mode="json")}
+    ema = run.config.optimizer.ema_decay is not None
+    inputs = {
+        "checkpoint": checkpoint.model_dump(),
+        "pictures": pictures.model_dump(mode="json"),
+        **({"weights": "ema"} if ema else {}),
+    }
     done = manifests.find(run.store, key, inputs=inputs)
     if done is not None:
         return done.ref
@@ -90,8 +96,10 @@ def draw_pictures(
     pairs = pictures.pairs
     seeds = [derive_seed(seed, "pictures", prompt) for prompt, seed in pairs]
     report("pictures", 0, len(pairs))
-    with policy_at(run, checkpoint) as lease:
-        drawn = sample(lease.policy, [prompt for prompt, _ in pairs], seeds, run.config.sampler)
+    with policy_at(run, checkpoint, shown=True) as lease:
+        # Always the window of epoch 0: pictures differ by the policy alone.
+        sampler = sampler_of_epoch(lease.policy, run.config, 0)
+        drawn = sample(lease.policy, [prompt for prompt, _ in pairs], seeds, sampler)
     report("pictures", len(pairs), len(pairs))
     digests = load_document(run.store, manifests.load(run.store, checkpoint), "digests")
     rows = [
@@ -102,7 +110,7 @@ def draw_pictures(
             prompt=prompt,
             prompt_metadata={"seed": seed},
             seed=seeds[index],
-            policy_digest=digests["policy_digest"],
+            policy_digest=digests["ema_digest" if ema else "policy_digest"],
             sampler_digest=digests["sampler_digest"],
             log_prob_mean=drawn.log_prob_mean(index),
             image_png=encode_image(drawn.images[index]),

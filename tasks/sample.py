@@ -19,6 +19,7 @@ from ddpo.store.images import encode_image
 from ddpo.store.manifests import Committed, Ref
 from ddpo.store.tables import RolloutRow, encode_rollouts
 from ddpo.store.tensors import encode_tensors
+from ddpo.window import sampler_of_epoch
 from tasks.adopt import adopt_shard
 from tasks.progress import report
 from tasks.retries import STORAGE
@@ -88,7 +89,7 @@ def draw_shard(run: Run, checkpoint: Ref, epoch: int, shard: int) -> Committed:
             lease.policy,
             [p.text for p in prompts],
             seeds,
-            run.config.sampler,
+            sampler_of_epoch(lease.policy, run.config, epoch),
             on_pictures=on_pictures,
         )
     rows = _rows(run, checkpoint, epoch, shard, indices, prompts, seeds, drawn)

@@ -11,6 +11,7 @@ from ddpo.sampling import sampler_digest
 from ddpo.store.checkpoints import commit_checkpoint, find_checkpoint
 from ddpo.store.manifests import Ref
 from ddpo.update import initial_state
+from ddpo.window import sampler_of_epoch
 from tasks.adopt import adopt_checkpoint
 from tasks.retries import STORAGE
 from tasks.worker import RunHandle, fresh_policy, opened
@@ -37,6 +38,7 @@ def start(handle: RunHandle, history: Sequence[Ref] = ()) -> Ref:
     if done is not None:
         return done.ref
     with fresh_policy(run) as policy:
+        sampler_of_epoch(policy, run.config, 0)  # a window without a step to train on ends here
         if run.config.fork:
             return adopt_checkpoint(run, policy, history)
         digests = {
@@ -44,10 +46,13 @@ def start(handle: RunHandle, history: Sequence[Ref] = ()) -> Ref:
             "base_digest": policy.base_digest,
             "sampler_digest": sampler_digest(policy, run.config.sampler),
         }
+        ema = run.config.optimizer.ema_decay is not None
+        if ema:
+            digests["ema_digest"] = digests["policy_digest"]
         return commit_checkpoint(
             run.store,
             run.run_id,
-            initial_state(policy),
+            initial_state(policy, ema=ema),
             inputs={"identity_digest": run.identity_digest},
             documents={"digests": digests},
         ).ref

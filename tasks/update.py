@@ -66,6 +66,8 @@ def update_policy(
     with policy_at(run, checkpoint, training=True) as lease:
         state, metrics = _updated(run, lease, drawn, rows, statistics)
         digests["policy_digest"] = policy_digest(lease.policy.base_digest, state.weights)
+        if state.ema:
+            digests["ema_digest"] = policy_digest(lease.policy.base_digest, state.ema)
         committed = commit_checkpoint(
             run.store,
             run.run_id,

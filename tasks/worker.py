@@ -43,12 +43,16 @@ class RunHandle(BaseModel, frozen=True):
 
 @dataclass
 class _Loaded:
-    """The one model of this process, and the checkpoint whose weights it holds."""
+    """The one model of this process, and the checkpoint whose weights it holds.
+
+    ``shown``: it holds those that are shown, which may be an average, in place of the trained ones.
+    """
 
     key: tuple[str, str]
     policy: Policy
     checkpoint: Ref | None = None
     state: TrainState | None = None
+    shown: bool = False
 
 
 @dataclass(frozen=True)
@@ -89,7 +93,9 @@ def fresh_policy(run: Run) -> Iterator[Policy]:
 
 
 @contextmanager
-def policy_at(run: Run, checkpoint: Ref, *, training: bool = False) -> Iterator[Lease]:
+def policy_at(
+    run: Run, checkpoint: Ref, *, training: bool = False, shown: bool = False
+) -> Iterator[Lease]:
     """Hold the device and the run's model with a checkpoint's weights.
 
     Args:
@@ -97,6 +103,8 @@ def policy_at(run: Run, checkpoint: Ref, *, training: bool = False) -> Iterator[
         checkpoint: The checkpoint's manifest.
         training: The weights are going to change; without :meth:`Lease.hold` they are loaded anew
             next time.
+        shown: Take the weights that are drawn with and exported: their moving average, where the
+            run keeps one.
 
     Yields:
         Policy and state; nobody else computes on the device meanwhile.
@@ -111,7 +119,12 @@ def policy_at(run: Run, checkpoint: Ref, *, training: bool = False) -> Iterator[
             state = load_checkpoint(run.store, checkpoint)
             loaded.policy.weights.load(state.weights)
             _check_base(run, loaded.policy, checkpoint)
-            loaded.checkpoint, loaded.state = checkpoint, state
+            loaded.checkpoint, loaded.state, loaded.shown = checkpoint, state, False
+        if loaded.state.ema and loaded.shown != shown:
+            loaded.checkpoint = None  # until they are in
+            state = loaded.state
+            loaded.policy.weights.load(state.shown_weights if shown else state.weights)
+            loaded.checkpoint, loaded.shown = checkpoint, shown
         if training:
             loaded.checkpoint = None
         yield Lease(loaded, loaded.policy, loaded.state)

@@ -206,8 +206,8 @@ def accumulated(
     """Return the loss of eight alternating advantages and its gradient, all parameters in one."""
     policy.numerics = policy.numerics.model_copy(update={"micro_batch_size": micro})
     gradient = PolicyGradient(policy, config.sampler, config.algorithm)
-    loss, _ = gradient.accumulate(rollouts, alternating_advantages(8), range(8), old)
-    return loss, flat(take_gradients(policy))
+    done = gradient.accumulate(rollouts, alternating_advantages(8), range(8), old)
+    return done.loss, flat(take_gradients(policy))
 
 
 def check_weights_are_a_softmax() -> None:

@@ -94,6 +94,45 @@ def test_every_part_and_every_field_says_what_it_is(part: type[BaseModel]) -> No
     assert part.model_config.get("frozen") and part.model_config.get("extra") == "forbid"
 
 
+# Options that came later
+
+
+def test_options_that_are_off_are_no_part_of_a_runs_identity() -> None:
+    """So runs that were started before there were such options go on, in the same bytes."""
+    plain: dict[str, Any] = parse().identity()
+    assert "window" not in plain["sampler"]
+    assert "ema_decay" not in plain["optimizer"]
+    assert "kl_weight" not in plain["algorithm"]
+    off = {
+        "sampler": {"window": None},
+        "optimizer": {"ema_decay": None},
+        "algorithm": {"type": "ddpo_is", "kl_weight": 0},
+    }
+    assert parse(**off).identity() == plain
+    score_function: dict[str, Any] = parse(algorithm={"type": "ddpo_sf"}).identity()
+    assert score_function["algorithm"] == {"type": "ddpo_sf", "updates_per_epoch": 1}
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"sampler": {"window": {"steps": 10, "position": 3, "noise_only_there": True}}},
+        {"sampler": {"window": {"steps": 10}}},
+        {"optimizer": {"ema_decay": 0.99}},
+        {"algorithm": {"type": "ddpo_is", "kl_weight": 0.1}},
+        {"algorithm": {"type": "ddpo_sf", "kl_weight": 0.1}},
+        {"advantages": {"type": "leave_one_out"}},
+    ],
+    ids=["window", "random window", "ema", "kl, is", "kl, sf", "leave one out"],
+)
+def test_options_that_are_on_are_remembered(option: dict[str, Any]) -> None:
+    config = parse(**option)
+    identity: dict[str, Any] = config.identity()
+    ((part, asked),) = option.items()
+    assert asked.keys() <= identity[part].keys()
+    assert parse_config(identity, "run.json") == config
+
+
 # What is refused, and how it is said
 
 

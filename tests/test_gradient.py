@@ -104,6 +104,6 @@ def test_the_loss_scale_of_float16_leaves_the_gradient_as_it_is(
     assert scaled.loss_scale > 1
     # Of the scaled loss, inside the network; the float64 weights compute it without rounding.
     policy.numerics = policy.numerics.model_copy(update={"dtype": "float32"})
-    loss, _ = scaled.accumulate(exact, ADVANTAGES, range(8), exact.log_probs)
+    loss = scaled.accumulate(exact, ADVANTAGES, range(8), exact.log_probs).loss
     assert loss == pytest.approx(unscaled, abs=1e-10)
     torch.testing.assert_close(flat(take_gradients(policy)), expected, rtol=0, atol=1e-10)

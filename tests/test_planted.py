@@ -21,14 +21,14 @@ from diffusers import DDIMScheduler
 import tasks.update
 from ddpo.algorithms import advantages as advantages_module
 from ddpo.algorithms import rwr as rwr_module
-from ddpo.gradient import Pairs, PolicyGradient, Rollouts
+from ddpo.gradient import Accumulated, Pairs, PolicyGradient, Rollouts
 from ddpo.policies import Policy
 from ddpo.regression import DenoisingGradient, FinalLatents, Noising
 from ddpo.run import start_run
 from ddpo.store import manifests
 from ddpo.store.checkpoints import load_checkpoint
 from ddpo.store.tables import AdvantageRow
-from ddpo.transitions import NoiseSchedule
+from ddpo.transitions import NoiseSchedule, Transition
 from ddpo.update import initial_state, update
 from tasks.advantages import advantages_of
 from tasks.sample import sample_shard
@@ -89,7 +89,7 @@ def test_advantages_of_the_neighbouring_sample_are_caught(
 
     def shifted(
         self: PolicyGradient, rollouts: Rollouts, advantages: torch.Tensor, *rest: object
-    ) -> tuple[float, torch.Tensor]:
+    ) -> Accumulated:
         return right(self, rollouts, advantages.roll(1), *rest)
 
     assert_turns_red(
@@ -164,8 +164,8 @@ def neighbouring_timestep(
     self: PolicyGradient,
     rollouts: Rollouts,
     pairs: Pairs,
-    right: Callable = PolicyGradient.log_probs,
-) -> torch.Tensor:
+    right: Callable = PolicyGradient.transition,
+) -> Transition:
     shifted = Rollouts(
         rollouts.prompts, rollouts.latents, rollouts.log_probs, rollouts.timesteps.roll(1)
     )
@@ -177,7 +177,7 @@ def test_log_probs_of_the_neighbouring_timestep_are_caught_by_the_ratio(
 ) -> None:
     assert_turns_red(
         ratio_check,
-        lambda: monkeypatch.setattr(PolicyGradient, "log_probs", neighbouring_timestep),
+        lambda: monkeypatch.setattr(PolicyGradient, "transition", neighbouring_timestep),
         "initial ratio off by",
     )
 
@@ -187,7 +187,7 @@ def test_log_probs_of_the_neighbouring_timestep_are_caught_by_the_gradient(
 ) -> None:
     assert_turns_red(
         gradient_check,
-        lambda: monkeypatch.setattr(PolicyGradient, "log_probs", neighbouring_timestep),
+        lambda: monkeypatch.setattr(PolicyGradient, "transition", neighbouring_timestep),
         "gradient off by",
     )
 

@@ -11,6 +11,7 @@ import torch
 from ddpo.config import RunConfig
 from ddpo.gradient import Pairs, PolicyGradient, Rollouts
 from ddpo.policies import Policy
+from ddpo.transitions import Transition
 from ddpo.update import RatioDeviation, initial_state, update
 from tests.checks import (
     check_initial_ratio_is_one,
@@ -139,13 +140,13 @@ def test_log_probs_are_recomputed_in_the_very_batches_that_the_updates_see(
     """A tiny model may round alike in all batches; Stable Diffusion does not."""
     policy, config, rollouts = bfloat16_run(tiny_model, "recompute", micro)
     seen: list[tuple[bool, list[int], list[int]]] = []
-    right = PolicyGradient.log_probs
+    right = PolicyGradient.transition
 
-    def recorded(self: PolicyGradient, rollouts: Rollouts, pairs: Pairs) -> torch.Tensor:
+    def recorded(self: PolicyGradient, rollouts: Rollouts, pairs: Pairs) -> Transition:
         seen.append((torch.is_grad_enabled(), pairs.samples.tolist(), pairs.steps.tolist()))
         return right(self, rollouts, pairs)
 
-    monkeypatch.setattr(PolicyGradient, "log_probs", recorded)
+    monkeypatch.setattr(PolicyGradient, "transition", recorded)
     update(policy, initial_state(policy), rollouts, ADVANTAGES, {}, config)
     recomputed, trained = ([rest for g, *rest in seen if g == grad] for grad in (False, True))
     assert recomputed == trained and len(trained) == 2 * math.ceil(16 / micro)

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ddpo.config import BatchAdvantages, PerPromptAdvantages
+from ddpo.algorithms.leave_one_out import leave_one_out
+from ddpo.config import BatchAdvantages, LeaveOneOutAdvantages, PerPromptAdvantages
 from ddpo.errors import RewardError
 from ddpo.state import PromptStatistics
 
@@ -27,7 +28,7 @@ class AdvantageBatch:
         advantages: [N] float64, clipped.
         mean: [N] float64.
         std: [N] float64, population standard deviation, without the floor of 1e-6.
-        count: [N] int64, rewards behind mean and std.
+        count: [N] int64, rewards behind mean and std; behind the mean, where one is left out.
         imputed: [N] bool, samples without a reward that count as their prompt's mean.
         statistics: What the next epoch starts from.
     """
@@ -41,7 +42,7 @@ class AdvantageBatch:
 
 
 def compute_advantages(
-    config: PerPromptAdvantages | BatchAdvantages,
+    config: PerPromptAdvantages | BatchAdvantages | LeaveOneOutAdvantages,
     statistics: PromptStatistics,
     prompts: Sequence[str],
     rewards: NDArray[np.floating],
@@ -71,6 +72,9 @@ def compute_advantages(
     after = statistics
     if isinstance(config, PerPromptAdvantages):
         after = _per_prompt(config, statistics, prompts, rewards, (mean, std, count))
+    elif isinstance(config, LeaveOneOutAdvantages):
+        # The deviation stays the batch's: a prompt's few rewards would give one of mere chance.
+        mean, count = leave_one_out(prompts, rewards)
     counted = imputed_rewards(prompts, rewards, after) if impute else rewards
     advantages = _normalise(counted, mean, std, config.clip)
     if config.shuffle:

@@ -11,6 +11,7 @@ from ddpo.config.algorithm import (
     BatchAdvantages,
     DdpoIsConfig,
     DdpoSfConfig,
+    LeaveOneOutAdvantages,
     PerPromptAdvantages,
 )
 from ddpo.config.fork import ForkConfig
@@ -34,6 +35,7 @@ from ddpo.config.run import (
     RunConfig,
     SamplerConfig,
     Trainable,
+    WindowConfig,
 )
 
 __all__ = [
@@ -46,6 +48,7 @@ __all__ = [
     "ForkConfig",
     "FullConfig",
     "Keep",
+    "LeaveOneOutAdvantages",
     "LoraConfig",
     "ModelConfig",
     "NamedConfig",
@@ -63,4 +66,5 @@ __all__ = [
     "StorageConfig",
     "TrackingConfig",
     "Trainable",
+    "WindowConfig",
 ]

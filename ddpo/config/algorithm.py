@@ -4,9 +4,16 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
 
-from ddpo.config.part import Part
+from ddpo.config.part import Part, is_off
 from ddpo.config.regression import RwrConfig, RwrSparseConfig
 
 
@@ -44,6 +51,20 @@ class BatchAdvantages(Part):
     """Control experiment: deal the advantages to random samples. Nothing can be learned then."""
 
 
+class LeaveOneOutAdvantages(Part):
+    """Advantage = (reward - mean of the prompt's other samples in this epoch) / std of the batch.
+
+    Remembers nothing: wants several samples a prompt in an epoch, as few prompts or many samples
+    give. A prompt with one sample takes the mean of all other samples of the epoch.
+    """
+
+    type: Literal["leave_one_out"]
+    clip: PositiveFloat = 5.0
+    """Advantages are clipped to plus and minus this."""
+    shuffle: bool = False
+    """Control experiment: deal the advantages to random samples. Nothing can be learned then."""
+
+
 class DdpoIsConfig(Part):
     """DDPO-IS: several updates on one round of samples, corrected by clipped importance ratios."""
 
@@ -55,6 +76,9 @@ class DdpoIsConfig(Part):
     old_log_probs: Literal["auto", "stored", "recompute"] = "auto"
     """Where the ratio's denominator comes from. `auto` recomputes it in the update's own graph if
     low precision moves the ratio by more than a tenth of the clip range before any update."""
+    kl_weight: NonNegativeFloat = Field(default=0.0, exclude_if=is_off)
+    """Adds so many times the KL divergence from the base model to the loss: keeps the adapter near
+    what the model drew before. 0 is none; above it an update costs one more forward a pair."""
 
 
 class DdpoSfConfig(Part):
@@ -63,6 +87,9 @@ class DdpoSfConfig(Part):
     type: Literal["ddpo_sf"]
     updates_per_epoch: int = 1
     """Always 1: the estimator holds only for samples of the policy that is being updated."""
+    kl_weight: NonNegativeFloat = Field(default=0.0, exclude_if=is_off)
+    """Adds so many times the KL divergence from the base model to the loss: keeps the adapter near
+    what the model drew before. 0 is none; above it an update costs one more forward a pair."""
 
     @field_validator("updates_per_epoch")
     @classmethod
@@ -76,7 +103,9 @@ class DdpoSfConfig(Part):
         return value
 
 
-Advantages = Annotated[PerPromptAdvantages | BatchAdvantages, Field(discriminator="type")]
+Advantages = Annotated[
+    PerPromptAdvantages | BatchAdvantages | LeaveOneOutAdvantages, Field(discriminator="type")
+]
 Algorithm = Annotated[
     DdpoIsConfig | DdpoSfConfig | RwrConfig | RwrSparseConfig, Field(discriminator="type")
 ]

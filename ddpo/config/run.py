@@ -9,6 +9,7 @@ from pydantic import (
     Field,
     JsonValue,
     NonNegativeFloat,
+    NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     SerializerFunctionWrapHandler,
@@ -17,10 +18,16 @@ from pydantic import (
     model_validator,
 )
 
-from ddpo.config.algorithm import Advantages, Algorithm, DdpoIsConfig, PerPromptAdvantages
+from ddpo.config.algorithm import (
+    Advantages,
+    Algorithm,
+    DdpoIsConfig,
+    DdpoSfConfig,
+    PerPromptAdvantages,
+)
 from ddpo.config.fork import ForkConfig
 from ddpo.config.operation import StorageConfig, TrackingConfig
-from ddpo.config.part import Part
+from ddpo.config.part import Part, is_auto, is_off
 from ddpo.config.regression import Regression, RwrConfig
 
 
@@ -73,6 +80,18 @@ class RewardConfig(NamedConfig):
     reward yet, they are dropped. `fail`: the shard's task fails, and with it the run."""
 
 
+class WindowConfig(Part):
+    """Train some consecutive denoising steps only."""
+
+    steps: PositiveInt
+    """How many. An update costs steps / T of what all of them cost."""
+    position: NonNegativeInt | Literal["random"] = "random"
+    """The first of them, 0 being the noisiest step; or `random`, drawn anew for each epoch."""
+    noise_only_there: bool = False
+    """Draw with noise in the window alone, and deterministically outside: what a picture's reward
+    says about noise is then about the noise of the window."""
+
+
 class SamplerConfig(Part):
     """How trajectories are drawn: DDIM with eta (arXiv 2010.02502)."""
 
@@ -87,10 +106,30 @@ class SamplerConfig(Part):
     """Pictures an epoch. More make the gradient truer and the epoch longer."""
     shard_size: PositiveInt = 64
     """Pictures a task: what is committed, scored and redone as one."""
-    store_trajectories: Literal["auto", "full", "final"] = "auto"
+    store_trajectories: Literal["auto", "full", "final"] = Field(default="auto", exclude_if=is_auto)
     """`full`: all latents of a trajectory and its log-probs, which DDPO trains on. `final`: the
     last latents alone, 1 / (steps + 1) of the bytes, which is all that regression needs. `auto`
     takes what the algorithm needs."""
+    window: WindowConfig | None = Field(default=None, exclude_if=is_off)
+    """Which steps are trained; by default all."""
+
+    @model_validator(mode="after")
+    def _window_fits(self) -> SamplerConfig:
+        window = self.window
+        if window is None:
+            return self
+        if window.steps > self.steps:
+            raise ValueError(
+                f"window.steps {window.steps} is more than the {self.steps} denoising steps; "
+                f"set it to at most {self.steps}"
+            )
+        last = self.steps - window.steps
+        if window.position != "random" and window.position > last:
+            raise ValueError(
+                f"a window of {window.steps} steps at position {window.position} reaches beyond "
+                f"the last of {self.steps} denoising steps; set window.position to at most {last}"
+            )
+        return self
 
 
 class OptimizerConfig(Part):
@@ -106,6 +145,10 @@ class OptimizerConfig(Part):
     """Added to the root of the second moment."""
     max_grad_norm: PositiveFloat = 1.0
     """The gradient's global norm is clipped to this."""
+    ema_decay: float | None = Field(default=None, gt=0.0, lt=1.0, exclude_if=is_off)
+    """Keep an exponential moving average of the trained weights beside them: after each optimizer
+    step ema = decay * ema + (1 - decay) * weights. Pictures are drawn with it and it is what is
+    exported; rollouts are of the trained weights. By default none."""
 
 
 class NumericsConfig(Part):
@@ -158,7 +201,7 @@ class RunConfig(Part):
     """How gradients become weights."""
     numerics: NumericsConfig = NumericsConfig()
     """Batches, dtype, device."""
-    fork: ForkConfig | None = None
+    fork: ForkConfig | None = Field(default=None, exclude_if=is_off)
     """Where the run branches off another; by default it starts from the base model."""
     epochs: PositiveInt = 100
     """Rounds of sampling and updating. May be raised later: the run goes on. A fork's are counted
@@ -231,6 +274,7 @@ class RunConfig(Part):
             )
         return self
 
+    @model_validator(mode="after")
     def _regression_has_no_advantages(self) -> RunConfig:
         if isinstance(self.algorithm, Regression) and "advantages" in self.model_fields_set:
             raise ValueError(
@@ -257,10 +301,20 @@ class RunConfig(Part):
             return "final" if isinstance(self.algorithm, Regression) else "full"
         return asked
 
+    @model_validator(mode="after")
+    def _a_base_to_stay_near(self) -> RunConfig:
+        asked = isinstance(self.algorithm, DdpoIsConfig | DdpoSfConfig) and self.algorithm.kl_weight
+        if asked and isinstance(self.trainable, FullConfig):
+            raise ValueError(
+                f"algorithm.kl_weight is {asked:g} with `trainable: full`: the base model is what "
+                "is left when the adapter is switched off, and here there is no adapter; set "
+                "`trainable: {type: lora}`, or kl_weight to 0"
+            )
+        return self
+
     def identity(self) -> dict[str, JsonValue]:
         """Return the half that may not change under a run_id, numerics apart, as plain JSON."""
-        left_out = OPERATION_FIELDS | {"numerics"} | ({"fork"} if self.fork is None else set())
-        return self.model_dump(mode="json", exclude=set(left_out))
+        return self.model_dump(mode="json", exclude=set(OPERATION_FIELDS | {"numerics"}))
 
     def operation(self) -> dict[str, JsonValue]:
         """Return the half that may change under a run_id, as plain JSON."""

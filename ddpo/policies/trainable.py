@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import peft
@@ -35,6 +36,14 @@ class TrainableWeights(ABC):
     @abstractmethod
     def export(self, pipeline: StableDiffusionPipeline, folder: Path) -> None:
         """Write what plain diffusers loads."""
+
+    @abstractmethod
+    def switched_off(self) -> AbstractContextManager[None]:
+        """Let the UNet be the base model's meanwhile.
+
+        Raises:
+            ConfigError: The base model's weights are not there any more.
+        """
 
     def parameters(self) -> dict[str, torch.nn.Parameter]:
         """Return the trained parameters by their name in the UNet, in a fixed order."""
@@ -87,6 +96,15 @@ class LoraWeights(TrainableWeights):
             unet_lora_adapter_metadata=metadata,
         )
 
+    @contextmanager
+    def switched_off(self) -> Iterator[None]:
+        """Let the adapter add nothing meanwhile. To be used without gradients."""
+        self.unet.disable_adapters()
+        try:
+            yield
+        finally:
+            self.unet.enable_adapters()  # and requires_grad with it
+
 
 class FullWeights(TrainableWeights):
     """The whole UNet, in float32 whatever it computes in."""
@@ -106,6 +124,13 @@ class FullWeights(TrainableWeights):
     def export(self, pipeline: StableDiffusionPipeline, folder: Path) -> None:
         """Write a pipeline's folder for ``from_pretrained``."""
         pipeline.save_pretrained(folder, safe_serialization=True)
+
+    def switched_off(self) -> AbstractContextManager[None]:
+        """Refuse: training the whole UNet overwrites the base model."""
+        raise ConfigError(
+            "with `trainable: full` there is no base model to compare with: its weights are those "
+            "that are trained; use `trainable: {type: lora}`"
+        )
 
 
 def make_trainable(

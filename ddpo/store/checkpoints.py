@@ -48,6 +48,7 @@ def commit_checkpoint(
     parts = {
         "weights": (".safetensors", encode_tensors(state.weights)),
         "optimizer": (".safetensors", encode_tensors(state.optimizer)),
+        **({"ema": (".safetensors", encode_tensors(state.ema))} if state.ema else {}),
         "progress": (".json", canonical_json(progress)),
         **{role: (".json", canonical_json(value)) for role, value in documents.items()},
     }
@@ -101,9 +102,11 @@ def load_checkpoint(store: Store, ref: Ref) -> TrainState:
         CorruptObject: Something is not what was committed.
     """
     manifest = manifests.load(store, ref)
+    has_ema = "ema" in manifest.objects
     try:
         weights, _ = decode_tensors(store.get(manifest.objects["weights"]))
         optimizer, _ = decode_tensors(store.get(manifest.objects["optimizer"]))
+        ema, _ = decode_tensors(store.get(manifest.objects["ema"])) if has_ema else ({}, None)
         progress = load_document(store, manifest, "progress")
     except MissingObject as error:
         owner = keys.parse_checkpoint_manifest(ref.key)
@@ -118,6 +121,7 @@ def load_checkpoint(store: Store, ref: Ref) -> TrainState:
         epoch=progress["epoch"],
         updates=progress["updates"],
         samples=progress["samples"],
+        ema=ema,
     )
 
 

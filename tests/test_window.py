@@ -1,0 +1,221 @@
+"""Windows of timesteps: which steps an epoch trains, and where noise is drawn."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DDIMScheduler
+from torch.distributions import Normal
+
+from ddpo.config import RunConfig
+from ddpo.errors import ConfigError
+from ddpo.gradient import PolicyGradient, Rollouts
+from ddpo.policies import Policy
+from ddpo.sampling import sample, sampler_digest
+from ddpo.update import initial_state, update
+from ddpo.window import sampler_of_epoch, window_steps
+from tests.checks import accumulated, ddim_reference
+from tests.tiny import (
+    PROMPTS,
+    alternating_advantages,
+    as_float64,
+    draw,
+    load_policy,
+    make_float64,
+    rollouts_of,
+    tiny_config,
+)
+
+ADVANTAGES = alternating_advantages(8)
+SEEDS = (11, 22, 33, 44)
+
+
+def windowed(model: Path | str, seed: int = 0, **window: Any) -> RunConfig:
+    return tiny_config(model, seed=seed, sampler={"window": window})
+
+
+def end_without_noise(policy: Policy) -> None:
+    """Let the last step be deterministic, as with `set_alpha_to_one`."""
+    scheduler = policy.pipeline.scheduler
+    policy.pipeline.scheduler = DDIMScheduler.from_config(scheduler.config, set_alpha_to_one=True)
+
+
+# What is trained
+
+
+def test_the_gradient_of_a_window_is_that_of_its_steps_alone(
+    policy: Policy, rollouts: Rollouts
+) -> None:
+    config = windowed(policy.folder, steps=2, position=1)
+    make_float64(policy)
+    exact = as_float64(rollouts)
+    loss, found = accumulated(policy, config, exact, exact.log_probs, 3)
+    singles = [
+        accumulated(policy, windowed(policy.folder, steps=1, position=p), exact, exact.log_probs, 8)
+        for p in range(4)
+    ]
+    whole_loss, whole = accumulated(policy, tiny_config(policy.folder), exact, exact.log_probs, 8)
+    assert loss == pytest.approx((singles[1][0] + singles[2][0]) / 2, abs=1e-10)
+    mean = (singles[1][1] + singles[2][1]) / 2
+    torch.testing.assert_close(found, mean, rtol=0, atol=1e-10)
+    # Together the four single steps are the whole.
+    assert whole_loss == pytest.approx(sum(s[0] for s in singles) / 4, abs=1e-10)
+    torch.testing.assert_close(whole, sum(s[1] for s in singles) / 4, rtol=0, atol=1e-10)
+    assert (found - whole).abs().max() > 0.1 * whole.abs().max()
+
+
+def test_an_update_measures_and_counts_the_windows_pairs(
+    policy: Policy, rollouts: Rollouts
+) -> None:
+    config = windowed(policy.folder, steps=2, position=1)
+    shares: list[float] = []
+    _, metrics = update(
+        policy, initial_state(policy), rollouts, ADVANTAGES, {}, config, on_progress=shares.append
+    )
+    assert list(metrics.initial_ratio_deviation_by_timestep) == [501, 251]
+    assert metrics.initial_ratio_deviation.max == 0.0
+    assert shares == [0.25, 0.5, 0.75, 1.0]  # 2 updates x 4 samples x 2 steps, 4 pairs at a time
+    assert metrics.ratio_min < 1 < metrics.ratio_max
+
+
+def test_a_window_alone_changes_no_picture_and_no_digest(policy: Policy, config: RunConfig) -> None:
+    windows = windowed(policy.folder, steps=2, position=1)
+    plain, drawn = (sample(policy, PROMPTS[:4], SEEDS, c.sampler) for c in (config, windows))
+    assert torch.equal(plain.latents, drawn.latents)
+    assert torch.equal(plain.log_probs, drawn.log_probs)
+    assert sampler_digest(policy, windows.sampler) == sampler_digest(policy, config.sampler)
+
+
+# Noise in the window only
+
+
+def test_outside_of_the_window_steps_are_ddims_without_eta(policy: Policy) -> None:
+    config = windowed(policy.folder, steps=2, position=1, noise_only_there=True)
+    drawn = sample(policy, PROMPTS[:4], SEEDS, config.sampler)
+    assert (drawn.log_probs[:, [0, 3]] == 0).all()
+    alphas = policy.pipeline.scheduler.alphas_cumprod.double()
+    final = float(policy.pipeline.scheduler.final_alpha_cumprod)
+    for row, seed in enumerate(SEEDS):
+        source = torch.Generator().manual_seed(seed)
+        noises = [torch.randn((4, 8, 8), generator=source) for _ in range(5)]
+        assert torch.equal(drawn.latents[row, 0], noises[0])
+        for step, timestep in enumerate((751, 501, 251, 1)):
+            latents, following = drawn.latents[row, step], drawn.latents[row, step + 1]
+            with torch.no_grad():
+                output = policy.predict(
+                    latents[None], torch.tensor([timestep]), policy.embed([PROMPTS[row]]), 3.0
+                )[0]
+            eta = 1.0 if step in (1, 2) else 0.0
+            mean, std = ddim_reference(
+                alphas,
+                timestep,
+                timestep - 250,
+                latents.double(),
+                output.double(),
+                eta=eta,
+                prediction_type="epsilon",
+                final_alpha=final,
+            )
+            assert (std > 0) == (eta > 0)
+            # A step's noise is the same as without a window.
+            expected = mean + std * noises[step + 1].double()
+            torch.testing.assert_close(following.double(), expected, rtol=0, atol=2e-5)
+            if eta:
+                log_prob = Normal(mean, std).log_prob(following.double()).mean()
+                assert float(drawn.log_probs[row, step]) == pytest.approx(float(log_prob), abs=1e-4)
+
+
+@pytest.mark.parametrize("position", [0, 2, "random"])
+def test_the_update_sees_the_samplers_own_log_probs(policy: Policy, position: int | str) -> None:
+    config = windowed(policy.folder, steps=2, position=position, noise_only_there=True)
+    sampler = sampler_of_epoch(policy, config, 0)
+    prompts = [PROMPTS[i % len(PROMPTS)] for i in range(8)]
+    drawn = sample(policy, prompts, list(range(8)), sampler)
+    _, metrics = update(policy, initial_state(policy), rollouts_of(drawn), ADVANTAGES, {}, config)
+    assert len(metrics.initial_ratio_deviation_by_timestep) == 2
+    assert metrics.initial_ratio_deviation.max == 0.0
+    assert metrics.grad_norm > 0
+
+
+def test_samplers_that_draw_noise_elsewhere_are_told_apart(policy: Policy) -> None:
+    windows: list[dict[str, Any]] = [
+        {"steps": 2, "position": 1},
+        {"steps": 2, "position": 1, "noise_only_there": True},
+        {"steps": 2, "position": 0, "noise_only_there": True},
+        {"steps": 1, "position": 1, "noise_only_there": True},
+        {"steps": 2, "position": "random", "noise_only_there": True},
+    ]
+    digests = {sampler_digest(policy, windowed(policy.folder, **w).sampler) for w in windows}
+    assert len(digests) == len(windows)
+
+
+def test_a_place_that_is_still_to_be_drawn_is_no_sampler(policy: Policy) -> None:
+    config = windowed(policy.folder, steps=2, position="random", noise_only_there=True)
+    with pytest.raises(ValueError, match="a random window has a place in an epoch only"):
+        draw(policy, config)
+
+
+# Random windows
+
+
+def places(policy: Policy, seed: int, epochs: int = 60, steps: int = 2) -> list[range]:
+    config = windowed(policy.folder, seed=seed, steps=steps, position="random")
+    return [window_steps(sampler_of_epoch(policy, config, epoch)) for epoch in range(epochs)]
+
+
+def test_a_random_window_depends_on_run_seed_and_epoch_alone(policy: Policy) -> None:
+    found = places(policy, seed=5)
+    other = load_policy(tiny_config(policy.folder, seed=9))
+    assert places(other, seed=5) == found
+    assert places(policy, seed=6) != found
+    counts = Counter(place.start for place in found)
+    assert counts.keys() == {0, 1, 2} and min(counts.values()) > 8
+    assert {len(place) for place in found} == {2}
+
+
+def test_a_random_window_always_holds_a_step_to_train_on(policy: Policy) -> None:
+    assert {place.start for place in places(policy, seed=0, steps=1)} == {0, 1, 2, 3}
+    end_without_noise(policy)
+    assert {place.start for place in places(policy, seed=0, steps=1)} == {0, 1, 2}
+    config = windowed(policy.folder, steps=2, position=2)
+    gradient = PolicyGradient(policy, sampler_of_epoch(policy, config, 0), config.algorithm)
+    assert gradient.trained_steps() == [2]
+
+
+def test_without_a_window_the_sampler_stays_the_configs(policy: Policy, config: RunConfig) -> None:
+    assert sampler_of_epoch(policy, config, 3) is config.sampler
+    gradient = PolicyGradient(policy, config.sampler, config.algorithm)
+    assert gradient.trained_steps() == [0, 1, 2, 3]
+
+
+# What is refused
+
+
+def test_a_window_without_a_step_to_train_on_is_refused_with_the_reason(policy: Policy) -> None:
+    end_without_noise(policy)
+    config = windowed(policy.folder, steps=1, position=3)
+    message = r"timestep 1 alone.*without noise.*sampler.window.position to at most 2"
+    with pytest.raises(ConfigError, match=message):
+        sampler_of_epoch(policy, config, 0)
+
+
+@pytest.mark.parametrize(
+    ("window", "message"),
+    [
+        ({"steps": 5}, "window.steps 5 is more than the 4 denoising steps; set it to at most 4"),
+        ({"steps": 2, "position": 3}, "set window.position to at most 2"),
+        ({"steps": 0}, "greater than 0"),
+        ({"steps": 1, "position": -1}, "position"),
+        ({"steps": 1, "position": "somewhere"}, "random"),
+    ],
+    ids=["too long", "too late", "empty", "negative", "no place"],
+)
+def test_windows_that_do_not_fit_are_refused(
+    tiny_model: Path, window: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        windowed(tiny_model, **window)
