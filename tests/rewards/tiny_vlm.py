@@ -91,6 +91,8 @@ def save_llava(folder: Path, seed: int = 0) -> LlavaForConditionalGeneration:
     model = LlavaForConditionalGeneration(config).eval()
     shapes = {name: p.shape for name, p in model.named_parameters()}
     model.load_state_dict(draw(shapes, seed), strict=False)
+    with torch.no_grad():  # an answer may end, and has no picture or padding in it
+        model.lm_head.weight[[i for i, name in enumerate(SPECIAL) if name != "</s>"]] = 0
     model.save_pretrained(folder)
     LlavaProcessor(
         image_processor=CLIPImageProcessorPil(
