@@ -124,7 +124,7 @@ class BertRecall:
             "the tokenizer",
             self._folder,
             lambda: AutoTokenizer.from_pretrained(
-                folder, local_files_only=True, trust_remote_code=False
+                folder, use_safetensors=True, local_files_only=True, trust_remote_code=False
             ),
         )
         if self._pickled is None:
@@ -144,7 +144,7 @@ class BertRecall:
                 "the config",
                 self._folder,
                 lambda: AutoConfig.from_pretrained(
-                    folder, local_files_only=True, trust_remote_code=False
+                    folder, use_safetensors=True, local_files_only=True, trust_remote_code=False
                 ),
             )
             with torch.device("meta"):

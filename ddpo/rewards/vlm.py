@@ -162,7 +162,11 @@ class VisionLanguageModel:
 def _load_processor(folder: Path) -> ProcessorMixin:
     """Load a processor whose pictures are resized by Pillow, torchvision or not."""
     return AutoProcessor.from_pretrained(
-        folder, backend="pil", local_files_only=True, trust_remote_code=False
+        folder,
+        backend="pil",
+        use_safetensors=True,
+        local_files_only=True,
+        trust_remote_code=False,
     )
 
 

@@ -19,7 +19,7 @@ from PIL import Image
 
 from ddpo.errors import ConfigError, RewardError, RewardUnavailable
 from ddpo.prompts import Prompt
-from ddpo.rewards import endpoints, load_reward, score_images
+from ddpo.rewards import Reward, endpoints, load_reward, score_images
 from ddpo.rewards.bert_recall import BertRecall
 from ddpo.rewards.scoring import score_samples
 from ddpo.rewards.vlm_tasks import QUESTION
@@ -233,8 +233,10 @@ def test_no_pictures_are_no_scores(up):
 
 def test_identity_is_the_task_and_the_model_behind_the_name(up, deberta):
     served, url = up
-    first = load(url).identity
-    assert first.name == "openai_vlm"
+    reward = load(url)
+    assert isinstance(reward, Reward)
+    first = reward.identity
+    assert re.fullmatch("openai_vlm-[0-9a-f]{8}", first.reward_id)
     assert first.revisions == {MODEL: "org/llava-7b"}
     assert first.parameters == {"model": MODEL, "task": "vqa", "max_new_tokens": 64}
     with serving() as (_, other):
