@@ -38,6 +38,9 @@ class ClipScore:
     """
 
     version: ClassVar[str] = "1"
+    needs: ClassVar[str] = (
+        "CLIP ViT-L/14 (1.7 GB), fetched from the hub; the starter's judge ships with the project"
+    )
 
     def __init__(
         self,

@@ -47,6 +47,7 @@ class LaionAesthetic:
     """
 
     version: ClassVar[str] = "1"
+    needs: ClassVar[str] = "CLIP ViT-L/14 (1.7 GB) and the head (4 MB), fetched"
 
     def __init__(
         self,

@@ -31,6 +31,7 @@ class PickScore:
     """
 
     version: ClassVar[str] = "1"
+    needs: ClassVar[str] = "PickScore v1 (3.9 GB), fetched from the hub"
 
     def __init__(
         self,

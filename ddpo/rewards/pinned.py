@@ -40,7 +40,7 @@ PINNED = {
 }
 """Commits of the hub's models that rewards name by default."""
 
-_CONFIGS = ("*.json", "merges.txt", "vocab.txt")
+_CONFIGS = ("*.json", "*.jinja", "merges.txt", "vocab.txt")
 _SAFETENSORS = ("model.safetensors", "model-*.safetensors")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")

@@ -34,6 +34,9 @@ _OURS = {
     "pickscore": "ddpo.rewards.pickscore:PickScore",
     "hps_v2": "ddpo.rewards.hps_v2:HpsV2",
     "image_reward": "ddpo.rewards.image_reward:ImageReward",
+    "vlm_alignment": "ddpo.rewards.vlm_alignment:VlmAlignment",
+    "vlm_vqa": "ddpo.rewards.vlm_vqa:VlmVqa",
+    "openai_vlm": "ddpo.rewards.openai_vlm:OpenaiVlm",
 }
 
 _SCORED = ("images", "prompts")  # first parameters of a plain function that is itself the reward

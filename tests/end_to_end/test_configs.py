@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -13,9 +14,19 @@ from ddpo.report import reward_curve
 from ddpo.run import open_run
 from ddpo.store.objects import Store
 from flows import cli
+from tests.rewards.tiny_models import head_tensors, save_clip, save_tensors
+from tests.rewards.tiny_vlm import save_deberta, save_llava
 
 CONFIGS = sorted(Path("configs").glob("*.yaml"))
 PUBLISHED = [path for path in CONFIGS if path.name.startswith("sd14_")]
+
+# Prompts; pictures, updates and epochs of LoRA; rewards remembered a prompt.
+TASKS = {
+    "compressibility": ("imagenet_animals", 256, 4, 100, 16),
+    "incompressibility": ("imagenet_animals", 256, 4, 100, 16),
+    "aesthetic": ("simple_animals", 256, 2, 200, 32),
+    "alignment": ("animal_activities", 288, 2, 200, 32),
+}
 
 # Sizes, paths and batches; nothing that makes the algorithm another one.
 TINY = {
@@ -42,22 +53,23 @@ def test_stable_diffusion_configs_have_the_published_settings(path: Path):
     assert config.model.path == "CompVis/stable-diffusion-v1-4"
     assert config.model.revision is not None
     assert (config.sampler.steps, config.sampler.eta, config.sampler.guidance_scale) == (50, 1, 5)
-    assert config.sampler.samples_per_epoch == 256
-    assert config.algorithm.updates_per_epoch == 4
+    prompts, samples, updates, epochs, buffer_size = TASKS[path.stem.split("_")[1]]
+    assert config.sampler.samples_per_epoch == samples
+    assert config.algorithm.updates_per_epoch == updates
     assert config.algorithm.type == "ddpo_is"
     assert config.algorithm.clip_range == 1e-4
     assert config.advantages.clip == (10 if whole else 5)
     assert config.advantages.type == "per_prompt"
-    assert (config.advantages.buffer_size, config.advantages.min_count) == (16, 16)
+    assert (config.advantages.buffer_size, config.advantages.min_count) == (buffer_size, 16)
     optimizer = config.optimizer
     assert optimizer.learning_rate == (1e-5 if whole else 3e-4)
     assert (optimizer.betas, optimizer.epsilon) == ((0.9, 0.999), 1e-8)
     assert (optimizer.weight_decay, optimizer.max_grad_norm) == (1e-4, 1.0)
-    assert config.epochs == (200 if whole else 100)
+    assert config.epochs == (200 if whole else epochs)
     if isinstance(config.trainable, LoraConfig):
         assert (config.trainable.rank, config.trainable.alpha) == (4, 4)
         assert config.trainable.target_modules == ("to_q", "to_k", "to_v", "to_out.0")
-    assert config.prompts.name == "imagenet_animals"
+    assert config.prompts.name == prompts
 
 
 @pytest.fixture(scope="module")
@@ -66,10 +78,25 @@ def tracking_uri(tmp_path_factory: pytest.TempPathFactory) -> str:
     return f"sqlite:///{tmp_path_factory.mktemp('mlflow')}/mlflow.db"
 
 
+@pytest.fixture(scope="module")
+def tiny_rewards(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str | int]]:
+    """Parameters that put tiny models of the same classes in the place of published weights."""
+    clip, llava, deberta = (tmp_path_factory.mktemp(name) for name in ("clip", "llava", "deberta"))
+    save_clip(clip)
+    head = save_tensors(clip / "head.safetensors", head_tensors(16))
+    save_llava(llava)
+    save_deberta(deberta)
+    caption = {"model": str(llava), "dtype": "float32", "max_new_tokens": 4}
+    return {
+        "laion_aesthetic": {"model": str(clip), "head": head},
+        "vlm_alignment": {**caption, "bert_model": str(deberta), "bert_layer": 3},
+    }
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_shipped_config_runs_one_tiny_epoch_by_the_command(
-    path: Path, tiny_model: Path, tracking_uri: str, tmp_path: Path, monkeypatch
+    path: Path, tiny_model: Path, tiny_rewards, tracking_uri: str, tmp_path: Path, monkeypatch
 ):
     settings = TINY | {
         "storage.root": tmp_path / "store",
@@ -77,6 +104,9 @@ def test_every_shipped_config_runs_one_tiny_epoch_by_the_command(
         "tracking.uri": tracking_uri,
         "outputs": tmp_path / "outputs",
     }
+    reward = read_config(path).reward.name
+    if reward in tiny_rewards:
+        settings["reward.parameters"] = json.dumps(tiny_rewards[reward])
     words = ["ddpo", "train", str(path), "--run-id", path.stem]
     for name, value in settings.items():
         words += ["--set", f"{name}={value}"]
