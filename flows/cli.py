@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ddpo.errors import DdpoError
+from flows.commands import data
 from flows.quiet import hide_loading_bars, set_defaults, without_heartbeats
 
 if TYPE_CHECKING:
@@ -347,6 +348,9 @@ def score(
     pictures = [read_picture(file) for file in files]
     prompts = prompts_for(prompt or (), len(files), told)
     _table({"": list(map(str, files)), **findings(score_images(loaded, pictures, prompts))})
+
+
+app.add_typer(data.app)
 
 
 def main() -> None:
