@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import re
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pyarrow.dataset as ds
+import pyarrow.parquet as pq
 
 from ddpo.errors import MissingPackage, QueryError
 from ddpo.history import History
-from ddpo.store.reading import failure_of
 
 TABLES = ("samples", "rollouts", "rewards", "advantages")
 """What a query may name."""
@@ -46,7 +48,7 @@ def query(history: History, sql: str) -> Iterator[Answer]:
     """Ask a run's history.
 
     The query sees the tables of `TABLES` and nothing else: no file, no network, no setting. Only
-    the tables that it names are read.
+    the tables that it names are read; rollouts are copied to a temporary folder for the time.
 
     Args:
         history: The history.
@@ -65,38 +67,47 @@ def query(history: History, sql: str) -> Iterator[Answer]:
     except ImportError:
         raise MissingPackage("duckdb", "a query", "data") from None
 
-    tables = _tables(history, sql)
-    connection = duckdb.connect()
-    try:
-        for name, table in tables.items():
-            connection.register(name, table)
-        for wall in _WALLS:
-            connection.execute(wall)
-        if len(connection.extract_statements(sql)) != 1:
-            raise QueryError("a query is one statement, and this is none or several")
-        connection.execute(sql)
-        columns = tuple(column[0] for column in connection.description or ())
-        yield Answer(columns, _rows(connection))
-    except duckdb.Error as error:
-        for table in tables.values():
-            # DuckDB knows that reading failed; the store knows why.
-            if isinstance(table, ds.Dataset) and (failure := failure_of(table)):
-                raise failure from None
-        there = ", ".join(TABLES)
-        raise QueryError(f"DuckDB answers: {error}\nThe tables are {there}") from None
-    finally:
-        connection.close()
+    with tempfile.TemporaryDirectory(prefix="ddpo-query-") as scratch:
+        tables = _tables(history, sql, Path(scratch))
+        connection = duckdb.connect()
+        try:
+            for name, table in tables.items():
+                connection.register(name, table)
+            for wall in _WALLS:
+                connection.execute(wall)
+            if len(connection.extract_statements(sql)) != 1:
+                raise QueryError("a query is one statement, and this is none or several")
+            connection.execute(sql)
+            columns = tuple(column[0] for column in connection.description or ())
+            yield Answer(columns, _rows(connection))
+        except duckdb.Error as error:
+            there = ", ".join(TABLES)
+            raise QueryError(f"DuckDB answers: {error}\nThe tables are {there}") from None
+        finally:
+            connection.close()
 
 
-def _tables(history: History, sql: str) -> dict[str, Any]:
+def _tables(history: History, sql: str, scratch: Path) -> dict[str, Any]:
     made: dict[str, Callable[[], Any]] = {
         "samples": history.samples,
-        "rollouts": history.rollouts,
+        "rollouts": lambda: _on_this_disk(history.rollouts(), scratch),
         "rewards": history.reward_table,
         "advantages": history.advantage_table,
     }
     named = set(re.findall(r"\w+", sql.lower()))
     return {name: make() for name, make in made.items() if name in named}
+
+
+def _on_this_disk(rollouts: ds.FileSystemDataset, scratch: Path) -> ds.Dataset:
+    """Copy a dataset, a shard at a time.
+
+    DuckDB ends a scan while it holds Python's lock, and Arrow then waits for its readers; those of
+    a verified dataset are Python and want the lock, so that both would wait for ever.
+    """
+    for number, fragment in enumerate(rollouts.get_fragments()):
+        shard = fragment.to_table(schema=rollouts.schema)
+        pq.write_table(shard, scratch / f"{number:05d}.parquet", compression="none")
+    return ds.dataset(scratch, schema=rollouts.schema, format="parquet")
 
 
 def _rows(connection: Any) -> Iterator[tuple[Any, ...]]:

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from fsspec import AbstractFileSystem
 from pyarrow.fs import FSSpecHandler, PyFileSystem
 
-from ddpo.errors import StoreError, UnreadableData
+from ddpo.errors import UnreadableData
 from ddpo.store.objects import Store, StoredObject
 
 
@@ -21,13 +21,12 @@ class _VerifiedFiles(AbstractFileSystem):
     """Shows pyarrow the listed objects and no others; opening one reads and verifies it whole."""
 
     protocol = "ddpo"
-    cachable = False  # two with equal arguments are not the same: one remembers its own failure
+    cachable = False  # fsspec would keep every one for the life of the process
 
     def __init__(self, store: Store, objects: Sequence[StoredObject]) -> None:
         super().__init__()
         self._store = store
         self._objects = {stored.key: stored for stored in objects}
-        self.failure: StoreError | None = None
 
     def info(self, path: str, **_: Any) -> dict[str, Any]:
         if path not in self._objects:
@@ -37,11 +36,7 @@ class _VerifiedFiles(AbstractFileSystem):
     def _open(self, path: str, mode: str = "rb", *_: Any, **__: Any) -> Any:
         if mode != "rb":
             raise PermissionError("committed objects are not written to")
-        try:
-            return io.BytesIO(self._store.get(self._objects[path]))
-        except StoreError as error:
-            self.failure = error
-            raise
+        return io.BytesIO(self._store.get(self._objects[path]))
 
 
 def verified_dataset(
@@ -73,21 +68,6 @@ def verified_dataset(
     )
     assert isinstance(made, ds.FileSystemDataset)
     return made
-
-
-def failure_of(dataset: ds.FileSystemDataset) -> StoreError | None:
-    """Return why a scan of a verified dataset failed.
-
-    For those who let another library scan it, which hands on no errors but their text.
-
-    Args:
-        dataset: As `verified_dataset` made it.
-
-    Returns:
-        The last error of the store, None if there was none.
-    """
-    filesystem: Any = dataset.filesystem
-    return filesystem.handler.fs.failure
 
 
 def read_table(
