@@ -174,6 +174,10 @@ class RunNotFound(StoreError):
         )
 
 
+class NotInHistory(StoreError):
+    """A sample, an epoch or a reward that is asked of a run, and that it has not committed."""
+
+
 class ModelError(DdpoError):
     """A model that cannot be had, or is not one that this project trains."""
 
@@ -188,6 +192,21 @@ class PolicyMismatch(DdpoError):
 
 class ConfigError(DdpoError):
     """A configuration that cannot be run, found before anything is loaded."""
+
+
+class QueryError(DdpoError):
+    """A query that cannot be answered as it is written."""
+
+
+class MissingPackage(DdpoError):
+    """A command needs a package that is optional, and is not installed."""
+
+    def __init__(self, package: str, what: str, extra: str) -> None:
+        self.package = package
+        super().__init__(
+            f"{what} needs the package {package}, which is not installed here: pip install "
+            f"'ddpo[{extra}]'"
+        )
 
 
 class RewardError(DdpoError):

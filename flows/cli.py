@@ -10,7 +10,7 @@ import sys
 import typer
 
 from ddpo.errors import DdpoError
-from flows.commands import pages, rewards, storage, training
+from flows.commands import data, forks, pages, rewards, storage, training
 from flows.commands.common import console, say
 from flows.quiet import set_defaults
 
@@ -20,7 +20,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for _module in (training, storage, pages, rewards):  # the order of `ddpo --help`
+for _module in (training, forks, data, storage, pages, rewards):  # the order of `ddpo --help`
     app.add_typer(_module.app)
 
 

@@ -47,8 +47,12 @@ class RewardIdentity:
     @property
     def reward_id(self) -> str:
         """Name and digest, fit for a storage key: ``[A-Za-z0-9_.-]``, at most 89 characters."""
-        name = re.sub(r"[^A-Za-z0-9_.-]", "-", self.name)[:_LONGEST_NAME]
-        return f"{name}-{self.digest[:8]}"
+        return f"{name_in_keys(self.name)}-{self.digest[:8]}"
+
+
+def name_in_keys(name: str) -> str:
+    """Return a reward's name as keys of the store have it: ``[A-Za-z0-9_.-]``, 80 characters."""
+    return re.sub(r"[^A-Za-z0-9_.-]", "-", name)[:_LONGEST_NAME]
 
 
 def source_digest(target: Any, modules: Iterable[str] = ()) -> str:

@@ -5,7 +5,8 @@ Heavy libraries are imported by the commands that need them: a misspelt key is a
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -21,6 +22,10 @@ Root = Annotated[
 ]
 RunId = Annotated[str, typer.Argument(help="A run's name; `ddpo runs` lists them.")]
 ConfigFile = Annotated[str, typer.Argument(help="A YAML file; configs/ holds some.")]
+Parameters = Annotated[
+    list[str] | None,
+    typer.Option("--param", help="A parameter of the reward, as a=value; may be repeated."),
+]
 Settings = Annotated[
     list[str] | None,
     typer.Option("--set", help="Change a setting, as a.b=value; may be repeated."),
@@ -51,3 +56,31 @@ def saved_run(run_id: str, root: str | None) -> Run:
 def overrides(settings: list[str] | None, root: str | None) -> list[str]:
     """Return the settings of `--set`, with `--root` as the last, which wins."""
     return [*(settings or ()), *([f"storage.root={root}"] if root else ())]
+
+
+def read_parameters(given: Sequence[str]) -> dict[str, Any]:
+    """Read parameters written as a=value.
+
+    Args:
+        given: One an item, the value as YAML.
+
+    Returns:
+        Values by name.
+
+    Raises:
+        ConfigError: One of them is nothing of the kind.
+    """
+    import yaml
+
+    from ddpo.errors import ConfigError
+
+    parameters = {}
+    for each in given:
+        name, separator, text = each.partition("=")
+        if not separator or not name.strip():
+            raise ConfigError(f"--param {each!r} is no `a=value`")
+        try:
+            parameters[name.strip()] = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"--param {each!r} cannot be read as YAML: {error}") from error
+    return parameters

@@ -5,13 +5,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.table import Table
 from rich.text import Text
 
-from flows.commands.common import Root, console, saved_run, say
+from flows.commands.common import Root, console, read_parameters, saved_run, say
 from flows.quiet import hide_loading_bars
 
 app = typer.Typer()
@@ -43,7 +43,7 @@ def serve_reward(
 
     limits = Limits(workers=workers, queue=queue, images=max_images)
     try:
-        serve(name, _parameters(param or ()), host=host, port=port, limits=limits, say=say)
+        serve(name, read_parameters(param or ()), host=host, port=port, limits=limits, say=say)
     except KeyboardInterrupt:
         sys.exit(130)
 
@@ -93,7 +93,7 @@ def score(
 
     if bool(images) == bool(run):
         raise ConfigError("name the pictures to score, or a run with --run; one of the two")
-    parameters = _parameters(param or ())
+    parameters = read_parameters(param or ())
     loaded = load_reward(reward, parameters)
     hide_loading_bars()
     if run:
@@ -116,24 +116,6 @@ def score(
     pictures = [read_picture(file) for file in files]
     prompts = prompts_for(prompt or (), len(files), told)
     _table({"": list(map(str, files)), **findings(score_images(loaded, pictures, prompts))})
-
-
-def _parameters(given: Sequence[str]) -> dict[str, Any]:
-    """Read parameters written as a=value, the value as YAML."""
-    import yaml
-
-    from ddpo.errors import ConfigError
-
-    parameters = {}
-    for each in given:
-        name, separator, text = each.partition("=")
-        if not separator or not name.strip():
-            raise ConfigError(f"--param {each!r} is no `a=value`")
-        try:
-            parameters[name.strip()] = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"--param {each!r} cannot be read as YAML: {error}") from error
-    return parameters
 
 
 def _table(found: Mapping[str, Sequence[str]]) -> None:

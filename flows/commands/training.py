@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -18,13 +16,12 @@ from flows.commands.common import (
     console,
     overrides,
     saved_run,
-    say,
 )
-from flows.quiet import hide_loading_bars, without_heartbeats
+from flows.commands.running import show_run
+from flows.quiet import hide_loading_bars
 
 if TYPE_CHECKING:
-    from ddpo.run import Run
-    from ddpo.store.objects import Store
+    pass
 
 app = typer.Typer()
 
@@ -53,7 +50,7 @@ def train(
     run_id = run_id or new_run_id(config)
     store, _ = check_run(settings, run_id)
     connect(settings.tracking.uri)
-    _show(run_id, settings.epochs, lambda: train_flow(config, run_id, overrides=changes), store)
+    show_run(run_id, settings.epochs, lambda: train_flow(config, run_id, overrides=changes), store)
 
 
 @app.command()
@@ -77,7 +74,7 @@ def resume(
     store, _ = check_run(config.model_copy(update={"storage": storage}), run_id)
     connect(config.tracking.uri)
     total = epochs or config.epochs
-    _show(run_id, total, lambda: resume_flow(run_id, place, epochs), store)
+    show_run(run_id, total, lambda: resume_flow(run_id, place, epochs), store)
 
 
 @app.command()
@@ -121,56 +118,3 @@ def sample(
     out.parent.mkdir(parents=True, exist_ok=True)
     picture.save(out)
     console.print(f"{out}: '{prompt}', seed {seed}")
-
-
-def _show(run_id: str, epochs: int, run: Callable[[], object], store: Store) -> None:
-    """Run a flow under progress bars, then show what came of it."""
-    from ddpo.run import open_run
-    from flows.bars import Bars
-    from flows.stopping import Stop, resume_command, start_server
-    from tasks.progress import shown_by
-
-    hide_loading_bars()
-    again = resume_command(store, run_id)
-
-    def tell() -> None:
-        console.show_cursor()  # hidden by bars that may not have come to their end
-        say(f"stopped; what is committed is kept. Go on with: {again}")
-
-    bars = Bars(console, run_id, epochs)
-    try:
-        with Stop(tell), without_heartbeats(), bars, shown_by(bars):
-            start_server()
-            run()
-    except Exception as error:
-        console.print(f"[bold red]the run failed: {type(error).__name__}[/]", highlight=False)
-        say(str(error))
-        say(f"What is committed is kept. Go on with: {again}")
-        sys.exit(1)
-    _summarise(open_run(store, run_id))
-
-
-def _summarise(run: Run) -> None:
-    from ddpo.report import reward_curve
-    from ddpo.secrets import hide_credentials
-    from flows.train import outputs_folder
-    from tasks.export import ADAPTER_FOLDER, PIPELINE_FOLDER
-
-    curve = reward_curve(run)
-    outputs = outputs_folder(run.config, run.run_id)
-    table = Table("", "first epoch", "last epoch", title=run.run_id, title_justify="left")
-    first, last = curve[0], curve[-1]
-    table.add_row("epoch", str(first.epoch), str(last.epoch))
-    table.add_row("reward, mean", f"{first.mean:.4f}", f"{last.mean:.4f}")
-    table.add_row("reward, std", f"{first.std:.4f}", f"{last.std:.4f}")
-    console.print(table)
-    places = Table.grid(padding=(0, 2))
-    places.add_column()
-    places.add_column(overflow="fold")  # a path that is cut short leads nowhere
-    places.add_row("report", str(outputs / "report.png"))
-    whole = run.config.trainable.type == "full"
-    places.add_row("weights", str(outputs / (PIPELINE_FOLDER if whole else ADAPTER_FOLDER)))
-    places.add_row("store", run.store.root)
-    places.add_row("MLflow", hide_credentials(run.config.tracking.uri))
-    places.add_row("look", "ddpo ui")
-    console.print(places)

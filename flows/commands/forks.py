@@ -1,0 +1,156 @@
+"""`ddpo rescore` and `fork`: what is saved, under another reward."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from flows.commands.common import (
+    Parameters,
+    Root,
+    RunId,
+    Settings,
+    console,
+    read_parameters,
+    saved_run,
+    say,
+)
+from flows.commands.running import show_run
+from flows.quiet import hide_loading_bars, without_heartbeats
+
+app = typer.Typer()
+
+
+@app.command()
+def rescore(
+    run_id: RunId,
+    reward: Annotated[str, typer.Option(help="The new reward: a name that `ddpo rewards` lists.")],
+    param: Parameters = None,
+    epochs: Annotated[
+        str | None, typer.Option(help="Which, as a:b, b not among them. By default all.")
+    ] = None,
+    root: Root = None,
+) -> None:
+    """Score a run's saved samples with another reward; nothing is drawn again."""
+    from ddpo.rewards import load_reward
+    from ddpo.run import storage_root
+    from flows.rescore import chosen_epochs
+    from flows.rescore import rescore as rescore_flow
+    from flows.stopping import Stop, start_server
+
+    place = storage_root(root)
+    run = saved_run(run_id, root)
+    parameters = read_parameters(param or ())
+    load_reward(reward, parameters)
+    chosen = chosen_epochs(run, epochs)
+    hide_loading_bars()
+    scored = "every shard that was scored is kept; the same command goes on"
+    try:
+        with (
+            Stop(lambda: say(f"stopped; {scored}")),
+            without_heartbeats(),
+            console.status(f"scoring {len(chosen)} epochs"),
+        ):
+            start_server()
+            reward_id = rescore_flow(run_id, reward, parameters, epochs, place)
+    except Exception as error:
+        console.print(f"[bold red]scoring failed: {type(error).__name__}[/]", highlight=False)
+        say(str(error))
+        say(scored)
+        sys.exit(1)
+    _show_rescored(run_id, reward, reward_id, place)
+
+
+@app.command()
+def fork(
+    run_id: RunId,
+    epoch: Annotated[
+        int, typer.Option(help="The new run starts before this epoch, on its samples.", min=0)
+    ],
+    reward: Annotated[
+        str | None, typer.Option(help="The new run's reward. By default the same.")
+    ] = None,
+    param: Parameters = None,
+    set_: Settings = None,
+    fork_id: Annotated[
+        str | None, typer.Option("--run-id", help="The new run's name; one that exists goes on.")
+    ] = None,
+    epochs: Annotated[
+        int | None,
+        typer.Option(help="How many it is to have in the end, those before it counted.", min=1),
+    ] = None,
+    reset_statistics: Annotated[
+        bool,
+        typer.Option(
+            "--reset-statistics",
+            help="Start without prompt statistics, instead of scoring the epochs before again.",
+        ),
+    ] = False,
+    root: Root = None,
+) -> None:
+    """Start a run from another's checkpoint and saved samples, under another reward or settings."""
+    from ddpo.run import check_run, storage_root
+    from flows.fork import fork as fork_flow
+    from flows.fork import fork_name, forked_config
+    from tasks.mlflow_connection import connect
+
+    place = storage_root(root)
+    parent = saved_run(run_id, root)
+    parameters = read_parameters(param or ())
+    statistics = "reset" if reset_statistics else "rebuild"
+    settings = tuple(set_ or ())
+    console.print("[dim]checking model, store and tracking ...[/]")
+    config = forked_config(
+        parent,
+        epoch,
+        reward=reward,
+        parameters=parameters,
+        epochs=epochs,
+        statistics=statistics,
+        overrides=settings,
+    )
+    name = fork_id or fork_name(parent, config)
+    store, _ = check_run(config, name)
+    connect(config.tracking.uri)
+    show_run(
+        name,
+        config.epochs,
+        lambda: fork_flow(
+            run_id, epoch, reward, parameters, name, epochs, statistics, settings, place
+        ),
+        store,
+    )
+
+
+def _show_rescored(run_id: str, reward: str, reward_id: str, place: str) -> None:
+    """Print both rewards by epoch, and where the new one is."""
+    from ddpo.history import open_run
+    from ddpo.secrets import hide_credentials
+
+    history = open_run(place, run_id)
+    own = history.config.reward.name
+    means = {
+        name: {
+            epoch: _mean(history.samples(name, epochs=[epoch]).column("reward").to_pylist())
+            for epoch in history.epochs
+        }
+        for name in (None, reward_id)
+    }
+    table = Table("epoch", own, reward, title=run_id, title_justify="left")
+    for epoch, mean in means[None].items():
+        table.add_row(str(epoch), mean, means[reward_id][epoch])
+    console.print(table)
+    places = Table.grid(padding=(0, 2))
+    places.add_column()
+    places.add_column(overflow="fold")
+    places.add_row("scores", f"{place}/rewards/reward_name={reward_id}/run_id={run_id}")
+    places.add_row("MLflow", hide_credentials(history.config.tracking.uri))
+    console.print(places)
+
+
+def _mean(rewards: list[float | None]) -> str:
+    scored = [reward for reward in rewards if reward is not None]
+    return f"{sum(scored) / len(scored):.4g}" if scored else ""

@@ -1,0 +1,59 @@
+"""A small run that is really in a store: epochs by the tasks' own bodies, on a tiny model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from ddpo.prompts import Prompt
+from ddpo.rewards import Scores
+from ddpo.run import Run, start_run
+from ddpo.store import keys, manifests
+from tasks.score import score_rollouts
+from tests.fold import as_in_a_new_process, run_epochs
+from tests.tiny import tiny_config
+
+EPOCHS = 2
+SHARDS = 2
+SAMPLES = 4
+"""An epoch's, in two shards."""
+
+
+def record_run(model: Path, root: Path | str, run_id: str = "mine", **changes: Any) -> Run:
+    """Run two epochs of four samples each."""
+    as_in_a_new_process()
+    small = {"steps": 2, "samples_per_epoch": SAMPLES, "shard_size": SAMPLES // SHARDS}
+    batches = {"sample_batch_size": 2, "micro_batch_size": 2}
+    changes = {"storage": {"root": str(root)}, "sampler": small, "numerics": batches, **changes}
+    run = start_run(tiny_config(model, **changes), run_id)
+    run_epochs(run, EPOCHS)
+    return run
+
+
+def score_again(run: Run, reward: str, epochs: range = range(EPOCHS), **parameters: Any) -> str:
+    """Score a run's samples with another reward; returns its id."""
+    asked = run.config.reward.model_copy(update={"name": reward, "parameters": parameters})
+    other = replace(run, config=run.config.model_copy(update={"reward": asked}))
+    for epoch in epochs:
+        for shard in range(SHARDS):
+            key = keys.rollout_manifest_key(run.run_id, epoch, shard)
+            rollouts = manifests.find(run.store, key)
+            assert rollouts is not None
+            score_rollouts(other, rollouts.ref, epoch, shard)
+    return other.reward.identity.reward_id
+
+
+def folder_of(run: Run) -> Path:
+    """Return the folder of a store on this disk."""
+    return Path(run.store.root.removeprefix("file://"))
+
+
+def first_fails(images: Sequence[Image.Image], prompts: Sequence[Prompt]) -> Scores:
+    """Reward = 1, but the first of what is scored together has none."""
+    failed = np.arange(len(images)) == 0
+    return Scores(np.ones(len(images)), failed)
