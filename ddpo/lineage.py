@@ -19,5 +19,5 @@ def record_fork(run: Run) -> None:
 
 def forks_of(store: Store, run_id: str) -> list[str]:
     """List the runs that branch off a run, sorted."""
-    prefix = keys.forks_prefix(run_id) + "/"
-    return sorted(key.removeprefix(prefix).removesuffix(".json") for key in store.list(prefix))
+    found = store.list(keys.forks_prefix(run_id))
+    return sorted(key.rpartition("/")[2].removesuffix(".json") for key in found)

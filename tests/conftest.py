@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from mlflow.tracking import MlflowClient
 from s3fs import S3FileSystem
 
 from flows.quiet import set_defaults
@@ -76,6 +77,14 @@ def tiny_v_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny pipeline that predicts v, shipped with DDIM as SD 2.x is."""
     folder = tmp_path_factory.mktemp("tiny") / "v"
     return build_tiny_model(folder, prediction_type="v_prediction", seed=1)
+
+
+@pytest.fixture(scope="session")
+def mlflow_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty MLflow database, to be copied."""
+    database = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    MlflowClient(f"sqlite:///{database}").search_experiments()
+    return database
 
 
 @pytest.fixture

@@ -1,0 +1,221 @@
+"""Fork and rescore: what is saved, under another reward. By the flows, with Prefect's server."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from mlflow.tracking import MlflowClient
+
+from ddpo.config import RunConfig
+from ddpo.digests import tensors_digest
+from ddpo.errors import ConfigError, PolicyMismatch
+from ddpo.lineage import forks_of
+from ddpo.report import reward_curve
+from ddpo.run import Run, open_run
+from ddpo.store import keys, manifests
+from ddpo.store.checkpoints import find_checkpoint, load_checkpoint, load_document
+from ddpo.store.objects import Store
+from ddpo.store.tables import decode_advantages
+from flows.fork import fork, forked_config
+from flows.rescore import chosen_epochs, rescore
+from flows.train import train
+from tasks.mlflow_connection import RUN_ID_TAG
+from tests.tiny import tiny_config
+
+EPOCHS = 3
+NIGHT = "night"
+
+
+@dataclass(frozen=True)
+class Place:
+    """A store with a run of three epochs, and the MLflow database that shows it."""
+
+    store: Store
+    uri: str
+
+    def run(self, run_id: str) -> Run:
+        return open_run(self.store, run_id)
+
+    def page(self, run_id: str) -> Any:
+        client = MlflowClient(self.uri)
+        experiments = [e.experiment_id for e in client.search_experiments()]
+        (found,) = client.search_runs(
+            experiments, filter_string=f"tags.`{RUN_ID_TAG}` = '{run_id}'"
+        )
+        return found
+
+    def weights(self, run_id: str, epoch: int) -> str:
+        found = find_checkpoint(self.store, run_id, epoch)
+        assert found is not None
+        return tensors_digest(load_checkpoint(self.store, found.ref).weights)
+
+
+@pytest.fixture(scope="module")
+def place(
+    tiny_model: Path, mlflow_database: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Place:
+    folder = tmp_path_factory.mktemp("forks")
+    shutil.copy(mlflow_database, folder / "mlflow.db")
+    config: RunConfig = tiny_config(
+        tiny_model,
+        prompts={"name": "prompt_list", "parameters": {"prompts": ["a cat", "a dog"]}},
+        sampler={"steps": 2, "samples_per_epoch": 8, "shard_size": 4},
+        advantages={"type": "per_prompt", "buffer_size": 16, "min_count": 4},
+        optimizer={"learning_rate": 1e-2},
+        storage={"root": str(folder / "store")},
+        tracking={
+            "uri": f"sqlite:///{folder}/mlflow.db",
+            "pictures": {"prompts": ["a cat"], "seeds": [0]},
+        },
+        outputs=str(folder / "outputs"),
+        epochs=EPOCHS,
+    )
+    file = folder / "config.yaml"
+    file.write_text(config.model_dump_json())
+    train(str(file), run_id=NIGHT)
+    return Place(Store.open(str(folder / "store")), config.tracking.uri)
+
+
+@pytest.mark.slow
+def test_a_fork_with_the_same_reward_ends_in_the_very_weights_of_its_run(place: Place) -> None:
+    fork(NIGHT, 1, fork_id="again", storage=place.store.root)
+    for epoch in range(1, EPOCHS + 1):
+        assert place.weights("again", epoch) == place.weights(NIGHT, epoch), epoch
+    # Prompt statistics were rebuilt from the scores of epoch 0.
+    for epoch in (1, EPOCHS):
+        ours, theirs = (
+            load_document(place.store, found.manifest, "progress")
+            for run_id in ("again", NIGHT)
+            if (found := find_checkpoint(place.store, run_id, epoch))
+        )
+        assert ours == theirs
+    assert theirs["statistics"]
+    assert [point.epoch for point in reward_curve(place.run("again"))] == [1, 2]
+    # Nothing of epoch 1 was drawn or copied.
+    for shard in range(2):
+        found = [
+            manifests.find(place.store, keys.rollout_manifest_key(run_id, 1, shard))
+            for run_id in ("again", NIGHT)
+        ]
+        assert found[0] and found[1] and found[0].manifest.objects == found[1].manifest.objects
+    # Lineage, both ways.
+    assert forks_of(place.store, NIGHT) == ["again"]
+    assert place.run("again").config.fork.run_id == NIGHT
+    tags = place.page("again").data.tags
+    assert tags["mlflow.parentRunId"] == place.page(NIGHT).info.run_id
+    assert (tags["ddpo.forked_from"], tags["ddpo.forked_at"]) == (NIGHT, "1")
+
+
+@pytest.mark.slow
+def test_a_fork_under_another_reward_scores_what_is_saved_and_goes_on(place: Place) -> None:
+    name = fork(NIGHT, 2, "jpeg_incompressibility", storage=place.store.root, epochs=4)
+    run = place.run(name)
+    assert name.startswith("night-from-2-jpeg_incompressibility-")
+    assert [point.epoch for point in reward_curve(run)] == [2, 3]
+    own, new = (
+        decode_advantages(place.store.get(found.manifest.objects["advantages"]))
+        for each in (place.run(NIGHT), run)
+        if (
+            found := manifests.find(
+                place.store,
+                keys.advantage_manifest_key(each.reward.identity.reward_id, each.run_id, 2),
+            )
+        )
+    )
+    assert [row.reward for row in new] == pytest.approx([-row.reward for row in own])
+    # The statistics behind them hold epochs 0 and 1, scored by the new reward: signs turned.
+    assert [row.count for row in new] == [row.count for row in own]
+    assert [row.advantage for row in new] == pytest.approx([-row.advantage for row in own])
+    assert place.weights(name, 3) != place.weights(NIGHT, 3)
+    assert place.weights(name, 2) == place.weights(NIGHT, 2)
+
+
+@pytest.mark.slow
+def test_a_fork_may_forget_the_rewards_before_it(place: Place) -> None:
+    fork(
+        NIGHT, 1, "jpeg_incompressibility", fork_id="reset", statistics="reset",
+        epochs=2, storage=place.store.root,
+    )  # fmt: skip
+    found = find_checkpoint(place.store, "reset", 1)
+    assert found and load_document(place.store, found.manifest, "progress")["statistics"] == {}
+
+
+def test_a_fork_of_another_sampler_is_refused_by_name(place: Place) -> None:
+    with pytest.raises(PolicyMismatch, match="another sampler"):
+        fork(NIGHT, 1, fork_id="other", overrides=["sampler.steps=3"], storage=place.store.root)
+
+
+def test_what_cannot_be_forked_is_said_before_anything_is_loaded(place: Place) -> None:
+    parent = place.run(NIGHT)
+    with pytest.raises(ConfigError, match="has not committed epoch 7"):
+        forked_config(parent, 7)
+    with pytest.raises(ConfigError, match="expected at least 3"):
+        forked_config(parent, 2, epochs=2)
+    with pytest.raises(ConfigError, match="trainable"):
+        forked_config(parent, 1, overrides=["trainable.rank=2", "trainable.type=lora"])
+    with pytest.raises(ConfigError, match="off_policy: true"):
+        forked_config(parent, 1, overrides=["fork.rollouts=2"])
+
+
+@pytest.mark.slow
+def test_rescoring_is_what_the_run_would_have_had_and_happens_once(place: Place) -> None:
+    reward_id = rescore(NIGHT, "jpeg_incompressibility", storage=place.store.root)
+    own_id = place.run(NIGHT).reward.identity.reward_id
+    for epoch in range(EPOCHS):
+        own, new = (
+            decode_advantages(place.store.get(found.manifest.objects["advantages"]))
+            for each in (own_id, reward_id)
+            if (
+                found := manifests.find(
+                    place.store, keys.advantage_manifest_key(each, NIGHT, epoch)
+                )
+            )
+        )
+        assert [row.advantage for row in new] == pytest.approx([-row.advantage for row in own])
+        assert [row.count for row in new] == [row.count for row in own]
+    page = place.page(f"{NIGHT}-by-{reward_id}")
+    assert page.data.tags["mlflow.parentRunId"] == place.page(NIGHT).info.run_id
+    metrics = page.data.metrics
+    assert metrics["agreement/pearson"] == pytest.approx(-1)
+    assert metrics["agreement/spearman"] == pytest.approx(-1)
+    client = MlflowClient(place.uri)
+    history = client.get_metric_history(page.info.run_id, "reward/mean")
+    assert [(m.step, m.value) for m in history] == [
+        (point.epoch, pytest.approx(-point.mean)) for point in reward_curve(place.run(NIGHT))
+    ]
+    pictures = [f.path for f in client.list_artifacts(page.info.run_id, "images")]
+    assert any("disagreement" in name for name in pictures)
+
+    before = {key: place.store.read(key) for key in place.store.list()}
+    assert rescore(NIGHT, "jpeg_incompressibility", storage=place.store.root) == reward_id
+    assert {key: place.store.read(key) for key in place.store.list()} == before
+    assert client.get_metric_history(page.info.run_id, "reward/mean") == history
+    assert [f.path for f in client.list_artifacts(page.info.run_id, "images")] == pictures
+
+
+def test_only_epochs_with_saved_samples_are_rescored(place: Place) -> None:
+    run = place.run(NIGHT)
+    assert chosen_epochs(run, None) == [0, 1, 2]
+    assert chosen_epochs(run, "1:") == [1, 2]
+    assert chosen_epochs(run, ":1") == [0]
+    assert chosen_epochs(run, "0:2") == [0, 1]
+    with pytest.raises(ConfigError, match="committed are 0 to 2"):
+        chosen_epochs(run, "5:9")
+    with pytest.raises(ConfigError, match="is no range"):
+        chosen_epochs(run, "one")
+    with pytest.raises(ConfigError, match="the run's own reward"):
+        rescore(NIGHT, "jpeg_compressibility", storage=place.store.root)
+
+
+def test_ranks_of_equal_rewards_are_shared() -> None:
+    from tasks.track_rescored import correlations
+
+    some, others = np.array([1.0, 2.0, 2.0, 5.0]), np.array([10.0, 20.0, 30.0, 40.0])
+    # Ranks 1, 2.5, 2.5, 4 and 1, 2, 3, 4: by hand, covariance 4.5, variances 4.5 and 5.
+    assert correlations(some, others)["agreement/spearman"] == pytest.approx(4.5 / (4.5 * 5) ** 0.5)
+    assert correlations(some, np.ones(4)) == {}
