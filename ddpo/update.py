@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -53,6 +54,8 @@ class UpdateMetrics:
         approx_kl: Mean of (log p_new - log p_old)² / 2 (http://joschu.net/blog/kl-approx.html).
         clip_fraction: Share of pairs whose ratio left the clip range; 0 for DDPO-SF.
         ratio_mean: Mean importance ratio.
+        ratio_p05: Its 5th percentile.
+        ratio_p95: Its 95th percentile.
         ratio_min: Smallest importance ratio.
         ratio_max: Largest importance ratio.
         grad_norm: Mean over the updates of the gradient's norm before clipping.
@@ -68,6 +71,8 @@ class UpdateMetrics:
     approx_kl: float
     clip_fraction: float
     ratio_mean: float
+    ratio_p05: float
+    ratio_p95: float
     ratio_min: float
     ratio_max: float
     grad_norm: float
@@ -237,6 +242,8 @@ def _measure(config: RunConfig, new: Tensor, old: Tensor) -> dict[str, float]:
         "approx_kl": float((difference**2).mean() / 2),
         "clip_fraction": clipped,
         "ratio_mean": float(ratio.mean()),
+        "ratio_p05": float(np.quantile(ratio.cpu().numpy(), 0.05)),
+        "ratio_p95": float(np.quantile(ratio.cpu().numpy(), 0.95)),
         "ratio_min": float(ratio.min()),
         "ratio_max": float(ratio.max()),
     }

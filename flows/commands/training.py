@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
+from rich.text import Text
 
 from flows.commands.common import (
     ConfigFile,
@@ -22,6 +23,9 @@ from flows.quiet import hide_loading_bars
 
 if TYPE_CHECKING:
     pass
+
+if TYPE_CHECKING:
+    from ddpo.store.objects import Store
 
 app = typer.Typer()
 
@@ -78,7 +82,12 @@ def resume(
 
 
 @app.command()
-def runs(root: Root = None) -> None:
+def runs(
+    tree: Annotated[
+        bool, typer.Option("--tree", help="Show which runs branch off which instead.")
+    ] = False,
+    root: Root = None,
+) -> None:
     """List the runs of a store."""
     from ddpo.report import reward_curve
     from ddpo.run import storage_root
@@ -86,14 +95,43 @@ def runs(root: Root = None) -> None:
     from ddpo.store.runs import list_runs
 
     store = Store.open(storage_root(root))
+    if tree:
+        _show_tree(store)
+        return
     table = Table("run", "model", "reward", "epochs", "first", "last", title=store.root)
     for run_id in list_runs(store):
         run = saved_run(run_id, root)
         curve = reward_curve(run)
         first, last = (f"{curve[0].mean:.4g}", f"{curve[-1].mean:.4g}") if curve else ("", "")
-        epochs = f"{len(curve)}/{run.config.epochs}"
+        epochs = f"{run.first_epoch + len(curve)}/{run.config.epochs}"
         table.add_row(run_id, run.config.model.path, run.config.reward.name, epochs, first, last)
     console.print(table if table.row_count else f"no runs in {store.root}")
+
+
+def _show_tree(store: Store) -> None:
+    """Print each run below the run that it branches off."""
+    from rich.tree import Tree
+
+    from ddpo.run import open_run
+    from ddpo.store.runs import list_runs
+
+    found = {run_id: open_run(store, run_id).config for run_id in list_runs(store)}
+    tree = Tree(Text(store.root))
+    branches: dict[str, Tree] = {}
+
+    def grow(run_id: str) -> Tree:
+        if run_id not in branches:
+            config = found[run_id]
+            fork = config.fork
+            above = grow(fork.run_id) if fork and fork.run_id in found else tree
+            since = f", from epoch {fork.epoch} of {fork.run_id}" if fork else ""
+            said = Text.assemble((run_id, "bold"), f"  {config.reward.name}{since}")
+            branches[run_id] = above.add(said)
+        return branches[run_id]
+
+    for run_id in found:
+        grow(run_id)
+    console.print(tree)
 
 
 @app.command()

@@ -25,7 +25,7 @@ from flows.fork import fork, forked_config
 from flows.rescore import chosen_epochs, rescore
 from flows.train import train
 from tasks.mlflow_connection import RUN_ID_TAG
-from tests.tiny import tiny_config
+from tests.tiny import build_tiny_model, tiny_config
 
 EPOCHS = 3
 NIGHT = "night"
@@ -148,6 +148,35 @@ def test_a_fork_may_forget_the_rewards_before_it(place: Place) -> None:
 def test_a_fork_of_another_sampler_is_refused_by_name(place: Place) -> None:
     with pytest.raises(PolicyMismatch, match="another sampler"):
         fork(NIGHT, 1, fork_id="other", overrides=["sampler.steps=3"], storage=place.store.root)
+
+
+def test_a_fork_of_another_base_model_is_refused_by_name(place: Place, tmp_path: Path) -> None:
+    other = build_tiny_model(tmp_path / "other", seed=5)
+    changed = [f"model.path={other}"]
+    with pytest.raises(PolicyMismatch, match=r"another base model .* expected"):
+        fork(NIGHT, 1, fork_id="based", overrides=changed, storage=place.store.root)
+    # Unless its config says so; how far the policies are apart is measured then.
+    changed += ["fork.off_policy=true"]
+    fork(NIGHT, 1, fork_id="off", epochs=2, overrides=changed, storage=place.store.root)
+    metrics = place.page("off").data.metrics
+    assert metrics["update/initial_ratio_deviation_max"] > 1e-4
+    assert metrics["update/ratio_p05"] < metrics["update/ratio_p95"]
+
+
+@pytest.mark.slow
+def test_a_history_is_trained_on_off_policy_where_the_config_says_so(place: Place) -> None:
+    settings = ["fork.rollouts=2", "fork.off_policy=true", "optimizer.learning_rate=5e-3"]
+    fork(NIGHT, 1, fork_id="history", overrides=settings, storage=place.store.root)
+    for epoch in (1, 2):
+        found = [
+            manifests.find(place.store, keys.rollout_manifest_key(run_id, epoch, 0))
+            for run_id in ("history", NIGHT)
+        ]
+        assert found[0] and found[1] and found[0].manifest.objects == found[1].manifest.objects
+    # By epoch 2 the fork has learnt otherwise than its parent had.
+    assert place.weights("history", 2) != place.weights(NIGHT, 2)
+    metrics = place.page("history").data.metrics
+    assert metrics["update/initial_ratio_deviation_max"] > 1e-4
 
 
 def test_what_cannot_be_forked_is_said_before_anything_is_loaded(place: Place) -> None:
