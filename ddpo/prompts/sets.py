@@ -84,6 +84,7 @@ def counting(
 def starter_scenes(
     kinds: list[Literal["single", "activity", "count", "other"]] | None = None,
     held_out: Literal["with", "without", "only"] = "with",
+    every: Annotated[int, Field(ge=1)] = 1,
 ) -> list[Prompt]:
     """Return the prompts of what the starter model can draw, each scene once.
 
@@ -92,13 +93,15 @@ def starter_scenes(
             cats" to four, 135), ``other`` ("an owl", 24); by default all.
         held_out: Whether the 27 activities that the starter was never shown are in it: ``with``,
             ``without`` them, or they ``only``.
+        every: Take each n-th of what is left, from the first on: fewer prompts come up oftener, and
+            statistics of their own serve them sooner.
     """
     from ddpo.starter.scenes import SCENES  # here, since it imports transformers
 
     chosen = [scene for scene in SCENES if kinds is None or scene.kind in kinds]
     if held_out != "with":
         chosen = [scene for scene in chosen if scene.held_out == (held_out == "only")]
-    return [Prompt(scene.prompt) for scene in chosen]
+    return [Prompt(scene.prompt) for scene in chosen[::every]]
 
 
 def prompt_list(prompts: list[str]) -> list[Prompt]:
