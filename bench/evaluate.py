@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ddpo.policies import Policy
+from ddpo.prompts import Prompt
 from ddpo.randomness import derive_seed
 from ddpo.rewards import score_images
 from ddpo.run import Run, open_run, storage_root
@@ -75,13 +76,20 @@ class Gain:
         return self.mean / self.standard_error
 
 
-def evaluate(run: Run, epoch: int, *, seeds: Sequence[int] = SEEDS) -> Evaluation:
-    """Draw and score every prompt of a run's set with fixed seeds, and ask the judge.
+def evaluate(
+    run: Run,
+    epoch: int,
+    *,
+    seeds: Sequence[int] = SEEDS,
+    prompts: Sequence[Prompt] | None = None,
+) -> Evaluation:
+    """Draw and score prompts with fixed seeds, and ask the judge.
 
     Args:
         run: Gives prompts (scenes of the starter), sampler, reward.
         epoch: The checkpoint; 0 is the base model.
         seeds: Noise seeds, the same for every checkpoint and run.
+        prompts: What is drawn; by default the run's own set.
 
     Returns:
         Rewards, diversity and the share that is recognised.
@@ -89,8 +97,9 @@ def evaluate(run: Run, epoch: int, *, seeds: Sequence[int] = SEEDS) -> Evaluatio
     Raises:
         ValueError: The checkpoint is not committed, or a prompt names no scene of the starter.
     """
+    prompts = run.prompts if prompts is None else prompts
     scenes = {scene.prompt: scene for scene in SCENES}
-    unknown = [prompt.text for prompt in run.prompts if prompt.text not in scenes]
+    unknown = [prompt.text for prompt in prompts if prompt.text not in scenes]
     if unknown:
         raise ValueError(f"the starter's judge has no notion of the prompt {unknown[0]!r}")
     checkpoint = find_checkpoint(run.store, run.run_id, epoch)
@@ -98,13 +107,13 @@ def evaluate(run: Run, epoch: int, *, seeds: Sequence[int] = SEEDS) -> Evaluatio
         raise ValueError(f"run {run.run_id} has no checkpoint {epoch}")
     policy = Policy(run.config.model, run.config.trainable, run.numerics, seed=run.config.seed)
     policy.weights.load(load_checkpoint(run.store, checkpoint.ref).shown_weights)
-    prompts = [prompt for prompt in run.prompts for _ in seeds]
-    shown = [scenes[prompt.text] for prompt in prompts]
-    noise = [derive_seed(seed, "evaluate", p.text) for p in run.prompts for seed in seeds]
+    repeated = [prompt for prompt in prompts for _ in seeds]
+    shown = [scenes[prompt.text] for prompt in repeated]
+    noise = [derive_seed(seed, "evaluate", p.text) for p in prompts for seed in seeds]
     sampler = sampler_of_epoch(policy, run.config, 0)
-    images = sample(policy, [p.text for p in prompts], noise, sampler).images
-    scores = score_images(run.reward, images, prompts)
-    shape = (len(run.prompts), len(seeds))
+    images = sample(policy, [p.text for p in repeated], noise, sampler).images
+    scores = score_images(run.reward, images, repeated)
+    shape = (len(prompts), len(seeds))
     return Evaluation(
         rewards=scores.values.astype(np.float64).reshape(shape),
         diversity=_diversity(images, len(seeds)),

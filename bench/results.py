@@ -1,8 +1,8 @@
 """What training achieves: ``python -m bench.results``.
 
-Trains three seeds for JPEG compressibility and incompressibility, each beside a control whose
-advantages are dealt to random samples; compares every trained model with its base on 45 animals x 4
-fixed seeds. Runs that are finished are not run again, so the command may be stopped and repeated.
+Trains three seeds of each task on the starter, each beside a control whose advantages are dealt to
+random samples; compares every trained model with its base on the same prompts and noise. Runs that
+are finished are not run again, so the command may be stopped and repeated.
 """
 
 from __future__ import annotations
@@ -12,26 +12,53 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from bench.evaluate import Evaluation, Gain, evaluate
-from ddpo.digests import sha256_bytes
+from bench.evaluate import SEEDS, Evaluation, Gain, evaluate
+from ddpo.digests import json_digest, sha256_bytes
+from ddpo.prompts import Prompt
+from ddpo.prompts.sets import starter_scenes
 from ddpo.run import open_run
 from ddpo.starter import JUDGE_PATH, STARTER_PATH
 from ddpo.store.objects import Store
 from flows.quiet import hide_loading_bars
 
-CONFIGS = {
-    "compressibility": "configs/starter.yaml",
-    "incompressibility": "configs/starter_incompressibility.yaml",
-}
 TRAINING_SEEDS = (0, 1, 2)
-EPOCHS = 12
-"""As many as the demo's."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is trained, and how it is looked at.
+
+    Attributes:
+        config: Its file.
+        seeds: Noise seeds of a prompt's pictures.
+        beyond: Prompts that training never draws, by what they are; evaluated too.
+    """
+
+    config: str
+    seeds: Sequence[int]
+    beyond: Mapping[str, Sequence[Prompt]] = field(default_factory=dict)
+
+
+HELD_OUT = starter_scenes(["activity"], held_out="only")
+"""The 27 pairs of animal and activity that neither the starter's training nor ours draws."""
+
+TASKS = {
+    "compressibility": Task("configs/starter.yaml", SEEDS),
+    "incompressibility": Task("configs/starter_incompressibility.yaml", SEEDS),
+    "colorfulness": Task("configs/starter_colorfulness.yaml", SEEDS),
+    # 27 prompts, 16 pictures each: 432 pairs.
+    "counting": Task("configs/starter_counting.yaml", range(101, 117)),
+    "alignment": Task(
+        "configs/starter_alignment.yaml", range(101, 117), {"held-out pairs": HELD_OUT}
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -58,15 +85,13 @@ def train(trial: Trial, folder: Path, threads: int) -> None:
     """
     settings = {
         "seed": trial.seed,
-        "epochs": EPOCHS,
         "advantages.shuffle": str(trial.control).lower(),
         "numerics.threads": threads,
         "tracking.uri": f"sqlite:///{folder}/mlflow-{trial.run_id}.db",
         "tracking.system_metrics": "false",
-        "tracking.pictures.seeds": "[0]",
         "outputs": folder / "outputs",
     }
-    command = [sys.executable, "-m", "flows.cli", "train", CONFIGS[trial.task]]
+    command = [sys.executable, "-m", "flows.cli", "train", TASKS[trial.task].config]
     command += ["--run-id", trial.run_id, "--root", str(folder / "store")]
     for name, value in settings.items():
         command += ["--set", f"{name}={value}"]
@@ -88,16 +113,20 @@ def train(trial: Trial, folder: Path, threads: int) -> None:
 def train_and_measure(trial: Trial, folder: Path, threads: int) -> None:
     """Train a trial and evaluate it, unless that is done already."""
     train(trial, folder, threads)
-    measure(trial, folder, folder / "evaluations")
+    for beyond in ("", *TASKS[trial.task].beyond):
+        measure(trial, folder, folder / "evaluations", beyond)
 
 
-def measure(trial: Trial, folder: Path, cache: Path) -> tuple[Evaluation, Evaluation]:
+def measure(
+    trial: Trial, folder: Path, cache: Path, beyond: str = ""
+) -> tuple[Evaluation, Evaluation]:
     """Evaluate a trial's base and trained model, once.
 
     Args:
         trial: Which.
         folder: As in :func:`train`.
         cache: Folder of finished evaluations.
+        beyond: Which prompts beyond the run's own; by default those.
 
     Returns:
         Base and trained.
@@ -108,10 +137,14 @@ def measure(trial: Trial, folder: Path, cache: Path) -> tuple[Evaluation, Evalua
     base = sha256_bytes(weights.read_bytes())[:8]
     # Of other weights or settings, or judged otherwise, it would be another evaluation.
     judge = sha256_bytes((JUDGE_PATH / "model.safetensors").read_bytes())[:8]
-    for epoch, name in ((0, f"base-{trial.task}"), (EPOCHS, trial.run_id)):
-        file = cache / f"{name}-{run.identity_digest[:8] if epoch else base}-{judge}.json"
+    task = TASKS[trial.task]
+    prompts = task.beyond[beyond] if beyond else run.prompts
+    asked = json_digest([[p.text for p in prompts], list(task.seeds), run.reward.identity.digest])
+    for epoch, name in ((0, f"base-{trial.task}"), (run.config.epochs, trial.run_id)):
+        of = f"{run.identity_digest[:8] if epoch else base}-{run.config.epochs if epoch else 0}"
+        file = cache / f"{name}-{of}-{judge}-{asked[:8]}.json"
         if not file.exists():
-            result = evaluate(run, epoch)
+            result = evaluate(run, epoch, seeds=task.seeds, prompts=prompts)
             cache.mkdir(parents=True, exist_ok=True)
             whole = file.with_suffix(f".{trial.run_id}")
             content = asdict(result) | {"rewards": result.rewards.tolist()}
@@ -122,18 +155,19 @@ def measure(trial: Trial, folder: Path, cache: Path) -> tuple[Evaluation, Evalua
     return found[0], found[1]
 
 
-def table(task: str, folder: Path) -> str:
+def table(task: str, folder: Path, beyond: str = "") -> str:
     """Return a task's results as Markdown.
 
     Args:
-        task: ``compressibility`` or ``incompressibility``.
+        task: One of `TASKS`.
         folder: As in :func:`train`.
+        beyond: As in :func:`measure`.
 
     Returns:
         A table with a row a run, and the means.
     """
     lines = [
-        f"### {task}",
+        f"### {task}{', ' + beyond if beyond else ''}",
         "",
         "| run | base reward | trained | gain | standard error | gain / s.e. | diversity "
         "| recognised |",
@@ -144,7 +178,7 @@ def table(task: str, folder: Path) -> str:
     for control in (False, True):
         for seed in TRAINING_SEEDS:
             trial = Trial(task, seed, control)
-            base, trained = measure(trial, folder, folder / "evaluations")
+            base, trained = measure(trial, folder, folder / "evaluations", beyond)
             gain = Gain.of(trained, base)
             gains[control].append(gain.mean)
             bases.append(base)
@@ -162,7 +196,7 @@ def table(task: str, folder: Path) -> str:
         f"{np.std(gains[False], ddof=1):.4f}), shuffled {shuffled:+.4f} (spread "
         f"{np.std(gains[True], ddof=1):.4f}), which is {shuffled / real:+.0%} of the real one. "
         f"Of the base, diversity is {bases[0].diversity:.1f} grey levels, and "
-        f"{bases[0].recognised:.1%} of its animals are recognised.",
+        f"{bases[0].recognised:.1%} of its pictures show what the prompt names.",
         "",
     ]
     return "\n".join(lines)
@@ -174,20 +208,22 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("ddpo-data/results"))
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs side by side")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads a run")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     arguments = parser.parse_args()
     folder = arguments.folder.absolute()
     hide_loading_bars()
     trials = [
         Trial(task, seed, control)
         for seed in TRAINING_SEEDS
-        for task in CONFIGS
+        for task in arguments.tasks
         for control in (False, True)
     ]
     print(f"training {len(trials)} runs, {arguments.jobs} at a time, into {folder}", flush=True)
     with ThreadPoolExecutor(arguments.jobs) as pool:
         list(pool.map(lambda trial: train_and_measure(trial, folder, arguments.threads), trials))
-    for task in CONFIGS:
-        print("\n" + table(task, folder), flush=True)
+    for task in arguments.tasks:
+        for beyond in ("", *TASKS[task].beyond):
+            print("\n" + table(task, folder, beyond), flush=True)
 
 
 if __name__ == "__main__":
