@@ -23,7 +23,7 @@ from ddpo.store import keys, manifests
 from ddpo.store.checkpoints import find_checkpoint, load_checkpoint, load_document
 from ddpo.store.manifests import Committed, Manifest, Ref
 from ddpo.store.retention import is_retired
-from ddpo.store.tables import decode_rewards, decode_rollouts
+from ddpo.store.tables import decode_prompts, decode_rewards
 
 
 def saved_rollouts(run: Run, epoch: int) -> list[Ref]:
@@ -210,8 +210,7 @@ def _scored_samples(run: Run, refs: Sequence[Ref]) -> tuple[list[str], np.ndarra
     for ref in refs:
         manifest = manifests.load(run.store, ref)
         source = manifests.load(run.store, Ref.model_validate(manifest.inputs["rollouts"]))
-        for row in decode_rollouts(run.store.get(source.objects["rollouts"])):
-            prompts[row.sample_id] = row.prompt
+        prompts |= decode_prompts(run.store.get(source.objects["rollouts"]))
         for row in decode_rewards(run.store.get(manifest.objects["rewards"])):
             rewards[row.sample_id] = float("nan") if row.reward is None else row.reward
     ids = sorted(prompts)

@@ -19,7 +19,7 @@ from ddpo.state import PromptStatistics
 from ddpo.store import keys, manifests
 from ddpo.store.checkpoints import load_document
 from ddpo.store.manifests import Committed, Ref
-from ddpo.store.tables import AdvantageRow, decode_rewards, decode_rollouts, encode_advantages
+from ddpo.store.tables import AdvantageRow, decode_prompts, decode_rewards, encode_advantages
 from tasks.retries import STORAGE
 from tasks.worker import RunHandle, opened
 
@@ -93,7 +93,7 @@ def normalise(
     reward_by_id: dict[str, float | None] = {}
     for ref in rollouts:
         table = run.store.get(manifests.load(run.store, ref).objects["rollouts"])
-        prompt_by_id |= {row.sample_id: row.prompt for row in decode_rollouts(table)}
+        prompt_by_id |= decode_prompts(table)
     for ref in scores:
         table = run.store.get(manifests.load(run.store, ref).objects["rewards"])
         reward_by_id |= {row.sample_id: row.reward for row in decode_rewards(table)}

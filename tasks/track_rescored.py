@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +14,7 @@ from ddpo.run import Run, open_run
 from ddpo.store import keys, manifests
 from ddpo.store.images import decode_image
 from ddpo.store.manifests import Ref
-from ddpo.store.tables import RewardRow, decode_rewards, decode_rollouts
+from ddpo.store.tables import RewardRow, RolloutRow, decode_rewards, decode_rollouts
 from tasks.adopt import saved_rollouts
 from tasks.retries import STORAGE
 from tasks.track import TrackingHandle, reward_metrics, tracker
@@ -84,15 +84,15 @@ def track_disagreement(
     difference = _standardised([new[i] for i in ids]) - _standardised([own[i] for i in ids])
     order = np.argsort(-difference, kind="stable")
     count = min(_MOST_DISAGREEMENTS, len(ids) // 2)
-    shown: list[str] = []
-    for side, rows in (("new-higher", order[:count]), ("own-higher", order[::-1][:count])):
-        for place, row in enumerate(rows):
-            sample = ids[int(row)]
-            caption = f"new {new[sample]:.4g}, own {own[sample]:.4g}"
-            picture = _captioned(run, sample, caption)
-            tracker(tracking).log_picture(f"disagreement/{side}-{place}", picture, step=0)
-            shown.append(sample)
-    return shown
+    names = {
+        ids[int(row)]: f"disagreement/{side}-{place}"
+        for side, rows in (("new-higher", order[:count]), ("own-higher", order[::-1][:count]))
+        for place, row in enumerate(rows)
+    }
+    for row in _samples(run, names):
+        caption = f"new {new[row.sample_id]:.4g}, own {own[row.sample_id]:.4g}"
+        tracker(tracking).log_picture(names[row.sample_id], _captioned(row, caption), step=0)
+    return list(names)
 
 
 def correlations(some: NDArray[np.float64], others: NDArray[np.float64]) -> dict[str, float]:
@@ -145,13 +145,21 @@ def _scores(run: Run, epoch: int) -> list[Ref]:
     return [each.ref for each in found if each]
 
 
-def _captioned(run: Run, sample: str, caption: str) -> Image.Image:
+def _samples(run: Run, ids: Collection[str]) -> Iterator[RolloutRow]:
+    """Yield samples, each shard read once."""
+    shards: dict[tuple[int, int], set[str]] = {}
+    for sample in ids:
+        _, epoch, index = sample.rsplit("/", 2)
+        place = int(epoch), int(index) // run.config.sampler.shard_size
+        shards.setdefault(place, set()).add(sample)
+    for (epoch, shard), wanted in sorted(shards.items()):
+        manifest = manifests.load(run.store, saved_rollouts(run, epoch)[shard])
+        rows = decode_rollouts(run.store.get(manifest.objects["rollouts"]))
+        yield from (row for row in rows if row.sample_id in wanted)
+
+
+def _captioned(row: RolloutRow, caption: str) -> Image.Image:
     """Return a sample's picture with its prompt and both rewards below it."""
-    _, epoch, index = sample.rsplit("/", 2)
-    shard = int(index) // run.config.sampler.shard_size
-    manifest = manifests.load(run.store, saved_rollouts(run, int(epoch))[shard])
-    rows = decode_rollouts(run.store.get(manifest.objects["rollouts"]))
-    row = next(row for row in rows if row.sample_id == sample)
     picture = decode_image(row.image_png)
     width = max(picture.width, 256)
     picture = picture.resize(

@@ -175,6 +175,23 @@ def decode_rollouts(data: bytes) -> list[RolloutRow]:
     return rows
 
 
+def decode_prompts(data: bytes) -> dict[str, str]:
+    """Reads what each sample was asked for, and leaves the pictures, which are most of the bytes.
+
+    Args:
+        data: A Parquet file of rollout rows.
+
+    Returns:
+        Prompts by `sample_id`.
+
+    Raises:
+        UnreadableData: The bytes are no rollouts table, or a page's checksum does not hold.
+    """
+    schema = pa.schema([ROLLOUT_SCHEMA.field(name) for name in ("sample_id", "prompt")])
+    records = _decode("rollouts", data, schema, columns=schema.names)
+    return {record["sample_id"]: record["prompt"] for record in records}
+
+
 def encode_rewards(rows: Sequence[RewardRow]) -> bytes:
     """Serialises reward rows.
 
@@ -269,12 +286,16 @@ def _encode(table: str, records: list[dict[str, Any]], schema: pa.Schema) -> byt
 
 
 def _decode(
-    table: str, data: bytes, schema: pa.Schema, optional: Set[str] = frozenset()
+    table: str,
+    data: bytes,
+    schema: pa.Schema,
+    optional: Set[str] = frozenset(),
+    columns: Sequence[str] | None = None,
 ) -> list[dict[str, Any]]:
     try:
         file = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True)
         _check_claims(table, file.metadata)
-        read = file.read()
+        read = file.read(columns=None if columns is None else list(columns))
     except (pa.ArrowException, OSError) as error:
         raise UnreadableData(f"a {table} table", str(error)) from error
     found = {name: read.schema.field(name).type for name in read.schema.names}
