@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 import httpx
 import numpy as np
@@ -66,6 +66,10 @@ class HttpReward:
         ConfigError: No endpoint, or one that is no plain http address; no bearer token.
         RewardError: The service is away, or is another reward than expected.
     """
+
+    needs: ClassVar[str] = (
+        "a running reward service (`ddpo serve-reward NAME`), and DDPO_REWARD_TOKEN if it wants one"
+    )
 
     def __init__(
         self,
