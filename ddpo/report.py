@@ -44,7 +44,7 @@ def reward_curve(run: Run) -> list[EpochRewards]:
     Returns:
         One entry an epoch whose advantages are committed, in order.
     """
-    reward_id = run.reward.identity.reward_id
+    reward_id = run.reward_id
     curve: list[EpochRewards] = []
     while True:
         epoch = run.first_epoch + len(curve)

@@ -16,12 +16,13 @@ import ddpo
 from ddpo.config import NumericsConfig, RunConfig
 from ddpo.config_files import parse_config
 from ddpo.digests import json_digest
-from ddpo.errors import ConfigError, RunIdentityMismatch
+from ddpo.errors import ConfigError, RewardError, RunIdentityMismatch
 from ddpo.numerics import Numerics, changed_versions, settle_again, settle_numerics
 from ddpo.policies import check_model
 from ddpo.prompts import Prompt, load_prompts, prompt_set_digest
 from ddpo.rewards import Reward, load_reward
-from ddpo.store import keys, runs
+from ddpo.rewards.identity import reward_id_of
+from ddpo.store import commits, keys, runs
 from ddpo.store.documents import differences
 from ddpo.store.objects import Store
 from ddpo.store.runs import RunRecord
@@ -42,12 +43,15 @@ class Run:
         run_id: Its name.
         config: Identity and numerics as frozen; the operation half as of this start.
         numerics: What its bytes depend on, frozen at the first start.
+        pinned_reward: Digest of the reward's identity at the first start; None where another
+            reward stands in for the run's own.
     """
 
     store: Store
     run_id: str
     config: RunConfig
     numerics: Numerics
+    pinned_reward: str | None
 
     @cached_property
     def prompts(self) -> tuple[Prompt, ...]:
@@ -56,8 +60,41 @@ class Run:
 
     @cached_property
     def reward(self) -> Reward:
-        """The reward."""
-        return load_reward(self.config.reward.name, self.config.reward.parameters)
+        """The reward.
+
+        Raises:
+            RewardError: It is no longer the one that the run was started with.
+            DdpoError: As `load_reward`.
+        """
+        reward = load_reward(self.config.reward.name, self.config.reward.parameters)
+        found = reward.identity
+        if self.pinned_reward not in (None, found.digest):
+            raise RewardError(
+                f"run {self.run_id!r} was started with a reward of digest {self.pinned_reward}, "
+                f"and {self.config.reward.name!r} is now {found.reward_id} of digest "
+                f"{found.digest}: its service, its weights or its code were exchanged. Put back "
+                "what the run was started with and resume it, or go on under the new reward in a "
+                "run of its own (`ddpo fork`)"
+            )
+        return reward
+
+    @cached_property
+    def reward_id(self) -> str:
+        """The reward's id, 'NAME-<digest8>'; a pinned one is not loaded for it.
+
+        Raises:
+            DdpoError: As `reward`, where none is pinned.
+        """
+        if self.pinned_reward is None:
+            return self.reward.identity.reward_id
+        usual = reward_id_of(self.config.reward.name, self.pinned_reward)
+        first = keys.reward_manifest_key(usual, self.run_id, self.first_epoch, 0)
+        if self.store.exists(first):
+            return usual
+        # A served reward has the name that its service tells; the store has seen that.
+        ending = f"-{self.pinned_reward[:8]}"
+        seen = commits.reward_ids(self.store, self.run_id)
+        return next((each for each in seen if each.endswith(ending)), usual)
 
     @property
     def identity_digest(self) -> str:
@@ -227,4 +264,10 @@ def _from_record(store: Store, record: RunRecord, operation: dict[str, Any]) -> 
     frozen = numerics.model_dump(include=set(NumericsConfig.model_fields))
     source = str(Path(keys.run_key(record.run_id)))
     config = parse_config({**identity, **operation, "numerics": frozen}, source)
-    return Run(store, record.run_id, config, numerics)
+    return Run(store, record.run_id, config, numerics, _pinned_reward(record))
+
+
+def _pinned_reward(record: RunRecord) -> str | None:
+    digests = record.identity.get("digests")
+    digest = digests.get("reward") if isinstance(digests, dict) else None
+    return digest if isinstance(digest, str) else None

@@ -67,7 +67,7 @@ def rescore(
         on_failure=run.config.reward.on_failure,
     )
     reward_id = load_reward(config.name, config.parameters).identity.reward_id
-    if reward_id == run.reward.identity.reward_id:
+    if reward_id == run.reward_id:
         raise ConfigError(f"{reward_id} is the run's own reward: its samples have these scores")
     handle = RunHandle(
         root=run.store.root, s3=run.store.s3, run_id=run_id, reward=config.model_dump_json()
@@ -156,7 +156,7 @@ def _statistics_before(run: Run, epoch: int) -> Ref | None:
     if epoch == run.first_epoch:
         first = find_checkpoint(run.store, run.run_id, epoch)
         return first.ref if first else None
-    reward_id = run.reward.identity.reward_id
+    reward_id = run.reward_id
     key = keys.advantage_manifest_key(reward_id, run.run_id, epoch - 1)
     found = manifests.find(run.store, key)
     return found.ref if found else None

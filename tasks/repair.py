@@ -71,7 +71,7 @@ class NotMended(DdpoError):
 def _make_again(
     run: Run, manifest: str, damages: list[Damage], kind: str, epoch: int, shard: int
 ) -> None:
-    reward_id = run.reward.identity.reward_id
+    reward_id = run.reward_id
     own = {
         "rollouts": keys.rollout_manifest_key(run.run_id, epoch, shard),
         "rewards": keys.reward_manifest_key(reward_id, run.run_id, epoch, shard),
@@ -120,7 +120,7 @@ def _rollouts(run: Run, epoch: int, shard: int) -> Ref:
 
 
 def _rewards(run: Run, epoch: int, shard: int) -> Ref:
-    reward_id = run.reward.identity.reward_id
+    reward_id = run.reward_id
     return _found(run, keys.reward_manifest_key(reward_id, run.run_id, epoch, shard))
 
 

@@ -137,7 +137,7 @@ def _own_rewards(run: Run, epoch: int) -> dict[str, float]:
 
 
 def _scores(run: Run, epoch: int) -> list[Ref]:
-    reward_id = run.reward.identity.reward_id
+    reward_id = run.reward_id
     found = [
         manifests.find(run.store, keys.reward_manifest_key(reward_id, run.run_id, epoch, shard))
         for shard in range(run.shards)

@@ -75,7 +75,8 @@ def opened(handle: RunHandle) -> Run:
     if handle.reward is None:
         return run
     reward = RewardConfig.model_validate_json(handle.reward)
-    return replace(run, config=run.config.model_copy(update={"reward": reward}))
+    config = run.config.model_copy(update={"reward": reward})
+    return replace(run, config=config, pinned_reward=None)
 
 
 @contextmanager

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import json
-import logging
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +13,7 @@ from PIL import Image
 from pydantic import BaseModel, ValidationError
 
 from ddpo.errors import RewardError
-from ddpo.rewards.chat_endpoints import ERROR_STATUS, Away, Endpoints, NoAnswer, Patience, Reply
+from ddpo.rewards.endpoints import Broken, Endpoints, NoAnswer, Patience, Reply
 from ddpo.rewards.vlm_tasks import NOTHING_SAID, Answer
 from ddpo.store.images import encode_image
 
@@ -26,8 +25,6 @@ _SETTINGS_STATUS = frozenset({401, 403, 404, 405})
 _NO_LIST_STATUS = frozenset({404, 405, 501})
 _LIST_TIMEOUT_S = 10.0
 _SHOWN = 5  # names in a message
-
-_logger = logging.getLogger(__name__)
 
 
 class _Message(BaseModel):
@@ -91,21 +88,12 @@ class ChatModel:
         """
         try:
             first, found = self._endpoints.in_turn(
-                lambda endpoint, seconds: (endpoint, self._served_by(endpoint, seconds)),
-                each_s=_LIST_TIMEOUT_S,
-                within_s=within_s,
+                self._served_by, each_s=_LIST_TIMEOUT_S, within_s=within_s
             )
         except NoAnswer as error:
             raise RewardError(str(error)) from error
-        for endpoint in self._endpoints.addresses:
-            if endpoint == first:
-                continue
-            try:
-                other = self._served_by(endpoint, _LIST_TIMEOUT_S)
-            except (Away, NoAnswer) as error:
-                self._endpoints.note_away(endpoint)
-                _logger.warning("%s of the served model is away: %s", endpoint, error)
-                continue
+        others = self._endpoints.others(first, self._served_by, each_s=_LIST_TIMEOUT_S)
+        for endpoint, other in others:
             if other != found:
                 raise self._endpoints.error(
                     f"{endpoint} serves {other} as {self._model!r}, and {first} serves {found}; "
@@ -145,7 +133,7 @@ class ChatModel:
     def _answer(self, image: Image.Image, question: str) -> Answer:
         body = self._body(image, question)
         try:
-            text = self._endpoints.in_turn(
+            _, text = self._endpoints.in_turn(
                 lambda endpoint, seconds: self._complete(endpoint, body, seconds),
                 each_s=self._patience.timeout_s,
                 within_s=self._patience.give_up_after_s,
@@ -170,9 +158,9 @@ class ChatModel:
         ).encode()
 
     def _complete(self, endpoint: str, body: bytes, seconds: float) -> str:
-        reply = self._endpoints.request(endpoint, "/chat/completions", body, seconds)
+        reply = self._request(endpoint, "/chat/completions", seconds, body)
         if reply.status != httpx.codes.OK:
-            if reply.status in _SETTINGS_STATUS or reply.status < ERROR_STATUS:
+            if reply.status in _SETTINGS_STATUS or reply.status < httpx.codes.BAD_REQUEST:
                 raise self._wrong_settings(endpoint, reply)
             raise NoAnswer(f"{endpoint} answered {reply.said}")
         try:
@@ -184,7 +172,7 @@ class ChatModel:
         return (choices[0].message.content or "").strip()
 
     def _served_by(self, endpoint: str, seconds: float) -> str:
-        reply = self._endpoints.request(endpoint, "/models", None, seconds)
+        reply = self._request(endpoint, "/models", seconds)
         if reply.status in _NO_LIST_STATUS:
             return UNREPORTED
         if reply.status != httpx.codes.OK:
@@ -203,9 +191,19 @@ class ChatModel:
         names = ", ".join(each.id for each in served[:_SHOWN])
         raise self._endpoints.error(f"{endpoint} does not serve {self._model!r}; it serves {names}")
 
+    def _request(
+        self, endpoint: str, path: str, seconds: float, body: bytes | None = None
+    ) -> Reply:
+        """Ask one endpoint once; an error of its own may not come again."""
+        reply = self._endpoints.request(endpoint, path, seconds, body)
+        own = reply.status >= httpx.codes.INTERNAL_SERVER_ERROR
+        if own and reply.status != httpx.codes.NOT_IMPLEMENTED:  # it will not be there later
+            raise Broken(f"{endpoint} answered {reply.said}")
+        return reply
+
     def _wrong_settings(self, endpoint: str, reply: Reply) -> RewardError:
         if reply.status in (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN):
-            way_out = self._endpoints.key_state
+            way_out = f"The API key in {self._endpoints.token_state}"
         else:
             way_out = (
                 "Check that the endpoint ends as the service's does (often /v1), and that it "

@@ -68,6 +68,7 @@ class HpsV2:
     """
 
     version: ClassVar[str] = "1"
+    needs: ClassVar[str] = "HPS v2.1 (2.0 GB) and CLIP's tokenizer, fetched from the hub"
 
     def __init__(
         self,

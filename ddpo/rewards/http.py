@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
-from typing import Annotated, Any
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, ClassVar, TypeVar
 
+import httpx
 import numpy as np
 from PIL import Image
 from pydantic import (
@@ -20,7 +21,7 @@ from pydantic import (
 from ddpo.errors import RewardError
 from ddpo.prompts.base import Prompt
 from ddpo.rewards.base import Scores
-from ddpo.rewards.endpoints import Endpoints, Files
+from ddpo.rewards.endpoints import Endpoints, Files, NoAnswer, Patience, Service
 from ddpo.rewards.identity import RewardIdentity
 from ddpo.rewards.wire import TOKEN_VARIABLE, IdentityMessage, ScoresMessage
 from ddpo.store.images import encode_image
@@ -30,6 +31,8 @@ ENDPOINTS_VARIABLE = "DDPO_REWARD_ENDPOINTS"
 _LOSSLESS_MODES = frozenset({"1", "L", "LA", "P", "RGB", "RGBA", "I;16"})
 """What PNG gives back as it was; Pillow would round or refuse the others."""
 _IDENTITY_TIMEOUT_S = 5.0
+
+Found = TypeVar("Found")
 
 
 class HttpReward:
@@ -64,6 +67,10 @@ class HttpReward:
         RewardError: The service is away, or is another reward than expected.
     """
 
+    needs: ClassVar[str] = (
+        "a running reward service (`ddpo serve-reward NAME`), and DDPO_REWARD_TOKEN if it wants one"
+    )
+
     def __init__(
         self,
         endpoints: tuple[str, ...] = (),
@@ -79,16 +86,17 @@ class HttpReward:
         give_up_after_s: PositiveFloat = 600.0,
         start_within_s: PositiveFloat = 15.0,
     ) -> None:
-        self._endpoints = Endpoints(
-            endpoints,
+        service = Service(
+            what="the reward service",
+            start="Start it with `ddpo serve-reward`",
+            example="http://127.0.0.1:8100",
             variable=endpoints_variable,
             token_variable=token_variable,
-            connect_timeout_s=connect_timeout_s,
-            retries=retries,
+            token_parameter="token_variable",
         )
+        self._patience = Patience(connect_timeout_s, timeout_s, retries, give_up_after_s)
+        self._endpoints = Endpoints(endpoints, service, self._patience)
         self._max_batch = max_batch
-        self._timeout_s = timeout_s
-        self._give_up_after_s = give_up_after_s
         self.identity = self._ask_identity(start_within_s)
         if expected_digest and not self.identity.digest.startswith(expected_digest):
             raise RewardError(
@@ -104,11 +112,11 @@ class HttpReward:
         return _join([self._score(images[cut], prompts[cut]) for cut in cuts])
 
     def _score(self, images: Sequence[Image.Image], prompts: Sequence[Prompt]) -> Scores:
-        endpoint, data = self._endpoints.ask(
-            "/score",
-            _multipart(images, prompts),
-            each_s=self._timeout_s,
-            within_s=self._give_up_after_s,
+        body = _multipart(images, prompts)
+        endpoint, data = self._in_turn(
+            lambda endpoint, seconds: self._request(endpoint, "/score", seconds, body),
+            each_s=self._patience.timeout_s,
+            within_s=self._patience.give_up_after_s,
         )
         try:
             told = ScoresMessage.model_validate_json(data)
@@ -134,14 +142,44 @@ class HttpReward:
 
     def _ask_identity(self, within_s: float) -> RewardIdentity:
         """Return the identity of the first endpoint that answers; the others must have it too."""
-        first, data = self._endpoints.ask(
-            "/identity", each_s=_IDENTITY_TIMEOUT_S, within_s=within_s
-        )
-        identity = self._read_identity(first, data)
-        others = self._endpoints.ask_others(first, "/identity", each_s=_IDENTITY_TIMEOUT_S)
-        for endpoint, data in others:
-            self._check_identity(endpoint, self._read_identity(endpoint, data), identity)
+
+        def ask(endpoint: str, seconds: float) -> RewardIdentity:
+            return self._read_identity(endpoint, self._request(endpoint, "/identity", seconds))
+
+        first, identity = self._in_turn(ask, each_s=_IDENTITY_TIMEOUT_S, within_s=within_s)
+        for endpoint, other in self._endpoints.others(first, ask, each_s=_IDENTITY_TIMEOUT_S):
+            self._check_identity(endpoint, other, identity)
         return identity
+
+    def _in_turn(
+        self, ask: Callable[[str, float], Found], *, each_s: float, within_s: float
+    ) -> tuple[str, Found]:
+        try:
+            return self._endpoints.in_turn(ask, each_s=each_s, within_s=within_s)
+        except NoAnswer as error:
+            raise self._endpoints.error(str(error)) from error
+
+    def _request(
+        self, endpoint: str, path: str, seconds: float, body: Files | None = None
+    ) -> bytes:
+        """Ask one endpoint once; what it refuses is an error at once, 500 too: its reward raised.
+
+        Raises:
+            RewardError: It refuses.
+            Away: As `Endpoints.request`.
+            NoAnswer: As `Endpoints.request`.
+        """
+        reply = self._endpoints.request(endpoint, path, seconds, body)
+        if reply.status == httpx.codes.OK:
+            return reply.data
+        if reply.status in (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN):
+            raise self._endpoints.error(
+                f"{endpoint} refused the token ({reply.said}): {self._endpoints.token_state}"
+            )
+        way_out = ""
+        if reply.status == httpx.codes.REQUEST_ENTITY_TOO_LARGE:
+            way_out = "; a smaller `max_batch` sends less at once"
+        raise self._endpoints.error(f"{endpoint} answered {reply.said}{way_out}")
 
     def _read_identity(self, endpoint: str, data: bytes) -> RewardIdentity:
         try:

@@ -47,7 +47,12 @@ class RewardIdentity:
     @property
     def reward_id(self) -> str:
         """Name and digest, fit for a storage key: ``[A-Za-z0-9_.-]``, at most 89 characters."""
-        return f"{name_in_keys(self.name)}-{self.digest[:8]}"
+        return reward_id_of(self.name, self.digest)
+
+
+def reward_id_of(name: str, digest: str) -> str:
+    """Return the id of a reward of this name and digest."""
+    return f"{name_in_keys(name)}-{digest[:8]}"
 
 
 def name_in_keys(name: str) -> str:

@@ -71,6 +71,7 @@ class ImageReward:
     """
 
     version: ClassVar[str] = "1"
+    needs: ClassVar[str] = "ImageReward v1.0 (1.8 GB) and BERT's tokenizer, fetched from the hub"
 
     def __init__(
         self,

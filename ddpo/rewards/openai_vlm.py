@@ -13,7 +13,7 @@ from ddpo.prompts.base import Prompt
 from ddpo.rewards.base import Scores
 from ddpo.rewards.bert_recall import BERT, BERT_LAYER, BertRecall
 from ddpo.rewards.chat import ChatModel
-from ddpo.rewards.chat_endpoints import Endpoints, Patience
+from ddpo.rewards.endpoints import Endpoints, Patience, Service
 from ddpo.rewards.identity import RewardIdentity
 from ddpo.rewards.pretrained import Device
 from ddpo.rewards.vlm_tasks import (
@@ -98,7 +98,15 @@ class OpenaiVlm:
         start_within_s: PositiveFloat = 15.0,
     ) -> None:
         patience = Patience(connect_timeout_s, timeout_s, retries, give_up_after_s)
-        served = Endpoints(endpoints, endpoints_variable, key_variable, at_once, patience)
+        service = Service(
+            what="the served model",
+            start="Start it",
+            example="http://127.0.0.1:8000/v1",
+            variable=endpoints_variable,
+            token_variable=key_variable,
+            token_parameter="key_variable",
+        )
+        served = Endpoints(endpoints, service, patience)
         self._chat = ChatModel(served, model, max_new_tokens, at_once, patience)
         self._bert: BertRecall | None = None
         self._question = question

@@ -63,11 +63,12 @@ class ScoresMessage(BaseModel):
     """What scored them."""
 
 
-def read_token(variable: str) -> str | None:
+def read_token(variable: str, parameter: str = "token_variable") -> str | None:
     """Return the bearer token that an environment variable holds.
 
     Args:
         variable: Its name.
+        parameter: Name of the parameter that it comes from.
 
     Returns:
         The token without white space around it, or None where the variable is unset or empty.
@@ -78,7 +79,7 @@ def read_token(variable: str) -> str | None:
     """
     if not re.fullmatch(r"[A-Z_][A-Z0-9_]*", variable):
         raise ConfigError(
-            "token_variable is no name of an environment variable (capitals, digits, '_'); name "
+            f"{parameter} is no name of an environment variable (capitals, digits, '_'); name "
             "the variable that holds the token, and never write the token itself into a config"
         )
     token = os.environ.get(variable, "").strip()

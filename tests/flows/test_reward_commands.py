@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -134,6 +135,46 @@ def test_rewards_are_listed_with_parameters_defaults_and_needs(ddpo):
     assert '    - language: str; by default "eng"' in ocr
     assert "    - rewards: tuple[Component, ...]; must be given" in lines
     assert any("Literal['species', 'activity', 'count']" in line for line in lines)
+
+
+NEEDS = {
+    "http": "a running reward service",
+    "openai_vlm": "a server of a vision-language model",
+    "ocr_text": "the program tesseract",
+    "weighted": "what its components need",
+    "starter_vqa": "prompts of the starter's scenes",
+    "laion_aesthetic": "(1.7 GB) and the head (4 MB), fetched",
+    "clip_score": "(1.7 GB), fetched",
+    "pickscore": "(3.9 GB), fetched",
+    "hps_v2": "(2.0 GB) and CLIP's tokenizer, fetched",
+    "image_reward": "(1.8 GB) and BERT's tokenizer, fetched",
+    "vlm_alignment": "14 GB) and a model for BERTScore (3 GB), fetched",
+    "vlm_vqa": "14 GB), fetched",
+}
+NOTHING_NEEDED = {"jpeg_compressibility", "jpeg_incompressibility", "colorfulness"}
+
+
+def test_every_reward_with_weights_or_a_service_says_what_it_needs(ddpo):
+    """A new reward belongs in one of the two tables above."""
+    ours = {each.name: each.needs for each in describe_rewards()}
+    assert ours.keys() == NEEDS.keys() | NOTHING_NEEDED
+    for name, needed in NEEDS.items():
+        assert needed in ours[name], name
+    assert {name for name, needs in ours.items() if not needs} == NOTHING_NEEDED
+    _, screen = ddpo("rewards")
+    assert "needs: a running reward service (`ddpo serve-reward NAME`)" in " ".join(screen.split())
+
+
+def test_sizes_of_weights_are_those_of_the_documentation():
+    """Both tell what is fetched; `docs/rewards.md` has it in the table of models."""
+    size = re.compile(r"[0-9.]+ [GM]B")
+    rows = [line.split("|") for line in Path("docs/rewards.md").read_text().splitlines()]
+    told = {row[1].strip(" `"): set(size.findall(row[2])) for row in rows if len(row) > 4}
+    fetched = {each.name: set(size.findall(each.needs)) for each in describe_rewards()}
+    compared = {name for name, sizes in fetched.items() if sizes} - {"openai_vlm"}
+    assert len(compared) >= 7
+    for name in compared:
+        assert fetched[name] <= told[name], name
 
 
 def test_a_reward_of_another_package_is_described_or_says_why_not(own, tmp_path):

@@ -30,6 +30,8 @@ from ddpo.rewards.answers import Question, is_right, questions_of, share_of_righ
         ("twenty-one birds", "21"),
         ("twenty one birds", "21"),
         ("1,000 ants", "1000"),
+        ("twenty cats and one dog", "one"),  # no word goes on with a number further back
+        ("twenty, zero", "zero"),  # there is no twenty-zero
         ("ＣＡＴ", "cat"),  # full-width letters
     ],
 )
@@ -49,6 +51,7 @@ def test_right_answers(answer, expected):
         ("twenty-one birds", "twenty"),
         ("3.5 cats", "3"),
         ("1,000 ants", "1"),
+        ("3,5 cats", "35"),  # a decimal comma, not thousands
         ("a cat", "one"),
         ("a dog", "cat"),
         ("an urchin of the sea", "sea urchin"),

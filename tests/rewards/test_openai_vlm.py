@@ -19,7 +19,8 @@ from PIL import Image
 
 from ddpo.errors import ConfigError, RewardError, RewardUnavailable
 from ddpo.prompts import Prompt
-from ddpo.rewards import Reward, chat_endpoints, load_reward, score_images
+from ddpo.rewards import Reward, load_reward, score_images
+from ddpo.rewards import endpoints as endpoints_module
 from ddpo.rewards.bert_recall import BertRecall
 from ddpo.rewards.scoring import score_samples
 from ddpo.rewards.vlm_tasks import QUESTION
@@ -134,7 +135,7 @@ def deberta(tmp_path_factory):
 def clean(monkeypatch):
     for name in ("OPENAI_API_KEY", "DDPO_VLM_ENDPOINTS"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(chat_endpoints, "_FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr(endpoints_module, "_FIRST_WAIT_S", 0.01)
 
 
 def load(*addresses: str, **parameters):
@@ -345,6 +346,16 @@ def test_a_picture_without_an_answer_fails_with_the_reason_and_no_other_does(up,
     assert [outcome.value for outcome in outcomes] == [1, None, 1]
 
 
+def test_a_picture_whose_answer_has_no_end_fails_and_no_other_does(up, monkeypatch):
+    served, url = up
+    endless = (200, {}, bytes(6000))
+    served.answer = lambda body, number: endless if shown(body) == 1 else completion(REPLY)
+    monkeypatch.setattr(endpoints_module, "_ANSWER_LIMIT_BYTES", 5000)
+    scores = scored(load(url))
+    assert scores.failed.tolist() == [False, True, False]
+    assert "answered more than 5000 bytes" in scores.columns["vqa_error"][1]
+
+
 def test_a_service_that_answers_no_question_at_all_is_an_error(up):
     served, url = up
     served.answer = lambda body, number: (200, {}, b"[]")
@@ -431,10 +442,15 @@ def test_the_key_is_sent_as_a_bearer_token_and_never_told(up, monkeypatch, caplo
         texts.append(str(caught.value))
     assert all("bad key ***" in text for text in texts[1:])
     assert "another one than the service's" in texts[1]
-    assert not any(KEY in text for text in [*texts, caplog.text])
+    cut_in_its_midst = json.dumps({"message": "x" * 485 + KEY}).encode()
+    served.answer = lambda *_: (401, {}, cut_in_its_midst)
+    with pytest.raises(RewardError) as caught:
+        scored(reward)
+    texts.append(str(caught.value))
+    assert not any(KEY[:8] in text for text in [*texts, caplog.text])
 
 
 def test_a_key_in_the_place_of_its_variables_name_is_not_repeated(up):
-    with pytest.raises(ConfigError, match="name the variable") as caught:
+    with pytest.raises(ConfigError, match=r"key_variable is no name.*name the variable") as caught:
         load(up[1], key_variable=KEY)
     assert KEY not in str(caught.value)

@@ -1,0 +1,165 @@
+"""A run is scored by the reward that it was started with, and read without it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ddpo.errors import ConfigError, RewardError, RunIdentityMismatch
+from ddpo.prompts import Prompt
+from ddpo.report import reward_curve, write_report
+from ddpo.rewards import RewardIdentity, Scores
+from ddpo.rewards import endpoints as endpoints_module
+from ddpo.rewards.service import create_app
+from ddpo.run import Run, open_run, start_run
+from ddpo.store import commits
+from ddpo.store.manifests import Ref
+from flows import cli
+from tasks.advantages import advantages_of
+from tasks.sample import sample_shard
+from tasks.score import score_shard
+from tasks.start import start
+from tasks.worker import RunHandle
+from tests.fold import as_in_a_new_process
+from tests.rewards.served import serving
+from tests.servers import free_port
+from tests.tiny import tiny_config
+
+IMPATIENT = {"retries": 0, "start_within_s": 0.2}
+OWN = "def constant(images, prompts): return [7.0] * len(images)\n"
+
+
+class Weighty:
+    """A reward whose score is its weights."""
+
+    def __init__(self, weights: int) -> None:
+        self.identity = RewardIdentity("weighty", {}, {"org/model": f"commit-{weights}"})
+        self.weights = weights
+
+    def __call__(self, images: Sequence[Image.Image], prompts: Sequence[Prompt]) -> Scores:
+        return Scores(np.full(len(images), self.weights, np.float32))
+
+
+@contextmanager
+def deployed(port: int, weights: int) -> Iterator[RewardIdentity]:
+    """A reward service with these weights on a port."""
+    reward = Weighty(weights)
+    with serving(create_app(lambda: reward), port):
+        yield reward.identity
+
+
+@pytest.fixture(autouse=True)
+def clean(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DDPO_REWARD_ENDPOINTS", raising=False)
+    monkeypatch.delenv("DDPO_REWARD_TOKEN", raising=False)
+    monkeypatch.setattr(endpoints_module, "_FIRST_WAIT_S", 0.01)
+    as_in_a_new_process()
+
+
+def started(model: Path, root: Path, reward: dict) -> tuple[Run, RunHandle, Ref, list[Ref]]:
+    """A run with its first epoch drawn, and nothing scored."""
+    run = start_run(tiny_config(model, storage={"root": str(root)}, reward=reward), "r")
+    handle = RunHandle(root=run.store.root, run_id="r")
+    first = start.fn(handle)
+    return run, handle, first, [sample_shard.fn(handle, first, 0, s) for s in range(run.shards)]
+
+
+def over(port: int) -> dict:
+    """The reward `http` as a config has it."""
+    endpoints = [f"http://127.0.0.1:{port}"]
+    return {"name": "http", "parameters": {"endpoints": endpoints, **IMPATIENT}}
+
+
+def score_all(handle: RunHandle, rollouts: list[Ref]) -> list[Ref]:
+    return [score_shard.fn(handle, ref, 0, shard) for shard, ref in enumerate(rollouts)]
+
+
+def test_a_service_redeployed_with_other_weights_is_refused_by_name(tiny_model, tmp_path):
+    port = free_port()
+    with deployed(port, 1) as first:
+        run, handle, _, rollouts = started(tiny_model, tmp_path, over(port))
+        scored = score_shard.fn(handle, rollouts[0], 0, 0)
+    as_in_a_new_process()
+    with deployed(port, 2) as second:
+        with pytest.raises(RewardError, match=r"'r' was started with a reward.*ddpo fork") as told:
+            score_shard.fn(handle, rollouts[1], 0, 1)
+        for part in (first.digest, second.digest, second.reward_id, "'http'"):
+            assert part in str(told.value)
+        with pytest.raises(RewardError, match="was started with"):  # what is committed, too
+            score_shard.fn(handle, rollouts[0], 0, 0)
+        with pytest.raises(RunIdentityMismatch, match="digests"):
+            start_run(run.config, "r")
+    assert commits.reward_ids(run.store, "r") == [first.reward_id]
+    as_in_a_new_process()
+    with deployed(port, 1):
+        assert score_shard.fn(handle, rollouts[0], 0, 0) == scored
+        score_shard.fn(handle, rollouts[1], 0, 1)
+    assert commits.reward_ids(run.store, "r") == [first.reward_id]
+
+
+def test_a_reward_that_stands_in_for_the_runs_own_is_held_to_no_digest(tiny_model, tmp_path):
+    run, handle, _, rollouts = started(tiny_model, tmp_path, {"name": "jpeg_compressibility"})
+    other = run.config.reward.model_copy(update={"name": "jpeg_incompressibility"})
+    score_shard.fn(handle.model_copy(update={"reward": other.model_dump_json()}), rollouts[0], 0, 0)
+    (seen,) = commits.reward_ids(run.store, "r")
+    assert seen.startswith("jpeg_incompressibility-")
+
+
+@pytest.fixture
+def ddpo(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """Runs the command in this process; gives exit status and what the screen showed."""
+
+    def run(*words: object) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["ddpo", *map(str, words)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        return int(ended.value.code or 0), capsys.readouterr().out
+
+    return run
+
+
+def check_readable(ddpo, run: Run, mean: float, tmp_path: Path) -> None:
+    """Check that list, curve and report of a run with one epoch need no reward."""
+    found = open_run(run.store, "r")
+    (point,) = reward_curve(found)
+    assert (point.epoch, point.mean) == (0, pytest.approx(mean))
+    assert write_report(found, "0" * 8, tmp_path / "report.png").stat().st_size > 1000
+    status, screen = ddpo("runs", "--root", run.store.root)
+    assert status == 0, screen
+    (row,) = [line for line in screen.splitlines() if line.startswith("│ r ")]
+    assert row.split("│")[-2].strip() == f"{mean:.4g}"
+
+
+def test_a_runs_rewards_are_read_while_its_service_is_down(ddpo, tiny_model, tmp_path):
+    """Its id has the name that the service told, which the config does not know."""
+    port = free_port()
+    with deployed(port, 3) as identity:
+        run, handle, first, rollouts = started(tiny_model, tmp_path, over(port))
+        assert reward_curve(open_run(run.store, "r")) == []
+        advantages_of.fn(handle, first, rollouts, score_all(handle, rollouts), 0)
+    with pytest.raises(RewardError, match="no endpoint"):
+        _ = open_run(run.store, "r").reward
+    assert open_run(run.store, "r").reward_id == identity.reward_id
+    check_readable(ddpo, run, 3.0, tmp_path)
+
+
+def test_a_runs_rewards_are_read_when_the_users_code_is_gone(
+    ddpo, tiny_model, tmp_path, monkeypatch
+):
+    code = tmp_path / "own_pinned_fixture.py"
+    code.write_text(OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+    reward = {"name": "own_pinned_fixture:constant"}
+    run, handle, first, rollouts = started(tiny_model, tmp_path / "store", reward)
+    advantages_of.fn(handle, first, rollouts, score_all(handle, rollouts), 0)
+    code.unlink()
+    monkeypatch.delitem(sys.modules, "own_pinned_fixture")
+    with pytest.raises(ConfigError, match="own_pinned_fixture"):
+        _ = open_run(run.store, "r").reward
+    check_readable(ddpo, run, 7.0, tmp_path)
