@@ -47,8 +47,9 @@ no drawing by hand is among them.
 | seed | {seed} |
 
 `reward` is null where the picture could not be scored, and `status` says why. `advantage` is what
-the update weighed the picture by, null where none was computed from this reward. `sample_id` is
-run, epoch and index. Columns after `advantage` are the scorer's own.
+the update weighed the picture by (before a value function's baseline, if the run has one), null
+where none was computed from this reward. `sample_id` is run, epoch and index. Columns after
+`advantage` are the scorer's own.
 
 Each epoch was drawn by the policy that the epochs before it led to:
 

@@ -171,7 +171,7 @@ class PolicyGradient:
 
         Args:
             rollouts: All samples of the epoch.
-            advantages: [S].
+            advantages: [S], or [S, T] where a sample's differ from step to step.
             samples: Rows that this update sees.
             old: [S, T], the log-probs in the ratio's denominator.
             on_pairs: Called with the number of pairs that were just done.
@@ -185,6 +185,7 @@ class PolicyGradient:
         steps = self.trained_steps()
         count = len(samples) * len(steps)
         scale = self.loss_scale * count if self.loss_scale != 1.0 else 1.0
+        advantages = advantages.reshape(len(advantages), -1).expand_as(rollouts.log_probs)
         seen = torch.full_like(rollouts.log_probs, torch.nan)
         total, total_kl = 0.0, 0.0
         for pairs in micro_batches(samples, steps, self.policy.numerics.micro_batch_size):
@@ -195,7 +196,7 @@ class PolicyGradient:
             losses = self._losses(
                 log_probs,
                 old[pairs.samples, pairs.steps].to(log_probs.device),
-                advantages[pairs.samples].to(log_probs.device, log_probs.dtype),
+                advantages[pairs.samples, pairs.steps].to(log_probs.device, log_probs.dtype),
             )
             if base is not None:
                 kl = gaussian_kl(transition.mean, base.mean, transition.std)

@@ -23,6 +23,8 @@ class TrainState:
         updates: Optimizer steps so far.
         samples: Pictures drawn so far.
         ema: Moving average of the weights; empty where none is kept.
+        value: The value function's weights and its AdamW's state; empty where there is none, and
+            before it is first trained.
     """
 
     weights: Mapping[str, Tensor]
@@ -32,6 +34,7 @@ class TrainState:
     updates: int
     samples: int
     ema: Mapping[str, Tensor] = field(default_factory=dict)
+    value: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def shown_weights(self) -> Mapping[str, Tensor]:

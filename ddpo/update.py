@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ddpo.baseline import ValueBaseline
 from ddpo.config import DdpoIsConfig, OptimizerConfig, Regression, RunConfig
 from ddpo.ema import Ema
 from ddpo.errors import ConfigError, NonFiniteError
@@ -62,6 +63,9 @@ class UpdateMetrics:
         learning_rate: Of AdamW.
         kl_to_base: Mean KL divergence of a step from the base model's, over all pairs; None where
             ``algorithm.kl_weight`` is 0.
+        value_loss: Mean squared error of the value function before its training; None where there
+            is none.
+        value_explained_variance: 1 - var(r - V) / var(r) of it, likewise.
         recomputed_log_probs: Whether old log-probs were made anew in the update's own graph.
         initial_ratio_deviation: Of the stored log-probs, over all timesteps of the first update.
         initial_ratio_deviation_by_timestep: The same, a timestep each.
@@ -81,6 +85,8 @@ class UpdateMetrics:
     initial_ratio_deviation: RatioDeviation
     initial_ratio_deviation_by_timestep: Mapping[int, RatioDeviation]
     kl_to_base: float | None = None
+    value_loss: float | None = None
+    value_explained_variance: float | None = None
 
     def document(self) -> dict[str, Any]:
         """Return the metrics as JSON values; what was not measured is left out."""
@@ -110,6 +116,7 @@ def update(
     statistics: PromptStatistics,
     config: RunConfig,
     *,
+    scored: Tensor | None = None,
     on_progress: Callable[[float], None] = lambda share: None,
 ) -> tuple[TrainState, UpdateMetrics]:
     """Run one epoch's updates.
@@ -122,9 +129,11 @@ def update(
         policy: Holds ``state.weights``; changed in place.
         state: Before the epoch.
         rollouts: Drawn by this very policy.
-        advantages: [S].
+        advantages: [S]; with a value function the normalised rewards, which it is subtracted from.
         statistics: After this epoch's rewards.
         config: Sampler, algorithm, optimizer.
+        scored: [S] bool, samples with a reward of their own; by default all. A value function
+            learns of these, and gives the others advantage 0.
         on_progress: Called with the share that is done, in [0, 1].
 
     Returns:
@@ -146,6 +155,11 @@ def update(
     adamw = make_adamw(gradient.parameters, config.optimizer, state.optimizer)
     old = _old_log_probs(gradient, rollouts, config)
     count = len(rollouts.prompts)
+    rewards = advantages
+    scored = torch.ones(count, dtype=torch.bool) if scored is None else scored
+    baseline = ValueBaseline.of(policy, state, rollouts, config)
+    if baseline is not None:
+        advantages = baseline.advantages(rewards, scored)
     pairs = count * len(gradient.trained_steps())
     done = 0
 
@@ -161,6 +175,7 @@ def update(
             norms.append(take_step(adamw, gradient.parameters, config.optimizer))
             if ema is not None:
                 ema.follow(policy.weights.state())
+        learnt = None if baseline is None else baseline.learn(rewards, scored)
     except NonFiniteError:
         # Earlier updates of this epoch have already stepped.
         policy.weights.load(state.weights)
@@ -176,6 +191,7 @@ def update(
         updates=state.updates + len(passes),
         samples=state.samples + count,
         ema={} if ema is None else copies(ema.average),
+        value={} if baseline is None else baseline.state(),
     )
     return after, UpdateMetrics(
         loss=sum(done.loss for done in passes) / len(passes),
@@ -188,6 +204,8 @@ def update(
             for i in gradient.trained_steps()
         },
         kl_to_base=_mean([done.kl_to_base for done in passes]),
+        value_loss=learnt and learnt.loss,
+        value_explained_variance=learnt and learnt.explained_variance,
         **metrics,
     )
 

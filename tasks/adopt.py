@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ddpo.algorithms.advantages import compute_advantages
-from ddpo.config import ForkConfig
+from ddpo.config import ForkConfig, ValueAdvantages
 from ddpo.digests import canonical_json
 from ddpo.errors import ConfigError, PolicyMismatch, RetiredObject, RewardError
 from ddpo.policies import Policy, policy_digest
@@ -20,7 +20,12 @@ from ddpo.run import Run, open_run
 from ddpo.sampling import sampler_digest
 from ddpo.state import PromptStatistics
 from ddpo.store import keys, manifests
-from ddpo.store.checkpoints import find_checkpoint, load_checkpoint, load_document
+from ddpo.store.checkpoints import (
+    TENSOR_ROLES,
+    find_checkpoint,
+    load_checkpoint,
+    load_document,
+)
 from ddpo.store.manifests import Committed, Manifest, Ref
 from ddpo.store.retention import is_retired
 from ddpo.store.tables import decode_prompts, decode_rewards
@@ -104,6 +109,9 @@ def adopt_shard(run: Run, epoch: int, shard: int) -> Committed:
 def adopt_checkpoint(run: Run, policy: Policy, scores: Sequence[Ref]) -> Ref:
     """Commit a fork's first checkpoint: another run's weights and optimizer, statistics of its own.
 
+    A value function is taken over where it was learnt of the same reward and embeddings, and
+    statistics are not reset; elsewhere the fork starts with a new one.
+
     Args:
         run: The fork.
         policy: Its model, as loaded.
@@ -137,7 +145,10 @@ def adopt_checkpoint(run: Run, policy: Policy, scores: Sequence[Ref]) -> Ref:
         "samples": state.samples,
         "statistics": {prompt: list(rewards) for prompt, rewards in statistics.items()},
     }
-    objects = {role: stored for role, stored in parent.manifest.objects.items() if role in _TENSORS}
+    shared = set(TENSOR_ROLES)
+    if not _value_holds(run, fork, digests, own):
+        shared -= {"value"}
+    objects = {role: stored for role, stored in parent.manifest.objects.items() if role in shared}
     for role, document in (("progress", progress), ("digests", own)):
         stem = keys.checkpoint_stem(run.run_id, fork.epoch, role)
         objects[role] = run.store.put(stem, ".json", canonical_json(document))
@@ -158,8 +169,18 @@ def adopt_checkpoint(run: Run, policy: Policy, scores: Sequence[Ref]) -> Ref:
     return done.ref
 
 
-_TENSORS = ("weights", "optimizer", "ema")
-"""The roles of a checkpoint's objects that a fork shares."""
+def _value_holds(
+    run: Run, fork: ForkConfig, of_rollouts: dict[str, str], own: dict[str, str]
+) -> bool:
+    """Tell whether the other run's value function says anything of a fork's rewards.
+
+    It foretells one reward from one text encoder's embeddings. Else the fork starts with a new one.
+    """
+    if not isinstance(run.config.advantages, ValueAdvantages) or fork.statistics == "reset":
+        return False
+    mine, theirs = run.config.reward, open_run(run.store, fork.run_id).config.reward
+    same_reward = (mine.name, mine.parameters) == (theirs.name, theirs.parameters)
+    return same_reward and of_rollouts["base_digest"] == own["base_digest"]
 
 
 def _listed(manifest: Manifest, name: str) -> list[Any]:

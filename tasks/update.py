@@ -129,6 +129,7 @@ def _updated(
         torch.tensor([row.advantage for row in own], dtype=torch.float32),
         after,
         run.config,
+        scored=torch.tensor([row.reward is not None for row in own]),
         on_progress=on_progress,
     )
 

@@ -122,8 +122,9 @@ def test_options_that_are_off_are_no_part_of_a_runs_identity() -> None:
         {"algorithm": {"type": "ddpo_is", "kl_weight": 0.1}},
         {"algorithm": {"type": "ddpo_sf", "kl_weight": 0.1}},
         {"advantages": {"type": "leave_one_out"}},
+        {"advantages": {"type": "value", "value_epochs": 3, "value_learning_rate": 0.01}},
     ],
-    ids=["window", "random window", "ema", "kl, is", "kl, sf", "leave one out"],
+    ids=["window", "random window", "ema", "kl, is", "kl, sf", "leave one out", "value"],
 )
 def test_options_that_are_on_are_remembered(option: dict[str, Any]) -> None:
     config = parse(**option)

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ddpo.algorithms.leave_one_out import leave_one_out
-from ddpo.config import BatchAdvantages, LeaveOneOutAdvantages, PerPromptAdvantages
+from ddpo.config import Advantages, LeaveOneOutAdvantages, PerPromptAdvantages
 from ddpo.errors import RewardError
 from ddpo.state import PromptStatistics
 
@@ -42,7 +42,7 @@ class AdvantageBatch:
 
 
 def compute_advantages(
-    config: PerPromptAdvantages | BatchAdvantages | LeaveOneOutAdvantages,
+    config: Advantages,
     statistics: PromptStatistics,
     prompts: Sequence[str],
     rewards: NDArray[np.floating],
@@ -53,7 +53,8 @@ def compute_advantages(
     """Normalise one epoch's rewards.
 
     Args:
-        config: How.
+        config: How. With a value function these are normalised rewards: the update, which has V,
+            subtracts it.
         statistics: Rewards that earlier epochs left.
         prompts: N texts, in the order of ``sample_id``.
         rewards: [N]; NaN where scoring failed.

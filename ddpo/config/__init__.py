@@ -13,6 +13,7 @@ from ddpo.config.algorithm import (
     DdpoSfConfig,
     LeaveOneOutAdvantages,
     PerPromptAdvantages,
+    ValueAdvantages,
 )
 from ddpo.config.fork import ForkConfig
 from ddpo.config.operation import (
@@ -66,5 +67,6 @@ __all__ = [
     "StorageConfig",
     "TrackingConfig",
     "Trainable",
+    "ValueAdvantages",
     "WindowConfig",
 ]

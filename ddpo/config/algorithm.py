@@ -65,6 +65,25 @@ class LeaveOneOutAdvantages(Part):
     """Control experiment: deal the advantages to random samples. Nothing can be learned then."""
 
 
+class ValueAdvantages(Part):
+    """Advantage = (reward - mean) / std over the whole epoch, less a learned V(prompt, timestep).
+
+    V is a small network on the prompt's embedding, trained on each epoch's rewards after the
+    policy's updates. It remembers prompts from epoch to epoch, and knows something of those that
+    it has not seen: for sets of so many prompts that each is drawn too rarely for statistics.
+    """
+
+    type: Literal["value"]
+    clip: PositiveFloat = 5.0
+    """Normalised rewards, and advantages, are clipped to plus and minus this."""
+    shuffle: bool = False
+    """Control experiment: deal the rewards to random samples. Nothing can be learned then."""
+    value_epochs: PositiveInt = 10
+    """Steps of AdamW that V takes after each epoch's updates, each on all samples."""
+    value_learning_rate: PositiveFloat = 1e-3
+    """Of V; the policy has its own in `optimizer`."""
+
+
 class DdpoIsConfig(Part):
     """DDPO-IS: several updates on one round of samples, corrected by clipped importance ratios."""
 
@@ -104,7 +123,8 @@ class DdpoSfConfig(Part):
 
 
 Advantages = Annotated[
-    PerPromptAdvantages | BatchAdvantages | LeaveOneOutAdvantages, Field(discriminator="type")
+    PerPromptAdvantages | BatchAdvantages | LeaveOneOutAdvantages | ValueAdvantages,
+    Field(discriminator="type"),
 ]
 Algorithm = Annotated[
     DdpoIsConfig | DdpoSfConfig | RwrConfig | RwrSparseConfig, Field(discriminator="type")

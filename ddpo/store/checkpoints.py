@@ -15,6 +15,9 @@ from ddpo.store.objects import Store
 from ddpo.store.retention import is_retired
 from ddpo.store.tensors import decode_tensors, encode_tensors
 
+TENSOR_ROLES = ("weights", "optimizer", "ema", "value")
+"""The roles of a checkpoint's objects that hold tensors; the last two only where there are any."""
+
 
 def commit_checkpoint(
     store: Store,
@@ -48,7 +51,11 @@ def commit_checkpoint(
     parts = {
         "weights": (".safetensors", encode_tensors(state.weights)),
         "optimizer": (".safetensors", encode_tensors(state.optimizer)),
-        **({"ema": (".safetensors", encode_tensors(state.ema))} if state.ema else {}),
+        **{
+            role: (".safetensors", encode_tensors(tensors))
+            for role, tensors in (("ema", state.ema), ("value", state.value))
+            if tensors
+        },
         "progress": (".json", canonical_json(progress)),
         **{role: (".json", canonical_json(value)) for role, value in documents.items()},
     }
@@ -102,11 +109,12 @@ def load_checkpoint(store: Store, ref: Ref) -> TrainState:
         CorruptObject: Something is not what was committed.
     """
     manifest = manifests.load(store, ref)
-    has_ema = "ema" in manifest.objects
     try:
-        weights, _ = decode_tensors(store.get(manifest.objects["weights"]))
-        optimizer, _ = decode_tensors(store.get(manifest.objects["optimizer"]))
-        ema, _ = decode_tensors(store.get(manifest.objects["ema"])) if has_ema else ({}, None)
+        tensors = {
+            role: decode_tensors(store.get(manifest.objects[role]))[0]
+            for role in TENSOR_ROLES
+            if role in manifest.objects
+        }
         progress = load_document(store, manifest, "progress")
     except MissingObject as error:
         owner = keys.parse_checkpoint_manifest(ref.key)
@@ -115,13 +123,14 @@ def load_checkpoint(store: Store, ref: Ref) -> TrainState:
             raise RetiredObject(error.key, store.root, retired) from error
         raise
     return TrainState(
-        weights=weights,
-        optimizer=optimizer,
+        weights=tensors["weights"],
+        optimizer=tensors["optimizer"],
         statistics={prompt: tuple(r) for prompt, r in progress["statistics"].items()},
         epoch=progress["epoch"],
         updates=progress["updates"],
         samples=progress["samples"],
-        ema=ema,
+        ema=tensors.get("ema", {}),
+        value=tensors.get("value", {}),
     )
 
 

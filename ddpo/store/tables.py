@@ -71,7 +71,8 @@ class AdvantageRow:
     status: str
     """'ok'; or of a sample that could not be scored, 'dropped' or 'imputed'."""
     advantage: float | None
-    """As float32; 0 of a dropped sample. None in a regression, which has weights."""
+    """As float32; 0 of a dropped sample; where there is a value function, before it is subtracted.
+    None in a regression, which has weights."""
     mean: float | None
     std: float | None
     """What the reward was normalised by; None in a regression."""

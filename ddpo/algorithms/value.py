@@ -1,0 +1,118 @@
+"""A learned value function V(prompt, t) as baseline: an actor-critic's critic, as small as it gets.
+
+A baseline that depends on the prompt and the timestep, and not on what was drawn, leaves the policy
+gradient unbiased (Sutton and Barto 2018, section 13.4); near the prompt's mean reward it takes
+variance away. All of it computes in float32 on the CPU, whatever the policy computes in.
+
+Shapes: S samples, T denoising steps, U distinct prompts, L tokens, D text features.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ddpo.randomness import generator
+
+_WIDTH = 64
+
+
+class ValueNetwork(nn.Module):
+    """V(prompt, t): two hidden layers of 64 over a prompt's features and a timestep's.
+
+    A new one is 0 everywhere.
+
+    Args:
+        features: D.
+        seed: Of the hidden layers' first weights.
+    """
+
+    def __init__(self, features: int, *, seed: int) -> None:
+        super().__init__()
+        self.prompt = nn.Linear(features, _WIDTH)
+        self.timestep = nn.Linear(1, _WIDTH, bias=False)
+        self.hidden = nn.Linear(_WIDTH, _WIDTH)
+        self.value = nn.Linear(_WIDTH, 1)
+        source = generator(seed)
+        with torch.no_grad():
+            for layer in (self.prompt, self.timestep, self.hidden):
+                bound = layer.in_features**-0.5
+                for parameter in layer.parameters():
+                    parameter.uniform_(-bound, bound, generator=source)
+            self.value.weight.zero_()
+            self.value.bias.zero_()
+
+    def forward(self, prompts: Tensor, timesteps: Tensor) -> Tensor:
+        """Return V of every prompt at every timestep.
+
+        Args:
+            prompts: [U, D], as :func:`prompt_features` gives them.
+            timesteps: [T, 1], as :func:`timestep_features` gives them.
+
+        Returns:
+            [U, T], on the scale of normalised rewards.
+        """
+        # The first layer of the two inputs side by side, without computing each prompt T times.
+        first = functional.silu(self.prompt(prompts)[:, None] + self.timestep(timesteps))
+        return self.value(functional.silu(self.hidden(first))).squeeze(-1)
+
+
+def prompt_features(embeddings: Tensor, empty: Tensor) -> Tensor:
+    """Return what V sees of prompts: the mean over tokens, relative to the empty prompt's.
+
+    Means of CLIP's embeddings are nearly alike, since most tokens are padding; what tells prompts
+    apart is their difference from the empty prompt's, here brought to mean 0 and variance 1.
+
+    Args:
+        embeddings: [U, L, D].
+        empty: [1, L, D], of the prompt "".
+
+    Returns:
+        [U, D] float32 on the CPU.
+    """
+    means = embeddings.float().cpu().mean(dim=1) - empty.float().cpu().mean(dim=1)
+    return functional.layer_norm(means, means.shape[-1:])
+
+
+def timestep_features(timesteps: Tensor, training_timesteps: int) -> Tensor:
+    """Return what V sees of timesteps: their place among the training timesteps, in [-1, 1].
+
+    Args:
+        timesteps: [T] int64.
+        training_timesteps: How many the model was trained with.
+
+    Returns:
+        [T, 1] float32 on the CPU.
+    """
+    return (2 * timesteps.float().cpu() / training_timesteps - 1).unsqueeze(-1)
+
+
+def value_loss(values: Tensor, rewards: Tensor) -> Tensor:
+    """Return the mean of (V(prompt_s, t) - r_s)² over samples and timesteps.
+
+    Args:
+        values: [S, T].
+        rewards: [S], normalised; the same at every timestep of a sample.
+
+    Returns:
+        A scalar.
+    """
+    return ((values - rewards[:, None]) ** 2).mean()
+
+
+def explained_variance(values: Tensor, rewards: Tensor) -> float | None:
+    """Return 1 - var(r - V) / var(r): 1 where V knows every reward, 0 where it might as well be 0.
+
+    Args:
+        values: [S, T].
+        rewards: [S], normalised.
+
+    Returns:
+        At most 1, and below 0 where V adds variance; None where all rewards are alike.
+    """
+    if rewards.min() == rewards.max():
+        return None
+    spread = rewards.double().var(unbiased=False)
+    left = (rewards.double()[:, None] - values.double()).var(unbiased=False)
+    return float(1 - left / spread)
