@@ -149,6 +149,12 @@ def adopt_checkpoint(run: Run, policy: Policy, scores: Sequence[Ref]) -> Ref:
     if not _value_holds(run, fork, digests, own):
         shared -= {"value"}
     objects = {role: stored for role, stored in parent.manifest.objects.items() if role in shared}
+    if run.config.optimizer.ema_decay is None:
+        objects.pop("ema", None)
+    else:
+        # An average that the other run did not keep begins at its weights.
+        objects.setdefault("ema", objects["weights"])
+        own["ema_digest"] = policy_digest(policy.base_digest, state.shown_weights)
     for role, document in (("progress", progress), ("digests", own)):
         stem = keys.checkpoint_stem(run.run_id, fork.epoch, role)
         objects[role] = run.store.put(stem, ".json", canonical_json(document))

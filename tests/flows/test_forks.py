@@ -164,6 +164,21 @@ def test_a_fork_of_another_base_model_is_refused_by_name(place: Place, tmp_path:
 
 
 @pytest.mark.slow
+def test_a_fork_may_begin_an_average_of_the_weights_and_end_it(place: Place) -> None:
+    root = place.store.root
+    fork(NIGHT, 1, fork_id="averaged", overrides=["optimizer.ema_decay=0.5"], storage=root)
+    # It begins at the weights that it starts from, and trains the same ones.
+    first, last = (find_checkpoint(place.store, "averaged", epoch) for epoch in (1, EPOCHS))
+    assert first and first.manifest.objects["ema"] == first.manifest.objects["weights"]
+    assert place.weights("averaged", EPOCHS) == place.weights(NIGHT, EPOCHS)
+    assert last and last.manifest.objects["ema"] != last.manifest.objects["weights"]
+    fork("averaged", 2, fork_id="plain", overrides=["optimizer.ema_decay=null"], storage=root)
+    plain = find_checkpoint(place.store, "plain", EPOCHS)
+    assert plain and "ema" not in plain.manifest.objects
+    assert place.weights("plain", EPOCHS) == place.weights(NIGHT, EPOCHS)
+
+
+@pytest.mark.slow
 def test_a_history_is_trained_on_off_policy_where_the_config_says_so(place: Place) -> None:
     settings = ["fork.rollouts=2", "fork.off_policy=true", "optimizer.learning_rate=5e-3"]
     fork(NIGHT, 1, fork_id="history", overrides=settings, storage=place.store.root)
