@@ -443,7 +443,9 @@ def test_a_config_is_identity_operation_and_numerics_and_nothing_twice() -> None
     identity, operation = config.identity(), config.operation()
     assert set(operation) == set(OPERATION_FIELDS) == {"epochs", "storage", "tracking", "outputs"}
     assert not set(identity) & set(operation)
-    assert {*identity, *operation, "numerics"} == set(RunConfig.model_fields)
+    # A run that branches off none says nothing of it.
+    assert {*identity, *operation, "numerics", "fork"} == set(RunConfig.model_fields)
+    assert "fork" not in identity
 
 
 def test_operation_changes_no_identity_and_everything_else_does() -> None:
