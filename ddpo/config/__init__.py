@@ -14,6 +14,7 @@ from ddpo.config.algorithm import (
     LeaveOneOutAdvantages,
     PerPromptAdvantages,
 )
+from ddpo.config.compare import CompareConfig
 from ddpo.config.fork import ForkConfig
 from ddpo.config.operation import (
     Keep,
@@ -43,6 +44,7 @@ __all__ = [
     "Advantages",
     "Algorithm",
     "BatchAdvantages",
+    "CompareConfig",
     "DdpoIsConfig",
     "DdpoSfConfig",
     "ForkConfig",
