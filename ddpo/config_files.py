@@ -6,13 +6,15 @@ import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import UnionType
-from typing import Any, Union, get_args, get_origin
+from typing import Any, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from ddpo.config import RunConfig
+from ddpo.config import CompareConfig, RunConfig
 from ddpo.errors import ConfigError
+
+_Model = TypeVar("_Model", bound=BaseModel)
 
 
 def read_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -28,6 +30,24 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     Raises:
         ConfigError: One message that names every problem and its way out.
     """
+    raw = read_mapping(path, "`model:`, `prompts:` and `reward:` (see configs/starter.yaml)")
+    apply_overrides(raw, overrides)
+    return parse_config(raw, str(Path(path)))
+
+
+def read_mapping(path: str | Path, expected: str) -> dict[str, Any]:
+    """Read a YAML file that holds keys and values.
+
+    Args:
+        path: The file.
+        expected: Keys that it should have, for the message.
+
+    Returns:
+        What it holds, unchecked.
+
+    Raises:
+        ConfigError: There is no such file, or it holds something else.
+    """
     file = Path(path)
     try:
         raw = yaml.safe_load(file.read_text())
@@ -39,11 +59,9 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         raise ConfigError(f"{file} cannot be read as YAML: {error}") from error
     if not isinstance(raw, dict):
         raise ConfigError(
-            f"{file} holds {type(raw).__name__}, not a mapping; expected keys such as `model:`, "
-            "`prompts:` and `reward:` (see configs/starter.yaml)"
+            f"{file} holds {type(raw).__name__}, not a mapping; expected keys such as {expected}"
         )
-    apply_overrides(raw, overrides)
-    return parse_config(raw, str(file))
+    return raw
 
 
 def apply_overrides(raw: dict[str, Any], overrides: Sequence[str]) -> None:
@@ -73,16 +91,36 @@ def parse_config(raw: Mapping[str, Any], source: str) -> RunConfig:
     Raises:
         ConfigError: One message that names every problem and its way out.
     """
+    return _parsed(RunConfig, raw, f"{source} cannot be run")
+
+
+def parse_comparison(raw: Mapping[str, Any], source: str) -> CompareConfig:
+    """Check what a comparison's file holds; its runs' configs are checked by their own.
+
+    Args:
+        raw: Nested keys and values.
+        source: Where it came from, for the message.
+
+    Returns:
+        The comparison's config.
+
+    Raises:
+        ConfigError: One message that names every problem and its way out.
+    """
+    return _parsed(CompareConfig, raw, f"{source} is no comparison")
+
+
+def _parsed(kind: type[_Model], raw: Mapping[str, Any], refusal: str) -> _Model:
     try:
-        return RunConfig.model_validate(raw)
+        return kind.model_validate(raw)
     except ValidationError as error:
         problems: dict[str, list[str]] = {}
         for each in error.errors(include_url=False):
-            wrong, hint = _problem(dict(each))
+            wrong, hint = _problem(dict(each), kind)
             problems.setdefault(wrong, []).append(hint)
         lines = "".join(f"\n  {wrong}; {' or '.join(hints)}" for wrong, hints in problems.items())
         # Not chained: pydantic's own error quotes every value, and one may be a misplaced secret.
-        raise ConfigError(f"{source} cannot be run:{lines}") from None
+        raise ConfigError(f"{refusal}:{lines}") from None
 
 
 def _apply(raw: dict[str, Any], override: str) -> None:
@@ -106,9 +144,9 @@ def _apply(raw: dict[str, Any], override: str) -> None:
     place[last] = value
 
 
-def _problem(error: dict[str, Any]) -> tuple[str, str]:
+def _problem(error: dict[str, Any], kind_of_config: type[BaseModel]) -> tuple[str, str]:
     """Return what is wrong with which key, and what would be right."""
-    path, model, tags = _walk(error["loc"])
+    path, model, tags = _walk(error["loc"], kind_of_config)
     name = ".".join(path) or "the config"
     kind, found = error["type"], error.get("input")
     if kind == "extra_forbidden":
@@ -129,7 +167,7 @@ def _problem(error: dict[str, Any]) -> tuple[str, str]:
 
 
 def _walk(
-    location: Sequence[int | str],
+    location: Sequence[int | str], root: type[BaseModel]
 ) -> tuple[list[str], type[BaseModel] | None, list[str]]:
     """Follow an error's location; what stands for a union's member there is no key of the file.
 
@@ -138,8 +176,8 @@ def _walk(
         that `type:` takes inside the last of them, where it is a discriminated union.
     """
     path: list[str] = []
-    owner: type[BaseModel] | None = RunConfig
-    inside: type[BaseModel] | None = RunConfig
+    owner: type[BaseModel] | None = root
+    inside: type[BaseModel] | None = root
     choices: dict[str, type[BaseModel]] = {}
     plain_union = False
     for part in map(str, location):

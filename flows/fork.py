@@ -111,6 +111,7 @@ def forked_config(
     # As the store was found now, and not as an earlier start was told.
     s3 = (parent.store.s3 or S3Options()).model_dump(mode="json")
     raw["storage"] |= {"root": parent.store.root, "s3": s3}
+    raw["tracking"].pop("parent", None)  # a fork is shown below the run that it branches off
     if reward is not None:
         raw["reward"] |= {"name": reward, "parameters": dict(parameters or {})}
     if epochs is not None:

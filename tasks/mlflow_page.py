@@ -10,6 +10,7 @@ from pathlib import Path
 
 import yaml
 
+from ddpo.comparison.plan import Comparison
 from ddpo.config import Regression, RewardConfig
 from ddpo.run import Run
 from ddpo.store import keys
@@ -45,7 +46,7 @@ def open_page(run: Run, *, flow_run_id: str | None, flow_run_name: str | None) -
             "prefect.flow_run_name": flow_run_name or "",
             **lineage,
         },
-        parent=fork.run_id if fork else None,
+        parent=tracking.parent or (fork.run_id if fork else None),
     )
     page.log_rollouts(
         name=f"rollouts-{run.run_id}",
@@ -93,6 +94,45 @@ def open_rescored_page(
             "prefect.flow_run_id": flow_run_id,
         },
         parent=run.run_id,
+    )
+
+
+def open_comparison_page(
+    comparison: Comparison, *, uri: str, experiment: str, flow_run_id: str
+) -> RunTracker:
+    """Open a comparison's page, below which those of its runs are shown.
+
+    Args:
+        comparison: The comparison.
+        uri: MLflow's tracking URI.
+        experiment: The experiment of its runs.
+        flow_run_id: Prefect's id of the flow run that asks.
+
+    Returns:
+        The page.
+
+    Raises:
+        TrackingError: MLflow refuses or is gone.
+    """
+    base = comparison.members[0].config
+    return RunTracker.open(
+        tracking_uri=uri,
+        experiment=experiment,
+        run_id=comparison.name,
+        params={
+            "model": base.model.path,
+            "prompts": base.prompts.name,
+            "reward": base.reward.name,
+            "variants": ", ".join(comparison.config.variants),
+            "samples_per_epoch": base.sampler.samples_per_epoch,
+            "offline": comparison.config.offline,
+        },
+        tags={
+            # What may grow when the comparison is repeated; a parameter keeps its first value.
+            "ddpo.seeds": ", ".join(map(str, comparison.config.seeds)),
+            "ddpo.epochs": str(comparison.epochs),
+            "prefect.flow_run_id": flow_run_id,
+        },
     )
 
 

@@ -41,6 +41,33 @@ def shown_by(progress: Progress) -> Iterator[None]:
         _shown = before
 
 
+@contextmanager
+def as_part(before: int, total: int) -> Iterator[None]:
+    """Count the epochs of a run as some of many, meanwhile.
+
+    Args:
+        before: Epochs of the runs before it.
+        total: Epochs of all runs together.
+    """
+    with shown_by(_Part(_shown, before, total)):
+        yield
+
+
+class _Part:
+    """One of several runs that are shown as one."""
+
+    def __init__(self, whole: Progress, before: int, total: int) -> None:
+        self._whole, self._before, self._total = whole, before, total
+
+    def stage(self, name: str, done: float, total: float) -> None:
+        """Show how far a stage is, as it is."""
+        self._whole.stage(name, done, total)
+
+    def epoch(self, done: int, total: int, metrics: Mapping[str, float]) -> None:
+        """Show an epoch as one of all."""
+        self._whole.epoch(self._before + done, self._total, metrics)
+
+
 def report(name: str, done: float, total: float) -> None:
     """Report how far a stage is.
 

@@ -14,7 +14,7 @@ from ddpo.run import Run
 from ddpo.store import keys, manifests
 from ddpo.store.images import decode_image
 from ddpo.store.manifests import Committed, Ref
-from ddpo.store.tables import RewardRow, decode_rollouts, encode_rewards
+from ddpo.store.tables import RewardRow, decode_rewards, decode_rollouts, encode_rewards
 from tasks.retries import STORAGE
 from tasks.worker import RunHandle, opened
 
@@ -27,6 +27,8 @@ from tasks.worker import RunHandle, opened
 )
 def score_shard(handle: RunHandle, rollouts: Ref, epoch: int, shard: int) -> Ref:
     """Score and commit one shard.
+
+    Of a shard that a fork has adopted, the other run's scores by the same reward are taken over.
 
     Args:
         handle: The run.
@@ -44,6 +46,7 @@ def score_shard(handle: RunHandle, rollouts: Ref, epoch: int, shard: int) -> Ref
     run = opened(handle)
     key, inputs = _identity(run, rollouts, epoch, shard)
     done = manifests.find(run.store, key, inputs=inputs)
+    done = done or _adopted_scores(run, rollouts, epoch, shard)
     return (done or score_rollouts(run, rollouts, epoch, shard)).ref
 
 
@@ -52,6 +55,34 @@ def _identity(run: Run, rollouts: Ref, epoch: int, shard: int) -> tuple[str, dic
     identity = run.reward.identity
     inputs = {"rollouts": rollouts.model_dump(), "reward_digest": identity.digest}
     return keys.reward_manifest_key(identity.reward_id, run.run_id, epoch, shard), inputs
+
+
+def _adopted_scores(run: Run, rollouts: Ref, epoch: int, shard: int) -> Committed | None:
+    """Commit what the same reward has said of these very samples in the run that drew them.
+
+    The table is copied: unlike rollouts, scores that another run lists are not spared by retention.
+    """
+    fork = run.config.fork
+    if fork is None or not fork.adopts(epoch):
+        return None
+    identity = run.reward.identity
+    source = keys.reward_manifest_key(identity.reward_id, fork.run_id, epoch, shard)
+    drawn = manifests.load(run.store, rollouts).inputs["adopted"]
+    theirs = {"rollouts": drawn, "reward_digest": identity.digest}
+    scored = manifests.find(run.store, source)
+    if scored is None or scored.manifest.inputs != theirs:
+        return None
+    if run.store.exists(keys.retired_epoch_key("samples", fork.run_id, epoch)):
+        return None
+    table = run.store.get(scored.manifest.objects["rewards"])
+    if run.config.reward.on_failure == "fail" and any(
+        row.reward is None for row in decode_rewards(table)
+    ):
+        return None
+    stem = keys.reward_stem(identity.reward_id, run.run_id, epoch, shard)
+    key, inputs = _identity(run, rollouts, epoch, shard)
+    objects = {"rewards": run.store.put(stem, ".parquet", table)}
+    return manifests.commit(run.store, key, kind="rewards", inputs=inputs, objects=objects)
 
 
 def score_rollouts(run: Run, rollouts: Ref, epoch: int, shard: int) -> Committed:

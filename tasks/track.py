@@ -84,6 +84,26 @@ def track_epoch(
     return metrics
 
 
+@task(name="track", task_run_name="track scores {epoch}", cache_policy=NO_CACHE, **STORAGE)
+def track_scores(
+    handle: RunHandle, tracking: TrackingHandle, scores: Sequence[Ref], epoch: int
+) -> dict[str, float]:
+    """Log an epoch's rewards at step ``epoch``, where nothing was trained.
+
+    Args:
+        handle: The run.
+        tracking: Its MLflow run.
+        scores: The epoch's scores.
+        epoch: The epoch.
+
+    Returns:
+        The metrics by name.
+    """
+    metrics = reward_metrics(opened(handle).store, scores)
+    tracker(tracking).log_metrics(metrics, step=epoch)
+    return metrics
+
+
 @task(
     name="track pictures",
     task_run_name="track pictures of checkpoint {epoch}",

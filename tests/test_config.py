@@ -13,7 +13,9 @@ from ddpo.config import OPERATION_FIELDS, DdpoSfConfig, FullConfig, RunConfig
 from ddpo.config_files import parse_config, read_config
 from ddpo.errors import ConfigError
 
-CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+SHIPPED = Path(__file__).parents[1] / "configs"
+COMPARISONS = sorted(SHIPPED.glob("*_compare.yaml"))
+CONFIGS = [file for file in sorted(SHIPPED.glob("*.yaml")) if file not in COMPARISONS]
 MINIMAL = {
     "model": "starter",
     "prompts": {"name": "simple_animals"},

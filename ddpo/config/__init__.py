@@ -15,6 +15,7 @@ from ddpo.config.algorithm import (
     PerPromptAdvantages,
     ValueAdvantages,
 )
+from ddpo.config.compare import CompareConfig
 from ddpo.config.fork import ForkConfig
 from ddpo.config.operation import (
     Keep,
@@ -44,6 +45,7 @@ __all__ = [
     "Advantages",
     "Algorithm",
     "BatchAdvantages",
+    "CompareConfig",
     "DdpoIsConfig",
     "DdpoSfConfig",
     "ForkConfig",

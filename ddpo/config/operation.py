@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import PositiveInt, field_validator
+from pydantic import Field, PositiveInt, field_validator
 
-from ddpo.config.part import Part
+from ddpo.config.part import Part, is_off
 from ddpo.store.s3 import S3Options
 
 Keep = Literal["everything", "images_and_scores", "checkpoints"]
@@ -57,6 +57,9 @@ class TrackingConfig(Part):
     MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD."""
     experiment: str = "ddpo"
     """MLflow experiment that the run appears in."""
+    parent: str | None = Field(default=None, exclude_if=is_off)
+    """Name of the run, or of the comparison, below whose page this run's is shown. By default that
+    of the run that it branches off, if any."""
     pictures: PicturesConfig = PicturesConfig()
     """What is drawn at every step."""
     adapter_every: PositiveInt = 10

@@ -115,23 +115,21 @@ def _objects(store: Store, commit: Committed) -> Iterator[str]:
 def _referenced_by_others(store: Store, run_id: str) -> set[str]:
     """Collect what the rollouts of other runs refer to outside of their own folders.
 
-    Only a fork's first epoch does that, so of each run the lowest epoch is read.
+    Only a fork's first epochs do that, so of each run the epochs are read up to one of its own.
     """
-    first: dict[str, tuple[int, list[str]]] = {}
+    by_run: dict[str, dict[int, list[str]]] = {}
     for key in store.list("manifests/rollouts"):
         owner = key.split("/")[2]
         epoch = keys.parse_epoch(key)
-        if owner == f"run_id={run_id}" or epoch is None:
-            continue
-        lowest, found = first.setdefault(owner, (epoch, []))
-        if epoch == lowest:
-            found.append(key)
-        elif epoch < lowest:
-            first[owner] = (epoch, [key])
+        if owner != f"run_id={run_id}" and epoch is not None:
+            by_run.setdefault(owner, {}).setdefault(epoch, []).append(key)
     referenced: set[str] = set()
-    for _, found in first.values():
-        for key in found:
-            committed = manifests.find(store, key)
-            if committed is not None:
-                referenced |= {stored.key for stored in committed.manifest.objects.values()}
+    for owner, epochs in by_run.items():
+        for _, found in sorted(epochs.items()):
+            listed = [manifests.find(store, key) for key in found]
+            objects = {o.key for each in listed if each for o in each.manifest.objects.values()}
+            foreign = {key for key in objects if owner not in key.split("/")}
+            if not foreign:
+                break
+            referenced |= foreign
     return referenced

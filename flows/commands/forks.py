@@ -1,25 +1,32 @@
-"""`ddpo rescore` and `fork`: what is saved, under another reward."""
+"""`ddpo rescore`, `fork` and `compare`: what is saved, used by other rewards and algorithms."""
 
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 
 from flows.commands.common import (
+    ConfigFile,
     Parameters,
     Root,
     RunId,
     Settings,
     console,
+    overrides,
     read_parameters,
     saved_run,
     say,
 )
 from flows.commands.running import show_run
 from flows.quiet import hide_loading_bars, without_heartbeats
+
+if TYPE_CHECKING:
+    from ddpo.comparison.plan import Comparison
+    from ddpo.comparison.report import Table as Cells
+    from ddpo.store.objects import Store
 
 app = typer.Typer()
 
@@ -123,6 +130,78 @@ def fork(
         ),
         store,
     )
+
+
+@app.command()
+def compare(
+    config: ConfigFile,
+    name: Annotated[
+        str | None,
+        typer.Option(help="The comparison's; one that exists goes on. By default the file's."),
+    ] = None,
+    set_: Settings = None,
+    root: Root = None,
+) -> None:
+    """Compare algorithms on shared first samples, by as many reward queries each, over seeds."""
+    from ddpo.comparison.plan import read_comparison
+    from ddpo.run import storage_root
+    from ddpo.store.objects import Store
+    from flows.bars import Bars
+    from flows.compare import check_comparison, total_epochs
+    from flows.compare import compare as compare_flow
+    from flows.stopping import Stop, start_server
+    from tasks.progress import shown_by
+
+    changes = overrides(set_, root)
+    comparison = read_comparison(config, name, changes)
+    console.print("[dim]checking model, store and tracking ...[/]")
+    check_comparison(comparison)
+    hide_loading_bars()
+    kept = "what is committed is kept; the same command goes on"
+    bars = Bars(console, comparison.name, total_epochs(comparison))
+    try:
+        with Stop(lambda: say(f"stopped; {kept}")), without_heartbeats(), bars, shown_by(bars):
+            start_server()
+            compare_flow(config, name, overrides=changes)
+    except Exception as error:
+        console.print(f"[bold red]the comparison failed: {type(error).__name__}[/]")
+        say(str(error))
+        say(kept)
+        sys.exit(1)
+    storage = comparison.members[0].config.storage
+    _show_comparison(comparison, Store.open(storage_root(storage.root), storage.s3))
+
+
+def _show_comparison(comparison: Comparison, store: Store) -> None:
+    """Print what a comparison found, and where it is."""
+    from ddpo.comparison.report import MARKDOWN, PLOT, explanation, ratio_table, result_table
+    from ddpo.comparison.result import read_result
+    from ddpo.secrets import hide_credentials
+    from flows.compare import comparison_folder
+
+    result = read_result(comparison, store)
+    console.print(_table(result_table(comparison, result), comparison.name))
+    if result.ratios:
+        console.print(_table(ratio_table(result), "importance ratios on the shared history"))
+    for paragraph in explanation(comparison):
+        console.print(paragraph, style="dim", markup=False, highlight=False)
+    folder = comparison_folder(comparison)
+    places = Table.grid(padding=(0, 2))
+    places.add_column()
+    places.add_column(overflow="fold")
+    places.add_row("page", str(folder / MARKDOWN))
+    places.add_row("plot", str(folder / PLOT))
+    places.add_row("store", store.root)
+    places.add_row("MLflow", hide_credentials(comparison.members[0].config.tracking.uri))
+    console.print(places)
+
+
+def _table(cells: Cells, title: str) -> Table:
+    headings, rows = cells
+    table = Table(*headings, title=title, title_justify="left")
+    for row in rows:
+        table.add_row(*row)
+    return table
 
 
 def _show_rescored(run_id: str, reward: str, reward_id: str, place: str) -> None:

@@ -17,7 +17,8 @@ from flows import cli
 from tests.rewards.tiny_models import head_tensors, save_clip, save_tensors
 from tests.rewards.tiny_vlm import save_deberta, save_llava
 
-CONFIGS = sorted(Path("configs").glob("*.yaml"))
+COMPARISONS = sorted(Path("configs").glob("*_compare.yaml"))
+CONFIGS = [path for path in sorted(Path("configs").glob("*.yaml")) if path not in COMPARISONS]
 PUBLISHED = [path for path in CONFIGS if path.name.startswith("sd14_")]
 
 # Prompts; pictures, updates and epochs of LoRA; rewards remembered a prompt.

@@ -35,7 +35,7 @@ def ddpo(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tm
 STARTER = "configs/starter.yaml"
 
 COMMANDS = [
-    "train", "resume", "runs", "sample", "rescore", "fork", "query", "export",
+    "train", "resume", "runs", "sample", "rescore", "fork", "compare", "query", "export",
     "verify", "gc", "doctor", "ui", "serve-reward", "rewards", "score",
 ]  # fmt: skip
 

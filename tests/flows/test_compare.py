@@ -1,0 +1,223 @@
+"""`ddpo compare`: real runs of a tiny model, what they share, what a repetition leaves alone."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import pytest
+import yaml
+from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
+
+from ddpo.comparison.plan import Comparison, Member, read_comparison
+from ddpo.comparison.report import markdown
+from ddpo.comparison.result import read_result
+from ddpo.digests import sha256_bytes
+from ddpo.history import open_run as open_history
+from ddpo.run import open_run, start_run
+from ddpo.store import manifests
+from ddpo.store.checkpoints import find_checkpoint, load_document
+from ddpo.store.manifests import Manifest
+from ddpo.store.objects import Store
+from ddpo.store.tables import decode_rollouts
+from ddpo.store.verify import verify_run
+from flows import cli
+from flows.compare import draw_shared
+from tasks.adopt import saved_rollouts
+from tasks.mlflow_connection import connect, find_or_create_experiment, find_run
+from tasks.mlflow_page import open_page
+from tasks.track import TrackingHandle
+from tasks.worker import RunHandle
+from tests.fold import as_in_a_new_process, run_epochs
+
+pytestmark = pytest.mark.slow
+
+STEP = {"optimizer": {"learning_rate": 0.01}}
+VARIANTS = {
+    "is": STEP,
+    "rwr": {
+        **STEP,
+        "algorithm": {"type": "rwr", "beta": 5.0, "inner_epochs": 1, "updates_per_epoch": 2},
+    },
+}
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A comparison whose runs have run."""
+
+    file: Path
+    comparison: Comparison
+    store: Store
+    screen: str
+
+
+def written(folder: Path, model: Path, **changes: Any) -> Path:
+    base = {
+        "model": {"path": str(model)},
+        "prompts": {"name": "simple_animals"},
+        "reward": {"name": "jpeg_compressibility"},
+        "sampler": {"steps": 2, "samples_per_epoch": 4, "shard_size": 2},
+        "algorithm": {"type": "ddpo_is", "updates_per_epoch": 2},
+        "numerics": {"device": "cpu", "dtype": "float32", "threads": 1}
+        | {"sample_batch_size": 2, "micro_batch_size": 2},
+        "tracking": {"system_metrics": False, "uri": f"sqlite:///{folder}/mlflow.db"}
+        | {"pictures": {"prompts": ["a cat"]}},
+        "storage": {"root": str(folder / "store")},
+        "outputs": str(folder / "outputs"),
+    }
+    raw = {"base": base, "variants": VARIANTS, "seeds": [0, 1], "epochs": 2, **changes}
+    file = folder / "tiny.yaml"
+    file.write_text(yaml.safe_dump(raw))
+    return file
+
+
+def typed(*words: str) -> str:
+    """Type a `ddpo` command; returns the screen of one that succeeds."""
+    before, sys.argv = sys.argv, ["ddpo", *words]
+    screen = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(screen), pytest.raises(SystemExit) as ended:
+            cli.main()
+    finally:
+        sys.argv = before
+    assert ended.value.code in (0, None), screen.getvalue()
+    return screen.getvalue()
+
+
+@pytest.fixture(scope="module")
+def online(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Compared:
+    folder = tmp_path_factory.mktemp("compare")
+    file = written(folder, tiny_model)
+    screen = typed("compare", str(file))
+    return Compared(file, read_comparison(file), Store.open(str(folder / "store")), screen)
+
+
+def rollouts(store: Store, member: Member, epoch: int) -> list[Manifest]:
+    refs = saved_rollouts(open_run(store, member.run_id), epoch)
+    return [manifests.load(store, ref) for ref in refs]
+
+
+def test_the_first_epoch_is_the_same_objects_in_all_variants(online: Compared):
+    for place, seed in enumerate(online.comparison.config.seeds):
+        shared = rollouts(online.store, online.comparison.shared[seed], 0)
+        for members in online.comparison.variants.values():
+            adopted = rollouts(online.store, members[place], 0)
+            assert [m.objects for m in adopted] == [m.objects for m in shared]
+            assert rollouts(online.store, members[place], 1)[0].objects.keys() == {
+                "rollouts", "trajectories",
+            }  # fmt: skip
+
+
+def test_every_variant_asks_the_reward_as_often_and_shares_the_first_answers(online: Compared):
+    for seed, shared in online.comparison.shared.items():
+        answers = open_history(online.store.root, shared.run_id).samples().column("reward")
+        for members in online.comparison.variants.values():
+            (member,) = (m for m in members if m.seed == seed)
+            samples = open_history(online.store.root, member.run_id).samples()
+            assert samples.num_rows == 2 * 4
+            assert samples.column("reward").to_pylist()[:4] == answers.to_pylist()
+
+
+def test_the_table_is_what_the_samples_say(online: Compared):
+    last = {
+        name: [
+            mean(
+                open_history(online.store.root, member.run_id)
+                .samples(epochs=[1])
+                .column("reward")
+                .to_pylist()
+            )
+            for member in members
+        ]
+        for name, members in online.comparison.variants.items()
+    }
+    # Of two values, s = |a - b| / sqrt(2), so the half-width is 12.7062 |a - b| / 2.
+    apart = [b - a for a, b in zip(last["is"], last["rwr"], strict=True)]
+    page = (online.file.parent / "outputs" / "tiny" / "comparison.md").read_text()
+    for a, b in (*last.values(), apart):
+        half = 12.7062047 * abs(a - b) / 2
+        assert f"{(a + b) / 2:.4f} ± {half:.4f}" in page
+    assert (online.file.parent / "outputs" / "tiny" / "comparison.png").stat().st_size > 5000
+    assert "difference" in online.screen and "comparison.png" in online.screen
+
+
+def test_all_runs_are_shown_below_the_comparisons_page(online: Compared):
+    tracking = online.comparison.members[0].config.tracking
+    client = connect(tracking.uri)
+    experiment = find_or_create_experiment(client, tracking.experiment)
+    page = find_run(client, experiment, "tiny")
+    assert page is not None and page.info.status == "FINISHED"
+    files = {file.path for file in client.list_artifacts(page.info.run_id)}
+    assert files == {"comparison.md", "comparison.png"}
+    for member in online.comparison.members:
+        run = find_run(client, experiment, member.run_id)
+        assert run is not None and run.info.status == "FINISHED"
+        assert run.data.tags[MLFLOW_PARENT_RUN_ID] == page.info.run_id
+
+
+def test_the_same_command_again_does_nothing_twice(
+    online: Compared, monkeypatch: pytest.MonkeyPatch
+):
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("work that is committed was done again")
+
+    def committed() -> dict[str, str]:
+        found = [key for key in online.store.list() if "/starts/" not in key]
+        return {key: sha256_bytes(online.store.read(key)) for key in found}
+
+    before = committed()
+    page = online.file.parent / "outputs" / "tiny" / "comparison.md"
+    told = page.read_text()
+    as_in_a_new_process()
+    monkeypatch.setattr("tasks.worker.Policy", refuse)
+    monkeypatch.setattr("tasks.score.score_samples", refuse)
+    typed("compare", str(online.file))
+    assert committed() == before
+    assert page.read_text() == told
+
+
+def test_offline_all_learn_from_what_the_first_checkpoint_drew(tiny_model: Path, tmp_path: Path):
+    as_in_a_new_process()
+    file = written(tmp_path, tiny_model, epochs=3, seeds=[0], offline=True)
+    comparison = read_comparison(file)
+    shared = comparison.shared[0]
+    run = start_run(shared.config, shared.run_id)
+    page = open_page(run, flow_run_id=None, flow_run_name=None)
+    tracking = TrackingHandle(
+        uri=run.config.tracking.uri,
+        experiment_id=page.experiment_id,
+        mlflow_run_id=page.mlflow_run_id,
+    )
+    draw_shared(RunHandle(root=run.store.root, run_id=run.run_id), tracking)
+    first = find_checkpoint(run.store, run.run_id, 0)
+    assert first is not None and find_checkpoint(run.store, run.run_id, 1) is None
+    untrained = load_document(run.store, first.manifest, "digests")["policy_digest"]
+    assert not verify_run(run.store, run.run_id).damages
+
+    for members in comparison.variants.values():
+        run_epochs(start_run(members[0].config, members[0].run_id), 3)
+        by_epoch = [
+            {
+                row.policy_digest
+                for manifest in rollouts(run.store, members[0], epoch)
+                for row in decode_rollouts(run.store.get(manifest.objects["rollouts"]))
+            }
+            for epoch in range(3)
+        ]
+        assert by_epoch[:2] == [{untrained}, {untrained}]
+        assert untrained not in by_epoch[2]
+
+    result = read_result(comparison, run.store)
+    assert (result.epochs, result.queries) == ((0, 2), (0, 8))
+    on, off = result.ratios  # of DDPO's two epochs; regression has none
+    assert {on.variant, off.variant} == {"is"}
+    assert abs(off.mean - 1) > abs(on.mean - 1) and off.smallest < 1 < off.largest
+    told = markdown(comparison, result)
+    assert "trains off-policy" in told and "## Importance ratios" in told
+    assert "a difference may be chance" in told
