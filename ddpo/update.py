@@ -219,6 +219,8 @@ def _old_log_probs(gradient: PolicyGradient, rollouts: Rollouts, config: RunConf
     algorithm = config.algorithm
     if not isinstance(algorithm, DdpoIsConfig) or algorithm.old_log_probs == "stored":
         return rollouts.log_probs
+    if config.fork is not None and config.fork.off_policy:
+        return rollouts.log_probs  # another policy's: this one cannot say what they were
     if algorithm.old_log_probs == "auto":
         if not gradient.policy.numerics.low_precision:
             return rollouts.log_probs

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ddpo.config import PerPromptAdvantages
+from ddpo.config import PerPromptAdvantages, Regression
 from ddpo.run import Run
 from ddpo.store.manifests import Ref
 from tasks.adopt import epochs_before, saved_rollouts
@@ -27,7 +27,8 @@ def first_checkpoint(run: Run, handle: RunHandle) -> Ref:
     fork = run.config.fork
     if not fork or fork.statistics == "reset":
         return start(handle)
-    if not isinstance(run.config.advantages, PerPromptAdvantages):
+    normalised = not isinstance(run.config.algorithm, Regression)
+    if not (normalised and isinstance(run.config.advantages, PerPromptAdvantages)):
         return start(handle)  # nothing is remembered from epoch to epoch
     reward = run.config.reward.model_dump_json()
     history = [

@@ -275,6 +275,19 @@ class RunConfig(Part):
         return self
 
     @model_validator(mode="after")
+    def _off_policy_ratios_are_to_the_policy_that_drew(self) -> RunConfig:
+        recomputed = (
+            isinstance(self.algorithm, DdpoIsConfig) and self.algorithm.old_log_probs == "recompute"
+        )
+        if self.fork and self.fork.off_policy and recomputed:
+            raise ValueError(
+                "algorithm.old_log_probs is recompute with fork.off_policy: the policy that is "
+                "updated cannot compute the log-probs of the one that drew the samples, and every "
+                "ratio would be 1; leave it at auto or stored"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _regression_has_no_advantages(self) -> RunConfig:
         if isinstance(self.algorithm, Regression) and "advantages" in self.model_fields_set:
             raise ValueError(

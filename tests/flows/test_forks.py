@@ -202,6 +202,9 @@ def test_what_cannot_be_forked_is_said_before_anything_is_loaded(place: Place) -
         forked_config(parent, 2, epochs=2)
     with pytest.raises(ConfigError, match="trainable"):
         forked_config(parent, 1, overrides=["trainable.rank=2", "trainable.type=lora"])
+    recomputed = ["fork.off_policy=true", "algorithm.old_log_probs=recompute"]
+    with pytest.raises(ConfigError, match="every ratio would be 1"):
+        forked_config(parent, 1, overrides=recomputed)
     with pytest.raises(ConfigError, match="off_policy: true"):
         forked_config(parent, 1, overrides=["fork.rollouts=2"])
 
