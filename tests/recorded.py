@@ -38,7 +38,7 @@ def record_run(model: Path, root: Path | str, run_id: str = "mine", **changes: A
 def score_again(run: Run, reward: str, epochs: range = range(EPOCHS), **parameters: Any) -> str:
     """Score a run's samples with another reward; returns its id."""
     asked = run.config.reward.model_copy(update={"name": reward, "parameters": parameters})
-    other = replace(run, config=run.config.model_copy(update={"reward": asked}))
+    other = replace(run, config=run.config.model_copy(update={"reward": asked}), pinned_reward=None)
     for epoch in epochs:
         for shard in range(SHARDS):
             key = keys.rollout_manifest_key(run.run_id, epoch, shard)

@@ -137,7 +137,7 @@ def seaweedfs(folder: Path, again: ObjectStore | None = None) -> Iterator[Object
     weed = Path(sys.executable).with_name("weed")
     command = [str(weed), "mini", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1"]
     command += [f"-{name}.port={number}" for name, number in ports.items()]
-    command += ["-s3.port.iceberg=0", "-webdav=false", "-admin.ui=false"]
+    command += ["-s3.port.iceberg=0", "-s3.port.lance=0", "-webdav=false", "-admin.ui=false"]
     command += ["-master.telemetry=false", f"-bucket={BUCKET}"]
     fresh = ObjectStore(f"http://127.0.0.1:{ports['s3']}", "tests", f"canary-{uuid.uuid4().hex}")
     with running(command, again or fresh, folder) as up:

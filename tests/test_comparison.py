@@ -148,7 +148,7 @@ def test_a_part_with_a_type_replaces_and_one_without_changes(tmp_path: Path) -> 
         ({"base": {"fork": {"run_id": "r", "epoch": 1}}}, "take `fork` out"),
         (
             {"offline": True, "variants": {"a": {"algorithm": RECOMPUTE}, "b": {}}},
-            "would make every importance ratio 1",
+            "every ratio would be 1",
         ),
     ],
     ids=[

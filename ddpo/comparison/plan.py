@@ -141,7 +141,7 @@ def plan(name: str, config: CompareConfig, base: Mapping[str, Any], source: str)
             raw = _changed(base, changes) | {"seed": seed, "epochs": epochs, "fork": fork}
             settled = parse_config(_shown_below(raw, name), f"variant {variant!r} of {name}")
             if config.offline:
-                settled = _off_policy(settled, variant)
+                settled = _off_policy(settled)
             variants[variant].append(Member(run_id, seed, settled))
         stored = {runs[-1].config.stored_trajectories for runs in variants.values()}
         shared[seed] = Member(
@@ -175,7 +175,7 @@ def _shown_below(raw: dict[str, Any], name: str) -> dict[str, Any]:
     return raw | {"tracking": {**tracking, "parent": name} if isinstance(tracking, dict) else None}
 
 
-def _off_policy(config: RunConfig, variant: str) -> RunConfig:
+def _off_policy(config: RunConfig) -> RunConfig:
     """Let importance ratios be those to the policy that drew the history.
 
     `auto` tells the rounding of 16 bits by how far ratios are from 1, which here is what was
@@ -184,11 +184,6 @@ def _off_policy(config: RunConfig, variant: str) -> RunConfig:
     algorithm = config.algorithm
     if not isinstance(algorithm, DdpoIsConfig):
         return config
-    if algorithm.old_log_probs == "recompute":
-        raise ConfigError(
-            f"variant {variant!r} has algorithm.old_log_probs recompute: on a shared history that "
-            "would make every importance ratio 1, whatever the policy has learnt; leave it at auto"
-        )
     stored = algorithm.model_copy(update={"old_log_probs": "stored"})
     return config.model_copy(update={"algorithm": stored})
 

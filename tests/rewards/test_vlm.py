@@ -11,7 +11,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from ddpo.errors import ConfigError, RewardError
 from ddpo.prompts import Prompt
-from ddpo.rewards import load_reward, pretrained, score_images, vlm
+from ddpo.rewards import load_reward, pinned, score_images
 from ddpo.rewards.answers import is_right
 from ddpo.rewards.bert_recall import BertRecall
 from ddpo.rewards.vlm import VisionLanguageModel
@@ -175,8 +175,7 @@ def test_no_pictures_are_no_scores(llava, deberta):
 
 
 def test_building_fetches_nothing_and_pins_all_models(monkeypatch):
-    monkeypatch.setattr(pretrained, "snapshot_download", None)
-    monkeypatch.setattr(vlm, "snapshot_download", None)
+    monkeypatch.setattr(pinned, "snapshot_download", None)
     for name, models in {"vlm_alignment": 3, "vlm_vqa": 1}.items():
         for model in ("llava-hf/llava-1.5-7b-hf", "llava-hf/llava-1.5-13b-hf"):
             identity = load_reward(name, {"model": model}).identity
@@ -203,8 +202,7 @@ def test_models_of_the_hub_are_fetched_with_their_chat_template(llava, monkeypat
         asked.append((name, revision, *allow_patterns))
         return str(llava)
 
-    monkeypatch.setattr(pretrained, "snapshot_download", snapshot_download)
-    monkeypatch.setattr(vlm, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(pinned, "snapshot_download", snapshot_download)
     model = VisionLanguageModel("some/vlm", "a" * 40, "float32", LONGEST, "cpu")
     assert model.ask(PICTURES[:1], QUESTIONS[:1])[0].text
     assert {each[:2] for each in asked} == {("some/vlm", "a" * 40)}
@@ -216,7 +214,7 @@ def test_a_model_that_cannot_be_had_is_named_with_the_way_out(monkeypatch):
     def refuse(*_, **__):
         raise LocalEntryNotFoundError("no network in tests")
 
-    monkeypatch.setattr(pretrained, "snapshot_download", refuse)
+    monkeypatch.setattr(pinned, "snapshot_download", refuse)
     reward = load_reward("vlm_alignment", {})
     with pytest.raises(RewardError, match=r"llava-1.5-7b-hf.* cannot be had from the hub: no netw"):
         reward(PICTURES[:1], PROMPTS[:1])

@@ -21,6 +21,7 @@ EXAMPLES = [
     errors.RunIdentityMismatch("R", [Difference("x", "1", "2")]),
     errors.RunNotFound("R", "file:///a", ["S"]),
     errors.InvalidRetention(0, None),
+    errors.NotInHistory("R has no epoch 7"),
 ]
 
 
