@@ -96,7 +96,7 @@ def test_a_reward_service_killed_in_the_midst_of_a_run_costs_a_delay_only(
     shown = disturbed.metrics()
     for name, values in undisturbed.metrics().items():
         assert set(values) <= set(shown[name]), name
-        assert name.startswith("samples/") or values == shown[name], name
+        assert name.startswith("images/") or values == shown[name], name
 
 
 def wait_for_epoch_1(night: Night, process: subprocess.Popen[bytes]) -> None:
