@@ -15,15 +15,27 @@ from ddpo.config import RunConfig
 from ddpo.errors import ConfigError
 from ddpo.gradient import PolicyGradient, Rollouts
 from ddpo.policies import Policy
+from ddpo.run import Run, start_run
 from ddpo.sampling import sample, sampler_digest
+from ddpo.store import manifests
+from ddpo.store.checkpoints import load_document
+from ddpo.store.tables import decode_rollouts
+from ddpo.store.tensors import decode_tensors
 from ddpo.update import initial_state, update
 from ddpo.window import sampler_of_epoch, window_steps
+from tasks.pictures import PictureSet, draw_pictures
+from tasks.sample import sample_shard
+from tasks.start import start
+from tasks.worker import RunHandle
 from tests.checks import accumulated, ddim_reference
+from tests.fold import as_in_a_new_process, run_epoch
 from tests.tiny import (
     PROMPTS,
     alternating_advantages,
     as_float64,
+    assert_same_tensors,
     draw,
+    flat,
     load_policy,
     make_float64,
     rollouts_of,
@@ -32,6 +44,9 @@ from tests.tiny import (
 
 ADVANTAGES = alternating_advantages(8)
 SEEDS = (11, 22, 33, 44)
+TIMESTEPS = (751, 501, 251, 1)
+# Of a run with this seed, random windows of 2 of the 4 steps begin at these, epoch by epoch.
+MOVING_SEED, MOVING_STARTS = 13, (2, 0, 1)
 
 
 def windowed(model: Path | str, seed: int = 0, **window: Any) -> RunConfig:
@@ -103,7 +118,7 @@ def test_outside_of_the_window_steps_are_ddims_without_eta(policy: Policy) -> No
         source = torch.Generator().manual_seed(seed)
         noises = [torch.randn((4, 8, 8), generator=source) for _ in range(5)]
         assert torch.equal(drawn.latents[row, 0], noises[0])
-        for step, timestep in enumerate((751, 501, 251, 1)):
+        for step, timestep in enumerate(TIMESTEPS):
             latents, following = drawn.latents[row, step], drawn.latents[row, step + 1]
             with torch.no_grad():
                 output = policy.predict(
@@ -186,10 +201,79 @@ def test_a_random_window_always_holds_a_step_to_train_on(policy: Policy) -> None
     assert gradient.trained_steps() == [2]
 
 
+def test_every_epochs_update_trains_the_window_that_is_drawn_for_it(policy: Policy) -> None:
+    config = windowed(policy.folder, seed=MOVING_SEED, steps=2, position="random")
+    state = initial_state(policy)
+    for epoch, first in enumerate(MOVING_STARTS):
+        drawn = rollouts_of(draw(policy, tiny_config(policy.folder), first_seed=1000 * epoch))
+        placed = {
+            position: windowed(policy.folder, seed=MOVING_SEED, steps=2, position=position)
+            for position in range(3)
+        }
+        expected = {}
+        for position, other in placed.items():
+            policy.weights.load(state.weights)
+            expected[position], _ = update(policy, state, drawn, ADVANTAGES, {}, other)
+        policy.weights.load(state.weights)
+        after, metrics = update(policy, state, drawn, ADVANTAGES, {}, config)
+        assert_same_tensors(after.weights, expected.pop(first).weights)
+        for position, elsewhere in expected.items():
+            assert not torch.equal(flat(after.weights), flat(elsewhere.weights)), position
+        assert tuple(metrics.initial_ratio_deviation_by_timestep) == TIMESTEPS[first : first + 2]
+        state = after
+
+
 def test_without_a_window_the_sampler_stays_the_configs(policy: Policy, config: RunConfig) -> None:
     assert sampler_of_epoch(policy, config, 3) is config.sampler
     gradient = PolicyGradient(policy, config.sampler, config.algorithm)
     assert gradient.trained_steps() == [0, 1, 2, 3]
+
+
+# Through the tasks
+
+
+def test_a_runs_samples_and_updates_have_noise_in_the_same_window_in_every_epoch(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    run, handle = moving_run(tiny_model, tmp_path / "store")
+    checkpoint = start.fn(handle)
+    for epoch, first in enumerate(MOVING_STARTS):
+        shard = manifests.load(run.store, sample_shard.fn(handle, checkpoint, epoch, 0))
+        tensors, _ = decode_tensors(run.store.get(shard.objects["trajectories"]))
+        noisy = (tensors["log_probs"] != 0).all(dim=0).nonzero().flatten().tolist()
+        assert noisy == [first, first + 1], epoch
+        checkpoint = run_epoch(handle, run, checkpoint, epoch)
+        metrics = load_document(run.store, manifests.load(run.store, checkpoint), "metrics")
+        trained = metrics["initial_ratio_deviation_by_timestep"]
+        assert sorted(map(int, trained), reverse=True) == list(TIMESTEPS[first : first + 2])
+        assert metrics["initial_ratio_deviation"]["max"] == 0.0
+
+
+def test_pictures_of_one_policy_are_the_same_whatever_the_epochs_window(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    run, handle = moving_run(tiny_model, tmp_path / "store")
+    checkpoint = start.fn(handle)
+    pictures = []
+    for epoch in range(2):
+        drawn = draw_pictures.fn(
+            handle, checkpoint, PictureSet(prompts=("a cat",), seeds=(0,)), epoch
+        )
+        assert drawn is not None
+        stored = manifests.load(run.store, drawn).objects["pictures"]
+        pictures += [row.image_png for row in decode_rollouts(run.store.get(stored))]
+    assert pictures[0] == pictures[1]
+
+
+def moving_run(model: Path, root: Path) -> tuple[Run, RunHandle]:
+    """Start a run whose window moves, with noise in it alone."""
+    as_in_a_new_process()
+    window = {"steps": 2, "position": "random", "noise_only_there": True}
+    config = tiny_config(
+        model, seed=MOVING_SEED, sampler={"window": window}, storage={"root": str(root)}
+    )
+    run = start_run(config, "r")
+    return run, RunHandle(root=run.store.root, run_id="r")
 
 
 # What is refused
