@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import uuid
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,12 @@ from ddpo.policies import policy_digest
 from ddpo.run import Run, start_run
 from ddpo.sampling import sample
 from ddpo.store import manifests
-from ddpo.store.checkpoints import commit_checkpoint, load_checkpoint, load_document
+from ddpo.store.checkpoints import (
+    commit_checkpoint,
+    find_checkpoint,
+    load_checkpoint,
+    load_document,
+)
 from ddpo.store.images import decode_image
 from ddpo.store.manifests import Ref
 from ddpo.store.objects import Store
@@ -27,11 +33,14 @@ from ddpo.store.retention import retire_checkpoints
 from ddpo.store.tables import RolloutRow, decode_rollouts
 from ddpo.update import initial_state, update
 from tasks import export
+from tasks.advantages import advantages_of
 from tasks.export import export_weights
 from tasks.pictures import PictureSet, draw_pictures
 from tasks.sample import sample_shard
+from tasks.score import score_shard
 from tasks.start import start
 from tasks.track import TrackingHandle
+from tasks.update import update_policy
 from tasks.worker import RunHandle, policy_at
 from tests.fold import as_in_a_new_process, run_epoch, run_epochs
 from tests.tiny import (
@@ -47,6 +56,7 @@ from tests.tiny import (
 ADVANTAGES = alternating_advantages(8)
 DECAY = 0.9
 FAST = {"learning_rate": 1e-2}
+CAT = PictureSet(prompts=("a cat",), seeds=(0,))
 
 
 def averaged(model: Path, root: Path | None = None, **optimizer: float) -> RunConfig:
@@ -160,7 +170,7 @@ def test_a_run_that_loads_its_state_anew_for_every_epoch_ends_in_the_same_bytes(
     checkpoint = start.fn(handle)
     for epoch in range(3):
         as_in_a_new_process()
-        draw_pictures.fn(handle, checkpoint, PictureSet(prompts=("a cat",), seeds=(0,)), epoch)
+        draw_pictures.fn(handle, checkpoint, CAT, epoch)
         checkpoint = run_epoch(handle, resumed, checkpoint, epoch)
     one, many = bytes_of(whole), bytes_of(resumed)
     assert one == many
@@ -179,9 +189,8 @@ def test_pictures_are_drawn_with_the_average_and_rollouts_with_the_trained_weigh
     checkpoint = run_epochs(run, 1)
     state = load_checkpoint(run.store, checkpoint)
     # In turns: each has to get its own weights back.
-    wanted = PictureSet(prompts=("a cat",), seeds=(0,))
     shard = sample_shard.fn(handle, checkpoint, 1, 0)
-    pictures = draw_pictures.fn(handle, checkpoint, wanted, 1)
+    pictures = draw_pictures.fn(handle, checkpoint, CAT, 1)
     second_shard = sample_shard.fn(handle, checkpoint, 1, 1)
     assert pictures is not None
 
@@ -202,6 +211,78 @@ def test_pictures_are_drawn_with_the_average_and_rollouts_with_the_trained_weigh
     assert digests_of(run, checkpoint)["policy_digest"] == policy_digest(base, state.weights)
     assert digests_of(run, checkpoint)["ema_digest"] == policy_digest(base, state.ema)
     assert manifests.load(run.store, pictures).inputs["weights"] == "ema"
+
+
+def test_pictures_of_one_checkpoint_after_another_are_each_of_its_own_average(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    run, handle = a_run(tiny_model, tmp_path / "store")
+    run_epochs(run, 2)
+    as_in_a_new_process()
+    policy = load_policy(run.config)
+    seen = set()
+    for epoch in range(3):
+        checkpoint = checkpoint_of(run, epoch)
+        pictures = draw_pictures.fn(handle, checkpoint, CAT, epoch)
+        assert pictures is not None
+        (row,) = rows_of(run, pictures, "pictures")
+        policy.weights.load(load_checkpoint(run.store, checkpoint).ema)
+        (expected,) = sample(policy, ["a cat"], [row.seed], run.config.sampler).images
+        assert decode_image(row.image_png).tobytes() == expected.tobytes(), epoch
+        seen.add(expected.tobytes())
+    assert len(seen) == 3
+
+
+def test_an_update_right_after_pictures_is_of_the_trained_weights(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    """As on a resume that asks for other pictures of an epoch whose samples are there."""
+    straight, _ = a_run(tiny_model, tmp_path / "straight")
+    expected = load_checkpoint(straight.store, run_epochs(straight, 2))
+    as_in_a_new_process()
+    run, handle = a_run(tiny_model, tmp_path / "interrupted")
+    checkpoint = run_epochs(run, 1)
+    rollouts = [sample_shard.fn(handle, checkpoint, 1, shard) for shard in range(run.shards)]
+    scores = [score_shard.fn(handle, ref, 1, shard) for shard, ref in enumerate(rollouts)]
+    advantages = advantages_of.fn(handle, checkpoint, rollouts, scores, 1)
+    draw_pictures.fn(handle, checkpoint, CAT, 1)
+    following = update_policy.fn(handle, checkpoint, rollouts, advantages, 1)
+    found = load_checkpoint(run.store, following)
+    assert_same_tensors(found.weights, expected.weights)
+    assert_same_tensors(found.ema, expected.ema)
+
+
+def test_the_average_goes_on_where_the_last_epoch_left_it(tiny_model: Path, tmp_path: Path) -> None:
+    config = tiny_config(
+        tiny_model,
+        algorithm={"updates_per_epoch": 1},
+        optimizer={**FAST, "ema_decay": DECAY},
+        storage={"root": str(tmp_path / "store")},
+    )
+    run = start_run(config, "r")
+    run_epochs(run, 3)
+    first, *states = [load_checkpoint(run.store, checkpoint_of(run, k)) for k in range(4)]
+    names = sorted(first.weights)  # files list theirs in orders of their own
+
+    def joined(tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        return flat({name: tensors[name] for name in names})
+
+    average, before = joined(first.ema), joined(first.weights)
+    assert torch.equal(average, before)
+    for epoch, state in enumerate(states):
+        weights = joined(state.weights)
+        average = DECAY * average + (1 - DECAY) * weights
+        torch.testing.assert_close(joined(state.ema), average, rtol=0, atol=1e-6)
+        if epoch:  # one that began anew at the epoch's own first weights is elsewhere
+            anew = DECAY * before + (1 - DECAY) * weights
+            assert (anew - average).abs().max() > 1e-3
+        before = weights
+
+
+def checkpoint_of(run: Run, epoch: int) -> Ref:
+    found = find_checkpoint(run.store, run.run_id, epoch)
+    assert found is not None
+    return found.ref
 
 
 class Page:
