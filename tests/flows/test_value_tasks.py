@@ -34,6 +34,7 @@ from tests.fold import as_in_a_new_process, run_epoch, run_epochs
 from tests.tiny import (
     alternating_advantages,
     assert_same_tensors,
+    build_tiny_model,
     draw,
     flat,
     load_policy,
@@ -223,6 +224,18 @@ def test_samples_without_a_reward_are_told_to_the_update(
     assert rewards.count(None) == 4  # two in each shard
 
 
+class Brightness:
+    """Reward = the picture's brightness times a factor."""
+
+    version = "1"
+
+    def __init__(self, factor: float = 1.0) -> None:
+        self.factor = factor
+
+    def __call__(self, images: Sequence[Image.Image], prompts: Sequence[Prompt]) -> Scores:
+        return Scores(np.array([self.factor * np.asarray(image).mean() for image in images]))
+
+
 def forked(parent: Run, fork_id: str, **changes: Any) -> tuple[Run, Ref]:
     as_in_a_new_process()
     fork = start_run(forked_config(parent, 1, **changes), fork_id)
@@ -237,7 +250,8 @@ def value_of(run: Run, checkpoint: Ref) -> str | None:
 def test_a_fork_takes_v_over_where_it_foretells_the_forks_own_reward(
     tiny_model: Path, tmp_path: Path
 ) -> None:
-    parent = start_run(with_value(tiny_model, tmp_path / "store"), "r")
+    reward = {"name": f"{__name__}:Brightness"}
+    parent = start_run(with_value(tiny_model, tmp_path / "store", reward=reward), "r")
     run_epochs(parent, 2)
     (own,) = [key for key in parent.store.list("checkpoints") if "epoch=00001/value-" in key]
     fork, first = forked(parent, "same", overrides=["optimizer.learning_rate=1e-3"])
@@ -246,8 +260,11 @@ def test_a_fork_takes_v_over_where_it_foretells_the_forks_own_reward(
     following = run_epoch(run_handle, fork, first, 1)
     state = load_checkpoint(fork.store, following)
     assert {float(v) for name, v in state.value.items() if name.startswith("step/")} == {20.0}
+    other = build_tiny_model(tmp_path / "other", seed=5)
     for fork_id, changes in {
         "reward": {"reward": "jpeg_incompressibility"},
+        "parameters": {"reward": parent.config.reward.name, "parameters": {"factor": -1.0}},
+        "base": {"overrides": [f"model.path={other}", "fork.off_policy=true"]},
         "reset": {"statistics": "reset"},
         "off": {"overrides": ["advantages={type: batch}"]},
     }.items():
