@@ -122,7 +122,7 @@ def adopt_checkpoint(run: Run, policy: Policy, scores: Sequence[Ref]) -> Ref:
         The checkpoint's manifest.
 
     Raises:
-        PolicyMismatch: The base model or the sampler is another.
+        PolicyMismatch: The base model, the sampler, or the place of its noise is another.
         RetiredObject: Retention deleted the checkpoint.
     """
     fork = run.config.fork
@@ -138,6 +138,7 @@ def adopt_checkpoint(run: Run, policy: Policy, scores: Sequence[Ref]) -> Ref:
         "policy_digest": policy_digest(policy.base_digest, state.weights),
     }
     _check_same(fork, digests, own)
+    _check_windows(run, fork)
     statistics = _statistics(run, scores)
     progress = {
         "epoch": state.epoch,
@@ -208,6 +209,23 @@ def _check_same(fork: ForkConfig, of_rollouts: dict[str, str], own: dict[str, st
             f"{name} {of_rollouts[name]}, expected {own[name]}. Leave those settings as they are, "
             "or start a run of its own; another base model's rollouts are trained on with "
             "fork.off_policy: true"
+        )
+
+
+def _check_windows(run: Run, fork: ForkConfig) -> None:
+    """Refuse rollouts whose noise is in other windows than those that the fork would train.
+
+    A sampler's digest does not tell: of a window that is drawn for each epoch the seed says where.
+    """
+    window = run.config.sampler.window
+    if window is None or not window.noise_only_there or window.position != "random":
+        return
+    seed = open_run(run.store, fork.run_id).config.seed
+    if seed != run.config.seed:
+        raise PolicyMismatch(
+            f"the saved rollouts of run {fork.run_id!r} have noise in windows that seed {seed} "
+            f"placed, and a fork with seed {run.config.seed} would train other steps, which were "
+            "taken without noise. Leave the seed as it is, or start a run of its own"
         )
 
 

@@ -12,7 +12,7 @@ from diffusers import DDIMScheduler
 from torch.distributions import Normal
 
 from ddpo.config import RunConfig
-from ddpo.errors import ConfigError
+from ddpo.errors import ConfigError, PolicyMismatch
 from ddpo.gradient import PolicyGradient, Rollouts
 from ddpo.policies import Policy
 from ddpo.run import Run, start_run
@@ -265,15 +265,34 @@ def test_pictures_of_one_policy_are_the_same_whatever_the_epochs_window(
     assert pictures[0] == pictures[1]
 
 
-def moving_run(model: Path, root: Path) -> tuple[Run, RunHandle]:
+def test_a_fork_of_another_seed_may_not_train_samples_whose_noise_is_elsewhere(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    _, handle = moving_run(tiny_model, tmp_path / "store")
+    checkpoint = start.fn(handle)
+    fork = {"run_id": "r", "epoch": 0}
+    _, same = moving_run(tiny_model, tmp_path / "store", "same", fork=fork)
+    assert start.fn(same) != checkpoint
+    _, other = moving_run(tiny_model, tmp_path / "store", "other", fork=fork, seed=MOVING_SEED + 1)
+    with pytest.raises(PolicyMismatch, match="seed 13 placed, and a fork with seed 14 would train"):
+        start.fn(other)
+    # Steps that are all noisy can be trained in any window.
+    everywhere = {"steps": 2, "position": "random"}
+    _, handle = moving_run(tiny_model, tmp_path / "store", "noisy", sampler={"window": everywhere})
+    start.fn(handle)
+    fork = {"run_id": "noisy", "epoch": 0}
+    changes: dict[str, Any] = {"sampler": {"window": everywhere}, "seed": MOVING_SEED + 1}
+    _, other = moving_run(tiny_model, tmp_path / "store", "free", fork=fork, **changes)
+    assert start.fn(other)
+
+
+def moving_run(model: Path, root: Path, run_id: str = "r", **changes: Any) -> tuple[Run, RunHandle]:
     """Start a run whose window moves, with noise in it alone."""
     as_in_a_new_process()
     window = {"steps": 2, "position": "random", "noise_only_there": True}
-    config = tiny_config(
-        model, seed=MOVING_SEED, sampler={"window": window}, storage={"root": str(root)}
-    )
-    run = start_run(config, "r")
-    return run, RunHandle(root=run.store.root, run_id="r")
+    parts: dict[str, Any] = {"seed": MOVING_SEED, "sampler": {"window": window}, **changes}
+    run = start_run(tiny_config(model, **parts, storage={"root": str(root)}), run_id)
+    return run, RunHandle(root=run.store.root, run_id=run_id)
 
 
 # What is refused
