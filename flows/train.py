@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from prefect import flow, get_run_logger
 from prefect.artifacts import (
@@ -44,6 +44,9 @@ from tasks.worker import RunHandle, opened
 Text = Annotated[str | None, WithJsonSchema({"type": "string"})]
 Whole = Annotated[int | None, WithJsonSchema({"type": "integer"})]
 Number = Annotated[float | None, WithJsonSchema({"type": "number"})]
+Parameters = Annotated[
+    Mapping[str, Any] | None, WithJsonSchema({"type": "object", "additionalProperties": True})
+]
 
 _SHOWN = ("reward/mean", "reward/std", "update/approx_kl", "update/clip_fraction", "time/epoch_s")
 
