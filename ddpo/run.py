@@ -91,10 +91,8 @@ class Run:
         first = keys.reward_manifest_key(usual, self.run_id, self.first_epoch, 0)
         if self.store.exists(first):
             return usual
-        # A served reward has the name that its service tells; the store has seen that.
-        ending = f"-{self.pinned_reward[:8]}"
-        seen = commits.reward_ids(self.store, self.run_id)
-        return next((each for each in seen if each.endswith(ending)), usual)
+        # A served reward has the name that its service tells, and the digest covers the name.
+        return commits.reward_of_digest(self.store, self.pinned_reward) or usual
 
     @property
     def identity_digest(self) -> str:

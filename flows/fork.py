@@ -16,7 +16,7 @@ from ddpo.run import Run, open_run, start_run, storage_root
 from ddpo.store.objects import Store
 from ddpo.store.s3 import S3Options
 from flows.stopping import mark_stopped, note_begun
-from flows.train import Text, Whole, train_run
+from flows.train import Parameters, Text, Whole, train_run
 from tasks.adopt import saved_rollouts
 
 Statistics = Literal["rebuild", "reset"]
@@ -33,7 +33,7 @@ def fork(
     run_id: str,
     epoch: int,
     reward: Text = None,
-    parameters: Mapping[str, Any] | None = None,
+    parameters: Parameters = None,
     fork_id: Text = None,
     epochs: Whole = None,
     statistics: Statistics = "rebuild",

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from contextlib import suppress
-from typing import Any
 
 from prefect import flow, get_run_logger
 from prefect.runtime import flow_run
@@ -18,7 +16,7 @@ from ddpo.store.checkpoints import find_checkpoint
 from ddpo.store.manifests import Ref
 from ddpo.store.objects import Store
 from flows.stopping import mark_stopped, note_begun
-from flows.train import Text
+from flows.train import Parameters, Text
 from tasks.adopt import saved_rollouts
 from tasks.advantages import advantages_of
 from tasks.mlflow_page import open_rescored_page
@@ -39,7 +37,7 @@ from tasks.worker import RunHandle, opened
 def rescore(
     run_id: str,
     reward: str,
-    parameters: Mapping[str, Any] | None = None,
+    parameters: Parameters = None,
     epochs: Text = None,
     storage: Text = None,
     tracking: Text = None,

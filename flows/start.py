@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ddpo.config import PerPromptAdvantages, Regression
 from ddpo.run import Run
+from ddpo.store.checkpoints import find_checkpoint
 from ddpo.store.manifests import Ref
 from tasks.adopt import epochs_before, saved_rollouts
 from tasks.score import score_shard
@@ -24,6 +25,8 @@ def first_checkpoint(run: Run, handle: RunHandle) -> Ref:
     Returns:
         The checkpoint's manifest.
     """
+    if done := find_checkpoint(run.store, run.run_id, run.first_epoch):
+        return done.ref  # the epochs before it may be retired by now
     fork = run.config.fork
     if not fork or fork.statistics == "reset":
         return start(handle)

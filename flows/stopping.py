@@ -118,7 +118,10 @@ def mark_stopped(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> 
 
 
 def _cancel(flow_run_id: UUID) -> None:
-    message = "Stopped by a signal; what is committed is kept, and `ddpo resume` goes on from there"
+    message = (
+        "Stopped by a signal; what is committed is kept, and `ddpo resume`, or the same `ddpo "
+        "compare`, goes on from there"
+    )
     with get_client(sync_client=True) as client:
         client.set_flow_run_state(flow_run_id, Cancelled(message=message), force=True)
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from prefect import flow, get_run_logger
 from prefect.artifacts import (
@@ -17,6 +17,7 @@ from prefect.artifacts import (
 from prefect.runtime import flow_run
 from pydantic import WithJsonSchema
 
+from ddpo.comparison.plan import check_trains
 from ddpo.config import RunConfig
 from ddpo.config_files import read_config
 from ddpo.errors import ConfigError, MissingObject
@@ -43,6 +44,9 @@ from tasks.worker import RunHandle, opened
 Text = Annotated[str | None, WithJsonSchema({"type": "string"})]
 Whole = Annotated[int | None, WithJsonSchema({"type": "integer"})]
 Number = Annotated[float | None, WithJsonSchema({"type": "number"})]
+Parameters = Annotated[
+    Mapping[str, Any] | None, WithJsonSchema({"type": "object", "additionalProperties": True})
+]
 
 _SHOWN = ("reward/mean", "reward/std", "update/approx_kl", "update/clip_fraction", "time/epoch_s")
 
@@ -95,6 +99,7 @@ def train(
     named = [f"{name}={value}" for name, value in form.items() if value is not None]
     config = read_config(config_file, [*named, *overrides])
     run_id = run_id or _run_name()
+    check_trains(Store.open(storage_root(config.storage.root), config.storage.s3), run_id)
     train_run(start_run(config, run_id))
     return run_id
 
@@ -117,7 +122,9 @@ def resume(run_id: str, storage: Text = None, epochs: Whole = None) -> str:
     Returns:
         The run's name.
     """
-    config = open_run(Store.open(storage_root(storage)), run_id).config
+    store = Store.open(storage_root(storage))
+    check_trains(store, run_id)
+    config = open_run(store, run_id).config
     changes: dict[str, object] = {
         # Found by its address and the AWS variables, and not by what an earlier start was told.
         "storage": config.storage.model_copy(

@@ -76,7 +76,7 @@ def epochs_before(run: Run, fork: ForkConfig) -> Iterator[tuple[Run, int]]:
 
 
 def adopt_shard(run: Run, epoch: int, shard: int) -> Committed:
-    """Commit another run's saved shard as one of a fork's.
+    """Commit another run's saved shard as one of a fork's, or find it.
 
     Args:
         run: The fork.
@@ -91,10 +91,12 @@ def adopt_shard(run: Run, epoch: int, shard: int) -> Committed:
         RetiredObject: Retention deleted it.
     """
     assert run.config.fork is not None
+    key = keys.rollout_manifest_key(run.run_id, epoch, shard)
+    if found := manifests.find(run.store, key):
+        return found  # from then on retention spares it, and may record the epoch as retired
     parent = open_run(run.store, run.config.fork.run_id)
     saved = saved_rollouts(parent, epoch)[shard]
     manifest = manifests.load(run.store, saved)
-    key = keys.rollout_manifest_key(run.run_id, epoch, shard)
     inputs = {"adopted": saved.model_dump()}
     done = manifests.commit(
         run.store, key, kind="rollouts", inputs=inputs, objects=manifest.objects

@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 import yaml
 
-from ddpo.comparison.plan import Comparison, read_comparison
+from ddpo.comparison.plan import Comparison, check_trains, read_comparison
 from ddpo.comparison.result import summarise
 from ddpo.comparison.statistics import interval, t_quantile
 from ddpo.errors import ConfigError
+from ddpo.run import start_run
+from ddpo.store.objects import Store
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 SHIPPED = CONFIGS / "starter_compare.yaml"
@@ -104,6 +106,27 @@ def test_the_shared_run_stores_what_any_variant_needs_and_retires_nothing(tmp_pa
         assert shared.fork is None and shared.epochs == 1
         assert shared.storage.keep_newest_checkpoints is None
         assert shared.storage.retention.keep == "everything"
+
+
+def test_the_shared_run_alone_is_not_to_be_trained(tmp_path: Path) -> None:
+    base = yaml.safe_load((CONFIGS / "starter.yaml").read_text())
+    base |= {"storage": {"root": str(tmp_path / "store")}, "outputs": str(tmp_path / "outputs")}
+    found = comparison(tmp_path, base=base)
+    store = Store.open(str(tmp_path / "store"))
+    shared, variant = found.shared[3], found.variants["is"][0]
+    check_trains(store, shared.run_id)  # it is not there yet
+    for member in (shared, variant):
+        start_run(member.config, member.run_id)
+    check_trains(store, variant.run_id)
+    with pytest.raises(ConfigError, match="ddpo compare CONFIG --name my-comparison") as told:
+        check_trains(store, shared.run_id)
+    assert f"'{shared.run_id}'" in str(told.value)
+    # A run of one's own may be called alike, and may be shown below another's page.
+    tracking = shared.config.tracking
+    for own, parent in (("mine-seed3-shared", None), ("mine-seed3-draw", "mine")):
+        changed = {"tracking": tracking.model_copy(update={"parent": parent})}
+        start_run(shared.config.model_copy(update=changed), own)
+        check_trains(store, own)
 
 
 def test_offline_all_epochs_but_the_last_are_shared_and_ratios_are_to_who_drew(

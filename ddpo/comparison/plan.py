@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,9 @@ from ddpo.config import CompareConfig, DdpoIsConfig, RunConfig
 from ddpo.config.compare import SHARED
 from ddpo.config_files import apply_overrides, parse_comparison, parse_config, read_mapping
 from ddpo.errors import ConfigError
+from ddpo.run import open_run
 from ddpo.store import keys
+from ddpo.store.objects import Store
 
 
 @dataclass(frozen=True)
@@ -104,6 +107,31 @@ def read_comparison(
 def comparison_name(path: str | Path) -> str:
     """Name a comparison after its file: the same file goes on with the same runs."""
     return Path(path).stem.replace("_", "-")
+
+
+def check_trains(store: Store, run_id: str) -> None:
+    """Check that a run is one to train, and none that draws for the variants of a comparison.
+
+    Such a run draws all of its epochs with the untrained model. Trained, it would contradict what
+    it has committed, or go on with samples of another policy than the variants expect.
+
+    Args:
+        store: The store.
+        run_id: The run, which need not be there.
+
+    Raises:
+        ConfigError: It is one; names the command that goes on with the comparison.
+    """
+    if not store.exists(keys.run_key(run_id)):
+        return
+    config = open_run(store, run_id).config
+    name = config.tracking.parent
+    if name and run_id == _run_id(name, config.seed, SHARED):
+        raise ConfigError(
+            f"run {run_id!r} draws the samples that the variants of the comparison {name!r} share, "
+            "and is not trained by itself. Go on with the comparison, by the file and settings "
+            f"that it was started with: ddpo compare CONFIG --name {shlex.quote(name)}"
+        )
 
 
 def plan(name: str, config: CompareConfig, base: Mapping[str, Any], source: str) -> Comparison:

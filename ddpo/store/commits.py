@@ -160,3 +160,17 @@ def reward_ids(store: Store, run_id: str) -> list[str]:
     part = f"run_id={keys.validate_run_id(run_id)}"
     listed = [key.split("/") for key in store.list("manifests/rewards")]
     return sorted({key[2].removeprefix("reward_name=") for key in listed if part in key[3:4]})
+
+
+def reward_of_digest(store: Store, digest: str) -> str | None:
+    """Find a reward among all that have scored anything in a store.
+
+    Args:
+        store: The store.
+        digest: Digest of its identity.
+
+    Returns:
+        Its id, in which its name stands; None if it has scored nothing.
+    """
+    names = [name.removeprefix("reward_name=") for name in store.folders("manifests/rewards")]
+    return next((name for name in names if name.endswith(f"-{digest[:8]}")), None)

@@ -10,9 +10,11 @@ import logging
 from collections.abc import Iterator
 from typing import Literal
 
-from ddpo.config import Keep
-from ddpo.errors import StoreError
-from ddpo.store import keys, manifests
+from pydantic import ValidationError
+
+from ddpo.config import ForkConfig, Keep
+from ddpo.errors import RunNotFound, StoreError, UnreadableData
+from ddpo.store import keys, manifests, runs
 from ddpo.store.manifests import Committed
 from ddpo.store.objects import Store
 
@@ -30,8 +32,9 @@ PARTS: dict[Keep, tuple[Part, ...]] = {
 def retire_epochs(store: Store, run_id: str, *, keep: Keep, older_than: int) -> list[int]:
     """Delete what is no longer kept of a run's old epochs.
 
-    What the rollouts of another run refer to stays, since a fork trains on it. Where another run
-    cannot be read, nothing is deleted this time.
+    What the rollouts of another run refer to stays, since a fork trains on it; and so does all of
+    an epoch that a fork is still to adopt. Where another run cannot be read, nothing is deleted
+    this time.
 
     Args:
         store: The store.
@@ -50,13 +53,22 @@ def retire_epochs(store: Store, run_id: str, *, keep: Keep, older_than: int) -> 
     """
     retired: set[int] = set()
     referenced: set[str] | None = None
+    awaited: set[int] | None = None
     newest = _newest_epoch(store, run_id) if PARTS[keep] else -1
     for part in PARTS[keep]:
         # By what is still there, so that a call costs what it deletes, not the length of the run.
         old = [epoch for epoch in _present(store, run_id, part) if epoch <= newest - older_than]
+        if old and awaited is None:
+            try:
+                awaited = _awaited_by_forks(store, run_id)
+            except StoreError as error:
+                _put_off(run_id, error)
+                break
         # Recorded before looking for references: a fork that commits meanwhile either is seen
         # here, or sees the record.
-        found = {epoch: _commit_of(store, run_id, epoch) for epoch in old}
+        found = {
+            epoch: _commit_of(store, run_id, epoch) for epoch in old if epoch not in (awaited or ())
+        }
         commits = {epoch: commit for epoch, commit in found.items() if commit is not None}
         for epoch, commit in commits.items():
             manifests.commit(
@@ -70,7 +82,7 @@ def retire_epochs(store: Store, run_id: str, *, keep: Keep, older_than: int) -> 
             try:
                 referenced = _referenced_by_others(store, run_id)
             except StoreError as error:
-                _logger.warning("nothing of %s's old epochs is deleted for now: %s", run_id, error)
+                _put_off(run_id, error)
                 break
         for epoch, commit in commits.items():
             record = keys.retired_epoch_key(part, run_id, epoch)
@@ -81,6 +93,10 @@ def retire_epochs(store: Store, run_id: str, *, keep: Keep, older_than: int) -> 
                     store.delete(key)
                     retired.add(epoch)
     return sorted(retired)
+
+
+def _put_off(run_id: str, error: StoreError) -> None:
+    _logger.warning("nothing of %s's old epochs is deleted for now: %s", run_id, error)
 
 
 def _is_rollout(key: str) -> bool:
@@ -115,7 +131,8 @@ def _objects(store: Store, commit: Committed) -> Iterator[str]:
 def _referenced_by_others(store: Store, run_id: str) -> set[str]:
     """Collect what the rollouts of other runs refer to outside of their own folders.
 
-    Only a fork's first epochs do that, so of each run the epochs are read up to one of its own.
+    Only a fork's first epochs do that, one or several, so of each run the epochs are read up to one
+    of its own.
     """
     by_run: dict[str, dict[int, list[str]]] = {}
     for key in store.list("manifests/rollouts"):
@@ -133,3 +150,23 @@ def _referenced_by_others(store: Store, run_id: str) -> set[str]:
                 break
             referenced |= foreign
     return referenced
+
+
+def _awaited_by_forks(store: Store, run_id: str) -> set[int]:
+    """Collect the epochs of a run that its forks have not adopted yet.
+
+    A fork of several epochs may be stopped between two of them; it names them all in its record.
+    """
+    awaited: set[int] = set()
+    for key in store.list(keys.forks_prefix(run_id)):
+        name = key.rpartition("/")[2].removesuffix(".json")
+        try:
+            fork = ForkConfig.model_validate(runs.load_run(store, name).identity.get("fork"))
+        except RunNotFound:  # a person took it away
+            continue
+        except ValidationError as error:
+            raise UnreadableData(keys.run_key(name), str(error)) from error
+        listed = store.list(keys.epoch_manifests_prefix(name))
+        done = {keys.parse_epoch(each) for each in listed}
+        awaited |= set(range(fork.epoch, fork.epoch + fork.rollouts)) - done
+    return awaited

@@ -32,6 +32,27 @@ def files_below(fs: AbstractFileSystem, folder: str) -> dict[str, dict[str, Any]
     return {str(path): info for path, info in found.items() if path.startswith(folder + "/")}
 
 
+def folders_in(fs: AbstractFileSystem, folder: str) -> list[str]:
+    """Find the folders that lie directly in a folder, at the price of one call.
+
+    Args:
+        fs: The filesystem.
+        folder: Full path of the folder; it need not be there.
+
+    Returns:
+        Their names, sorted.
+
+    Raises:
+        OSError: The folder may not be listed.
+    """
+    try:
+        listed: Any = fs.ls(folder, detail=True)  # typed as a list of names too
+    except FileNotFoundError:
+        return []
+    paths = [str(info["name"]).rstrip("/") for info in listed if info["type"] == "directory"]
+    return sorted(path.rpartition("/")[2] for path in paths if path.startswith(folder + "/"))
+
+
 def written_at(fs: AbstractFileSystem, path: str, info: dict[str, Any]) -> datetime | None:
     """Return when a file was last written.
 

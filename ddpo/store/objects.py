@@ -26,7 +26,7 @@ from ddpo.store import keys
 from ddpo.store.addresses import open_filesystem
 from ddpo.store.backends import backend_for
 from ddpo.store.calls import named_call, read_on, read_whole
-from ddpo.store.listing import files_below, written_at
+from ddpo.store.listing import files_below, folders_in, written_at
 from ddpo.store.s3 import S3Options
 
 REFRESH_AFTER = timedelta(hours=1)
@@ -269,6 +269,18 @@ class Store:
         """
         found = self._below(self._full(prefix) if prefix else self._path)
         return sorted(key for key in found if not _is_hidden(key))
+
+    def folders(self, folder: str) -> list[str]:
+        """Lists the names of the folders in a folder, sorted: one call, whatever lies below them.
+
+        Args:
+            folder: The folder, without its slash.
+
+        Returns:
+            The names; none where there is no such folder. An emptied folder may be among them.
+        """
+        with self._named("list", folder):
+            return folders_in(self._fs, self._full(folder))
 
     def ages(self) -> dict[str, tuple[int, datetime]]:
         """Lists all keys, unfinished writes too, with size in bytes and time of the last write.

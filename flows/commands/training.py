@@ -46,6 +46,7 @@ def train(
     settings = read_config(config, changes)
     console.print("[dim]checking model, store and tracking ...[/]")
 
+    from ddpo.comparison.plan import check_trains
     from ddpo.run import check_run
     from flows.train import new_run_id
     from flows.train import train as train_flow
@@ -53,6 +54,7 @@ def train(
 
     run_id = run_id or new_run_id(config)
     store, _ = check_run(settings, run_id)
+    check_trains(store, run_id)
     connect(settings.tracking.uri)
     show_run(run_id, settings.epochs, lambda: train_flow(config, run_id, overrides=changes), store)
 
@@ -66,13 +68,16 @@ def resume(
     root: Root = None,
 ) -> None:
     """Go on with a run that was stopped; what is committed is not done again."""
+    from ddpo.comparison.plan import check_trains
     from ddpo.run import check_run, storage_root
     from ddpo.store.s3 import S3Options
     from flows.train import resume as resume_flow
     from tasks.mlflow_connection import connect
 
     place = storage_root(root)
-    config = saved_run(run_id, place).config
+    run = saved_run(run_id, place)
+    check_trains(run.store, run_id)
+    config = run.config
     # Found by `--root` and the AWS variables, and not by what an earlier start was told.
     storage = config.storage.model_copy(update={"root": place, "s3": S3Options()})
     store, _ = check_run(config.model_copy(update={"storage": storage}), run_id)

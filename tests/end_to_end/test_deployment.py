@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -13,6 +16,7 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +24,25 @@ import pytest
 import yaml
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.objects import FlowRun
+from prefect.flows import load_flow_from_entrypoint
 
-from ddpo.run import open_run
+from ddpo.digests import tensors_digest
+from ddpo.rewards import load_reward
+from ddpo.run import Run, open_run
 from ddpo.store import keys, manifests
-from ddpo.store.checkpoints import find_checkpoint
+from ddpo.store.checkpoints import find_checkpoint, load_checkpoint
 from ddpo.store.objects import Store
+from ddpo.store.tables import decode_advantages
 from tasks.mlflow_connection import RUN_ID_TAG, connect
+from tests.recorded import SAMPLES, record_run
 from tests.tiny import tiny_config
 
 REPOSITORY = Path(__file__).parents[2]
 START_LIMIT_S = 120.0
 COMMAND_LIMIT_S = 120.0
 RUN_LIMIT_S = 240.0
+
+_COMMAND = re.compile(r"^prefect deployment run (\S+)((?: --param \S+)*)", re.MULTILINE)
 
 
 @dataclass
@@ -66,7 +77,7 @@ class Operator:
             while not (run := client.read_flow_run(created.id)).state.is_final():
                 assert time.monotonic() < deadline, f"{run.name} is {run.state} for too long"
                 time.sleep(0.5)
-        assert run.state.is_completed(), run.state
+        assert run.state.is_completed(), f"{run.state}{self.tails()}"
         return run
 
     def tails(self) -> str:
@@ -76,16 +87,17 @@ class Operator:
         )
 
 
-@pytest.fixture
-def operator(tmp_path: Path) -> Iterator[Operator]:
-    """A server and a worker of this test's own; a failure shows the end of their logs."""
+@pytest.fixture(scope="module")
+def operator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Operator]:
+    """A server and a worker of these tests' own, all of `prefect.yaml` deployed."""
+    folder = tmp_path_factory.mktemp("operator")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     address = f"http://127.0.0.1:{port}"
     environment = {
         **{k: v for k, v in os.environ.items() if not k.startswith("PREFECT_LOGGING_")},
-        "PREFECT_HOME": str(tmp_path / "prefect"),
+        "PREFECT_HOME": str(folder / "prefect"),
         "PREFECT_API_URL": f"{address}/api",
         "PREFECT_WORKER_QUERY_SECONDS": "1",
         "HF_HUB_OFFLINE": "1",
@@ -95,13 +107,53 @@ def operator(tmp_path: Path) -> Iterator[Operator]:
     with ExitStack() as stack:
         server = ("server", "start", "--host", "127.0.0.1", "--port", str(port))
         health = f"{address}/api/health"
-        stack.enter_context(process(operator, tmp_path, "server", *server, url=health))
+        stack.enter_context(process(operator, folder, "server", *server, url=health))
         operator.prefect("work-pool", "create", "ddpo", "--type", "process")
-        stack.enter_context(process(operator, tmp_path, "worker", "worker", "start", "-p", "ddpo"))
-        try:
-            yield operator
-        finally:
-            print(operator.tails())
+        operator.prefect("deploy", "--all")
+        stack.enter_context(process(operator, folder, "worker", "worker", "start", "-p", "ddpo"))
+        yield operator
+
+
+def deployments() -> dict[str, str]:
+    """Entrypoints of `prefect.yaml` by the full names of their deployments."""
+    listed = yaml.safe_load((REPOSITORY / "prefect.yaml").read_text())["deployments"]
+    return {f"ddpo-{each['name']}/{each['name']}": each["entrypoint"] for each in listed}
+
+
+def documented() -> list[tuple[str, str]]:
+    """Deployments and parameters of all commands that the documentation shows."""
+    texts = [file.read_text() for file in sorted((REPOSITORY / "docs").glob("*.md"))]
+    return [found for text in texts for found in _COMMAND.findall(text)]
+
+
+def test_every_deployment_is_documented() -> None:
+    assert {name for name, _ in documented()} == set(deployments())
+
+
+@pytest.mark.parametrize(("name", "words"), documented(), ids=itertools.count())
+def test_a_documented_command_gives_what_its_flow_takes(name: str, words: str) -> None:
+    flow = load_flow_from_entrypoint(str(REPOSITORY / deployments()[name]))
+    given = dict(re.findall(r"--param (\w+)=(\S+)", words))
+    assert given
+    required = {p.name for p in signature(flow.fn).parameters.values() if p.default is p.empty}
+    assert required <= given.keys() <= signature(flow.fn).parameters.keys()
+    read = {key: yaml.safe_load(value) for key, value in given.items()}  # numbers as JSON has them
+    assert flow.validate_parameters(read).items() >= read.items()
+
+
+@pytest.mark.slow
+def test_all_forms_explain_their_fields(operator: Operator) -> None:
+    with SyncPrefectClient(f"{operator.address}/api") as client:
+        for name in deployments():
+            form = client.read_deployment_by_name(name)
+            fields = form.parameter_openapi_schema["properties"]
+            told = {
+                key: (field.get("type"), field.get("description")) for key, field in fields.items()
+            }
+            assert all(all(each) for each in told.values()), (name, told)
+            # Only `train` has a schedule, and that one is for an operator to switch on.
+            schedules = [schedule.active for schedule in form.schedules]
+            assert schedules == ([False] if name == "ddpo-train/train" else [])
 
 
 @pytest.mark.slow
@@ -112,15 +164,6 @@ def test_a_run_from_the_form_is_whole_and_resume_goes_on_with_it(
     file = tmp_path / "tiny_run.yaml"
     settings = tiny_config(tiny_model, outputs=str(tmp_path / "outputs")).model_dump(mode="json")
     file.write_text(yaml.safe_dump(settings))
-
-    deployed = operator.prefect("deploy", "--all")
-    assert "ddpo-train/train" in deployed
-    assert "ddpo-resume/resume" in deployed
-    with SyncPrefectClient(f"{operator.address}/api") as client:
-        form = client.read_deployment_by_name("ddpo-train/train")
-    fields = form.parameter_openapi_schema["properties"].values()
-    assert all(field.get("description") and field.get("type") for field in fields)
-    assert [schedule.active for schedule in form.schedules] == [False]
 
     # As the form sends it: what is left empty is null, or not there at all.
     filled = {
@@ -142,6 +185,92 @@ def test_a_run_from_the_form_is_whole_and_resume_goes_on_with_it(
     assert check_whole(store, uri, run_id, epochs=3) == whole
 
 
+@dataclass(frozen=True)
+class Saved:
+    """A run of two epochs that is in a store, and where MLflow is to show what becomes of it."""
+
+    run: Run
+    uri: str
+    folder: Path
+
+    def rewards(self, reward_id: str, epoch: int) -> list[float | None]:
+        """What a reward says of an epoch's samples, by the table of advantages."""
+        key = keys.advantage_manifest_key(reward_id, self.run.run_id, epoch)
+        found = manifests.find(self.run.store, key)
+        assert found is not None
+        table = self.run.store.get(found.manifest.objects["advantages"])
+        return [row.reward for row in decode_advantages(table)]
+
+    def weights(self, run_id: str, epoch: int) -> str:
+        found = find_checkpoint(self.run.store, run_id, epoch)
+        assert found is not None
+        return tensors_digest(load_checkpoint(self.run.store, found.ref).weights)
+
+
+@pytest.fixture(scope="module")
+def saved(
+    tiny_model: Path, mlflow_database: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Saved:
+    folder = tmp_path_factory.mktemp("saved")
+    shutil.copy(mlflow_database, folder / "mlflow.db")
+    uri = f"sqlite:///{folder}/mlflow.db"
+    tracking = {"uri": uri, "pictures": {"prompts": ["a cat"], "seeds": [0]}}
+    outputs = str(folder / "outputs")
+    run = record_run(tiny_model, folder / "store", epochs=2, tracking=tracking, outputs=outputs)
+    return Saved(run, uri, folder)
+
+
+@pytest.mark.slow
+def test_rescore_from_the_form_scores_what_is_saved(operator: Operator, saved: Saved) -> None:
+    filled = {"run_id": "mine", "reward": "jpeg_incompressibility", "storage": saved.run.store.root}
+    operator.run_to_the_end("ddpo-rescore/rescore", {**filled, "parameters": None, "epochs": None})
+    own = saved.run.reward.identity.reward_id
+    new = load_reward("jpeg_incompressibility", {}).identity.reward_id
+    for epoch in range(2):
+        expected = [-reward for reward in saved.rewards(own, epoch) if reward is not None]
+        assert len(expected) == SAMPLES
+        assert saved.rewards(new, epoch) == pytest.approx(expected)
+    page = mlflow_run(saved.uri, f"mine-by-{new}")
+    assert page.info.status == "FINISHED"
+    assert page.data.metrics["agreement/pearson"] == pytest.approx(-1)
+
+
+@pytest.mark.slow
+def test_fork_from_the_form_ends_in_the_weights_of_its_run(
+    operator: Operator, saved: Saved
+) -> None:
+    filled = {"run_id": "mine", "epoch": 1, "storage": saved.run.store.root, "fork_id": "again"}
+    operator.run_to_the_end("ddpo-fork/fork", {**filled, "reward": None, "parameters": {}})
+    assert saved.weights("again", 2) == saved.weights("mine", 2)
+    assert saved.weights("again", 2) != saved.weights("again", 1)
+    assert mlflow_run(saved.uri, "again").info.status == "FINISHED"
+
+
+@pytest.mark.slow
+def test_compare_from_the_form_runs_all_variants(operator: Operator, saved: Saved) -> None:
+    base = {**saved.run.config.identity(), **saved.run.config.operation()}
+    base["numerics"] = saved.run.config.numerics.model_dump(mode="json")
+    variants = {"is": {}, "sf": {"algorithm": {"type": "ddpo_sf"}}}
+    file = saved.folder / "tiny_pair.yaml"
+    file.write_text(yaml.safe_dump({"base": base, "variants": variants, "seeds": [0], "epochs": 2}))
+    filled = {"config_file": str(file), "name": None, "storage": saved.run.store.root}
+    ended = operator.run_to_the_end("ddpo-compare/compare", {**filled, "overrides": []})
+    assert ended.name == "tiny-pair"
+    first = {saved.weights(f"tiny-pair-seed0-{each}", 0) for each in ("shared", *variants)}
+    assert len(first) == 1
+    assert len({saved.weights(f"tiny-pair-seed0-{each}", 2) for each in variants} | first) == 3
+    assert (saved.folder / "outputs" / "tiny-pair" / "comparison.md").is_file()
+    assert mlflow_run(saved.uri, "tiny-pair").info.status == "FINISHED"
+
+
+def mlflow_run(uri: str, run_id: str) -> Any:
+    """Find the one page of a run."""
+    client = connect(uri)
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    (found,) = client.search_runs(experiments, filter_string=f"tags.`{RUN_ID_TAG}` = '{run_id}'")
+    return found
+
+
 def check_whole(store: Store, uri: str, run_id: str, epochs: int) -> str:
     """Check that store and MLflow have all of a run; returns its id in MLflow."""
     for epoch in range(epochs):
@@ -154,9 +283,9 @@ def check_whole(store: Store, uri: str, run_id: str, epochs: int) -> str:
             store.get(stored)  # verifies the digest
     client = connect(uri)
     experiments = [experiment.experiment_id for experiment in client.search_experiments()]
-    found = client.search_runs(experiments, filter_string=f"tags.`{RUN_ID_TAG}` = '{run_id}'")
-    assert [run.info.status for run in found] == ["FINISHED"]
-    mlflow_run_id = found[0].info.run_id
+    page = mlflow_run(uri, run_id)
+    assert page.info.status == "FINISHED"
+    mlflow_run_id = page.info.run_id
     for name in ("reward/mean", "update/loss"):
         history = client.get_metric_history(mlflow_run_id, name)
         assert [metric.step for metric in history] == list(range(epochs))

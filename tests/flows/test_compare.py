@@ -18,6 +18,7 @@ from ddpo.comparison.plan import Comparison, Member, read_comparison
 from ddpo.comparison.report import markdown
 from ddpo.comparison.result import read_result
 from ddpo.digests import sha256_bytes
+from ddpo.errors import ConfigError
 from ddpo.history import open_run as open_history
 from ddpo.run import open_run, start_run
 from ddpo.store import manifests
@@ -28,6 +29,7 @@ from ddpo.store.tables import decode_rollouts
 from ddpo.store.verify import verify_run
 from flows import cli
 from flows.compare import draw_shared
+from flows.train import resume, train
 from tasks.adopt import saved_rollouts
 from tasks.mlflow_connection import connect, find_or_create_experiment, find_run
 from tasks.mlflow_page import open_page
@@ -77,8 +79,8 @@ def written(folder: Path, model: Path, **changes: Any) -> Path:
     return file
 
 
-def typed(*words: str) -> str:
-    """Type a `ddpo` command; returns the screen of one that succeeds."""
+def typed(*words: str, status: int = 0) -> str:
+    """Type a `ddpo` command that ends with a status; returns its screen."""
     before, sys.argv = sys.argv, ["ddpo", *words]
     screen = io.StringIO()
     try:
@@ -86,7 +88,7 @@ def typed(*words: str) -> str:
             cli.main()
     finally:
         sys.argv = before
-    assert ended.value.code in (0, None), screen.getvalue()
+    assert (ended.value.code or 0) == status, screen.getvalue()
     return screen.getvalue()
 
 
@@ -181,6 +183,30 @@ def test_the_same_command_again_does_nothing_twice(
     typed("compare", str(online.file))
     assert committed() == before
     assert page.read_text() == told
+
+
+def test_a_shared_run_is_gone_on_with_by_its_comparison_alone(online: Compared, tmp_path: Path):
+    shared = online.comparison.shared[0]
+    before = {key: sha256_bytes(online.store.read(key)) for key in online.store.list()}
+    file = tmp_path / "shared.yaml"
+    file.write_text(shared.config.model_dump_json())
+    for words in (
+        ("resume", shared.run_id, "--root", online.store.root),
+        ("resume", shared.run_id, "--root", online.store.root, "--epochs", "3"),
+        ("train", str(file), "--run-id", shared.run_id),
+    ):
+        screen = typed(*words, status=2)
+        assert "ddpo compare CONFIG --name tiny" in screen
+        assert "ddpo resume" not in screen
+    for flow in (
+        lambda: resume(shared.run_id, online.store.root),
+        lambda: train(str(file), shared.run_id),
+    ):
+        with pytest.raises(ConfigError, match="ddpo compare CONFIG --name tiny"):
+            flow()
+    assert {key: sha256_bytes(online.store.read(key)) for key in online.store.list()} == before
+    # A variant is a run like any other.
+    typed("resume", online.comparison.variants["is"][0].run_id, "--root", online.store.root)
 
 
 def test_offline_all_learn_from_what_the_first_checkpoint_drew(tiny_model: Path, tmp_path: Path):

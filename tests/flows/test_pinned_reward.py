@@ -20,6 +20,7 @@ from ddpo.rewards.service import create_app
 from ddpo.run import Run, open_run, start_run
 from ddpo.store import commits
 from ddpo.store.manifests import Ref
+from ddpo.store.objects import Store
 from flows import cli
 from tasks.advantages import advantages_of
 from tasks.sample import sample_shard
@@ -147,6 +148,32 @@ def test_a_runs_rewards_are_read_while_its_service_is_down(ddpo, tiny_model, tmp
         _ = open_run(run.store, "r").reward
     assert open_run(run.store, "r").reward_id == identity.reward_id
     check_readable(ddpo, run, 3.0, tmp_path)
+
+
+def test_runs_of_a_served_reward_are_shown_without_listing_what_was_scored(
+    ddpo, tiny_model, tmp_path, monkeypatch
+):
+    """A bucket may hold a hundred thousand of those manifests."""
+    port = free_port()
+    with deployed(port, 3):
+        run, handle, first, rollouts = started(tiny_model, tmp_path, over(port))
+        advantages_of.fn(handle, first, rollouts, score_all(handle, rollouts), 0)
+        start_run(run.config, "unscored")
+    calls: dict[str, list[str]] = {"list": [], "folders": []}
+    for name, seen in calls.items():
+        right = getattr(Store, name)
+
+        def counted(store: Store, prefix: str = "", *, seen=seen, right=right) -> list[str]:
+            seen.append(prefix)
+            return right(store, prefix)
+
+        monkeypatch.setattr(Store, name, counted)
+    status, screen = ddpo("runs", "--root", run.store.root)
+    assert status == 0, screen
+    row, unscored = (line for line in screen.splitlines() if line.startswith(("│ r ", "│ uns")))
+    assert row.split("│")[-2].strip() == "3" and not unscored.split("│")[-2].strip()
+    assert calls["list"] and not [prefix for prefix in calls["list"] if "manifests" in prefix]
+    assert calls["folders"] == ["manifests/rewards"] * 2  # one call a run, of names alone
 
 
 def test_a_runs_rewards_are_read_when_the_users_code_is_gone(

@@ -4,7 +4,8 @@ import pytest
 
 from ddpo.config import Keep
 from ddpo.errors import MissingObject, RetiredObject
-from ddpo.store import keys, manifests
+from ddpo.store import keys, manifests, runs
+from ddpo.store.documents import seal
 from ddpo.store.epoch_retention import retire_epochs
 from ddpo.store.manifests import Ref
 from ddpo.store.objects import Store, StoredObject
@@ -153,6 +154,52 @@ def test_what_a_fork_trains_on_stays(store: Store) -> None:
     # The fork's own retention leaves the other run alone, too.
     retire_epochs(store, "Fork", keep="checkpoints", older_than=1)
     assert kept(store)["trajectories"] == [1, 3]
+
+
+def test_all_epochs_that_forks_of_several_adopted_stay(store: Store) -> None:
+    for number in range(8):
+        epoch(store, "R", number)
+    for fork, adopted in {"Fork": (1, 2, 3), "Other": (3, 4)}.items():
+        for number in adopted:
+            epoch(store, fork, number, from_run="R")
+        epoch(store, fork, adopted[-1] + 1)
+    assert retire_epochs(store, "R", keep="checkpoints", older_than=2) == [0, 1, 2, 3, 4, 5]
+    assert kept(store)["trajectories"] == kept(store)["rollouts"] == [1, 2, 3, 4, 6, 7]
+    assert kept(store)["rewards"] == [6, 7]
+
+
+def record_fork(store: Store, fork: str, first: int, rollouts: int) -> None:
+    """Leave the records of a fork that R's epochs from `first` on are adopted by."""
+    identity = {"fork": {"run_id": "R", "epoch": first, "rollouts": rollouts, "off_policy": True}}
+    runs.create_or_check_run(store, fork, identity=identity, numerics={}, code={})
+    store.put_if_absent(keys.fork_key("R", fork), b"a record")
+
+
+def test_epochs_that_a_fork_is_still_to_adopt_stay_whole(store: Store) -> None:
+    for number in range(7):
+        epoch(store, "R", number)
+    record_fork(store, "Fork", 1, rollouts=3)
+    epoch(store, "Fork", 1, from_run="R")
+    assert retire_epochs(store, "R", keep="checkpoints", older_than=1) == [0, 1, 4, 5]
+    assert kept(store)["trajectories"] == kept(store)["rollouts"] == [1, 2, 3, 6]
+    assert kept(store)["rewards"] == [2, 3, 6]
+    # Without a record of retirement either, which would keep the fork from adopting them.
+    gone = [n for n in range(7) if store.exists(keys.retired_epoch_key("samples", "R", n))]
+    assert gone == [0, 1, 4, 5]
+    # A fork that a person took away awaits nothing.
+    store.delete(keys.run_key("Fork"))
+    assert retire_epochs(store, "R", keep="checkpoints", older_than=1) == [2, 3]
+
+
+def test_a_fork_whose_record_cannot_be_read_only_puts_it_off(store: Store) -> None:
+    for number in range(3):
+        epoch(store, "R", number)
+    store.put_if_absent(keys.fork_key("R", "Fork"), b"a record")
+    for broken in (b"no record", seal({"schema_version": 1, "run_id": "Fork", "identity": {}})):
+        store.put_if_absent(keys.run_key("Fork"), broken)
+        assert retire_epochs(store, "R", keep="checkpoints", older_than=1) == []
+        assert kept(store) == {tree: [0, 1, 2] for tree in TREES}
+        store.delete(keys.run_key("Fork"))
 
 
 def test_an_epoch_that_is_not_committed_is_left_alone(store: Store) -> None:

@@ -32,6 +32,15 @@ def test_an_object_comes_back_as_it_was_put(store: Store) -> None:
     assert store.get(store.put("a/empty", ".bin", b"")) == b""
 
 
+def test_the_folders_of_a_folder_are_named_whatever_lies_below_them(store: Store) -> None:
+    assert store.folders("a") == []
+    for stem in ("a/two/below/part", "a/one/part", "a/one/other", "a/part", "ab/three/part"):
+        store.put(stem, ".bin", b"hello")
+    assert store.folders("a") == ["one", "two"]
+    assert store.folders("a/two") == ["below"]
+    assert store.folders("a/one") == []
+
+
 def test_objects_of_one_stem_and_other_bytes_live_side_by_side(store: Store) -> None:
     first, second = store.put("a", ".bin", b"1"), store.put("a", ".bin", b"2")
     assert (store.get(first), store.get(second)) == (b"1", b"2")

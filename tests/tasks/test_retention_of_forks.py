@@ -1,0 +1,139 @@
+"""Retention beside forks of several epochs: real runs in a real store, by the tasks' own bodies."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from ddpo.config import ForkConfig, PerPromptAdvantages, RunConfig
+from ddpo.digests import tensors_digest
+from ddpo.errors import RetiredObject
+from ddpo.lineage import record_fork
+from ddpo.run import Run, open_run, start_run
+from ddpo.store import keys, manifests
+from ddpo.store.checkpoints import find_checkpoint, load_checkpoint
+from ddpo.store.epoch_retention import retire_epochs
+from ddpo.store.verify import verify_run
+from flows.start import first_checkpoint
+from tasks.adopt import saved_rollouts
+from tasks.score import score_shard
+from tasks.start import start
+from tasks.worker import RunHandle
+from tests.fold import as_in_a_new_process, run_epoch, run_epochs
+from tests.tiny import tiny_config
+
+ADOPTED = 3
+"""Epochs of the history that a fork trains on, of five."""
+
+
+def config_of(model: Path, root: Path, epochs: int, fork: bool) -> RunConfig:
+    branch = {"run_id": "history", "epoch": 0, "rollouts": ADOPTED, "off_policy": True}
+    return tiny_config(
+        model,
+        sampler={"steps": 2, "samples_per_epoch": 4, "shard_size": 2},
+        numerics={"sample_batch_size": 2, "micro_batch_size": 2},
+        storage={"root": str(root)},
+        epochs=epochs,
+        **({"fork": branch} if fork else {}),
+    )
+
+
+@pytest.fixture
+def history(tiny_model: Path, tmp_path: Path) -> Run:
+    """A run of five epochs that keeps everything so far."""
+    as_in_a_new_process()
+    run = start_run(config_of(tiny_model, tmp_path / "store", 5, fork=False), "history")
+    run_epochs(run, 5)
+    return run
+
+
+def forked(history: Run, model: Path) -> Run:
+    root = Path(history.store.root.removeprefix("file://"))
+    run = start_run(config_of(model, root, ADOPTED + 1, fork=True), "fork")
+    record_fork(run)
+    return run
+
+
+def adopted(run: Run) -> set[str]:
+    """Keys of all that the rollouts of a fork's adopted epochs consist of."""
+    return {
+        stored.key
+        for epoch in range(ADOPTED)
+        for shard in range(run.shards)
+        if (found := manifests.find(run.store, keys.rollout_manifest_key(run.run_id, epoch, shard)))
+        for stored in found.manifest.objects.values()
+    }
+
+
+def weights(run: Run) -> str:
+    found = find_checkpoint(run.store, run.run_id, ADOPTED + 1)
+    assert found is not None
+    return tensors_digest(load_checkpoint(run.store, found.ref).weights)
+
+
+def test_a_fork_keeps_every_epoch_that_it_adopted(history: Run, tiny_model: Path) -> None:
+    fork = forked(history, tiny_model)
+    run_epochs(fork, ADOPTED + 1)
+    own = adopted(fork)
+    assert len(own) == ADOPTED * history.shards * 2
+    assert all("run_id=history" in key for key in own)
+    retired = retire_epochs(fork.store, "history", keep="checkpoints", older_than=1)
+    assert retired == [0, 1, 2, 3]
+    trees = [keys.rollouts_prefix("history"), keys.trajectories_prefix("history")]
+    left = {key for tree in trees for key in fork.store.list(tree)}
+    assert {key for key in left if keys.parse_epoch(key) != 4} == own
+    verified = verify_run(fork.store, "fork")
+    assert not verified.damages and not verified.retired
+
+    # Its resume, which shows an adopted epoch again, is not told that the epoch is retired.
+    as_in_a_new_process()
+    run_epochs(open_run(fork.store, "fork"), ADOPTED + 1)
+
+
+def test_a_fork_that_was_stopped_between_two_epochs_finds_the_others_after_retention(
+    history: Run, tiny_model: Path, tmp_path: Path
+) -> None:
+    fork = forked(history, tiny_model)
+    handle = RunHandle(root=fork.store.root, run_id="fork")
+    run_epoch(handle, fork, start.fn(handle), 0)
+    retire_epochs(fork.store, "history", keep="checkpoints", older_than=1)
+    as_in_a_new_process()
+    run_epochs(fork, ADOPTED + 1)
+    assert len(adopted(fork)) == ADOPTED * fork.shards * 2
+
+    # It ends as it would have without a stop, and without retention.
+    as_in_a_new_process()
+    root = tmp_path / "undisturbed"
+    run_epochs(start_run(config_of(tiny_model, root, 5, fork=False), "history"), 5)
+    other = start_run(config_of(tiny_model, root, ADOPTED + 1, fork=True), "fork")
+    run_epochs(other, ADOPTED + 1)
+    assert weights(fork) == weights(other)
+
+
+def test_a_fork_that_comes_after_retention_is_told_so(history: Run, tiny_model: Path) -> None:
+    retire_epochs(history.store, "history", keep="images_and_scores", older_than=1)
+    fork = forked(history, tiny_model)
+    with pytest.raises(RetiredObject, match="trajectories"):
+        run_epochs(fork, 1)
+
+
+def test_a_fork_that_has_its_statistics_does_not_ask_for_the_epochs_before_it_again(
+    history: Run,
+) -> None:
+    changes = {
+        "fork": ForkConfig(run_id="history", epoch=2),
+        "advantages": PerPromptAdvantages(type="per_prompt", buffer_size=8, min_count=2),
+    }
+    fork = start_run(history.config.model_copy(update=changes), "fork")
+    record_fork(fork)
+    handle = RunHandle(root=fork.store.root, run_id="fork")
+    of_history = handle.model_copy(update={"run_id": "history"})
+    scores = [
+        score_shard.fn(of_history, rollouts, epoch, shard)
+        for epoch in range(2)
+        for shard, rollouts in enumerate(saved_rollouts(history, epoch))
+    ]
+    first = start.fn(handle, scores)
+    assert retire_epochs(fork.store, "history", keep="checkpoints", older_than=1) == [0, 1, 3]
+    assert first_checkpoint(fork, handle) == first
