@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ddpo.run import Run
-from ddpo.store import keys, runs
+from ddpo.store import forks, keys, runs
 from ddpo.store.documents import seal
 from ddpo.store.objects import Store
 
@@ -19,5 +19,4 @@ def record_fork(run: Run) -> None:
 
 def forks_of(store: Store, run_id: str) -> list[str]:
     """List the runs that branch off a run, sorted."""
-    found = store.list(keys.forks_prefix(run_id))
-    return sorted(key.rpartition("/")[2].removesuffix(".json") for key in found)
+    return forks.names(store, run_id)

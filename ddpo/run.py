@@ -25,6 +25,7 @@ from ddpo.rewards.identity import reward_id_of
 from ddpo.store import commits, keys, runs
 from ddpo.store.documents import differences
 from ddpo.store.objects import Store
+from ddpo.store.probe import probe
 from ddpo.store.runs import RunRecord
 
 _logger = logging.getLogger(__name__)
@@ -154,7 +155,7 @@ def check_run(config: RunConfig, run_id: str) -> tuple[Store, Numerics]:
     keys.validate_run_id(run_id)
     _check_folders(config.outputs)
     store = Store.open(storage_root(config.storage.root), config.storage.s3)
-    store.probe()
+    probe(store)
     if not store.exists(keys.run_key(run_id)):
         return store, check_config(config)
     first = config.fork.epoch if config.fork else 0

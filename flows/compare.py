@@ -14,7 +14,6 @@ from ddpo.comparison.plan import Comparison, comparison_name, read_comparison
 from ddpo.comparison.report import PLOT, markdown, write_report
 from ddpo.comparison.result import Result, read_result
 from ddpo.config import StorageConfig
-from ddpo.lineage import record_fork
 from ddpo.run import Run, check_run, start_run
 from ddpo.store import keys
 from ddpo.store.objects import Store
@@ -160,12 +159,10 @@ def _run_members(comparison: Comparison) -> Store:
         with as_part(before, total):
             if member is comparison.shared[member.seed]:
                 _draw_run(run)
+            elif _is_whole(run):
+                finished_epoch(run.config.epochs, run.config.epochs, {})
             else:
-                record_fork(run)
-                if _is_whole(run):
-                    finished_epoch(run.config.epochs, run.config.epochs, {})
-                else:
-                    train_run(run)
+                train_run(run)
         before += member.config.epochs
     assert store is not None
     return store

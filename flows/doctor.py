@@ -19,6 +19,7 @@ from ddpo.rewards import load_reward
 from ddpo.run import storage_root
 from ddpo.secrets import hide_credentials
 from ddpo.store.objects import Store
+from ddpo.store.probe import probe
 from tasks.mlflow_connection import connect, find_or_create_experiment
 
 GIB = 2**30
@@ -81,7 +82,7 @@ def _reward(config: RunConfig) -> str:
 
 def _storage(config: RunConfig) -> str:
     store = Store.open(storage_root(config.storage.root), config.storage.s3)
-    store.probe()
+    probe(store)
     return f"{store.root}: writes, creates exclusively, reads back, deletes"
 
 

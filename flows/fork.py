@@ -10,14 +10,13 @@ from prefect import flow
 from ddpo.config import RunConfig
 from ddpo.config_files import apply_overrides, parse_config
 from ddpo.errors import ConfigError
-from ddpo.lineage import record_fork
 from ddpo.rewards import load_reward
 from ddpo.run import Run, open_run, start_run, storage_root
 from ddpo.store.objects import Store
 from ddpo.store.s3 import S3Options
 from flows.stopping import mark_stopped, note_begun
 from flows.train import Parameters, Text, Whole, train_run
-from tasks.adopt import saved_rollouts
+from tasks.adopt import check_windows, saved_rollouts
 
 Statistics = Literal["rebuild", "reset"]
 
@@ -71,9 +70,7 @@ def fork(
         overrides=overrides,
     )
     fork_id = fork_id or fork_name(parent, config)
-    run = start_run(config, fork_id)
-    record_fork(run)
-    train_run(run)
+    train_run(start_run(config, fork_id))
     return fork_id
 
 
@@ -103,6 +100,7 @@ def forked_config(
 
     Raises:
         ConfigError: The other run has no such epoch, or something must not differ.
+        PolicyMismatch: The noise of its samples is not where the fork would train.
         RetiredObject: Retention deleted that epoch's samples.
     """
     saved = saved_rollouts(parent, epoch)
@@ -132,6 +130,7 @@ def forked_config(
     ]
     if wrong:
         raise ConfigError(f"a fork of {parent.run_id} cannot start: {'; '.join(wrong)}")
+    check_windows(config, parent)
     return config
 
 

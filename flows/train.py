@@ -17,10 +17,11 @@ from prefect.artifacts import (
 from prefect.runtime import flow_run
 from pydantic import WithJsonSchema
 
-from ddpo.comparison.plan import check_trains
+from ddpo.comparison.plan import check_not_shared
 from ddpo.config import RunConfig
 from ddpo.config_files import read_config
 from ddpo.errors import ConfigError, MissingObject
+from ddpo.lineage import record_fork
 from ddpo.report import write_report
 from ddpo.run import Run, open_run, start_run, storage_root
 from ddpo.store import keys
@@ -99,7 +100,7 @@ def train(
     named = [f"{name}={value}" for name, value in form.items() if value is not None]
     config = read_config(config_file, [*named, *overrides])
     run_id = run_id or _run_name()
-    check_trains(Store.open(storage_root(config.storage.root), config.storage.s3), run_id)
+    check_not_shared(Store.open(storage_root(config.storage.root), config.storage.s3), run_id)
     train_run(start_run(config, run_id))
     return run_id
 
@@ -123,7 +124,7 @@ def resume(run_id: str, storage: Text = None, epochs: Whole = None) -> str:
         The run's name.
     """
     store = Store.open(storage_root(storage))
-    check_trains(store, run_id)
+    check_not_shared(store, run_id)
     config = open_run(store, run_id).config
     changes: dict[str, object] = {
         # Found by its address and the AWS variables, and not by what an earlier start was told.
@@ -160,6 +161,7 @@ def train_run(run: Run) -> None:
         run: The run, as this start operates it.
     """
     opened.cache_clear()  # the operation half may be another than at an earlier start
+    record_fork(run)  # here, so that a resume of one that was killed before it does, too
     handle = RunHandle(root=run.store.root, s3=run.store.s3, run_id=run.run_id)
     pictures = picture_set(run, run.config.tracking.pictures)
     shown = create_progress_artifact(

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ddpo.algorithms.advantages import compute_advantages
-from ddpo.config import ForkConfig, ValueAdvantages
+from ddpo.config import ForkConfig, RunConfig, ValueAdvantages
 from ddpo.digests import canonical_json
 from ddpo.errors import ConfigError, PolicyMismatch, RetiredObject, RewardError
 from ddpo.policies import Policy, policy_digest
@@ -73,6 +73,30 @@ def epochs_before(run: Run, fork: ForkConfig) -> Iterator[tuple[Run, int]]:
         yield from epochs_before(run, parent.config.fork)
     for epoch in range(parent.first_epoch, fork.epoch):
         yield parent, epoch
+
+
+def check_windows(config: RunConfig, parent: Run) -> None:
+    """Refuse rollouts whose noise is in other windows than those that a fork would train.
+
+    A sampler's digest does not tell: of a window that is drawn for each epoch the seed says where.
+
+    Args:
+        config: The fork's.
+        parent: The run that it branches off.
+
+    Raises:
+        PolicyMismatch: The seed placed the noise elsewhere.
+    """
+    window = config.sampler.window
+    if window is None or not window.noise_only_there or window.position != "random":
+        return
+    seed = parent.config.seed
+    if seed != config.seed:
+        raise PolicyMismatch(
+            f"the saved rollouts of run {parent.run_id!r} have noise in windows that seed {seed} "
+            f"placed, and a fork with seed {config.seed} would train other steps, which were "
+            "taken without noise. Leave the seed as it is, or start a run of its own"
+        )
 
 
 def adopt_shard(run: Run, epoch: int, shard: int) -> Committed:
@@ -140,7 +164,7 @@ def adopt_checkpoint(run: Run, policy: Policy, scores: Sequence[Ref]) -> Ref:
         "policy_digest": policy_digest(policy.base_digest, state.weights),
     }
     _check_same(fork, digests, own)
-    _check_windows(run, fork)
+    check_windows(run.config, open_run(run.store, fork.run_id))
     statistics = _statistics(run, scores)
     progress = {
         "epoch": state.epoch,
@@ -211,23 +235,6 @@ def _check_same(fork: ForkConfig, of_rollouts: dict[str, str], own: dict[str, st
             f"{name} {of_rollouts[name]}, expected {own[name]}. Leave those settings as they are, "
             "or start a run of its own; another base model's rollouts are trained on with "
             "fork.off_policy: true"
-        )
-
-
-def _check_windows(run: Run, fork: ForkConfig) -> None:
-    """Refuse rollouts whose noise is in other windows than those that the fork would train.
-
-    A sampler's digest does not tell: of a window that is drawn for each epoch the seed says where.
-    """
-    window = run.config.sampler.window
-    if window is None or not window.noise_only_there or window.position != "random":
-        return
-    seed = open_run(run.store, fork.run_id).config.seed
-    if seed != run.config.seed:
-        raise PolicyMismatch(
-            f"the saved rollouts of run {fork.run_id!r} have noise in windows that seed {seed} "
-            f"placed, and a fork with seed {run.config.seed} would train other steps, which were "
-            "taken without noise. Leave the seed as it is, or start a run of its own"
         )
 
 

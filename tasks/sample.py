@@ -35,7 +35,7 @@ from tasks.worker import RunHandle, opened, policy_at
 def sample_shard(handle: RunHandle, checkpoint: Ref, epoch: int, shard: int) -> Ref:
     """Draw and commit one shard: a row a sample, and its trajectories.
 
-    In a fork's first epoch, the shard that is saved already.
+    In the epochs that a fork adopts, the shard that is saved already.
 
     Args:
         handle: The run.

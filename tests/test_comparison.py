@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from ddpo.comparison.plan import Comparison, check_trains, read_comparison
+from ddpo.comparison.plan import Comparison, check_not_shared, read_comparison
 from ddpo.comparison.result import summarise
 from ddpo.comparison.statistics import interval, t_quantile
 from ddpo.errors import ConfigError
@@ -114,19 +114,19 @@ def test_the_shared_run_alone_is_not_to_be_trained(tmp_path: Path) -> None:
     found = comparison(tmp_path, base=base)
     store = Store.open(str(tmp_path / "store"))
     shared, variant = found.shared[3], found.variants["is"][0]
-    check_trains(store, shared.run_id)  # it is not there yet
+    check_not_shared(store, shared.run_id)  # it is not there yet
     for member in (shared, variant):
         start_run(member.config, member.run_id)
-    check_trains(store, variant.run_id)
+    check_not_shared(store, variant.run_id)
     with pytest.raises(ConfigError, match="ddpo compare CONFIG --name my-comparison") as told:
-        check_trains(store, shared.run_id)
+        check_not_shared(store, shared.run_id)
     assert f"'{shared.run_id}'" in str(told.value)
     # A run of one's own may be called alike, and may be shown below another's page.
     tracking = shared.config.tracking
     for own, parent in (("mine-seed3-shared", None), ("mine-seed3-draw", "mine")):
         changed = {"tracking": tracking.model_copy(update={"parent": parent})}
         start_run(shared.config.model_copy(update=changed), own)
-        check_trains(store, own)
+        check_not_shared(store, own)
 
 
 def test_offline_all_epochs_but_the_last_are_shared_and_ratios_are_to_who_drew(

@@ -23,6 +23,7 @@ from ddpo.store.tables import decode_rollouts
 from ddpo.store.tensors import decode_tensors
 from ddpo.update import initial_state, update
 from ddpo.window import sampler_of_epoch, window_steps
+from flows.fork import forked_config
 from tasks.pictures import PictureSet, draw_pictures
 from tasks.sample import sample_shard
 from tasks.start import start
@@ -268,13 +269,17 @@ def test_pictures_of_one_policy_are_the_same_whatever_the_epochs_window(
 def test_a_fork_of_another_seed_may_not_train_samples_whose_noise_is_elsewhere(
     tiny_model: Path, tmp_path: Path
 ) -> None:
-    _, handle = moving_run(tiny_model, tmp_path / "store")
+    parent, handle = moving_run(tiny_model, tmp_path / "store")
     checkpoint = start.fn(handle)
+    run_epoch(handle, parent, checkpoint, 0)
+    refusal = "seed 13 placed, and a fork with seed 14 would train"
+    with pytest.raises(PolicyMismatch, match=refusal):  # before there is such a run
+        forked_config(parent, 0, overrides=[f"seed={MOVING_SEED + 1}"])
     fork = {"run_id": "r", "epoch": 0}
     _, same = moving_run(tiny_model, tmp_path / "store", "same", fork=fork)
     assert start.fn(same) != checkpoint
     _, other = moving_run(tiny_model, tmp_path / "store", "other", fork=fork, seed=MOVING_SEED + 1)
-    with pytest.raises(PolicyMismatch, match="seed 13 placed, and a fork with seed 14 would train"):
+    with pytest.raises(PolicyMismatch, match=refusal):
         start.fn(other)
     # Steps that are all noisy can be trained in any window.
     everywhere = {"steps": 2, "position": "random"}

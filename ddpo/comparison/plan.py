@@ -109,8 +109,8 @@ def comparison_name(path: str | Path) -> str:
     return Path(path).stem.replace("_", "-")
 
 
-def check_trains(store: Store, run_id: str) -> None:
-    """Check that a run is one to train, and none that draws for the variants of a comparison.
+def check_not_shared(store: Store, run_id: str) -> None:
+    """Check that a run is none that draws what the variants of a comparison share.
 
     Such a run draws all of its epochs with the untrained model. Trained, it would contradict what
     it has committed, or go on with samples of another policy than the variants expect.

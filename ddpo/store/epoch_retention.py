@@ -10,11 +10,9 @@ import logging
 from collections.abc import Iterator
 from typing import Literal
 
-from pydantic import ValidationError
-
-from ddpo.config import ForkConfig, Keep
-from ddpo.errors import RunNotFound, StoreError, UnreadableData
-from ddpo.store import keys, manifests, runs
+from ddpo.config import Keep
+from ddpo.errors import StoreError
+from ddpo.store import forks, keys, manifests
 from ddpo.store.manifests import Committed
 from ddpo.store.objects import Store
 
@@ -158,14 +156,7 @@ def _awaited_by_forks(store: Store, run_id: str) -> set[int]:
     A fork of several epochs may be stopped between two of them; it names them all in its record.
     """
     awaited: set[int] = set()
-    for key in store.list(keys.forks_prefix(run_id)):
-        name = key.rpartition("/")[2].removesuffix(".json")
-        try:
-            fork = ForkConfig.model_validate(runs.load_run(store, name).identity.get("fork"))
-        except RunNotFound:  # a person took it away
-            continue
-        except ValidationError as error:
-            raise UnreadableData(keys.run_key(name), str(error)) from error
+    for name, fork in forks.recorded(store, run_id):
         listed = store.list(keys.epoch_manifests_prefix(name))
         done = {keys.parse_epoch(each) for each in listed}
         awaited |= set(range(fork.epoch, fork.epoch + fork.rollouts)) - done

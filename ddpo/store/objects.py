@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import uuid
 from contextlib import AbstractContextManager, suppress
 from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any
@@ -17,11 +16,8 @@ from ddpo.errors import (
     InvalidKey,
     MissingObject,
     RetiredObject,
-    StoreCallFailed,
     StoreError,
-    StoreNotWritable,
 )
-from ddpo.secrets import hide_credentials
 from ddpo.store import keys
 from ddpo.store.addresses import open_filesystem
 from ddpo.store.backends import backend_for
@@ -102,44 +98,6 @@ class Store:
     def url(self, key: str) -> str:
         """Returns the full URL of a key."""
         return f"{self.root}/{keys.check_key(key)}"
-
-    def probe(self) -> None:
-        """Checks that commits are possible here: exclusive create, read back, delete.
-
-        Raises:
-            StoreNotWritable: One of them failed, with the reason.
-        """
-        key = f".probe/{uuid.uuid4().hex}"
-        way_out = "Check the address, the credentials and the permissions of the root"
-        try:
-            try:
-                created = self.put_if_absent(key, b"first")
-                refused = not self.put_if_absent(key, b"second")
-                found = self.read(key)
-                self.list("runs")
-            except Exception:
-                with suppress(Exception):  # the first error is the one that tells
-                    self.delete(key)
-                raise
-            self.delete(key)
-            gone = not self.exists(key)
-        except Exception as error:  # whatever a filesystem raises is the reason that we report
-            if isinstance(error, StoreCallFailed):
-                reason = f"it could not {error.call}: {error.reason}"
-                raise StoreNotWritable(self.root, reason, error.way_out) from None
-            reason = f"{type(error).__name__}: {hide_credentials(str(error))}"
-            # Not chained: what it quotes may hold credentials.
-            raise StoreNotWritable(self.root, reason, way_out) from None
-        if not created:
-            raise StoreNotWritable(self.root, "it refused to create a new object", way_out)
-        if not refused or found != b"first":
-            raise StoreNotWritable(
-                self.root,
-                "it let a second writer overwrite an object that was created exclusively",
-                "Use a local disk with hard links, or an object store with conditional puts",
-            )
-        if not gone:
-            raise StoreNotWritable(self.root, "a deleted object is still there", way_out)
 
     def put(self, stem: str, suffix: str, data: bytes) -> StoredObject:
         """Writes an object under a key that carries its digest.

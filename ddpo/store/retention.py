@@ -12,7 +12,7 @@ import logging
 from collections import defaultdict
 
 from ddpo.errors import InvalidRetention, MissingObject, StoreError
-from ddpo.store import keys, manifests
+from ddpo.store import forks, keys, manifests
 from ddpo.store.manifests import Committed
 from ddpo.store.objects import Store
 
@@ -30,8 +30,8 @@ def retire_checkpoints(
     """Deletes the tensors of a run's old checkpoints.
 
     Kept are the newest `keep_newest` checkpoints, those whose epoch is a multiple of `keep_every`,
-    and every object that a kept checkpoint, or another run's, refers to. Where another run cannot
-    be read, nothing is deleted this time.
+    those that a fork is still to start from, and every object that a kept checkpoint, or another
+    run's, refers to. Where another run cannot be read, nothing is deleted this time.
 
     Args:
         store: The store.
@@ -67,6 +67,12 @@ def retire_checkpoints(
     candidates = sorted((set(epochs) - kept) & present.keys())
     if not candidates:
         return []
+    try:
+        kept.update(_awaited_by_forks(store, run_id).intersection(epochs))
+    except StoreError as error:
+        _put_off(run_id, error)
+        return []
+    candidates = [epoch for epoch in candidates if epoch not in kept]
     # Recorded before looking for references: a fork that commits meanwhile either is seen here,
     # or sees the record (see `is_retired`).
     checkpoints = {epoch: _checkpoint(store, run_id, epoch) for epoch in candidates}
@@ -81,7 +87,7 @@ def retire_checkpoints(
     try:
         referenced = _referenced_by_others(store, run_id)
     except StoreError as error:
-        _logger.warning("no checkpoint of %s is deleted for now: %s", run_id, error)
+        _put_off(run_id, error)
         return []
     for epoch in kept:
         referenced |= _object_keys(_checkpoint(store, run_id, epoch))
@@ -93,6 +99,10 @@ def retire_checkpoints(
         if doomed:
             retired.append(epoch)
     return retired
+
+
+def _put_off(run_id: str, error: StoreError) -> None:
+    _logger.warning("no checkpoint of %s is deleted for now: %s", run_id, error)
 
 
 def is_retired(store: Store, run_id: str, epoch: int) -> bool:
@@ -143,3 +153,15 @@ def _referenced_by_others(store: Store, run_id: str) -> set[str]:
             if not is_retired(store, other, epoch):
                 referenced |= foreign
     return referenced
+
+
+def _awaited_by_forks(store: Store, run_id: str) -> set[int]:
+    """Collects the checkpoints that forks have not started from yet.
+
+    A fork first scores the epochs before, which may take hours.
+    """
+    return {
+        fork.epoch
+        for name, fork in forks.recorded(store, run_id)
+        if not store.exists(keys.checkpoint_manifest_key(name, fork.epoch))
+    }

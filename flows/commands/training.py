@@ -22,9 +22,6 @@ from flows.commands.running import show_run
 from flows.quiet import hide_loading_bars
 
 if TYPE_CHECKING:
-    pass
-
-if TYPE_CHECKING:
     from ddpo.store.objects import Store
 
 app = typer.Typer()
@@ -46,7 +43,7 @@ def train(
     settings = read_config(config, changes)
     console.print("[dim]checking model, store and tracking ...[/]")
 
-    from ddpo.comparison.plan import check_trains
+    from ddpo.comparison.plan import check_not_shared
     from ddpo.run import check_run
     from flows.train import new_run_id
     from flows.train import train as train_flow
@@ -54,7 +51,7 @@ def train(
 
     run_id = run_id or new_run_id(config)
     store, _ = check_run(settings, run_id)
-    check_trains(store, run_id)
+    check_not_shared(store, run_id)
     connect(settings.tracking.uri)
     show_run(run_id, settings.epochs, lambda: train_flow(config, run_id, overrides=changes), store)
 
@@ -68,7 +65,7 @@ def resume(
     root: Root = None,
 ) -> None:
     """Go on with a run that was stopped; what is committed is not done again."""
-    from ddpo.comparison.plan import check_trains
+    from ddpo.comparison.plan import check_not_shared
     from ddpo.run import check_run, storage_root
     from ddpo.store.s3 import S3Options
     from flows.train import resume as resume_flow
@@ -76,7 +73,7 @@ def resume(
 
     place = storage_root(root)
     run = saved_run(run_id, place)
-    check_trains(run.store, run_id)
+    check_not_shared(run.store, run_id)
     config = run.config
     # Found by `--root` and the AWS variables, and not by what an earlier start was told.
     storage = config.storage.model_copy(update={"root": place, "s3": S3Options()})

@@ -75,7 +75,7 @@ class Operator:
             created = client.create_flow_run_from_deployment(found.id, parameters=parameters)
             deadline = time.monotonic() + RUN_LIMIT_S
             while not (run := client.read_flow_run(created.id)).state.is_final():
-                assert time.monotonic() < deadline, f"{run.name} is {run.state} for too long"
+                assert time.monotonic() < deadline, f"{run.name} is {run.state}{self.tails()}"
                 time.sleep(0.5)
         assert run.state.is_completed(), f"{run.state}{self.tails()}"
         return run

@@ -12,6 +12,7 @@ from botocore.exceptions import ClientError, ReadTimeoutError
 from ddpo.errors import StoreCallFailed, StoreNotWritable
 from ddpo.store import backends
 from ddpo.store.objects import Store
+from ddpo.store.probe import probe
 from ddpo.store.s3 import S3Options
 from tests.servers import BUCKET, ObjectStore, rclone
 
@@ -132,5 +133,5 @@ def test_a_server_that_lets_every_writer_win_is_refused_by_name(
             monkeypatch.setenv(name, value)
         store = Store.open(f"s3://{BUCKET}/backends")
         with pytest.raises(StoreNotWritable, match=r"s3://ddpo/backends .*let a second writer"):
-            store.probe()
+            probe(store)
         assert store.list() == [] and not any(store.ages())

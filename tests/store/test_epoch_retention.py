@@ -11,6 +11,7 @@ from ddpo.store.manifests import Ref
 from ddpo.store.objects import Store, StoredObject
 from ddpo.store.sweep import find_unreferenced
 from ddpo.store.verify import verify_run
+from tests.store.records import record_fork
 
 REWARD = "jpeg-01234567"
 TREES = ("trajectories", "rollouts", "rewards", "statistics", "advantages")
@@ -168,17 +169,10 @@ def test_all_epochs_that_forks_of_several_adopted_stay(store: Store) -> None:
     assert kept(store)["rewards"] == [6, 7]
 
 
-def record_fork(store: Store, fork: str, first: int, rollouts: int) -> None:
-    """Leave the records of a fork that R's epochs from `first` on are adopted by."""
-    identity = {"fork": {"run_id": "R", "epoch": first, "rollouts": rollouts, "off_policy": True}}
-    runs.create_or_check_run(store, fork, identity=identity, numerics={}, code={})
-    store.put_if_absent(keys.fork_key("R", fork), b"a record")
-
-
 def test_epochs_that_a_fork_is_still_to_adopt_stay_whole(store: Store) -> None:
     for number in range(7):
         epoch(store, "R", number)
-    record_fork(store, "Fork", 1, rollouts=3)
+    record_fork(store, "R", "Fork", 1, rollouts=3)
     epoch(store, "Fork", 1, from_run="R")
     assert retire_epochs(store, "R", keep="checkpoints", older_than=1) == [0, 1, 4, 5]
     assert kept(store)["trajectories"] == kept(store)["rollouts"] == [1, 2, 3, 6]
@@ -191,15 +185,32 @@ def test_epochs_that_a_fork_is_still_to_adopt_stay_whole(store: Store) -> None:
     assert retire_epochs(store, "R", keep="checkpoints", older_than=1) == [2, 3]
 
 
+@pytest.mark.parametrize("parent", [None, "Another"])
+def test_a_run_that_came_after_a_fork_of_its_name_awaits_nothing_of_the_forks(
+    local_store: Store, parent: str | None
+) -> None:
+    for number in range(4):
+        epoch(local_store, "R", number)
+    record_fork(local_store, "R", "Fork", 1)
+    local_store.delete(keys.run_key("Fork"))
+    if parent:
+        record_fork(local_store, parent, "Fork", 0, rollouts=3)
+    else:
+        runs.create_or_check_run(local_store, "Fork", identity={}, numerics={}, code={})
+    assert retire_epochs(local_store, "R", keep="checkpoints", older_than=1) == [0, 1, 2]
+
+
 def test_a_fork_whose_record_cannot_be_read_only_puts_it_off(store: Store) -> None:
     for number in range(3):
         epoch(store, "R", number)
-    store.put_if_absent(keys.fork_key("R", "Fork"), b"a record")
-    for broken in (b"no record", seal({"schema_version": 1, "run_id": "Fork", "identity": {}})):
+    record_fork(store, "R", "Fork", 1)
+    whole = runs.load_run(store, "Fork").model_dump(mode="json")
+    unknown = whole | {"identity": {"fork": {"run_id": "R", "epoch": "the first"}}}
+    for broken in (b"no record", seal(unknown)):
+        store.delete(keys.run_key("Fork"))
         store.put_if_absent(keys.run_key("Fork"), broken)
         assert retire_epochs(store, "R", keep="checkpoints", older_than=1) == []
         assert kept(store) == {tree: [0, 1, 2] for tree in TREES}
-        store.delete(keys.run_key("Fork"))
 
 
 def test_an_epoch_that_is_not_committed_is_left_alone(store: Store) -> None:

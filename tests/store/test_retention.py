@@ -6,6 +6,7 @@ from ddpo.errors import InvalidRetention, MissingObject, RetiredObject
 from ddpo.store import keys, manifests
 from ddpo.store.objects import Store, StoredObject
 from ddpo.store.retention import is_retired, retire_checkpoints
+from tests.store.records import record_fork
 
 
 def checkpoint(store: Store, run_id: str, epoch: int, **shared: StoredObject) -> None:
@@ -91,6 +92,27 @@ def test_what_a_fork_started_from_stays(store: Store) -> None:
     checkpoint(store, "Fork", 2)
     assert retire_checkpoints(store, "R", keep_newest=1, keep_every=None) == [0]
     assert store.get(objects_of(store, "Fork", 1)["weights"]) == b"weights 1"
+
+
+def test_the_checkpoint_that_a_fork_is_still_to_start_from_stays(store: Store) -> None:
+    for epoch in range(4):
+        checkpoint(store, "R", epoch)
+    record_fork(store, "R", "Fork", 1)
+    assert retire_checkpoints(store, "R", keep_newest=1, keep_every=None) == [0, 2]
+    assert not is_retired(store, "R", 1)  # which would keep the fork from starting
+    # Begun, it needs what it refers to, and no more.
+    checkpoint(store, "Fork", 1)
+    assert retire_checkpoints(store, "R", keep_newest=1, keep_every=None) == [1]
+
+
+def test_a_fork_that_cannot_be_read_puts_the_retirement_of_checkpoints_off(store: Store) -> None:
+    for epoch in range(2):
+        checkpoint(store, "R", epoch)
+    record_fork(store, "R", "Fork", 1)
+    store.delete(keys.run_key("Fork"))
+    store.put_if_absent(keys.run_key("Fork"), b"no record")
+    assert retire_checkpoints(store, "R", keep_newest=1, keep_every=None) == []
+    assert not is_retired(store, "R", 0)
 
 
 def test_what_a_retired_checkpoint_of_a_fork_refers_to_may_go(store: Store) -> None:

@@ -9,13 +9,14 @@ import pytest
 from ddpo.config import ForkConfig, PerPromptAdvantages, RunConfig
 from ddpo.digests import tensors_digest
 from ddpo.errors import RetiredObject
-from ddpo.lineage import record_fork
+from ddpo.lineage import forks_of, record_fork
 from ddpo.run import Run, open_run, start_run
 from ddpo.store import keys, manifests
 from ddpo.store.checkpoints import find_checkpoint, load_checkpoint
 from ddpo.store.epoch_retention import retire_epochs
 from ddpo.store.verify import verify_run
 from flows.start import first_checkpoint
+from flows.train import train_run
 from tasks.adopt import saved_rollouts
 from tasks.score import score_shard
 from tasks.start import start
@@ -116,6 +117,27 @@ def test_a_fork_that_comes_after_retention_is_told_so(history: Run, tiny_model: 
     fork = forked(history, tiny_model)
     with pytest.raises(RetiredObject, match="trajectories"):
         run_epochs(fork, 1)
+
+
+def test_a_fork_that_was_killed_before_it_left_its_record_leaves_it_as_it_goes_on(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Retention would not know of it, however far it gets."""
+
+    class Stopped(Exception):
+        pass
+
+    def stop(*_: object) -> None:
+        raise Stopped
+
+    root = tmp_path / "store"
+    start_run(config_of(tiny_model, root, 5, fork=False), "history")
+    fork = start_run(config_of(tiny_model, root, ADOPTED + 1, fork=True), "fork")
+    assert forks_of(fork.store, "history") == []
+    monkeypatch.setattr("flows.train.picture_set", stop)
+    with pytest.raises(Stopped):
+        train_run(open_run(fork.store, "fork"))
+    assert forks_of(fork.store, "history") == ["fork"]
 
 
 def test_a_fork_that_has_its_statistics_does_not_ask_for_the_epochs_before_it_again(
