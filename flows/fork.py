@@ -12,11 +12,12 @@ from ddpo.config_files import apply_overrides, parse_config
 from ddpo.errors import ConfigError
 from ddpo.rewards import load_reward
 from ddpo.run import Run, open_run, start_run, storage_root
+from ddpo.store import keys
 from ddpo.store.objects import Store
 from ddpo.store.s3 import S3Options
 from flows.stopping import mark_stopped, note_begun
 from flows.train import Parameters, Text, Whole, train_run
-from tasks.adopt import check_windows, saved_rollouts
+from tasks.adopt import check_windows, committed_rollouts, saved_rollouts
 
 Statistics = Literal["rebuild", "reset"]
 
@@ -69,7 +70,7 @@ def fork(
         statistics=statistics,
         overrides=overrides,
     )
-    fork_id = fork_id or fork_name(parent, config)
+    fork_id = named_fork(parent, config, fork_id)
     train_run(start_run(config, fork_id))
     return fork_id
 
@@ -101,9 +102,8 @@ def forked_config(
     Raises:
         ConfigError: The other run has no such epoch, or something must not differ.
         PolicyMismatch: The noise of its samples is not where the fork would train.
-        RetiredObject: Retention deleted that epoch's samples.
     """
-    saved = saved_rollouts(parent, epoch)
+    saved = committed_rollouts(parent, epoch)
     raw: dict[str, Any] = {**parent.config.identity(), **parent.config.operation()}
     raw["numerics"] = parent.config.numerics.model_dump(mode="json")
     # As the store was found now, and not as an earlier start was told.
@@ -134,8 +134,31 @@ def forked_config(
     return config
 
 
-def fork_name(parent: Run, config: RunConfig) -> str:
-    """Name a fork after the run, the epoch, and the reward if that is another."""
+def named_fork(parent: Run, config: RunConfig, fork_id: str | None) -> str:
+    """Return a fork's name, once it is sure that it can begin, or has begun.
+
+    One that exists has adopted what it was to adopt, or retention spares it.
+
+    Args:
+        parent: The run to branch off.
+        config: The fork's.
+        fork_id: Its name; by default one made of the run's, the epoch, and the reward if that is
+            another.
+
+    Returns:
+        The name.
+
+    Raises:
+        RetiredObject: It is new, and retention deleted that epoch's samples.
+    """
+    assert config.fork is not None
+    name = fork_id or _fork_name(parent, config)
+    if not parent.store.exists(keys.run_key(name)):
+        saved_rollouts(parent, config.fork.epoch)
+    return name
+
+
+def _fork_name(parent: Run, config: RunConfig) -> str:
     assert config.fork is not None
     name = f"{parent.run_id}-from-{config.fork.epoch}"
     if config.reward == parent.config.reward:

@@ -45,15 +45,32 @@ def saved_rollouts(run: Run, epoch: int) -> list[Ref]:
         ConfigError: The epoch is not committed.
         RetiredObject: Retention deleted its samples.
     """
-    commit = manifests.find(run.store, keys.epoch_manifest_key(run.run_id, epoch))
-    if commit is None:
-        raise ConfigError(
-            f"run {run.run_id!r} has not committed epoch {epoch}: there are no saved rollouts of it"
-        )
+    rollouts = committed_rollouts(run, epoch)
     retired = keys.retired_epoch_key("samples", run.run_id, epoch)
     if run.store.exists(retired):
         raise RetiredObject(
             f"the samples of epoch {epoch} of run {run.run_id!r}", run.store.root, retired
+        )
+    return rollouts
+
+
+def committed_rollouts(run: Run, epoch: int) -> list[Ref]:
+    """Return the manifests of a committed epoch's rollouts, whether or not they are retired.
+
+    Args:
+        run: The run.
+        epoch: The epoch.
+
+    Returns:
+        One a shard, in order.
+
+    Raises:
+        ConfigError: The epoch is not committed.
+    """
+    commit = manifests.find(run.store, keys.epoch_manifest_key(run.run_id, epoch))
+    if commit is None:
+        raise ConfigError(
+            f"run {run.run_id!r} has not committed epoch {epoch}: there are no saved rollouts of it"
         )
     return [Ref.model_validate(ref) for ref in _listed(commit.manifest, "rollouts")]
 

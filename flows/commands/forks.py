@@ -101,7 +101,7 @@ def fork(
     """Start a run from another's checkpoint and saved samples, under another reward or settings."""
     from ddpo.run import check_run, storage_root
     from flows.fork import fork as fork_flow
-    from flows.fork import fork_name, forked_config
+    from flows.fork import forked_config, named_fork
     from tasks.mlflow_connection import connect
 
     place = storage_root(root)
@@ -119,7 +119,7 @@ def fork(
         statistics=statistics,
         overrides=settings,
     )
-    name = fork_id or fork_name(parent, config)
+    name = named_fork(parent, config, fork_id)
     store, _ = check_run(config, name)
     connect(config.tracking.uri)
     show_run(

@@ -15,6 +15,7 @@ from ddpo.store import keys, manifests
 from ddpo.store.checkpoints import find_checkpoint, load_checkpoint
 from ddpo.store.epoch_retention import retire_epochs
 from ddpo.store.verify import verify_run
+from flows.fork import forked_config, named_fork
 from flows.start import first_checkpoint
 from flows.train import train_run
 from tasks.adopt import saved_rollouts
@@ -90,6 +91,11 @@ def test_a_fork_keeps_every_epoch_that_it_adopted(history: Run, tiny_model: Path
     # Its resume, which shows an adopted epoch again, is not told that the epoch is retired.
     as_in_a_new_process()
     run_epochs(open_run(fork.store, "fork"), ADOPTED + 1)
+    # The command that made it goes on with it too; under another name it would be too late.
+    assert forked_config(history, 0).fork == ForkConfig(run_id="history", epoch=0)
+    assert named_fork(history, fork.config, "fork") == "fork"
+    with pytest.raises(RetiredObject):
+        named_fork(history, fork.config, "another")
 
 
 def test_a_fork_that_was_stopped_between_two_epochs_finds_the_others_after_retention(
