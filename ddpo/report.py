@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import textwrap
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +20,8 @@ from matplotlib import pyplot as plt  # after the backend is chosen
 from matplotlib.ticker import MaxNLocator
 
 _MOST_PICTURES = 8
+_CHARACTERS = 140
+"""Of a prompt's size, side by side in the figure's width."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +100,7 @@ def write_report(run: Run, pictures_id: str, path: Path) -> Path:
         :, 0
     ]
     _draw_curve(upper.subplots(), run, curve)
-    _draw_pictures(lower, before, after, last)
+    draw_pictures(lower, before, after, last)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110, facecolor="white")
     plt.close(figure)
@@ -117,9 +121,17 @@ def _draw_curve(axes: plt.Axes, run: Run, curve: list[EpochRewards]) -> None:
     axes.grid(axis="y", alpha=0.25)
 
 
-def _draw_pictures(
-    figure: plt.Figure, before: list[RolloutRow], after: list[RolloutRow], epochs: int
+def draw_pictures(
+    figure: plt.Figure, before: Sequence[RolloutRow], after: Sequence[RolloutRow], epochs: int
 ) -> None:
+    """Draw pictures in two rows, one above the other, each column below its prompt.
+
+    Args:
+        figure: Where to.
+        before: The upper row.
+        after: The lower row, of the same prompts.
+        epochs: After how many.
+    """
     columns = max(len(before), 1)
     grid = figure.subplots(2, columns, squeeze=False)
     for row, (rows, label) in enumerate(((before, "before"), (after, f"after {epochs}"))):
@@ -132,5 +144,10 @@ def _draw_pictures(
                 picture = decode_image(rows[column].image_png)
                 axes.imshow(picture, interpolation="nearest")
                 if row == 0:
-                    axes.set_title(rows[column].prompt, fontsize=9)
+                    axes.set_title(_wrapped(rows[column].prompt, columns), fontsize=9)
         grid[row][0].set_ylabel(label, fontsize=11)
+
+
+def _wrapped(prompt: str, columns: int) -> str:
+    width = _CHARACTERS // columns - 2
+    return textwrap.fill(prompt, width, max_lines=3, placeholder=" …")
