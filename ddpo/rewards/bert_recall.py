@@ -109,34 +109,17 @@ class BertRecall:
 
     def _load(self) -> _Bert:
         where = pick_device(self._device)
-        folder = self._folder.fetch(weights=self._pickled is None)
-        tokenizer = load_part(
-            "the tokenizer",
-            self._folder,
-            lambda: AutoTokenizer.from_pretrained(
-                folder, use_safetensors=True, local_files_only=True, trust_remote_code=False
-            ),
-        )
+        tokenizer = load_part("the tokenizer", AutoTokenizer.from_pretrained, self._folder)
         if self._pickled is None:
             model = load_part(
                 "the model of BERTScore",
+                AutoModel.from_pretrained,
                 self._folder,
-                lambda: AutoModel.from_pretrained(
-                    folder,
-                    dtype=torch.float32,
-                    use_safetensors=True,
-                    local_files_only=True,
-                    trust_remote_code=False,
-                ),
+                weights=True,
+                dtype=torch.float32,
             )
         else:
-            config = load_part(
-                "the config",
-                self._folder,
-                lambda: AutoConfig.from_pretrained(
-                    folder, use_safetensors=True, local_files_only=True, trust_remote_code=False
-                ),
-            )
+            config = load_part("the config", AutoConfig.from_pretrained, self._folder)
             with torch.device("meta"):
                 kind = type(AutoModel.from_config(config))
             tensors = encoder_tensors(self._pickled.tensors(), kind.base_model_prefix)

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ValidationError
 from ddpo.errors import RewardError
 from ddpo.rewards.endpoints import Broken, Endpoints, NoAnswer, Patience, Reply
 from ddpo.rewards.vlm_tasks import NOTHING_SAID, Answer
+from ddpo.rewards.wire import what_is_wrong
 from ddpo.store.images import encode_image
 
 UNREPORTED = "unreported"
@@ -166,7 +167,8 @@ class ChatModel:
         try:
             choices = _Completion.model_validate_json(reply.data).choices
         except ValidationError as error:
-            raise NoAnswer(f"{endpoint} answered no chat completion: {_wrong(error)}") from None
+            wrong = what_is_wrong(error)
+            raise NoAnswer(f"{endpoint} answered no chat completion: {wrong}") from None
         if not choices:
             raise NoAnswer(f"{endpoint} answered a chat completion without choices")
         return (choices[0].message.content or "").strip()
@@ -181,7 +183,7 @@ class ChatModel:
             served = _ServedModels.model_validate_json(reply.data).data
         except ValidationError as error:
             raise self._endpoints.error(
-                f"{endpoint}/models is no list of models: {_wrong(error)}"
+                f"{endpoint}/models is no list of models: {what_is_wrong(error)}"
             ) from None
         for each in served:
             if each.id == self._model:
@@ -210,11 +212,3 @@ class ChatModel:
                 f"serves {self._model!r}"
             )
         return self._endpoints.error(f"{endpoint} answered {reply.said}. {way_out}")
-
-
-def _wrong(error: ValidationError) -> str:
-    """Say what is wrong with an answer, without repeating it."""
-    return "; ".join(
-        f"{'.'.join(map(str, item['loc'])) or 'the body'}: {item['msg']}"
-        for item in error.errors(include_url=False, include_input=False)[:3]
-    )

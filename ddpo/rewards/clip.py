@@ -80,34 +80,17 @@ def load_clip(model: ModelFolder, device: Device, processor: ModelFolder | None 
     where = pick_device(device)
     tokenizer = load_tokenizer(processor or model)
     image_processor = load_processor(processor or model)
-    folder = model.fetch()
     clip = load_part(
-        "the CLIP model",
-        model,
-        lambda: CLIPModel.from_pretrained(
-            folder, dtype=torch.float32, use_safetensors=True, local_files_only=True
-        ),
+        "the CLIP model", CLIPModel.from_pretrained, model, weights=True, dtype=torch.float32
     )
     return Clip(place(clip, where), tokenizer, image_processor)
 
 
 def load_tokenizer(model: ModelFolder) -> CLIPTokenizer:
     """Load the tokenizer of a CLIP model."""
-    folder = model.fetch(weights=False)
-    return load_part(
-        "the tokenizer",
-        model,
-        lambda: CLIPTokenizer.from_pretrained(folder, use_safetensors=True, local_files_only=True),
-    )
+    return load_part("the tokenizer", CLIPTokenizer.from_pretrained, model)
 
 
 def load_processor(model: ModelFolder) -> CLIPImageProcessorPil:
     """Load the image processor of a CLIP model, the one that needs no torchvision."""
-    folder = model.fetch(weights=False)
-    return load_part(
-        "the image processor",
-        model,
-        lambda: CLIPImageProcessorPil.from_pretrained(
-            folder, use_safetensors=True, local_files_only=True
-        ),
-    )
+    return load_part("the image processor", CLIPImageProcessorPil.from_pretrained, model)

@@ -23,7 +23,7 @@ from ddpo.prompts.base import Prompt
 from ddpo.rewards.base import Scores
 from ddpo.rewards.endpoints import Endpoints, Files, NoAnswer, Patience, Service
 from ddpo.rewards.identity import RewardIdentity
-from ddpo.rewards.wire import TOKEN_VARIABLE, IdentityMessage, ScoresMessage
+from ddpo.rewards.wire import TOKEN_VARIABLE, IdentityMessage, ScoresMessage, what_is_wrong
 from ddpo.store.images import encode_image
 
 ENDPOINTS_VARIABLE = "DDPO_REWARD_ENDPOINTS"
@@ -214,12 +214,8 @@ class HttpReward:
         )
 
     def _no_answer(self, endpoint: str, what: str, error: ValidationError) -> RewardError:
-        wrong = "; ".join(
-            f"{'.'.join(map(str, item['loc'])) or 'the body'}: {item['msg']}"
-            for item in error.errors(include_url=False, include_input=False)[:3]
-        )
         return self._endpoints.error(
-            f"{endpoint} did not answer with {what} but with something else: {wrong}"
+            f"{endpoint} did not answer with {what} but with something else: {what_is_wrong(error)}"
         )
 
 

@@ -17,7 +17,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from ddpo.prompts.base import Prompt
 from ddpo.rewards.base import Scores
 from ddpo.rewards.linear_head import build_head
-from ddpo.rewards.pinned import ModelFolder, find_model, find_weights, load_part
+from ddpo.rewards.pinned import find_model, find_weights, load_part
 from ddpo.rewards.pretrained import Device, LoadedOnce, build_model, in_batches, pick_device, place
 
 MEAN = 0.16717362830052426
@@ -114,7 +114,7 @@ class ImageReward:
 
     def _load(self) -> _Loaded:
         where = pick_device(self._device)
-        tokenizer = _load_tokenizer(self._tokenizer)
+        tokenizer = load_part("the tokenizer", BertTokenizer.from_pretrained, self._tokenizer)
         parts = from_published(self._weights.tensors())
         vision, text = blip_large()
         sees = build_model("ImageReward's ViT", BlipVisionModel, vision, parts["vision"])
@@ -199,12 +199,3 @@ def _rename(name: str, table: Mapping[str, str]) -> str:
         if name == old or (old.endswith(".") and name.startswith(old)):
             return new + name.removeprefix(old)
     return name
-
-
-def _load_tokenizer(model: ModelFolder) -> BertTokenizer:
-    folder = model.fetch(weights=False)
-    return load_part(
-        "the tokenizer",
-        model,
-        lambda: BertTokenizer.from_pretrained(folder, use_safetensors=True, local_files_only=True),
-    )

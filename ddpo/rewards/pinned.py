@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
@@ -235,22 +235,39 @@ def find_weights(name: str, revision: str | None, sha256: str | None) -> Weights
     return WeightsFile(name, _commit(hub[1], revision), sha256)
 
 
-def load_part(what: str, model: ModelFolder, load: Callable[[], Part]) -> Part:
-    """Load something from a model's folder, its failures named.
+def load_part(
+    what: str,
+    from_pretrained: Callable[..., Part],
+    model: ModelFolder,
+    *,
+    weights: bool = False,
+    **arguments: Any,
+) -> Part:
+    """Load something of a model, fetched where needed: no pickles, no code that comes along.
 
     Args:
         what: What is loaded, for the message.
+        from_pretrained: That of its class, or of one of transformers' auto classes.
         model: Where from.
-        load: Loads it.
+        weights: Whether the model's weights are part of it.
+        arguments: Further arguments of it.
 
     Returns:
         What was loaded.
 
     Raises:
-        RewardError: A file is missing, or does not hold it.
+        RewardError: The hub has no such model or cannot be reached; a file is missing, or does not
+            hold it.
     """
+    folder = model.fetch(weights)
     try:
-        return load()
+        return from_pretrained(
+            folder,
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,
+            **arguments,
+        )
     except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
         raise RewardError(
             f"{what} of {model.name!r} ({model.revision}) cannot be loaded: "

@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -118,9 +117,11 @@ class VisionLanguageModel:
 
     def _load(self) -> _Vlm:
         where = pick_device(self._device)
-        folder = self._folder.fetch()
         try:
-            processor = load_part("the processor", self._folder, lambda: _load_processor(folder))
+            # Pillow resizes the pictures, torchvision or not.
+            processor: ProcessorMixin = load_part(
+                "the processor", AutoProcessor.from_pretrained, self._folder, backend="pil"
+            )
         except ImportError as error:
             raise RewardError(
                 f"the processor of {self._folder.name!r} needs what is not installed: {error}"
@@ -135,25 +136,10 @@ class VisionLanguageModel:
             processor.tokenizer.pad_token = processor.tokenizer.eos_token
         model = load_part(
             "the vision-language model",
+            AutoModelForImageTextToText.from_pretrained,
             self._folder,
-            lambda: AutoModelForImageTextToText.from_pretrained(
-                folder,
-                dtype=self._dtype,
-                use_safetensors=True,
-                local_files_only=True,
-                trust_remote_code=False,
-            ),
+            weights=True,
+            dtype=self._dtype,
         )
         model.generation_config.pad_token_id = processor.tokenizer.pad_token_id
         return _Vlm(place(model, where), processor)
-
-
-def _load_processor(folder: Path) -> ProcessorMixin:
-    """Load a processor whose pictures are resized by Pillow, torchvision or not."""
-    return AutoProcessor.from_pretrained(
-        folder,
-        backend="pil",
-        use_safetensors=True,
-        local_files_only=True,
-        trust_remote_code=False,
-    )

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import re
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, JsonValue
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, JsonValue, ValidationError
 
 from ddpo.errors import ConfigError
 from ddpo.rewards.identity import RewardIdentity
 
 TOKEN_VARIABLE = "DDPO_REWARD_TOKEN"
+
+_SHOWN = 3  # problems of one message
 
 
 class PromptMessage(BaseModel):
@@ -61,6 +63,19 @@ class ScoresMessage(BaseModel):
     """The reward's own findings by name, [B] each; null is nan."""
     identity: IdentityMessage
     """What scored them."""
+
+
+def what_is_wrong(error: ValidationError, whole: str = "the body") -> str:
+    """Say what is wrong with a message, without repeating any of it: a token may stand there.
+
+    Args:
+        error: What its validation raised.
+        whole: What the message is called, where all of it is wrong.
+    """
+    return "; ".join(
+        f"{'.'.join(map(str, item['loc'])) or whole}: {item['msg']}"
+        for item in error.errors(include_url=False, include_input=False)[:_SHOWN]
+    )
 
 
 def read_token(variable: str, parameter: str = "token_variable") -> str | None:

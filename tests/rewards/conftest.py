@@ -28,8 +28,10 @@ def reward() -> Sum:
 @pytest.fixture
 def quick_and_unset(monkeypatch):
     """No token and no endpoints in the environment; a service that is away is soon asked again."""
-    monkeypatch.delenv("DDPO_REWARD_TOKEN", raising=False)
-    monkeypatch.delenv("DDPO_REWARD_ENDPOINTS", raising=False)
+    of_http = ("DDPO_REWARD_TOKEN", "DDPO_REWARD_ENDPOINTS")
+    of_openai_vlm = ("OPENAI_API_KEY", "DDPO_VLM_ENDPOINTS")
+    for name in (*of_http, *of_openai_vlm):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(endpoints_module, "_FIRST_WAIT_S", 0.01)
 
 

@@ -8,6 +8,7 @@ import torch
 from transformers import AutoTokenizer, DebertaConfig, DebertaModel
 
 from ddpo.errors import ConfigError, RewardError
+from ddpo.rewards import pinned
 from ddpo.rewards.bert_recall import BERT, BERT_REVISION, BertRecall, encoder_tensors
 from ddpo.rewards.pretrained import check_tensors
 from tests.rewards.tiny_vlm import LAYERS, pickle_weights, save_deberta
@@ -52,6 +53,13 @@ def test_recall_precision_and_f1_are_the_formulas(folder, candidate, reference, 
     np.testing.assert_allclose((found.recall, found.precision, found.f1), expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("layer", [0, LAYERS])
+def test_the_embeddings_and_the_last_layer_can_be_compared_too(folder, layer):
+    found = BertRecall(str(folder), None, layer, "cpu").compare(*PAIRS[0])
+    expected = by_formula(folder, *PAIRS[0], layer)
+    np.testing.assert_allclose((found.recall, found.precision, found.f1), expected, atol=1e-5)
+
+
 def test_a_sentence_compared_with_itself_matches_and_the_layer_matters(folder):
     shallow, deep = (BertRecall(str(folder), None, layer, "cpu") for layer in (1, 3))
     assert shallow.compare(PAIRS[0][0], PAIRS[0][0]).recall == pytest.approx(1, abs=1e-5)
@@ -77,9 +85,64 @@ def test_published_pickles_are_read_without_unpickling(folder, tmp_path, monkeyp
     assert file not in plain.revisions
 
 
-def test_the_default_is_pinned_with_its_weights():
-    revisions = BertRecall(BERT, None, 40, "cpu").revisions
-    assert revisions == {BERT: BERT_REVISION, f"{BERT}/pytorch_model.bin": BERT_REVISION}
+@pytest.mark.parametrize("shard_size", ["1GB", "10KB"])
+def test_safetensors_go_before_a_pickle_beside_them(folder, tmp_path, shard_size):
+    model = save_deberta(tmp_path)
+    pickle_weights(tmp_path)
+    model.save_pretrained(tmp_path, max_shard_size=shard_size)
+    shards = len(list(tmp_path.glob("model*.safetensors")))
+    assert shards == 1 if shard_size == "1GB" else shards > 1
+    assert (tmp_path / "pytorch_model.bin").is_file()
+    both = BertRecall(str(tmp_path), None, 3, "cpu")
+    assert both.revisions.keys() == {str(tmp_path)}
+    assert both.compare(*PAIRS[0]) == BertRecall(str(folder), None, 3, "cpu").compare(*PAIRS[0])
+
+
+@pytest.fixture
+def fetched(monkeypatch, tmp_path):
+    """A hub that has a tiny DeBERTa, pickled, under any name; what it is asked for."""
+    asked = []
+
+    def snapshot_download(name, *, revision, allow_patterns):
+        asked.extend((name, pattern, revision) for pattern in allow_patterns)
+        return str(tmp_path)
+
+    def hf_hub_download(name, file, *, revision):
+        asked.append((name, file, revision))
+        return str(tmp_path / file)
+
+    save_deberta(tmp_path)
+    monkeypatch.setattr(pinned, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(pinned, "hf_hub_download", hf_hub_download)
+    return asked
+
+
+def test_the_default_is_fetched_with_its_pickle_and_no_other_weights(folder, fetched, tmp_path):
+    pickle_weights(tmp_path)
+    found = BertRecall(BERT, None, 3, "cpu").compare(*PAIRS[0])
+    assert found == BertRecall(str(folder), None, 3, "cpu").compare(*PAIRS[0])
+    assert (BERT, "pytorch_model.bin", BERT_REVISION) in fetched
+    assert {(name, revision) for name, _, revision in fetched} == {(BERT, BERT_REVISION)}
+    assert not [file for _, file, _ in fetched if file.endswith(".safetensors")]
+
+
+def test_other_models_of_the_hub_are_fetched_as_safetensors(folder, fetched):
+    commit = "c" * 40
+    other = BertRecall("some/where", commit, 3, "cpu")
+    assert other.revisions == {"some/where": commit}
+    found = other.compare(*PAIRS[0])
+    assert found == BertRecall(str(folder), None, 3, "cpu").compare(*PAIRS[0])
+    assert ("some/where", "model.safetensors", commit) in fetched
+    assert not [file for _, file, _ in fetched if file.endswith(".bin")]
+
+
+def test_the_default_is_pinned_with_its_weights_and_another_commit_is_taken_for_both():
+    weights = f"{BERT}/pytorch_model.bin"
+    commit = "d" * 40
+    assert BertRecall(BERT, None, 40, "cpu").revisions == dict.fromkeys(
+        (BERT, weights), BERT_REVISION
+    )
+    assert BertRecall(BERT, commit, 40, "cpu").revisions == dict.fromkeys((BERT, weights), commit)
     with pytest.raises(ConfigError, match="pin a commit"):
         BertRecall("some/where", None, 40, "cpu")
 

@@ -160,8 +160,19 @@ def test_other_weights_or_questions_are_another_reward(tmp_path, monkeypatch):
         (tmp_path / path.name).write_bytes(path.read_bytes())
     monkeypatch.setattr(starter_vqa, "JUDGE_PATH", tmp_path)
     assert load_reward("starter_vqa", {}).identity.digest == before
-    (tmp_path / "heads.safetensors").write_bytes(b"other")
-    assert load_reward("starter_vqa", {}).identity.digest != before
+    (tmp_path / "training.json").write_bytes(b"other")  # how it came to be, not what it sees with
+    assert load_reward("starter_vqa", {}).identity.digest == before
+    seen = {before}
+    for name in (
+        "config.json",
+        "heads.safetensors",
+        "labels.json",
+        "model.safetensors",
+        "preprocessor_config.json",
+    ):
+        (tmp_path / name).write_bytes(b"other")
+        seen.add(load_reward("starter_vqa", {}).identity.digest)
+    assert len(seen) == 6
 
 
 @pytest.mark.parametrize(

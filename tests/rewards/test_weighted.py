@@ -78,6 +78,14 @@ def test_the_sum_of_standardised_values():
     np.testing.assert_array_equal(bare.values, alone("colorfulness").values)
 
 
+def test_large_terms_that_cancel_leave_the_small_ones(own):
+    large = {"name": f"{own}:reward", "weight": 1e8}
+    scores = score_images(
+        weighted(large, {"name": "colorfulness"}, {**large, "weight": -1e8}), IMAGES, PROMPTS
+    )
+    np.testing.assert_allclose(scores.values, alone("colorfulness").values, rtol=1e-6, atol=1e-6)
+
+
 def test_components_and_their_columns_are_kept_under_their_label():
     scores = score_images(
         weighted({"name": "jpeg_compressibility"}, {"name": "colorfulness", "label": "colour"}),
@@ -117,6 +125,23 @@ def test_names_that_collide_are_numbered_and_no_column_is_lost(own):
     assert values["colorfulness_2"] == alone("jpeg_compressibility").values.tolist()
 
 
+def test_names_that_are_no_label_are_made_one(own, tmp_path):
+    """Of plain characters, and short enough that a number fits within the 40 of a label."""
+    long = "b" * 50
+    info = tmp_path / "others-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: others\nVersion: 1.0\n")
+    points = "".join(f"{name} = {own}:reward\n" for name in ("3 words, long", long))
+    (info / "entry_points.txt").write_text(f"[ddpo.rewards]\n{points}")
+    names = ("3 words, long", long, long)
+    columns = score_images(weighted(*({"name": n} for n in names)), IMAGES, PROMPTS).columns
+    labels = ["_3_words_long", "b" * 36 + "_1", "b" * 36 + "_2", "failed_components"]
+    assert list(columns) == labels
+    chosen = [{"name": f"{own}:reward", "label": label} for label in labels[:3]]
+    again = score_images(weighted(*chosen), IMAGES, PROMPTS)  # each could have been given as one
+    assert again.columns == columns
+
+
 @pytest.mark.parametrize("label", ["epoch", "failed_components", "twice"])
 def test_labels_that_cannot_be_are_refused(label):
     with pytest.raises(ConfigError, match=f"label '{label}'"):
@@ -133,6 +158,14 @@ def test_a_sample_fails_if_any_component_failed_on_it(own):
     assert scores.columns["first.why"] == ["gone", "", "gone"]
     assert np.isnan(scores.columns["first"]).tolist() == [True, False, True]
     assert scores.columns["second"][0] == 1
+
+
+def test_a_component_of_weight_0_adds_nothing_and_fails_its_samples_all_the_same(own):
+    shown = {"name": f"{own}:Fails", "parameters": {"on": "a"}, "label": "shown", "weight": 0}
+    scores = score_images(weighted({"name": "colorfulness"}, shown), IMAGES, PROMPTS)
+    assert scores.failed.tolist() == [True, False, False]
+    assert scores.columns["failed_components"] == ["shown", "", ""]
+    assert scores.values[1:].tolist() == alone("colorfulness").values[1:].tolist()
 
 
 def test_a_component_that_raises_is_named(own):

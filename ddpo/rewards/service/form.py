@@ -14,7 +14,7 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 from ddpo.errors import ConfigError
 from ddpo.prompts.base import Prompt
 from ddpo.rewards.service.limits import Limits, refusal
-from ddpo.rewards.wire import PromptMessage
+from ddpo.rewards.wire import PromptMessage, what_is_wrong
 
 _LONGEST_BOUNDARY = 70  # RFC 2046
 _PROMPTS: TypeAdapter[list[PromptMessage]] = TypeAdapter(list[PromptMessage])
@@ -171,10 +171,7 @@ def _read_prompts(data: bytes) -> list[Prompt]:
     try:
         told = _PROMPTS.validate_json(data)
     except ValidationError as error:
-        wrong = "; ".join(
-            f"{'.'.join(map(str, item['loc'])) or 'the part'}: {item['msg']}"
-            for item in error.errors(include_url=False, include_input=False)[:3]
-        )
+        wrong = what_is_wrong(error, "the part")
         raise refusal(
             422, f"'prompts' is no JSON array of {{text, metadata}} objects: {wrong}"
         ) from error
