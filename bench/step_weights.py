@@ -8,6 +8,7 @@ all steps move alike with the weights.
 from __future__ import annotations
 
 import argparse
+from typing import Any, cast
 
 import torch
 from diffusers import DDIMScheduler  # pyright: ignore[reportPrivateImportUsage]
@@ -50,10 +51,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--model", choices=("starter", "stable-diffusion"), default="starter")
     arguments = parser.parse_args()
+    config: Any = _PUBLISHED
     if arguments.model == "starter":
-        scheduler = DDIMScheduler.from_pretrained(str(STARTER_PATH / "scheduler"))
-    else:
-        scheduler = DDIMScheduler.from_config(_PUBLISHED)
+        config = DDIMScheduler.load_config(str(STARTER_PATH / "scheduler"))
+    scheduler = cast(DDIMScheduler, DDIMScheduler.from_config(config))
     schedule = NoiseSchedule.from_scheduler(scheduler, steps=arguments.steps, eta=1.0)
     weights = score_weights(schedule)
     shares = weights**2 / (weights**2).sum()
