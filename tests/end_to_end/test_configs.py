@@ -31,7 +31,7 @@ TASKS = {
 
 # Sizes, paths and batches; nothing that makes the algorithm another one.
 TINY = {
-    "sampler.steps": 2,
+    "sampler.steps": 4,  # some train a window of three
     "sampler.samples_per_epoch": 4,
     "sampler.shard_size": 2,
     "numerics.sample_batch_size": 2,
