@@ -243,7 +243,7 @@ def test_expected_mistakes_are_one_message(tmp_path: Path, words: list[str], sai
     done = CliRunner().invoke(app, ["--work", str(tmp_path / "work"), *words])
     assert done.exit_code == 2
     assert done.exception is None or isinstance(done.exception, SystemExit)
-    assert said in done.output.replace("\n", " ")
+    assert said in " ".join(done.output.split())  # a long path wraps the line
 
 
 def test_what_comes_out_is_a_pipeline_that_drew_from_a_trained_average(straight: Path) -> None:
