@@ -72,12 +72,25 @@ def test_gains_and_differences_are_taken_seed_by_seed() -> None:
 def test_the_shipped_comparison_gives_the_four_algorithms_of_the_paper_equal_terms() -> None:
     found = read_comparison(SHIPPED)
     assert found.name == "starter-compare"
-    kinds = {name: runs[0].config.algorithm.type for name, runs in found.variants.items()}
-    assert kinds == {name: name for name in ("ddpo_is", "ddpo_sf", "rwr", "rwr_sparse")}
+    settings = {name: runs[0].config for name, runs in found.variants.items()}
+    for name in ("ddpo_is", "ddpo_sf", "rwr", "rwr_sparse"):
+        assert settings[name].algorithm.type == name
     configs = [run.config for runs in found.variants.values() for run in runs]
-    assert len(configs) == 12
+    assert len(configs) == 6 * 5
     for part in ("model", "prompts", "reward", "sampler", "numerics", "epochs"):
         assert len({repr(getattr(config, part)) for config in configs}) == 1
+
+
+def test_the_shipped_controls_differ_from_what_they_control_by_the_reward_alone() -> None:
+    found = read_comparison(SHIPPED).variants
+    for name, control, blind in (
+        ("ddpo_is", "ddpo_is_shuffled", ("advantages", {"shuffle": True})),
+        ("rwr", "rwr_unweighted", ("algorithm", {"beta": 0.0})),
+    ):
+        for real, without in zip(found[name], found[control], strict=True):
+            part, change = blind
+            changed = getattr(real.config, part).model_copy(update=change)
+            assert without.config == real.config.model_copy(update={part: changed})
 
 
 def test_each_variant_forks_its_seeds_shared_run_before_epoch_0(tmp_path: Path) -> None:

@@ -174,7 +174,10 @@ def test_regression_needs_no_noise_in_sampling() -> None:
             "algorithm: updates_per_epoch 8 is no multiple of inner_epochs 50, and every pass "
             "takes as many steps; set it to 50",
         ),
-        ({"type": "rwr", "beta": 0}, "algorithm.beta: found 0; input should be greater than 0"),
+        (
+            {"type": "rwr", "beta": -1},
+            "algorithm.beta: found -1; input should be greater than or equal to 0",
+        ),
         (
             {"type": "rwr", "beta": float("inf")},
             "algorithm.beta: found inf; input should be a finite number",

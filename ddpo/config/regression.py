@@ -44,8 +44,9 @@ class RwrConfig(_RegressionConfig):
     """RWR: the denoising loss on the model's own final latents, weighted by N softmax(beta r)."""
 
     type: Literal["rwr"]
-    beta: float = Field(default=0.2, gt=0.0, allow_inf_nan=False)
-    """Inverse temperature of the softmax, for a unit of the reward. Higher: fewer samples count."""
+    beta: float = Field(default=0.2, ge=0.0, allow_inf_nan=False)
+    """Inverse temperature of the softmax, for a unit of the reward. Higher: fewer samples count; 0:
+    all alike, a control that learns nothing of the reward."""
     weights_over: Literal["data_set", "prompt"] = "data_set"
     """What shares a softmax: all samples of the epoch, or those of a prompt (as published for the
     aesthetic task), so that an easy prompt outweighs no other."""

@@ -48,6 +48,12 @@ def test_huge_rewards_neither_overflow_nor_lose_the_best(scale: float) -> None:
     assert weights.tolist() == ([2.0, 2.0, 0.0, 0.0] if scale > 0 else [0.0, 0.0, 0.0, 4.0])
 
 
+def test_with_beta_0_all_samples_weigh_alike_whatever_their_rewards() -> None:
+    control = RwrConfig(type="rwr", beta=0.0)
+    weights = compute_weights(control, ["a", "b"] * 2, np.array([5.0, -3e6, 0.0, NAN])).weights
+    assert weights.tolist() == [1.0, 1.0, 1.0, 0.0]
+
+
 def test_a_shift_of_all_rewards_changes_no_weight() -> None:
     rewards = np.array([1.0, 2.5, -0.5])
     here = compute_weights(RWR, ["a"] * 3, rewards).weights
