@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 from prefect import task
 from prefect.cache_policies import NO_CACHE
+from scipy.stats import rankdata
 
 from ddpo.run import Run, open_run
 from ddpo.store import keys, manifests
@@ -109,14 +110,8 @@ def correlations(some: NDArray[np.float64], others: NDArray[np.float64]) -> dict
         return {}
     return {
         "agreement/pearson": float(np.corrcoef(some, others)[0, 1]),
-        "agreement/spearman": float(np.corrcoef(_ranks(some), _ranks(others))[0, 1]),
+        "agreement/spearman": float(np.corrcoef(rankdata(some), rankdata(others))[0, 1]),
     }
-
-
-def _ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return ranks [N]; equal values share the mean of theirs."""
-    _, where, counts = np.unique(values, return_inverse=True, return_counts=True)
-    return (np.cumsum(counts) - (counts - 1) / 2)[where]
 
 
 def _standardised(values: Sequence[float]) -> NDArray[np.float64]:

@@ -13,7 +13,7 @@ from mlflow.tracking import MlflowClient
 
 from ddpo.config import RunConfig
 from ddpo.digests import tensors_digest
-from ddpo.errors import ConfigError, PolicyMismatch
+from ddpo.errors import ConfigError, PolicyMismatch, UnknownSchema
 from ddpo.lineage import forks_of
 from ddpo.report import reward_curve
 from ddpo.run import Run, open_run
@@ -161,6 +161,24 @@ def test_a_fork_of_another_base_model_is_refused_by_name(place: Place, tmp_path:
     metrics = place.page("off").data.metrics
     assert metrics["update/initial_ratio_deviation_max"] > 1e-4
     assert metrics["update/ratio_p05"] < metrics["update/ratio_p95"]
+
+
+def test_rollouts_of_another_schema_version_are_refused_by_name(
+    place: Place, tmp_path: Path
+) -> None:
+    copied = tmp_path / "store"
+    shutil.copytree(place.store.root.removeprefix("file://"), copied)
+    store = Store.open(str(copied))
+    key = keys.epoch_manifest_key(NIGHT, 1)
+    found = manifests.find(store, key)
+    assert found is not None
+    store.delete(key)
+    store.put_if_absent(key, found.manifest.model_copy(update={"schema_version": 2}).to_bytes())
+    with pytest.raises(UnknownSchema, match=r"epoch=00001.* schema version 2, .* reads 1"):
+        fork(NIGHT, 1, fork_id="newer", storage=store.root)
+    with pytest.raises(UnknownSchema, match=r"epoch=00001.* schema version 2, .* reads 1"):
+        rescore(NIGHT, "jpeg_incompressibility", epochs="1", storage=store.root)
+    assert not store.exists(keys.run_key("newer"))
 
 
 @pytest.mark.slow
