@@ -56,8 +56,13 @@ def test_one_value_has_no_interval() -> None:
 
 
 def test_gains_and_differences_are_taken_seed_by_seed() -> None:
-    first, second = summarise(
-        {"a": [[0.0, 1.0], [10.0, 12.0]], "b": [[0.0, 2.0], [10.0, 13.5]]},
+    first, second, third = summarise(
+        {
+            "a": [[0.0, 1.0], [10.0, 12.0]],
+            "b": [[0.0, 2.0], [10.0, 13.5]],
+            "c": [[0.0, 1.5], [10.0, 12.0]],
+        },
+        controls={"b": "c"},
     )
     assert first.difference is None and second.difference is not None
     # Last epochs: 1 and 12 of a, 2 and 13.5 of b: 1 and 1.5 apart, s = 0.5 / sqrt(2).
@@ -67,6 +72,11 @@ def test_gains_and_differences_are_taken_seed_by_seed() -> None:
     assert (first.gain.mean, second.gain.mean) == (1.5, 2.75)
     assert [point.mean for point in second.curve] == [5.0, 7.75]
     assert second.by_seed == ((0.0, 2.0), (10.0, 13.5))
+    # Last epochs of b and of its control c: 0.5 and 1.5 apart.
+    assert first.beyond_control is None and third.beyond_control is None
+    assert second.beyond_control is not None and second.beyond_control.mean == 1.0
+    expected = 12.7062 * math.sqrt(0.5) / math.sqrt(2)
+    assert second.beyond_control.half_width == pytest.approx(expected, rel=1e-4)
 
 
 def test_the_shipped_comparison_gives_the_four_algorithms_of_the_paper_equal_terms() -> None:
@@ -82,13 +92,15 @@ def test_the_shipped_comparison_gives_the_four_algorithms_of_the_paper_equal_ter
 
 
 def test_the_shipped_controls_differ_from_what_they_control_by_the_reward_alone() -> None:
-    found = read_comparison(SHIPPED).variants
-    for name, control, blind in (
-        ("ddpo_is", "ddpo_is_shuffled", ("advantages", {"shuffle": True})),
-        ("rwr", "rwr_unweighted", ("algorithm", {"beta": 0.0})),
-    ):
-        for real, without in zip(found[name], found[control], strict=True):
-            part, change = blind
+    found = read_comparison(SHIPPED)
+    blind = {
+        "ddpo_is": ("advantages", {"shuffle": True}),
+        "rwr": ("algorithm", {"beta": 0.0}),
+    }
+    assert found.config.controls.keys() == blind.keys()
+    for name, (part, change) in blind.items():
+        control = found.config.controls[name]
+        for real, without in zip(found.variants[name], found.variants[control], strict=True):
             changed = getattr(real.config, part).model_copy(update=change)
             assert without.config == real.config.model_copy(update={part: changed})
 
@@ -179,6 +191,9 @@ def test_a_part_with_a_type_replaces_and_one_without_changes(tmp_path: Path) -> 
         ({"seeds": []}, "expected at least one"),
         ({"epochs": 1}, "greater than or equal to 2"),
         ({"epoch": 4}, "did you mean `epochs`?"),
+        ({"controls": {"is": "shuffled"}}, "there is no variant 'shuffled'"),
+        ({"controls": {"sf": "is"}}, "there is no variant 'sf'"),
+        ({"controls": {"is": "is"}}, "'is' is itself controlled"),
         ({"base": "nowhere.yaml"}, "there is no config file"),
         ({"base": {"model": "starter"}}, "prompts: missing"),
         ({"base": {"fork": {"run_id": "r", "epoch": 1}}}, "take `fork` out"),
@@ -189,7 +204,8 @@ def test_a_part_with_a_type_replaces_and_one_without_changes(tmp_path: Path) -> 
     ],
     ids=[
         "one_variant", "sampler", "reward", "shared", "name", "no_mapping", "invalid", "unknown",
-        "same_seeds", "no_seed", "one_epoch", "misspelt", "no_base", "bad_base", "fork",
+        "same_seeds", "no_seed", "one_epoch", "misspelt", "no_control", "no_controlled",
+        "own_control", "no_base", "bad_base", "fork",
         "recompute",
     ],
 )  # fmt: skip

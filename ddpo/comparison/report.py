@@ -10,7 +10,7 @@ import numpy as np
 
 from ddpo.comparison.plan import Comparison
 from ddpo.comparison.result import Result
-from ddpo.comparison.statistics import LEVEL
+from ddpo.comparison.statistics import LEVEL, Interval
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # after the backend is chosen
@@ -38,6 +38,7 @@ def result_table(comparison: Comparison, result: Result) -> Table:
         f"reward, epoch {last}",
         "gain",
         f"difference to {reference}",
+        *(["beyond its control"] if comparison.config.controls else []),
     )
     rows = [
         (
@@ -46,11 +47,16 @@ def result_table(comparison: Comparison, result: Result) -> Table:
             str(each.curve[0]),
             str(each.curve[-1]),
             str(each.gain),
-            "" if each.difference is None else str(each.difference),
+            _or_blank(each.difference),
+            *([_or_blank(each.beyond_control)] if comparison.config.controls else []),
         )
         for each in result.variants
     ]
     return headings, rows
+
+
+def _or_blank(value: Interval | None) -> str:
+    return "" if value is None else str(value)
 
 
 def ratio_table(result: Result) -> Table:
@@ -96,6 +102,12 @@ def explanation(comparison: Comparison) -> list[str]:
         )
     else:
         told.append("One seed: there is no interval, and a difference may be chance.")
+    if controls := comparison.config.controls:
+        pairs = ", ".join(f"{control} of {name}" for name, control in controls.items())
+        told.append(
+            "A control trains alike, and is blind to the reward: what it gains, training gives "
+            f"without one. Controls: {pairs}."
+        )
     if comparison.config.offline:
         told.append(
             f"Offline: epochs 0 to {epochs - 2} are one history, drawn by the untrained policy, "
@@ -161,12 +173,17 @@ def write_report(comparison: Comparison, result: Result, folder: Path) -> list[P
 def _draw(comparison: Comparison, result: Result, path: Path) -> Path:
     figure, axes = plt.subplots(figsize=(9, 5), layout="constrained")
     colours = plt.get_cmap("tab10")
-    for place, each in enumerate(result.variants):
+    controls = comparison.config.controls
+    order = [each.name for each in result.variants if each.name not in controls.values()]
+    for each in result.variants:
+        # A control has the colour of the first that it controls, and is dashed.
+        of = next((name for name, control in controls.items() if control == each.name), None)
         mean = np.asarray([point.mean for point in each.curve])
         half = np.asarray([point.half_width or 0.0 for point in each.curve])
-        colour = colours(place % 10)
+        colour = colours(order.index(of or each.name) % 10)
+        line = {"lw": 2, "ls": "--" if of else "-", "marker": "o", "ms": 4}
         axes.fill_between(result.queries, mean - half, mean + half, color=colour, alpha=0.13, lw=0)
-        axes.plot(result.queries, mean, color=colour, lw=2, marker="o", ms=4, label=each.name)
+        axes.plot(result.queries, mean, color=colour, label=each.name, **line)
     axes.set_title(comparison.name, loc="left", fontsize=13)
     axes.set_xlabel("reward queries learnt from")
     seeds = len(comparison.config.seeds)

@@ -25,6 +25,7 @@ class VariantResult:
         curve: Over seeds, an entry an epoch that is shown.
         gain: Last epoch minus first, seed by seed.
         difference: Last epoch minus the first variant's, seed by seed; None of that itself.
+        beyond_control: Last epoch minus its control's, seed by seed; None where it has none.
     """
 
     name: str
@@ -32,6 +33,7 @@ class VariantResult:
     curve: tuple[Interval, ...]
     gain: Interval
     difference: Interval | None
+    beyond_control: Interval | None
 
 
 @dataclass(frozen=True)
@@ -100,36 +102,42 @@ def read_result(comparison: Comparison, store: Store) -> Result:
             for epoch in range(last):
                 ratios += _ratios(store, name, members, epoch)
     queries = tuple(epoch * comparison.samples_per_epoch for epoch in epochs)
-    return Result(epochs, queries, summarise(curves), tuple(ratios))
+    variants = summarise(curves, comparison.config.controls)
+    return Result(epochs, queries, variants, tuple(ratios))
 
 
 def summarise(
     curves: Mapping[str, Sequence[Sequence[float]]],
+    controls: Mapping[str, str],
 ) -> tuple[VariantResult, ...]:
     """Reduce rewards over seeds.
 
     Args:
         curves: By variant a row a seed, the same seeds in the same order, of mean rewards by epoch.
+        controls: Variant to the variant that controls it.
 
     Returns:
         A result a variant; differences are to the first.
     """
-    results: list[VariantResult] = []
-    for name, rows in curves.items():
-        difference = None
-        if results:
-            pairs = zip(rows, results[0].by_seed, strict=True)
-            difference = interval([own[-1] - first[-1] for own, first in pairs])
-        results.append(
-            VariantResult(
-                name,
-                tuple(tuple(row) for row in rows),
-                tuple(interval(column) for column in zip(*rows, strict=True)),
-                interval([row[-1] - row[0] for row in rows]),
-                difference,
-            )
+    first = next(iter(curves))
+
+    def beyond(name: str, other: str | None) -> Interval | None:
+        if other is None:
+            return None
+        pairs = zip(curves[name], curves[other], strict=True)
+        return interval([own[-1] - theirs[-1] for own, theirs in pairs])
+
+    return tuple(
+        VariantResult(
+            name,
+            by_seed=tuple(tuple(row) for row in rows),
+            curve=tuple(interval(column) for column in zip(*rows, strict=True)),
+            gain=interval([row[-1] - row[0] for row in rows]),
+            difference=beyond(name, None if name == first else first),
+            beyond_control=beyond(name, controls.get(name)),
         )
-    return tuple(results)
+        for name, rows in curves.items()
+    )
 
 
 def _means(store: Store, member: Member, epochs: Sequence[int]) -> list[float]:

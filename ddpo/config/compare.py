@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from pydantic import Field, JsonValue, NonNegativeInt, field_validator
+from pydantic import Field, JsonValue, NonNegativeInt, field_validator, model_validator
 
 from ddpo.config.part import Part
 
@@ -27,6 +27,9 @@ class CompareConfig(Part):
     """Name to what differs from the base: `algorithm`, `advantages`, `optimizer`. A part that names
     a `type` takes the place of the base's, any other changes some of its settings; `advantages:
     null` takes them out, as regression wants. The first is what the others are compared with."""
+    controls: dict[str, str] = Field(default_factory=dict)
+    """Variant to the variant that controls it: trained alike, but blind to the reward, by
+    `advantages: {shuffle: true}` or `beta: 0`. The result says how far above its control it is."""
     seeds: tuple[NonNegativeInt, ...] = (0, 1, 2)
     """Each variant is run with each of them. The intervals are over seeds: they want at least 2,
     and are narrower with more."""
@@ -56,6 +59,21 @@ class CompareConfig(Part):
                     f"{', '.join(VARIED)}, all else belongs in the base"
                 )
         return value
+
+    @model_validator(mode="after")
+    def _controls_are_variants(self) -> CompareConfig:
+        for name, control in self.controls.items():
+            if unknown := [each for each in (name, control) if each not in self.variants]:
+                raise ValueError(
+                    f"controls has {name}: {control}, and there is no variant {unknown[0]!r}; "
+                    f"expected two of {', '.join(self.variants)}"
+                )
+            if control == name or control in self.controls:
+                raise ValueError(
+                    f"controls has {name}: {control}, and {control!r} is itself controlled; a "
+                    "control is another variant, blind to the reward"
+                )
+        return self
 
     @field_validator("seeds")
     @classmethod

@@ -95,7 +95,7 @@ def typed(*words: str, status: int = 0) -> str:
 @pytest.fixture(scope="module")
 def online(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Compared:
     folder = tmp_path_factory.mktemp("compare")
-    file = written(folder, tiny_model)
+    file = written(folder, tiny_model, controls={"rwr": "is"})
     screen = typed("compare", str(file))
     return Compared(file, read_comparison(file), Store.open(str(folder / "store")), screen)
 
@@ -145,6 +145,11 @@ def test_the_table_is_what_the_samples_say(online: Compared):
     for a, b in (*last.values(), apart):
         half = 12.7062047 * abs(a - b) / 2
         assert f"{(a + b) / 2:.4f} ± {half:.4f}" in page
+    assert "| difference to is | beyond its control |" in page
+    # Its control is the first variant, so both differences are one.
+    difference = f"{sum(apart) / 2:.4f} ± {12.7062047 * abs(apart[0] - apart[1]) / 2:.4f}"
+    assert f"| {difference} | {difference} |" in page
+    assert "Controls: is of rwr." in page
     assert (online.file.parent / "outputs" / "tiny" / "comparison.png").stat().st_size > 5000
     shown = "".join(online.screen.split())  # as narrow as the terminal is, paths are folded
     assert "comparison.png" in shown and all(name in online.screen for name in last)
