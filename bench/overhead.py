@@ -77,6 +77,7 @@ def main() -> None:
                 f"outputs={folder}/outputs",
                 f"sampler.samples_per_epoch={arguments.samples}",
                 f"sampler.steps={arguments.steps}",
+                "sampler.window=null",
             ],
         )
     peak_gb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6

@@ -38,6 +38,7 @@ from ddpo.starter.scenes import COUNTS, Kind, Scene, scenes
 from flows.quiet import hide_loading_bars
 
 CONFIG = Path("configs/starter.yaml")
+STEPS = 20  # the demo takes fewer, to learn from more pictures; this is what the model can do
 SEEDS = 20
 BARS = {Kind.SINGLE: 0.90, Kind.ACTIVITY: 0.75, Kind.COUNT: 0.70}
 
@@ -174,7 +175,13 @@ def load(model: Path, threads: int) -> tuple[Policy, RunConfig]:
     Returns:
         The policy, and the config whose sampler draws.
     """
-    config = read_config(CONFIG, [f"model={model}", f"numerics.threads={threads}"])
+    settings = {
+        "model": model,
+        "sampler.steps": STEPS,
+        "sampler.window": "null",
+        "numerics.threads": threads,
+    }
+    config = read_config(CONFIG, [f"{name}={value}" for name, value in settings.items()])
     numerics = settle_numerics(config.numerics)
     numerics.apply()
     return Policy(config.model, config.trainable, numerics, seed=config.seed), config

@@ -44,6 +44,7 @@ def test_a_run_is_whole_and_once_whatever_is_typed_again(
     for setting in (
         f"model={{path: {tiny_model}}}",
         "sampler.steps=2",
+        "sampler.window=null",
         "sampler.samples_per_epoch=4",
         "sampler.shard_size=2",
         "numerics.sample_batch_size=2",

@@ -55,6 +55,7 @@ class Started:
         self.settings = [
             f"model={{path: {model}}}",
             "sampler.steps=2",
+            "sampler.window=null",
             "sampler.samples_per_epoch=4",
             "sampler.shard_size=2",
             "numerics.sample_batch_size=2",

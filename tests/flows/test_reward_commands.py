@@ -89,6 +89,7 @@ def drawn(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
         "storage.root": root / "store",
         "outputs": root / "outputs",
         "sampler.steps": 2,
+        "sampler.window": "null",
         "sampler.samples_per_epoch": 4,
         "sampler.shard_size": 2,
         "numerics.sample_batch_size": 2,
