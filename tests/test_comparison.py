@@ -170,9 +170,9 @@ def test_a_part_with_a_type_replaces_and_one_without_changes(tmp_path: Path) -> 
     found = comparison(tmp_path, variants={"is": changed, "sf": {"algorithm": {"type": "ddpo_sf"}}})
     config = found.variants["is"][0].config
     assert config.algorithm.model_dump(include={"clip_range", "updates_per_epoch"}) == {
-        "clip_range": 0.5, "updates_per_epoch": 4,
+        "clip_range": 0.5, "updates_per_epoch": 2,
     }  # fmt: skip
-    assert (config.optimizer.learning_rate, config.optimizer.max_grad_norm) == (5e-3, 2.0)
+    assert (config.optimizer.learning_rate, config.optimizer.max_grad_norm) == (2e-3, 2.0)
     assert found.variants["sf"][0].config.algorithm.updates_per_epoch == 1
 
 

@@ -33,17 +33,15 @@ def result_table(comparison: Comparison, result: Result) -> Table:
     reference = result.variants[0].name
     headings = (
         "variant",
-        "reward queries",
         f"reward, epoch {first}",
         f"reward, epoch {last}",
         "gain",
-        f"difference to {reference}",
-        *(["beyond its control"] if comparison.config.controls else []),
+        f"vs {reference}",
+        *(["vs its control"] if comparison.config.controls else []),
     )
     rows = [
         (
             each.name,
-            str(comparison.epochs * comparison.samples_per_epoch),
             str(each.curve[0]),
             str(each.curve[-1]),
             str(each.gain),
@@ -132,7 +130,7 @@ def markdown(comparison: Comparison, result: Result) -> str:
         [(v.name, *(f"{row[-1]:.4f}" for row in v.by_seed)) for v in result.variants],
     )
     curve: Table = (
-        ("queries learnt from", *(each.name for each in result.variants)),
+        ("queries", *(each.name for each in result.variants)),
         [
             (str(queries), *(str(each.curve[place]) for each in result.variants))
             for place, queries in enumerate(result.queries)

@@ -198,7 +198,9 @@ def _show_comparison(comparison: Comparison, store: Store) -> None:
 
 def _table(cells: Cells, title: str) -> Table:
     headings, rows = cells
-    table = Table(*headings, title=title, title_justify="left")
+    table = Table(title=title, title_justify="left")
+    for heading in headings:
+        table.add_column(heading, overflow="fold")
     for row in rows:
         table.add_row(*row)
     return table
