@@ -53,7 +53,7 @@ def test_help_lists_all_commands_from_training_to_rewards(ddpo):
         ("sampler.stps=3", "sampler.stps: there is no such key; did you mean `steps`?"),
         ("rewards.name=x", "did you mean `reward`?"),
         ("sampler.steps=many", "sampler.steps: found 'many'; input should be a valid integer"),
-        ("sampler.shard_size=24", "does not divide samples_per_epoch 64; 4, 8, 16, 32 would"),
+        ("sampler.shard_size=24", "does not divide samples_per_epoch 256; 4, 8, 16, 32 would"),
         ("sampler.eta=0", "every step is then deterministic"),
         ("reward.name=jpeg_compresibility", "jpeg_compressibility"),
         ("prompts.name=simple_animal", "simple_animals"),
@@ -108,8 +108,8 @@ def test_a_run_id_with_another_identity_shows_the_difference(ddpo, tmp_path: Pat
         "--set", "numerics.micro_batch_size=8",
     )  # fmt: skip
     assert status == 2
-    assert "optimizer.learning_rate: 0.005 in the store, 0.5 in the config" in screen
-    assert "numerics.micro_batch_size: 16 in the store, 8 in the config" in screen
+    assert "optimizer.learning_rate: 0.002 in the store, 0.5 in the config" in screen
+    assert "numerics.micro_batch_size: 64 in the store, 8 in the config" in screen
 
 
 def test_the_operation_half_may_change_under_a_run_id(tmp_path: Path):
