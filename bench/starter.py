@@ -1,7 +1,7 @@
 """What the starter can draw, by its judge: ``python -m bench.starter`` (``make starter-report``).
 
 Draws 45 animals x 20 seeds of singles, of activities and of counts, and the 24 other words x 5
-seeds, as the demo's config samples, and asks the judge. Prints the figures of docs/starter.md and
+seeds, with 20 steps, and asks the judge. Prints the figures of docs/starter.md and
 makes its pictures. Ends with status 1 where a share is below its bar.
 """
 
