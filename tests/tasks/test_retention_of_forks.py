@@ -11,14 +11,18 @@ from ddpo.digests import tensors_digest
 from ddpo.errors import RetiredObject
 from ddpo.lineage import forks_of, record_fork
 from ddpo.run import Run, open_run, start_run
+from ddpo.state import TrainState
 from ddpo.store import keys, manifests
 from ddpo.store.checkpoints import find_checkpoint, load_checkpoint
 from ddpo.store.epoch_retention import retire_epochs
+from ddpo.store.manifests import Ref
+from ddpo.store.objects import Store
+from ddpo.store.retention import retire_checkpoints
 from ddpo.store.verify import verify_run
 from flows.fork import forked_config, named_fork
 from flows.start import first_checkpoint
 from flows.train import train_run
-from tasks.adopt import saved_rollouts
+from tasks.adopt import adopt_shard, saved_rollouts
 from tasks.score import score_shard
 from tasks.start import start
 from tasks.worker import RunHandle
@@ -123,6 +127,32 @@ def test_a_fork_that_comes_after_retention_is_told_so(history: Run, tiny_model: 
     fork = forked(history, tiny_model)
     with pytest.raises(RetiredObject, match="trajectories"):
         run_epochs(fork, 1)
+
+
+def test_a_fork_is_told_what_retention_deletes_while_it_adopts_it(
+    history: Run, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where retention looked for forks before this one left its record."""
+    root = Path(history.store.root.removeprefix("file://"))
+    fork = start_run(config_of(tiny_model, root, ADOPTED + 1, fork=True), "fork")
+    handle = RunHandle(root=fork.store.root, run_id="fork")
+
+    def overtaken_checkpoint(store: Store, ref: Ref) -> TrainState:
+        state = load_checkpoint(store, ref)
+        assert 0 in retire_checkpoints(store, "history", keep_newest=1, keep_every=None)
+        return state
+
+    def overtaken_rollouts(run: Run, epoch: int) -> list[Ref]:
+        saved = saved_rollouts(run, epoch)
+        assert 0 in retire_epochs(run.store, "history", keep="images_and_scores", older_than=1)
+        return saved
+
+    monkeypatch.setattr("tasks.adopt.load_checkpoint", overtaken_checkpoint)
+    with pytest.raises(RetiredObject, match="checkpoint"):
+        start.fn(handle)
+    monkeypatch.setattr("tasks.adopt.saved_rollouts", overtaken_rollouts)
+    with pytest.raises(RetiredObject, match="trajectories"):
+        adopt_shard(fork, 0, 0)
 
 
 def test_a_fork_that_was_killed_before_it_left_its_record_leaves_it_as_it_goes_on(
