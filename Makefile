@@ -30,7 +30,7 @@ bench: $(READY)  ## Measure the share of an epoch that is not model compute
 starter-report: $(READY)  ## Measure what the starter model draws, by its judge (five minutes)
 	$(BIN)/python -m bench.starter
 
-results: $(READY)  ## Train three seeds of every starter task, with shuffled controls (two hours and more)
+results: $(READY)  ## Train three seeds of every starter task, with shuffled controls (three hours and more)
 	$(BIN)/python -m bench.results
 
 screenshots: $(READY)  ## Photograph a run's MLflow pages for the README (needs Chromium)
