@@ -252,7 +252,7 @@ class History:
 
         Returns:
             Latents from noise to clean, [T+1, C, h, w], on the CPU, in the dtype that log-probs
-            were computed on.
+            were computed on. A run by regression keeps the clean ones alone, [1, C, h, w].
 
         Raises:
             NotInHistory: The run has committed no such sample.
@@ -269,13 +269,19 @@ class History:
             One a step, averaged over latent dimensions, float32 [T], on the CPU.
 
         Raises:
-            NotInHistory: The run has committed no such sample.
+            NotInHistory: The run has committed no such sample; or keeps no log-probs, as one by
+                regression (RWR), which needs none.
         """
         return self._tensor(sample_id, "log_probs")
 
     def _tensor(self, sample_id: str, name: str) -> torch.Tensor:
         shard, _, row = self._find(sample_id)
         tensors, _ = decode_tensors(self.run.store.get(shard.trajectories))
+        if name not in tensors:
+            raise NotInHistory(
+                f"{name} of {sample_id} were not kept: {self.config.algorithm.type} trains on "
+                "clean latents alone. Runs by DDPO keep them"
+            )
         # A copy: a view would keep the whole shard in memory.
         return tensors[name][row].clone()
 
@@ -288,7 +294,7 @@ class History:
                 f"{self.run_id}/00003/000017"
             )
         epoch, index = int(match[2]), int(match[3])
-        if match[1] == self.run_id and epoch in self.epochs:
+        if epoch in self.epochs:  # whoever drew it: a fork adopts samples of another run
             likely = index // self.config.sampler.shard_size
             for shard in sorted(self._epoch(epoch).shards, key=lambda s: s.number != likely):
                 rows = read_table(self.run.store, shard.rollouts, ["sample_id", *columns])

@@ -24,10 +24,10 @@ def as_in_a_new_process() -> None:
 
 
 def run_epochs(run: Run, epochs: int) -> Ref:
-    """Run epochs 0 to ``epochs - 1``; returns the last checkpoint."""
+    """Run a run's epochs up to ``epochs - 1``; returns the last checkpoint."""
     handle = RunHandle(root=run.store.root, s3=run.store.s3, run_id=run.run_id)
     checkpoint = start.fn(handle)
-    for epoch in range(epochs):
+    for epoch in range(run.first_epoch, epochs):
         checkpoint = run_epoch(handle, run, checkpoint, epoch)
     return checkpoint
 

@@ -20,6 +20,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import ddpo
+from ddpo.config import ForkConfig
 from ddpo.errors import (
     CorruptObject,
     MissingObject,
@@ -29,12 +30,13 @@ from ddpo.errors import (
     UnreadableData,
 )
 from ddpo.history import History
-from ddpo.run import Run
+from ddpo.run import Run, start_run
 from ddpo.store import keys
 from ddpo.store.documents import CHECKSUM, seal
 from ddpo.store.epoch_retention import retire_epochs
 from ddpo.store.objects import Store
 from ddpo.store.reading import join, union
+from tests.fold import as_in_a_new_process, run_epochs
 from tests.recorded import SAMPLES, folder_of, record_run, score_again
 from tests.servers import BUCKET, ObjectStore
 
@@ -210,6 +212,41 @@ def test_picture_latents_and_log_probs_are_the_very_committed_ones(recorded: Run
         assert rows[sample_id]["log_prob_mean"] == pytest.approx(
             float(history.log_probs(sample_id).mean())
         )
+
+
+def test_a_sample_that_a_fork_adopted_is_read_through_the_fork(
+    recorded: Run, copied: Path, history: History
+):
+    branch = start_run(
+        recorded.config.model_copy(
+            update={
+                "fork": ForkConfig(run_id="mine", epoch=1),
+                "storage": recorded.config.storage.model_copy(update={"root": str(copied)}),
+            }
+        ),
+        "branch",
+    )
+    as_in_a_new_process()
+    run_epochs(branch, 2)
+    found = ddpo.open_run(copied, "branch")
+    ids = found.samples()["sample_id"].to_pylist()
+    assert ids == [f"mine/00001/00000{index}" for index in range(SAMPLES)]
+    for sample_id in ids:
+        assert found.image(sample_id).tobytes() == history.image(sample_id).tobytes()
+        assert torch.equal(found.latents(sample_id), history.latents(sample_id))
+        assert torch.equal(found.log_probs(sample_id), history.log_probs(sample_id))
+    with pytest.raises(NotInHistory, match="no sample branch/00001/000000"):
+        found.image("branch/00001/000000")
+
+
+def test_a_run_by_regression_has_clean_latents_and_says_that_no_log_probs_are_kept(
+    tiny_model: Path, tmp_path: Path
+):
+    rwr = {"algorithm": {"type": "rwr", "inner_epochs": 1}, "advantages": None}
+    history = History(record_run(tiny_model, tmp_path / "store", **rwr))
+    assert history.latents("mine/00000/000000").shape == (1, 4, 8, 8)
+    with pytest.raises(NotInHistory, match="rwr trains on clean latents alone"):
+        history.log_probs("mine/00000/000000")
 
 
 @pytest.mark.parametrize("given", ["mine/00001/000004", "mine/00002/000000", "other/00000/000000"])
