@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import re
+import sys
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from os import PathLike, fspath
@@ -20,7 +21,7 @@ import torch
 from PIL import Image
 
 from ddpo.config import RunConfig
-from ddpo.errors import NotInHistory
+from ddpo.errors import ConfigError, NotInHistory
 from ddpo.rewards.identity import name_in_keys
 from ddpo.run import Run
 from ddpo.run import open_run as open_stored_run
@@ -52,6 +53,7 @@ SAMPLES = pa.schema(
 """Schema of `History.samples`, without the columns that a scorer adds."""
 _NO_ADVANTAGES = pa.schema([SAMPLES.field("sample_id"), SAMPLES.field("advantage")]).empty_table()
 
+_EPOCHS = re.compile(r"(\d+)|(\d*):(\d*)")
 _SAMPLE_ID = re.compile(r"([^/]+)/(\d{5})/(\d{6})")
 
 
@@ -106,6 +108,34 @@ class History:
         """Epochs whose samples retention has deleted, sorted."""
         store = self.run.store
         return tuple(e for e in self.epochs if self._epoch(e).retirement(store) is not None)
+
+    def epochs_within(self, words: str | None) -> list[int]:
+        """Find the committed epochs, retired ones too, that a user names.
+
+        Args:
+            words: One epoch, or a range ``a:b`` without b; either may be left out. None: all.
+
+        Returns:
+            The epochs, sorted.
+
+        Raises:
+            ConfigError: The words are neither.
+            NotInHistory: None of them is committed.
+        """
+        match = _EPOCHS.fullmatch(words or ":")
+        if match is None:
+            raise ConfigError(
+                f"epochs {words!r} are neither one epoch nor a range a:b, such as 0:5 for 0 to 4, "
+                "or 3: from 3 on"
+            )
+        one, low, high = match.groups()
+        first = int(one or low or 0)
+        beyond = first + 1 if one else int(high or sys.maxsize)
+        chosen = [epoch for epoch in self.epochs if first <= epoch < beyond]
+        if not chosen:
+            wanted = f"has not committed epochs {words}" if words else "is empty"
+            raise NotInHistory(f"run {self.run_id!r} {wanted}. {self._extent()}")
+        return chosen
 
     @property
     def reward_id(self) -> str | None:

@@ -9,6 +9,7 @@ from prefect.runtime import flow_run
 
 from ddpo.config import RewardConfig
 from ddpo.errors import ConfigError
+from ddpo.history import History
 from ddpo.rewards import load_reward
 from ddpo.run import Run, open_run, storage_root
 from ddpo.store import keys, manifests
@@ -48,7 +49,7 @@ def rescore(
         run_id: The run.
         reward: Name of the new reward.
         parameters: Its parameters.
-        epochs: Which, as `a:b`, without b; either may be left out. Empty: all.
+        epochs: Which: one, or `a:b`, without b; either may be left out. Empty: all.
         storage: Folder or URL that remembers the run. Empty: the worker's DDPO_ROOT, or the local
             store.
         tracking: MLflow's tracking URI. Empty: the run's.
@@ -108,45 +109,27 @@ def chosen_epochs(run: Run, asked: str | None) -> list[int]:
 
     Args:
         run: The run.
-        asked: `a:b`, without b; either may be left out. None for all.
+        asked: One epoch, or `a:b`, without b; either may be left out. None for all.
 
     Returns:
         Epochs, in order.
 
     Raises:
-        ConfigError: There is none, or the words are no range.
+        ConfigError: The words are no range; or retention deleted all that is asked for.
+        NotInHistory: None of them is committed.
     """
-    listed = run.store.list(keys.epoch_manifests_prefix(run.run_id))
-    committed = sorted(epoch for key in listed if (epoch := keys.parse_epoch(key)) is not None)
-    low, high = _range(asked)
-    wanted = [e for e in committed if e >= low and (high is None or e < high)]
+    wanted = History(run).epochs_within(asked)
     kept = [
         epoch
         for epoch in wanted
         if not run.store.exists(keys.retired_epoch_key("samples", run.run_id, epoch))
     ]
     if not kept:
-        held = f"{committed[0]} to {committed[-1]}" if committed else "none"
         raise ConfigError(
-            f"run {run.run_id!r} has no saved samples of the epochs {asked or 'asked for'}; "
-            f"committed are {held}"
-            + (", and retention deleted the samples asked for" if wanted else "")
+            f"run {run.run_id!r} has no saved samples of the epochs {asked or 'asked for'}: "
+            "retention deleted them (storage.retention)"
         )
     return kept
-
-
-def _range(asked: str | None) -> tuple[int, int | None]:
-    if not asked:
-        return 0, None
-    low, separator, high = asked.partition(":")
-    try:
-        if not separator:
-            return int(low), int(low) + 1
-        return int(low or 0), int(high) if high else None
-    except ValueError:
-        raise ConfigError(
-            f"epochs {asked!r} is no range; expected `a:b` (from a on, without b) or one epoch"
-        ) from None
 
 
 def _statistics_before(run: Run, epoch: int) -> Ref | None:

@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 import ddpo
 from ddpo.config import ForkConfig
 from ddpo.errors import (
+    ConfigError,
     CorruptObject,
     MissingObject,
     NotInHistory,
@@ -269,6 +270,16 @@ def test_an_epoch_that_is_not_committed_is_refused(history: History):
         history.samples(epochs=[1, 5, 4, 2])
 
 
+def test_epochs_are_named_by_number_or_range(history: History):
+    assert history.epochs_within(None) == history.epochs_within("0:2") == [0, 1]
+    assert history.epochs_within("1") == history.epochs_within("1:") == [1]
+    assert history.epochs_within(":1") == history.epochs_within("0:1") == [0]
+    with pytest.raises(NotInHistory, match=r"not committed epochs 2:\. It has .* 0-1"):
+        history.epochs_within("2:")
+    with pytest.raises(ConfigError, match="neither one epoch nor a range"):
+        history.epochs_within("1:2:3")
+
+
 def test_columns_alone_decode_no_picture(history: History, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("ddpo.history.decode_image", lambda data: 1 / 0)
     monkeypatch.setattr(Image, "open", lambda *_: 1 / 0)
@@ -361,6 +372,8 @@ def test_a_run_without_an_epoch_is_empty_and_not_an_error(copied: Path):
     assert history.advantage_table().num_rows == 0
     with pytest.raises(NotInHistory, match="It has none"):
         history.image("mine/00000/000000")
+    with pytest.raises(NotInHistory, match="is empty"):
+        history.epochs_within(None)
 
 
 def test_an_unknown_run_names_the_nearest(recorded: Run):

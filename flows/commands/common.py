@@ -21,6 +21,12 @@ Root = Annotated[
     typer.Option("--root", help="The store. By default DDPO_ROOT, else ddpo-data/store."),
 ]
 RunId = Annotated[str, typer.Argument(help="A run's name; `ddpo runs` lists them.")]
+Epochs = Annotated[
+    str | None,
+    typer.Option(
+        help="Which: one, or a:b, b not among them; a or b may be left out. By default all."
+    ),
+]
 ConfigFile = Annotated[str, typer.Argument(help="A YAML file; configs/ holds some.")]
 Parameters = Annotated[
     list[str] | None,

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,7 +10,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from flows.commands.common import Root, RunId, console
+from flows.commands.common import Epochs, Root, RunId, console
 
 if TYPE_CHECKING:
     from ddpo.history import History
@@ -69,12 +67,7 @@ def export(
             help="Folder of the Hugging Face dataset to write; absent or empty.",
         ),
     ],
-    epochs: Annotated[
-        str | None,
-        typer.Option(
-            help="Which, as a:b, b not among them; a or b may be left out. By default all."
-        ),
-    ] = None,
+    epochs: Epochs = None,
     reward: Annotated[
         str | None,
         typer.Option(help="Whose scores, by name or id; by default those of the run's reward."),
@@ -85,7 +78,7 @@ def export(
     from ddpo.dataset_folder import write_dataset
 
     history = _history(run_id, root)
-    chosen = None if epochs is None else _range(epochs, history)
+    chosen = None if epochs is None else history.epochs_within(epochs)
     with console.status("writing"):
         count = write_dataset(history, to_hf_dataset, epochs=chosen, reward=reward)
     console.print(f"{to_hf_dataset}: {count} samples", markup=False, highlight=False)
@@ -116,23 +109,3 @@ def _history(run_id: str, root: str | None) -> History:
     from ddpo.run import storage_root
 
     return open_run(storage_root(root), run_id)
-
-
-def _range(text: str, history: History) -> Sequence[int]:
-    """Return the committed epochs that a range a:b names."""
-    from ddpo.errors import ConfigError, NotInHistory
-
-    match = re.fullmatch(r"(\d*):(\d*)", text)
-    if match is None:
-        raise ConfigError(
-            f"--epochs {text!r} is no range a:b, such as 0:5 for 0 to 4, or 3: from 3"
-        )
-    first = int(match[1] or 0)
-    last = int(match[2]) if match[2] else float("inf")
-    chosen = [epoch for epoch in history.epochs if first <= epoch < last]
-    if not chosen:
-        there = f"{history.epochs[0]} to {history.epochs[-1]}" if history.epochs else "none"
-        raise NotInHistory(
-            f"run {history.run_id!r} has no epoch in --epochs {text}; its committed ones: {there}"
-        )
-    return chosen

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from flows.commands.common import (
     ConfigFile,
+    Epochs,
     Parameters,
     Root,
     RunId,
@@ -36,9 +37,7 @@ def rescore(
     run_id: RunId,
     reward: Annotated[str, typer.Option(help="The new reward: a name that `ddpo rewards` lists.")],
     param: Parameters = None,
-    epochs: Annotated[
-        str | None, typer.Option(help="Which, as a:b, b not among them. By default all.")
-    ] = None,
+    epochs: Epochs = None,
     root: Root = None,
 ) -> None:
     """Score a run's saved samples with another reward; nothing is drawn again."""
@@ -217,6 +216,7 @@ def _show_rescored(run_id: str, reward: str, reward_id: str, place: str) -> None
         name: {
             epoch: _mean(history.samples(name, epochs=[epoch]).column("reward").to_pylist())
             for epoch in history.epochs
+            if epoch not in history.retired_epochs
         }
         for name in (None, reward_id)
     }

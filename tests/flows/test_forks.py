@@ -13,14 +13,16 @@ from mlflow.tracking import MlflowClient
 
 from ddpo.config import RunConfig
 from ddpo.digests import tensors_digest
-from ddpo.errors import ConfigError, PolicyMismatch, UnknownSchema
+from ddpo.errors import ConfigError, NotInHistory, PolicyMismatch, UnknownSchema
 from ddpo.lineage import forks_of
 from ddpo.report import reward_curve
 from ddpo.run import Run, open_run
 from ddpo.store import keys, manifests
 from ddpo.store.checkpoints import find_checkpoint, load_checkpoint, load_document
+from ddpo.store.epoch_retention import retire_epochs
 from ddpo.store.objects import Store
 from ddpo.store.tables import decode_advantages
+from flows import cli
 from flows.fork import fork, forked_config
 from flows.rescore import chosen_epochs, rescore
 from flows.train import train
@@ -269,12 +271,31 @@ def test_only_epochs_with_saved_samples_are_rescored(place: Place) -> None:
     assert chosen_epochs(run, "1:") == [1, 2]
     assert chosen_epochs(run, ":1") == [0]
     assert chosen_epochs(run, "0:2") == [0, 1]
-    with pytest.raises(ConfigError, match="committed are 0 to 2"):
+    assert chosen_epochs(run, "1") == [1]
+    with pytest.raises(NotInHistory, match="committed epochs 0-2"):
         chosen_epochs(run, "5:9")
-    with pytest.raises(ConfigError, match="is no range"):
+    with pytest.raises(ConfigError, match="nor a range"):
         chosen_epochs(run, "one")
     with pytest.raises(ConfigError, match="the run's own reward"):
         rescore(NIGHT, "jpeg_compressibility", storage=place.store.root)
+
+
+@pytest.mark.slow
+def test_what_retention_left_is_rescored_and_shown(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    kept = Path(
+        shutil.copytree(place.store.root.removeprefix("file://"), tmp_path / "store", symlinks=True)
+    )
+    retire_epochs(Store.open(str(kept)), NIGHT, keep="checkpoints", older_than=2)
+    words = ["rescore", NIGHT, "--reward", "colorfulness", "--root", str(kept)]
+    monkeypatch.setattr("sys.argv", ["ddpo", *words])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    screen = capsys.readouterr().out
+    assert not ended.value.code, screen
+    shown = [line.split("│")[1].strip() for line in screen.splitlines() if "│" in line]
+    assert shown == ["1", "2"]
 
 
 def test_ranks_of_equal_rewards_are_shared() -> None:
