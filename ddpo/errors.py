@@ -204,8 +204,8 @@ class MissingPackage(DdpoError):
     def __init__(self, package: str, what: str, extra: str) -> None:
         self.package = package
         super().__init__(
-            f"{what} needs the package {package}, which is not installed here: pip install "
-            f"'ddpo[{extra}]'"
+            f"{what} needs the package {package}, which is not installed here: in the checkout, "
+            f"pip install -e '.[{extra}]'"
         )
 
 

@@ -16,7 +16,9 @@ import torch
 
 from ddpo.history import History, open_run
 from flows import cli
-from tests.recorded import folder_of, record_run, score_again
+from flows.fork import fork
+from flows.rescore import rescore
+from tests.recorded import folder_of, record_run
 
 PAGE = (Path(__file__).parents[1] / "docs" / "data.md").read_text()
 SNIPPETS = [
@@ -27,9 +29,19 @@ SNIPPETS = [
 
 
 @pytest.fixture(scope="module")
-def store(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    run = record_run(tiny_model, tmp_path_factory.mktemp("documented") / "store")
-    score_again(run, "colorfulness")
+def store(
+    tiny_model: Path, mlflow_database: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A store as it becomes: a run, scored by another reward too, and forked with the same."""
+    folder = tmp_path_factory.mktemp("documented")
+    shutil.copy(mlflow_database, folder / "mlflow.db")
+    shown = {
+        "tracking": {"uri": f"sqlite:///{folder}/mlflow.db", "system_metrics": False},
+        "outputs": str(folder / "outputs"),
+    }
+    run = record_run(tiny_model, folder / "store", **shown)
+    rescore("mine", "colorfulness", storage=run.store.root)
+    fork("mine", 1, fork_id="branch", epochs=3, storage=run.store.root)
     return folder_of(run)
 
 
@@ -54,7 +66,7 @@ def read(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
                 exec(text.replace("ddpo-data/store", str(at)), names)
                 continue
             for line in text.splitlines():
-                monkeypatch.setattr(sys, "argv", shlex.split(line))
+                monkeypatch.setattr(sys, "argv", shlex.split(line, comments=True))
                 with pytest.raises(SystemExit) as ended:
                     cli.main()
                 assert not ended.value.code

@@ -66,7 +66,7 @@ class BertRecall:
     def __init__(self, model: str, revision: str | None, layer: int, device: Device) -> None:
         if importlib.util.find_spec("torchmetrics") is None:
             raise RewardError(
-                "BERTScore needs torchmetrics, which is not installed; pip install 'ddpo[rewards]'"
+                "BERTScore needs torchmetrics, which is not installed; pip install -e '.[rewards]'"
             )
         if model == BERT:
             revision = revision or BERT_REVISION

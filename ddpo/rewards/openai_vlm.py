@@ -72,7 +72,7 @@ class OpenaiVlm:
     version: ClassVar[str] = "1"
     needs: ClassVar[str] = (
         "a server of a vision-language model with an OpenAI-compatible API (vLLM, SGLang); for "
-        "alignment also torchmetrics (pip install 'ddpo[rewards]') and a model (3 GB, fetched)"
+        "alignment also torchmetrics (pip install -e '.[rewards]') and a model (3 GB, fetched)"
     )
 
     def __init__(

@@ -44,7 +44,7 @@ class VlmAlignment:
     version: ClassVar[str] = "1"
     needs: ClassVar[str] = (
         "a vision-language model (LLaVA 1.5 7b: 14 GB) and a model for BERTScore (3 GB), fetched "
-        "from the hub; torchmetrics (pip install 'ddpo[rewards]')"
+        "from the hub; torchmetrics (pip install -e '.[rewards]')"
     )
 
     def __init__(

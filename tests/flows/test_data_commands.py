@@ -204,7 +204,7 @@ def test_a_missing_package_is_told_with_the_way_to_it(ddpo, monkeypatch: pytest.
     monkeypatch.setitem(sys.modules, "duckdb", None)
     status, screen = ddpo("query", "mine", "select 1")
     assert status == 2
-    assert "pip install 'ddpo[data]'" in screen
+    assert "pip install -e '.[data]'" in screen
 
 
 def test_an_export_opens_with_pictures_and_scores(ddpo, history: History, tmp_path: Path):
