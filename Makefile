@@ -4,10 +4,12 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 .DEFAULT_GOAL := help
-.PHONY: help demo test faults lint bench starter-report results screenshots clean
+.PHONY: help install demo test faults lint bench starter-report results screenshots clean
 
 help:  ## Show this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(READY)  ## Install everything into .venv
 
 demo: $(READY)  ## Teach the starter model a reward, on the CPU, in minutes
 	$(BIN)/ddpo train configs/starter.yaml
