@@ -3,8 +3,9 @@
     python -m bench.screenshots --tracking-uri sqlite:///mlflow.db --run-id R --out docs/images/
 
 Starts `mlflow server` on a free loopback port, visits it with a headless Chromium, and writes
-`mlflow_runs.png`, `mlflow_curves.png`, `mlflow_pictures.png` and `mlflow_adapter.png`. Needs
-playwright (in the `test` extra) and a Chromium on the PATH.
+`mlflow_runs.png`, `mlflow_curves.png`, `mlflow_pictures.png` and `mlflow_adapter.png`; and, where
+`ddpo rescore` has scored the run again, `mlflow_rescored.png`. Needs playwright, of the extra
+`test`, and a Chromium on the PATH.
 """
 
 import argparse
@@ -23,6 +24,7 @@ from pathlib import Path
 
 import requests
 from mlflow.tracking import MlflowClient
+from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 from playwright.sync_api import BrowserContext, Page, expect, sync_playwright
 
 from ddpo.config import TrackingConfig
@@ -73,6 +75,8 @@ class TrackedRun:
     """The newest adapter's id."""
     base_model: str
     """What that adapter adapts."""
+    rescored: str | None
+    """MLflow's id of the newest page that shows it under another reward."""
 
 
 def newest_run(client: MlflowClient) -> str:
@@ -116,6 +120,12 @@ def find_run(client: MlflowClient, run_id: str) -> TrackedRun:
         raise LookupError(
             f"The run {run_id!r} has {len(models)} adapters, {len(pictures)} pictures."
         )
+    rescored = client.search_runs(
+        [experiment_id],
+        filter_string=f"tags.`{MLFLOW_PARENT_RUN_ID}` = '{mlflow_run_id}' "
+        "AND metrics.`agreement/pearson` >= -1",
+        max_results=1,
+    )
     return TrackedRun(
         run_id=run_id,
         experiment_id=experiment_id,
@@ -124,6 +134,7 @@ def find_run(client: MlflowClient, run_id: str) -> TrackedRun:
         pictures=Path(pictures[0].path).name.partition("~")[0],
         model_id=models[0].model_id,
         base_model=(models[0].params or {})["base_model"],
+        rescored=rescored[0].info.run_id if rescored else None,
     )
 
 
@@ -241,6 +252,15 @@ def visit_adapter(context: BrowserContext, address: str, run: TrackedRun) -> Pag
     return page
 
 
+def visit_rescored(context: BrowserContext, address: str, run: TrackedRun) -> Page:
+    """The page of the run under another reward, once agreement and disagreement are drawn."""
+    path = f"experiments/{run.experiment_id}/runs/{run.rescored}/model-metrics"
+    page = _visit(context, address, path)
+    page.locator("path.js-line").first.wait_for()
+    page.wait_for_function(_ALL_PICTURES_LOADED)
+    return page
+
+
 def _run_path(run: TrackedRun) -> str:
     return f"experiments/{run.experiment_id}/runs/{run.mlflow_run_id}"
 
@@ -274,7 +294,7 @@ def _end(server: subprocess.Popen[bytes]) -> None:
 
 
 def main() -> None:
-    """Takes the four screenshots."""
+    """Takes the screenshots."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     default = TrackingConfig().uri
     parser.add_argument("--tracking-uri", default=default, help="the MLflow database")
@@ -290,6 +310,8 @@ def main() -> None:
         "mlflow_pictures.png": visit_pictures,
         "mlflow_adapter.png": visit_adapter,
     }
+    if run.rescored:
+        pages["mlflow_rescored.png"] = visit_rescored
     with serve_ui(client.tracking_uri) as address, open_browser() as context:
         for name, visit in pages.items():
             page = visit(context, address, run)

@@ -40,6 +40,14 @@ def uri(tmp_path: Path) -> str:
     safetensors.numpy.save_file({"unet.x.lora_A.weight": np.ones((4, 8), np.float32)}, lora)
     tracker.log_adapter(lora, base_model=BASE_MODEL, name="adapter", step=LAST_STEP)
     tracker.finish("FINISHED")
+    rescored = RunTracker.open(
+        tracking_uri=address, experiment="ddpo", run_id="night-1-by-x", params={}, tags={},
+        parent="night-1",
+    )  # fmt: skip
+    for step in range(LAST_STEP + 1):
+        rescored.log_metrics({"agreement/pearson": 0.5 * step - 1}, step)
+    rescored.log_picture("disagreement/new-higher-0", PIL.Image.new("RGB", (64, 64)), 0)
+    rescored.finish("FINISHED")
     return address
 
 
@@ -67,3 +75,7 @@ def test_a_person_finds_runs_curves_pictures_and_the_adapter(uri: str):
         expect(adapter.get_by_role("heading", name="adapter")).to_be_visible()
         expect(adapter.get_by_text(BASE_MODEL).first).to_be_visible()
         expect(adapter.get_by_role("link", name="night-1").first).to_be_visible()
+
+        rescored = screenshots.visit_rescored(context, address, run)
+        for section in ("agreement", "disagreement"):
+            expect(rescored.get_by_text(section, exact=True)).to_be_visible()
