@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -42,7 +43,7 @@ START_LIMIT_S = 120.0
 COMMAND_LIMIT_S = 120.0
 RUN_LIMIT_S = 240.0
 
-_COMMAND = re.compile(r"^prefect deployment run (\S+)((?: --param \S+)*)", re.MULTILINE)
+_COMMAND = re.compile(r"^prefect deployment run (\S+)( .*)", re.MULTILINE)
 
 
 @dataclass
@@ -122,7 +123,8 @@ def deployments() -> dict[str, str]:
 
 def documented() -> list[tuple[str, str]]:
     """Deployments and parameters of all commands that the documentation shows."""
-    texts = [file.read_text() for file in sorted((REPOSITORY / "docs").glob("*.md"))]
+    pages = sorted((REPOSITORY / "docs").glob("*.md"))
+    texts = [page.read_text().replace("\\\n", "") for page in pages]
     return [found for text in texts for found in _COMMAND.findall(text)]
 
 
@@ -133,7 +135,8 @@ def test_every_deployment_is_documented() -> None:
 @pytest.mark.parametrize(("name", "words"), documented(), ids=itertools.count())
 def test_a_documented_command_gives_what_its_flow_takes(name: str, words: str) -> None:
     flow = load_flow_from_entrypoint(str(REPOSITORY / deployments()[name]))
-    given = dict(re.findall(r"--param (\w+)=(\S+)", words))
+    marks = shlex.split(words, comments=True)
+    given = dict(m.split("=", 1) for mark, m in itertools.pairwise(marks) if mark == "--param")
     assert given
     required = {p.name for p in signature(flow.fn).parameters.values() if p.default is p.empty}
     assert required <= given.keys() <= signature(flow.fn).parameters.keys()

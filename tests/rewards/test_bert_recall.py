@@ -217,5 +217,5 @@ def test_a_layer_that_the_model_lacks_is_named(folder):
 
 def test_without_torchmetrics_the_way_out_is_said_at_once(folder, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(RewardError, match=r"needs torchmetrics.*pip install 'ddpo\[rewards\]'"):
+    with pytest.raises(RewardError, match=r"needs torchmetrics.*pip install -e '\.\[rewards\]'"):
         BertRecall(str(folder), None, 1, "cpu")
