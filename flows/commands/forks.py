@@ -35,7 +35,7 @@ app = typer.Typer()
 @app.command()
 def rescore(
     run_id: RunId,
-    reward: Annotated[str, typer.Option(help="The new reward: a name that `ddpo rewards` lists.")],
+    reward: Annotated[str, typer.Option(help="A name that `ddpo rewards` lists, or module:name.")],
     param: Parameters = None,
     epochs: Epochs = None,
     root: Root = None,
