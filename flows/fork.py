@@ -103,6 +103,11 @@ def forked_config(
         ConfigError: The other run has no such epoch, or something must not differ.
         PolicyMismatch: The noise of its samples is not where the fork would train.
     """
+    if parameters and reward is None:
+        raise ConfigError(
+            f"parameters {', '.join(parameters)} belong to a reward, and none is named; name one, "
+            f"such as {parent.config.reward.name}, the reward of {parent.run_id!r}"
+        )
     saved = committed_rollouts(parent, epoch)
     raw: dict[str, Any] = {**parent.config.identity(), **parent.config.operation()}
     raw["numerics"] = parent.config.numerics.model_dump(mode="json")
@@ -130,6 +135,11 @@ def forked_config(
     ]
     if wrong:
         raise ConfigError(f"a fork of {parent.run_id} cannot start: {'; '.join(wrong)}")
+    if (parent.config.stored_trajectories, config.stored_trajectories) == ("final", "full"):
+        raise ConfigError(
+            f"a fork of {parent.run_id} cannot start: {config.algorithm.type} trains on every step, "
+            f"and {parent.config.algorithm.type} saved clean latents alone. Start a run of its own"
+        )
     check_windows(config, parent)
     return config
 

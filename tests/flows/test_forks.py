@@ -227,6 +227,8 @@ def test_what_cannot_be_forked_is_said_before_anything_is_loaded(place: Place) -
         forked_config(parent, 1, overrides=recomputed)
     with pytest.raises(ConfigError, match="off_policy: true"):
         forked_config(parent, 1, overrides=["fork.rollouts=2"])
+    with pytest.raises(ConfigError, match="quality belong to a reward, and none is named"):
+        forked_config(parent, 1, parameters={"quality": 10})
 
 
 @pytest.mark.slow
