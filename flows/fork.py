@@ -106,7 +106,7 @@ def forked_config(
     if parameters and reward is None:
         raise ConfigError(
             f"parameters {', '.join(parameters)} belong to a reward, and none is named; name one, "
-            f"such as {parent.config.reward.name}, the reward of {parent.run_id!r}"
+            f"such as {parent.config.reward.name}, that of {parent.run_id!r}"
         )
     saved = committed_rollouts(parent, epoch)
     raw: dict[str, Any] = {**parent.config.identity(), **parent.config.operation()}
@@ -137,7 +137,7 @@ def forked_config(
         raise ConfigError(f"a fork of {parent.run_id} cannot start: {'; '.join(wrong)}")
     if (parent.config.stored_trajectories, config.stored_trajectories) == ("final", "full"):
         raise ConfigError(
-            f"a fork of {parent.run_id} cannot start: {config.algorithm.type} trains on every step, "
+            f"a fork of {parent.run_id} cannot start: {config.algorithm.type} trains on all steps, "
             f"and {parent.config.algorithm.type} saved clean latents alone. Start a run of its own"
         )
     check_windows(config, parent)
