@@ -7,6 +7,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from ddpo.config import OptimizerConfig
+from ddpo.policies import Policy
+from ddpo.state import TrainState
+
 
 class Ema:
     """An average that follows the weights: ema = decay * ema + (1 - decay) * weights.
@@ -26,6 +30,13 @@ class Ema:
             name: value.detach().to(device, torch.float32, copy=True)
             for name, value in start.items()
         }
+
+    @classmethod
+    def of(cls, policy: Policy, state: TrainState, settings: OptimizerConfig) -> Ema | None:
+        """Go on with a state's average, or begin one at its weights; None if none is kept."""
+        if settings.ema_decay is None:
+            return None
+        return cls(state.shown_weights, settings.ema_decay, policy.device)
 
     @torch.no_grad()
     def follow(self, weights: Mapping[str, Tensor]) -> None:

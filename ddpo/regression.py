@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ddpo.config import Regression, RunConfig
+from ddpo.ema import Ema
 from ddpo.errors import ConfigError, NonFiniteError
 from ddpo.gradient import float16_loss_scale, unscale
 from ddpo.optimizer import copies, make_adamw, optimizer_state, take_step
@@ -234,6 +235,7 @@ def regress(
             f"algorithm.type {algorithm.type} is no regression; its update is ddpo.update.update"
         )
     gradient = DenoisingGradient(policy)
+    ema = Ema.of(policy, state, config.optimizer)
     adamw = make_adamw(gradient.parameters, config.optimizer, state.optimizer)
     samples = torch.nonzero(weights > 0).flatten().tolist()
     done = 0
@@ -251,6 +253,8 @@ def regress(
                 noising = Noising.draw(*path, step, policy)
                 losses.append(gradient.accumulate(finals, weights, step, noising, on_samples))
                 norms.append(take_step(adamw, gradient.parameters, config.optimizer))
+                if ema is not None:
+                    ema.follow(policy.weights.state())
     except NonFiniteError:
         # Earlier steps of this epoch have already moved them.
         policy.weights.load(state.weights)
@@ -262,6 +266,7 @@ def regress(
         epoch=state.epoch + 1,
         updates=state.updates + len(losses),
         samples=state.samples + len(finals.prompts),
+        ema={} if ema is None else copies(ema.average),
     )
     own = weights.double()
     return after, RegressionMetrics(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ddpo.baseline import ValueBaseline
-from ddpo.config import DdpoIsConfig, OptimizerConfig, Regression, RunConfig
+from ddpo.config import DdpoIsConfig, Regression, RunConfig
 from ddpo.ema import Ema
 from ddpo.errors import ConfigError, NonFiniteError
 from ddpo.gradient import PolicyGradient, Rollouts
@@ -151,7 +151,7 @@ def update(
         )
     sampler = sampler_of_epoch(policy, config, state.epoch)
     gradient = PolicyGradient(policy, sampler, algorithm)
-    ema = _ema(policy, state, config.optimizer)
+    ema = Ema.of(policy, state, config.optimizer)
     adamw = make_adamw(gradient.parameters, config.optimizer, state.optimizer)
     old = _old_log_probs(gradient, rollouts, config)
     count = len(rollouts.prompts)
@@ -233,12 +233,6 @@ def _old_log_probs(gradient: PolicyGradient, rollouts: Rollouts, config: RunConf
         gradient.recompute(rollouts, samples) for samples in _samples_of_updates(rollouts, config)
     ]
     return torch.stack(recomputed).nansum(0)
-
-
-def _ema(policy: Policy, state: TrainState, settings: OptimizerConfig) -> Ema | None:
-    if settings.ema_decay is None:
-        return None
-    return Ema(state.shown_weights, settings.ema_decay, policy.device)
 
 
 def _mean(values: list[float | None]) -> float | None:

@@ -14,6 +14,7 @@ import torch
 from ddpo.config import RunConfig
 from ddpo.errors import ConfigError, NonFiniteError
 from ddpo.gradient import Rollouts
+from ddpo.optimizer import take_step
 from ddpo.policies import Policy
 from ddpo.regression import (
     DenoisingGradient,
@@ -224,6 +225,28 @@ def test_steps_are_those_of_one_adamw_over_the_passes(
             losses.append(float(loss.detach()))
     assert_same_tensors(found.weights, policy.weights.state())
     assert metrics.loss == pytest.approx(sum(losses) / 4, rel=1e-6)
+
+
+def test_the_average_follows_every_step(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch, rollouts: Rollouts
+) -> None:
+    config = rwr_config(tiny_model, optimizer={"learning_rate": 1e-2, "ema_decay": 0.9})
+    policy = load_policy(config)
+    state = initial_state(policy, ema=True)
+    expected = {name: value.double() for name, value in state.weights.items()}
+
+    def then_average(*given: Any) -> float:
+        norm = take_step(*given)
+        for name, value in policy.weights.state().items():
+            expected[name] = 0.9 * expected[name] + 0.1 * value.double()
+        return norm
+
+    monkeypatch.setattr("ddpo.regression.take_step", then_average)
+    after, _ = regress(policy, state, finals_of(rollouts), WEIGHTS, {}, config)
+    assert after.updates == 4 and after.shown_weights is after.ema
+    for name, value in expected.items():
+        torch.testing.assert_close(after.ema[name].double(), value, rtol=0, atol=1e-6)
+    assert max(float((after.ema[n] - w).abs().max()) for n, w in after.weights.items()) > 1e-3
 
 
 def test_samples_of_weight_0_cost_no_forward_and_change_nothing(
