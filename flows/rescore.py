@@ -13,7 +13,7 @@ from ddpo.history import History
 from ddpo.rewards import load_reward
 from ddpo.run import Run, open_run, storage_root
 from ddpo.store import keys, manifests
-from ddpo.store.checkpoints import find_checkpoint
+from ddpo.store.checkpoints import find_checkpoint, load_document
 from ddpo.store.manifests import Ref
 from ddpo.store.objects import Store
 from flows.stopping import mark_stopped, note_begun
@@ -87,9 +87,8 @@ def rescore(
             before = _statistics_before(rescored, epoch)
             if before is None:
                 get_run_logger().info(
-                    "epoch %d has no advantages: those of epoch %d under %s come first",
+                    "epoch %d has no advantages: there are no prompt statistics before it by %s",
                     epoch,
-                    epoch - 1,
                     reward_id,
                 )
             else:
@@ -136,7 +135,10 @@ def _statistics_before(run: Run, epoch: int) -> Ref | None:
     """Return what holds the prompt statistics before an epoch, under the run's (new) reward."""
     if epoch == run.first_epoch:
         first = find_checkpoint(run.store, run.run_id, epoch)
-        return first.ref if first else None
+        # A fork's are of its own reward, on another scale; of a new run there are none yet.
+        if first is None or load_document(run.store, first.manifest, "progress")["statistics"]:
+            return None
+        return first.ref
     reward_id = run.reward_id
     key = keys.advantage_manifest_key(reward_id, run.run_id, epoch - 1)
     found = manifests.find(run.store, key)

@@ -76,7 +76,9 @@ def committed_rollouts(run: Run, epoch: int) -> list[Ref]:
 
 
 def epochs_before(run: Run, fork: ForkConfig) -> Iterator[tuple[Run, int]]:
-    """Yield the epochs whose updates are behind a fork's checkpoint, the first one first.
+    """Yield the epochs whose rewards a fork's prompt statistics are rebuilt from, the first first.
+
+    Those whose updates are behind its checkpoint, back to where a run among them reset its own.
 
     Args:
         run: The fork, or any run of its store.
@@ -86,7 +88,7 @@ def epochs_before(run: Run, fork: ForkConfig) -> Iterator[tuple[Run, int]]:
         The run that an epoch belongs to, and the epoch.
     """
     parent = open_run(run.store, fork.run_id)
-    if parent.config.fork:
+    if parent.config.fork and parent.config.fork.statistics == "rebuild":
         yield from epochs_before(run, parent.config.fork)
     for epoch in range(parent.first_epoch, fork.epoch):
         yield parent, epoch

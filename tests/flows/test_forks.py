@@ -147,6 +147,27 @@ def test_a_fork_may_forget_the_rewards_before_it(place: Place) -> None:
     assert found and load_document(place.store, found.manifest, "progress")["statistics"] == {}
 
 
+@pytest.mark.slow
+def test_a_fork_of_one_that_forgot_rewards_forgets_them_too(place: Place) -> None:
+    fork(NIGHT, 1, fork_id="forgot", statistics="reset", storage=place.store.root)
+    fork("forgot", 2, fork_id="forgot-too", storage=place.store.root)
+    assert place.weights("forgot-too", EPOCHS) == place.weights("forgot", EPOCHS)
+
+
+@pytest.mark.slow
+def test_a_rescored_fork_takes_no_advantages_from_statistics_of_its_own_reward(
+    place: Place,
+) -> None:
+    for run_id, statistics in (("knows", "rebuild"), ("knows-none", "reset")):
+        fork(NIGHT, 1, fork_id=run_id, statistics=statistics, epochs=2, storage=place.store.root)
+        reward_id = rescore(run_id, "colorfulness", storage=place.store.root)
+        for shard in range(2):
+            key = keys.reward_manifest_key(reward_id, run_id, 1, shard)
+            assert manifests.find(place.store, key)
+        key = keys.advantage_manifest_key(reward_id, run_id, 1)
+        assert (manifests.find(place.store, key) is None) == (statistics == "rebuild")
+
+
 def test_a_fork_of_another_sampler_is_refused_by_name(place: Place) -> None:
     with pytest.raises(PolicyMismatch, match="another sampler"):
         fork(NIGHT, 1, fork_id="other", overrides=["sampler.steps=3"], storage=place.store.root)
