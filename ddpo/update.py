@@ -153,7 +153,7 @@ def update(
     gradient = PolicyGradient(policy, sampler, algorithm)
     ema = Ema.of(policy, state, config.optimizer)
     adamw = make_adamw(gradient.parameters, config.optimizer, state.optimizer)
-    old = _old_log_probs(gradient, rollouts, config)
+    old = _old_log_probs(gradient, rollouts, config, state.epoch)
     count = len(rollouts.prompts)
     rewards = advantages
     scored = torch.ones(count, dtype=torch.bool) if scored is None else scored
@@ -210,7 +210,9 @@ def update(
     )
 
 
-def _old_log_probs(gradient: PolicyGradient, rollouts: Rollouts, config: RunConfig) -> Tensor:
+def _old_log_probs(
+    gradient: PolicyGradient, rollouts: Rollouts, config: RunConfig, epoch: int
+) -> Tensor:
     """Return the ratio's denominator, [S, T]: the stored log-probs, or new ones of every sample.
 
     In float32 the stored ones are right to 5e-6. In 16 bits one sampler batch is computed again
@@ -219,7 +221,8 @@ def _old_log_probs(gradient: PolicyGradient, rollouts: Rollouts, config: RunConf
     algorithm = config.algorithm
     if not isinstance(algorithm, DdpoIsConfig) or algorithm.old_log_probs == "stored":
         return rollouts.log_probs
-    if config.fork is not None and config.fork.off_policy:
+    fork = config.fork
+    if fork is not None and fork.off_policy and fork.adopts(epoch):
         return rollouts.log_probs  # another policy's: this one cannot say what they were
     if algorithm.old_log_probs == "auto":
         if not gradient.policy.numerics.low_precision:

@@ -58,7 +58,7 @@ def update_policy(
     if done is not None:
         return done.ref
     digests = load_document(run.store, manifests.load(run.store, checkpoint), "digests")
-    drawn = _read_rollouts(run, rollouts, digests)
+    drawn = _read_rollouts(run, rollouts, digests, epoch)
     scored = manifests.load(run.store, advantages)
     rows = decode_advantages(run.store.get(scored.objects["advantages"]))
     statistics = load_document(run.store, scored, "statistics")
@@ -134,9 +134,10 @@ def _updated(
     )
 
 
-def _read_rollouts(run: Run, refs: Sequence[Ref], digests: dict[str, str]) -> _Drawn:
+def _read_rollouts(run: Run, refs: Sequence[Ref], digests: dict[str, str], epoch: int) -> _Drawn:
     """Read the epoch's trajectories, and refuse those of another policy or sampler."""
-    off_policy = run.config.fork is not None and run.config.fork.off_policy
+    fork = run.config.fork
+    off_policy = fork is not None and fork.off_policy and fork.adopts(epoch)
     rows, shards = [], []
     for ref in refs:
         manifest = manifests.load(run.store, ref)

@@ -36,7 +36,7 @@ from tasks.score import score_shard
 from tasks.start import start
 from tasks.update import update_policy
 from tasks.worker import RunHandle
-from tests.fold import as_in_a_new_process
+from tests.fold import as_in_a_new_process, run_epoch, run_epochs
 from tests.tiny import tiny_config
 
 TREES = (
@@ -345,3 +345,19 @@ def run_that_cannot_read_cats(
     )
     done = do_epoch(run, start.fn(handle_of(run)), 0)
     return run, done, done.following
+
+
+def test_an_off_policy_fork_is_checked_again_once_it_draws_itself(tiny_model: Path, root: Path):
+    as_in_a_new_process()
+    storage = {"storage": {"root": str(root)}}
+    run_epochs(start_run(tiny_config(tiny_model, **storage), "parent"), 1)
+    branch = {"run_id": "parent", "epoch": 0, "off_policy": True}
+    run = start_run(tiny_config(tiny_model, **storage, fork=branch), "branch")
+    handle = RunHandle(root=run.store.root, run_id=run.run_id)
+    first = start.fn(handle)
+    second = run_epoch(handle, run, first, 0)
+    drawn = [sample_shard.fn(handle, first, 1, shard) for shard in range(run.shards)]  # by another
+    scores = [score_shard.fn(handle, ref, 1, shard) for shard, ref in enumerate(drawn)]
+    advantages = advantages_of.fn(handle, second, drawn, scores, 1)
+    with pytest.raises(PolicyMismatch, match="drawn by another policy"):
+        update_policy.fn(handle, second, drawn, advantages, 1)
