@@ -92,7 +92,9 @@ def track_disagreement(
     }
     for row in _samples(run, names):
         caption = f"new {new[row.sample_id]:.4g}, own {own[row.sample_id]:.4g}"
-        tracker(tracking).log_picture(names[row.sample_id], _captioned(row, caption), step=0)
+        # A longer history's are shown beside a shorter one's: a step's picture is never replaced.
+        picture = _captioned(row, caption)
+        tracker(tracking).log_picture(names[row.sample_id], picture, step=max(epochs))
     return list(names)
 
 

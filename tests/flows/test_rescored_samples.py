@@ -41,12 +41,14 @@ class Page:
 
     metrics: dict[int, dict[str, float]] = field(default_factory=dict)
     pictures: dict[str, Image.Image] = field(default_factory=dict)
+    steps: set[int] = field(default_factory=set)
 
     def log_metrics(self, metrics: dict[str, float], step: int) -> None:
         self.metrics[step] = metrics
 
     def log_picture(self, key: str, image: Image.Image, step: int) -> None:
         self.pictures[key] = image
+        self.steps.add(step)
 
 
 @dataclass(frozen=True)
@@ -150,6 +152,7 @@ def test_the_samples_shown_are_those_that_the_two_rewards_disagree_on_most(
     assert {int(i[-6:]) // 4 for i in shown} == {0, 1}
     names = [f"disagreement/{side}-{n}" for side in ("new-higher", "own-higher") for n in range(3)]
     assert sorted(page.pictures) == names
+    assert page.steps == {EPOCHS - 1}  # more epochs are shown anew: a step's picture stays
     for name, sample in zip(names, shown, strict=True):
         width, height = 256, 256
         top = page.pictures[name].crop((0, 0, width, height))
