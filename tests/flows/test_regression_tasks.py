@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from ddpo.errors import ConfigError
 from ddpo.run import Run, start_run
 from ddpo.store import keys, manifests
 from ddpo.store.checkpoints import find_checkpoint, load_checkpoint, load_document
@@ -15,6 +16,7 @@ from ddpo.store.manifests import Ref
 from ddpo.store.tables import decode_advantages, decode_rollouts
 from ddpo.store.tensors import decode_tensors
 from ddpo.store.verify import verify_run
+from flows.fork import forked_config
 from tasks.advantages import advantages_of
 from tasks.mlflow_page import _parameters
 from tasks.repair import repair
@@ -185,3 +187,13 @@ def test_damaged_final_latents_and_weights_are_mended(tiny_model: Path, tmp_path
     assert {damage.key for damage in damages} == set(damaged)
     assert all(mended.done for mended in repair(run, damages))
     assert content(run) == before
+
+
+def test_a_fork_by_ddpo_is_refused_where_clean_latents_alone_were_saved(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    run = a_run(tiny_model, tmp_path, "rwr")
+    run_epochs(run, 1)
+    settings = ["algorithm={type: ddpo_is, updates_per_epoch: 2}"]
+    with pytest.raises(ConfigError, match="rwr saved clean latents alone"):
+        forked_config(run, 0, overrides=settings)
