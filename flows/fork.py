@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from prefect import flow
 
+from ddpo.branching import check_kept, check_sampler, committed_rollouts
 from ddpo.config import RunConfig
 from ddpo.config_files import apply_overrides, parse_config
 from ddpo.errors import ConfigError
@@ -17,7 +18,6 @@ from ddpo.store.objects import Store
 from ddpo.store.s3 import S3Options
 from flows.stopping import mark_stopped, note_begun
 from flows.train import Parameters, Text, Whole, train_run
-from tasks.adopt import check_windows, committed_rollouts, saved_rollouts
 
 Statistics = Literal["rebuild", "reset"]
 
@@ -101,7 +101,7 @@ def forked_config(
 
     Raises:
         ConfigError: The other run has no such epoch, or something must not differ.
-        PolicyMismatch: The noise of its samples is not where the fork would train.
+        PolicyMismatch: Its samples are of another sampler.
     """
     if parameters and reward is None:
         raise ConfigError(
@@ -140,7 +140,7 @@ def forked_config(
             f"a fork of {parent.run_id} cannot start: {config.algorithm.type} trains on all steps, "
             f"and {parent.config.algorithm.type} saved clean latents alone. Start a run of its own"
         )
-    check_windows(config, parent)
+    check_sampler(config, parent)
     return config
 
 
@@ -159,12 +159,11 @@ def named_fork(parent: Run, config: RunConfig, fork_id: str | None) -> str:
         The name.
 
     Raises:
-        RetiredObject: It is new, and retention deleted that epoch's samples.
+        DdpoError: It is new, and something that it would begin with is gone (`check_kept`).
     """
-    assert config.fork is not None
     name = fork_id or _fork_name(parent, config)
     if not parent.store.exists(keys.run_key(name)):
-        saved_rollouts(parent, config.fork.epoch)
+        check_kept(config, parent)
     return name
 
 

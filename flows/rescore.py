@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import suppress
 
 from prefect import flow, get_run_logger
 from prefect.runtime import flow_run
 
+from ddpo.branching import rebuilds_statistics, saved_rollouts
 from ddpo.config import RewardConfig
-from ddpo.errors import ConfigError
+from ddpo.errors import ConfigError, RetiredObject, RewardError
 from ddpo.history import History
 from ddpo.rewards import load_reward
 from ddpo.run import Run, open_run, storage_root
 from ddpo.store import keys, manifests
-from ddpo.store.checkpoints import find_checkpoint, load_document
+from ddpo.store.checkpoints import find_checkpoint
 from ddpo.store.manifests import Ref
 from ddpo.store.objects import Store
+from flows.start import scores_before
 from flows.stopping import mark_stopped, note_begun
 from flows.train import Parameters, Text
-from tasks.adopt import saved_rollouts
 from tasks.advantages import advantages_of
 from tasks.mlflow_page import open_rescored_page
 from tasks.score import score_shard
+from tasks.statistics import rebuild_statistics
 from tasks.track import TrackingHandle
 from tasks.track_rescored import track_disagreement, track_rescored
 from tasks.tracking import TrackingError
@@ -84,15 +87,7 @@ def rescore(
         for epoch in chosen:
             rollouts = saved_rollouts(run, epoch)
             scores = [score_shard(handle, ref, epoch, shard) for shard, ref in enumerate(rollouts)]
-            before = _statistics_before(rescored, epoch)
-            if before is None:
-                get_run_logger().info(
-                    "epoch %d has no advantages: there are no prompt statistics before it by %s",
-                    epoch,
-                    reward_id,
-                )
-            else:
-                advantages_of(handle, before, rollouts, scores, epoch)
+            _advantages(rescored, handle, rollouts, scores, epoch)
             track_rescored(handle, shown, scores, epoch)
         track_disagreement(handle, shown, chosen)
     except BaseException as error:
@@ -131,15 +126,38 @@ def chosen_epochs(run: Run, asked: str | None) -> list[int]:
     return kept
 
 
-def _statistics_before(run: Run, epoch: int) -> Ref | None:
-    """Return what holds the prompt statistics before an epoch, under the run's (new) reward."""
-    if epoch == run.first_epoch:
-        first = find_checkpoint(run.store, run.run_id, epoch)
-        # A fork's are of its own reward, on another scale; of a new run there are none yet.
-        if first is None or load_document(run.store, first.manifest, "progress")["statistics"]:
-            return None
-        return first.ref
+def _advantages(
+    run: Run, handle: RunHandle, rollouts: Sequence[Ref], scores: Sequence[Ref], epoch: int
+) -> None:
+    """Commit an epoch's advantages under the new reward, or say why there are none."""
+    reason = f"there are no prompt statistics before it by {run.reward_id}"
+    try:
+        before = _statistics_before(run, handle, epoch)
+    except RetiredObject as error:
+        before, reason = None, str(error)
+    if before is not None:
+        try:
+            advantages_of(handle, before, rollouts, scores, epoch)
+            return
+        except RewardError as error:  # not one of its samples could be scored
+            reason = str(error)
+    get_run_logger().warning("epoch %d has no advantages: %s", epoch, reason)
+
+
+def _statistics_before(run: Run, handle: RunHandle, epoch: int) -> Ref | None:
+    """Return what holds the prompt statistics before an epoch, under the run's (new) reward.
+
+    A fork's own are of its own reward, on another scale: the epochs before it are scored again.
+    """
     reward_id = run.reward_id
-    key = keys.advantage_manifest_key(reward_id, run.run_id, epoch - 1)
-    found = manifests.find(run.store, key)
+    if epoch > run.first_epoch:
+        key = keys.advantage_manifest_key(reward_id, run.run_id, epoch - 1)
+        found = manifests.find(run.store, key)
+    elif rebuilds_statistics(run.config) and epoch:
+        key = keys.statistics_manifest_key(reward_id, run.run_id, epoch - 1)
+        found = manifests.find(run.store, key)
+        if found is None:
+            return rebuild_statistics(handle, scores_before(run, handle), epoch)
+    else:
+        found = find_checkpoint(run.store, run.run_id, epoch)
     return found.ref if found else None

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from ddpo.config import PerPromptAdvantages, Regression
+from ddpo.branching import epochs_before, rebuilds_statistics, saved_rollouts
 from ddpo.run import Run
 from ddpo.store.checkpoints import find_checkpoint
 from ddpo.store.manifests import Ref
-from tasks.adopt import epochs_before, saved_rollouts
 from tasks.score import score_shard
-from tasks.start import start
+from tasks.start import check_fork, start
 from tasks.worker import RunHandle
 
 
@@ -27,18 +26,32 @@ def first_checkpoint(run: Run, handle: RunHandle) -> Ref:
     """
     if done := find_checkpoint(run.store, run.run_id, run.first_epoch):
         return done.ref  # the epochs before it may be retired by now
-    fork = run.config.fork
-    if not fork or fork.statistics == "reset":
+    if not rebuilds_statistics(run.config):
         return start(handle)
-    normalised = not isinstance(run.config.algorithm, Regression)
-    if not (normalised and isinstance(run.config.advantages, PerPromptAdvantages)):
-        return start(handle)  # nothing is remembered from epoch to epoch
+    check_fork(handle)
+    return start(handle, scores_before(run, handle))
+
+
+def scores_before(run: Run, handle: RunHandle) -> list[Ref]:
+    """Score the epochs whose rewards a fork's prompt statistics are rebuilt from, a task a shard.
+
+    Args:
+        run: The fork, of whose reward the scores are.
+        handle: The same, for tasks.
+
+    Returns:
+        The scores' manifests, in order.
+
+    Raises:
+        RetiredObject: Retention deleted samples of one of them.
+    """
+    fork = run.config.fork
+    assert fork is not None
     reward = run.config.reward.model_dump_json()
-    history = [
+    return [
         score_shard(
             handle.model_copy(update={"run_id": owner.run_id, "reward": reward}), ref, epoch, shard
         )
         for owner, epoch in epochs_before(run, fork)
         for shard, ref in enumerate(saved_rollouts(owner, epoch))
     ]
-    return start(handle, history)

@@ -12,7 +12,7 @@ from ddpo.store.checkpoints import commit_checkpoint, find_checkpoint
 from ddpo.store.manifests import Ref
 from ddpo.update import initial_state
 from ddpo.window import sampler_of_epoch
-from tasks.adopt import adopt_checkpoint
+from tasks.adopt import adopt_checkpoint, check_adoptable
 from tasks.retries import STORAGE
 from tasks.worker import RunHandle, fresh_policy, opened
 
@@ -56,3 +56,18 @@ def start(handle: RunHandle, history: Sequence[Ref] = ()) -> Ref:
             inputs={"identity_digest": run.identity_digest},
             documents={"digests": digests},
         ).ref
+
+
+@task(name="check fork", task_run_name="policy of the saved samples", cache_policy=NO_CACHE)
+def check_fork(handle: RunHandle) -> None:
+    """Refuse a fork of another base model's or sampler's samples, before any reward is asked.
+
+    Args:
+        handle: The fork.
+
+    Raises:
+        PolicyMismatch: Its base model or sampler is not that of the saved rollouts.
+    """
+    run = opened(handle)
+    with fresh_policy(run) as policy:
+        check_adoptable(run, policy)

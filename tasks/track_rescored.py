@@ -11,12 +11,12 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 from scipy.stats import rankdata
 
+from ddpo.branching import saved_rollouts
 from ddpo.run import Run, open_run
 from ddpo.store import keys, manifests
 from ddpo.store.images import decode_image
 from ddpo.store.manifests import Ref
 from ddpo.store.tables import RewardRow, RolloutRow, decode_rewards, decode_rollouts
-from tasks.adopt import saved_rollouts
 from tasks.retries import STORAGE
 from tasks.track import TrackingHandle, reward_metrics, tracker
 from tasks.worker import RunHandle, opened

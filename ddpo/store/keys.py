@@ -210,6 +210,11 @@ def advantage_manifest_key(reward_id: str, run_id: str, epoch: int) -> str:
     return f"manifests/advantages/{_reward(reward_id)}/{_partition(run_id, epoch)}.json"
 
 
+def statistics_manifest_key(reward_id: str, run_id: str, epoch: int) -> str:
+    """Returns the key of the manifest of prompt statistics that were rebuilt, of no advantages."""
+    return f"manifests/statistics/{_reward(reward_id)}/{_partition(run_id, epoch)}.json"
+
+
 def pictures_manifest_key(pictures_id: str, run_id: str, epoch: int) -> str:
     """Returns the key of the manifest of a checkpoint's pictures of fixed prompts and seeds."""
     return f"manifests/pictures/{_pictures(pictures_id)}/{_partition(run_id, epoch)}.json"

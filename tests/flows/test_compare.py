@@ -14,6 +14,7 @@ import pytest
 import yaml
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
+from ddpo.branching import saved_rollouts
 from ddpo.comparison.plan import Comparison, Member, read_comparison
 from ddpo.comparison.report import markdown
 from ddpo.comparison.result import read_result
@@ -30,7 +31,6 @@ from ddpo.store.verify import verify_run
 from flows import cli
 from flows.compare import draw_shared
 from flows.train import resume, train
-from tasks.adopt import saved_rollouts
 from tasks.mlflow_connection import connect, find_or_create_experiment, find_run
 from tasks.mlflow_page import open_page
 from tasks.track import TrackingHandle

@@ -31,6 +31,7 @@ from tests.tiny import build_tiny_model, tiny_config
 
 EPOCHS = 3
 NIGHT = "night"
+_DEAR = "jpeg_incompressibility"
 
 
 @dataclass(frozen=True)
@@ -155,29 +156,46 @@ def test_a_fork_of_one_that_forgot_rewards_forgets_them_too(place: Place) -> Non
 
 
 @pytest.mark.slow
-def test_a_rescored_fork_takes_no_advantages_from_statistics_of_its_own_reward(
+def test_a_rescored_fork_has_the_advantages_of_one_that_had_that_reward_from_the_start(
     place: Place,
 ) -> None:
-    for run_id, statistics in (("knows", "rebuild"), ("knows-none", "reset")):
-        fork(NIGHT, 1, fork_id=run_id, statistics=statistics, epochs=2, storage=place.store.root)
-        reward_id = rescore(run_id, "colorfulness", storage=place.store.root)
-        for shard in range(2):
-            key = keys.reward_manifest_key(reward_id, run_id, 1, shard)
-            assert manifests.find(place.store, key)
-        key = keys.advantage_manifest_key(reward_id, run_id, 1)
-        assert (manifests.find(place.store, key) is None) == (statistics == "rebuild")
+    """Its prompt statistics are rebuilt by the new reward, or reset, as its own were."""
+    root = place.store.root
+    for statistics in ("rebuild", "reset"):
+        name, other = f"by-size-{statistics}", f"by-colour-{statistics}"
+        fork(NIGHT, 1, fork_id=name, statistics=statistics, epochs=2, storage=root)
+        reward_id = rescore(name, "colorfulness", storage=root)
+        fork(NIGHT, 1, "colorfulness", fork_id=other, statistics=statistics, epochs=2, storage=root)
+        rescored, had = (
+            decode_advantages(place.store.get(found.manifest.objects["advantages"]))
+            for run_id in (name, other)
+            if (
+                found := manifests.find(
+                    place.store, keys.advantage_manifest_key(reward_id, run_id, 1)
+                )
+            )
+        )
+        assert [row.advantage for row in rescored] == [row.advantage for row in had]
+        assert [row.count for row in rescored] == [row.count for row in had]
+        assert {row.count for row in had} != {0}
+    before = {key: place.store.read(key) for key in place.store.list()}
+    rescore("by-size-rebuild", "colorfulness", storage=root)
+    assert {key: place.store.read(key) for key in place.store.list()} == before
 
 
 def test_a_fork_of_another_sampler_is_refused_by_name(place: Place) -> None:
     with pytest.raises(PolicyMismatch, match="another sampler"):
         fork(NIGHT, 1, fork_id="other", overrides=["sampler.steps=3"], storage=place.store.root)
+    assert not place.store.exists(keys.run_key("other"))  # its name is free
 
 
 def test_a_fork_of_another_base_model_is_refused_by_name(place: Place, tmp_path: Path) -> None:
     other = build_tiny_model(tmp_path / "other", seed=5)
     changed = [f"model.path={other}"]
+    scored = place.store.list("manifests/rewards")
     with pytest.raises(PolicyMismatch, match=r"another base model .* expected"):
-        fork(NIGHT, 1, fork_id="based", overrides=changed, storage=place.store.root)
+        fork(NIGHT, 1, _DEAR, fork_id="based", overrides=changed, storage=place.store.root)
+    assert place.store.list("manifests/rewards") == scored  # and nothing was paid for it
     # Unless its config says so; how far the policies are apart is measured then.
     changed += ["fork.off_policy=true"]
     fork(NIGHT, 1, fork_id="off", epochs=2, overrides=changed, storage=place.store.root)

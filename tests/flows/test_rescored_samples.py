@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ddpo.branching import saved_rollouts
 from ddpo.config import RewardConfig
 from ddpo.prompts import Prompt
 from ddpo.run import Run, start_run
@@ -18,7 +19,6 @@ from ddpo.store.images import decode_image
 from ddpo.store.manifests import Ref
 from ddpo.store.tables import decode_rewards, decode_rollouts
 from tasks import track_rescored as module
-from tasks.adopt import saved_rollouts
 from tasks.score import score_shard
 from tasks.track import TrackingHandle
 from tasks.track_rescored import track_disagreement, track_rescored

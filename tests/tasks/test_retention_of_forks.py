@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from ddpo.branching import saved_rollouts
 from ddpo.config import ForkConfig, PerPromptAdvantages, RunConfig
 from ddpo.digests import tensors_digest
-from ddpo.errors import RetiredObject
+from ddpo.errors import ConfigError, RetiredObject
 from ddpo.lineage import forks_of, record_fork
 from ddpo.run import Run, open_run, start_run
 from ddpo.state import TrainState
@@ -22,7 +23,7 @@ from ddpo.store.verify import verify_run
 from flows.fork import forked_config, named_fork
 from flows.start import first_checkpoint
 from flows.train import train_run
-from tasks.adopt import adopt_shard, saved_rollouts
+from tasks.adopt import adopt_shard
 from tasks.score import score_shard
 from tasks.start import start
 from tasks.worker import RunHandle
@@ -127,6 +128,46 @@ def test_a_fork_that_comes_after_retention_is_told_so(history: Run, tiny_model: 
     fork = forked(history, tiny_model)
     with pytest.raises(RetiredObject, match="trajectories"):
         run_epochs(fork, 1)
+
+
+def test_a_fork_that_cannot_begin_is_refused_before_its_name_is_taken(history: Run) -> None:
+    store = history.store
+    changes = {
+        "fork": ForkConfig(run_id="history", epoch=1, rollouts=ADOPTED, off_policy=True),
+        "advantages": PerPromptAdvantages(type="per_prompt", buffer_size=8, min_count=2),
+    }
+    config = history.config.model_copy(update=changes)
+    assert named_fork(history, config, "fork") == "fork"
+
+    keep_all = {key: store.read(key) for key in store.list()}
+
+    def retired(part: str, epoch: int) -> None:
+        for key in set(store.list()) - set(keep_all):
+            store.delete(key)
+        commit = manifests.find(store, keys.epoch_manifest_key("history", epoch))
+        assert commit is not None
+        record = keys.retired_epoch_key(part, "history", epoch)
+        inputs = {"epoch": commit.ref.model_dump()}
+        manifests.commit(store, record, kind=f"retired-{part}", inputs=inputs, objects={})
+
+    # Of three adopted epochs the last two, which a fork comes to hours later.
+    for part, epoch in (("samples", 2), ("trajectories", 3)):
+        retired(part, epoch)
+        with pytest.raises(RetiredObject, match=f"{part} of epoch {epoch}"):
+            named_fork(history, config, "fork")
+    # What its prompt statistics would be rebuilt from; pictures alone are enough for that.
+    retired("trajectories", 0)
+    assert named_fork(history, config, "fork") == "fork"
+    retired("samples", 0)
+    with pytest.raises(ConfigError, match=r"epoch 0 of 'history'.*--reset-statistics"):
+        named_fork(history, config, "fork")
+    reset = ForkConfig(run_id="history", epoch=1, statistics="reset")
+    forgetful = config.model_copy(update={"fork": reset})
+    assert named_fork(history, forgetful, "fork") == "fork"
+    assert retire_checkpoints(store, "history", keep_newest=1, keep_every=None)[:2] == [0, 1]
+    with pytest.raises(RetiredObject, match="checkpoints"):
+        named_fork(history, forgetful, "fork")
+    assert not store.exists(keys.run_key("fork"))
 
 
 def test_a_fork_is_told_what_retention_deletes_while_it_adopts_it(
