@@ -10,7 +10,7 @@ from prefect.runtime import flow_run
 
 from ddpo.branching import rebuilds_statistics, saved_rollouts
 from ddpo.config import RewardConfig
-from ddpo.errors import ConfigError, RetiredObject, RewardError
+from ddpo.errors import ConfigError, RetiredObject
 from ddpo.history import History
 from ddpo.rewards import load_reward
 from ddpo.run import Run, open_run, storage_root
@@ -87,8 +87,12 @@ def rescore(
         for epoch in chosen:
             rollouts = saved_rollouts(run, epoch)
             scores = [score_shard(handle, ref, epoch, shard) for shard, ref in enumerate(rollouts)]
-            _advantages(rescored, handle, rollouts, scores, epoch)
-            track_rescored(handle, shown, scores, epoch)
+            metrics = track_rescored(handle, shown, scores, epoch)
+            without = "not one of its samples could be scored"
+            if "reward/mean" in metrics:
+                without = _advantages(rescored, handle, rollouts, scores, epoch)
+            if without:
+                get_run_logger().warning("epoch %d has no advantages: %s", epoch, without)
         track_disagreement(handle, shown, chosen)
     except BaseException as error:
         with suppress(TrackingError):  # the first error is the one to tell
@@ -128,20 +132,16 @@ def chosen_epochs(run: Run, asked: str | None) -> list[int]:
 
 def _advantages(
     run: Run, handle: RunHandle, rollouts: Sequence[Ref], scores: Sequence[Ref], epoch: int
-) -> None:
-    """Commit an epoch's advantages under the new reward, or say why there are none."""
-    reason = f"there are no prompt statistics before it by {run.reward_id}"
+) -> str:
+    """Commit an epoch's advantages under the new reward; returns why there are none, if so."""
     try:
         before = _statistics_before(run, handle, epoch)
     except RetiredObject as error:
-        before, reason = None, str(error)
-    if before is not None:
-        try:
-            advantages_of(handle, before, rollouts, scores, epoch)
-            return
-        except RewardError as error:  # not one of its samples could be scored
-            reason = str(error)
-    get_run_logger().warning("epoch %d has no advantages: %s", epoch, reason)
+        return str(error)
+    if before is None:
+        return f"there are no prompt statistics before it by {run.reward_id}"
+    advantages_of(handle, before, rollouts, scores, epoch)
+    return ""
 
 
 def _statistics_before(run: Run, handle: RunHandle, epoch: int) -> Ref | None:

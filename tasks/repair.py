@@ -12,6 +12,7 @@ from ddpo.store import keys, manifests
 from ddpo.store.manifests import Ref
 from ddpo.store.scratch import ScratchStore
 from ddpo.store.verify import Damage
+from tasks.adopt import adopt_shard
 from tasks.advantages import normalise
 from tasks.sample import draw_shard
 from tasks.score import score_rollouts
@@ -77,20 +78,28 @@ def _make_again(
         "rewards": keys.reward_manifest_key(reward_id, run.run_id, epoch, shard),
         "advantages": keys.advantage_manifest_key(reward_id, run.run_id, epoch),
     }
+    owner = keys.run_of(manifest)
+    if owner != run.run_id:
+        raise _belongs_to(owner)
     if manifest != own[kind]:
-        raise NotMended("it belongs to another run, or to another reward than this run's own")
+        raise NotMended("it belongs to another reward than this run's own")
     # In memory first: what is there, however damaged, is replaced by whole bytes or not at all.
     scratch = ScratchStore(run.store, [damage.key for damage in damages])
     aside = replace(run, store=scratch)
-    if kind == "rollouts":
-        draw_shard(aside, _checkpoint(aside, epoch), epoch, shard)
+    fork = run.config.fork
+    if kind == "rollouts" and fork and fork.adopts(epoch):
+        if scratch.exists(manifest):  # what it lists is the other run's
+            raise _belongs_to(fork.run_id)
+        adopt_shard(aside, epoch, shard)
+    elif kind == "rollouts":
+        draw_shard(aside, _made_with(aside, manifest, epoch), epoch, shard)
     elif kind == "rewards":
         score_rollouts(aside, _rollouts(aside, epoch, shard), epoch, shard)
     else:
         shards = range(run.shards)
         rollouts = [_rollouts(aside, epoch, number) for number in shards]
         rewards = [_rewards(aside, epoch, number) for number in shards]
-        normalise(aside, _checkpoint(aside, epoch), rollouts, rewards, epoch)
+        normalise(aside, _made_with(aside, manifest, epoch), rollouts, rewards, epoch)
     for damage in damages:
         made = scratch.written.get(damage.key)
         wrong = (
@@ -111,8 +120,21 @@ def _is_digest(text: str) -> bool:
     return len(text) == 64
 
 
-def _checkpoint(run: Run, epoch: int) -> Ref:
-    return _found(run, keys.checkpoint_manifest_key(run.run_id, epoch))
+def _belongs_to(run_id: str | None) -> NotMended:
+    return NotMended(
+        f"it belongs to run {run_id!r}: `ddpo verify {run_id} --repair` makes it again"
+    )
+
+
+def _made_with(run: Run, manifest: str, epoch: int) -> Ref:
+    """Return the checkpoint, or what else held the state, that a part was made from.
+
+    Its manifest tells: a history that is shared in a comparison is drawn by one checkpoint wholly.
+    """
+    key = keys.checkpoint_manifest_key(run.run_id, epoch)
+    if known := manifests.find(run.store, manifest):
+        key = Ref.model_validate(known.manifest.inputs["checkpoint"]).key
+    return _found(run, key)
 
 
 def _rollouts(run: Run, epoch: int, shard: int) -> Ref:

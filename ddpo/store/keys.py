@@ -25,6 +25,7 @@ _SEGMENT = re.compile(r"[A-Za-z0-9._=-]{1,200}")
 _CHECKPOINT_OBJECT = re.compile(r"checkpoints/run_id=([^/]+)/epoch=(\d{5})/.+")
 _CHECKPOINT_MANIFEST = re.compile(r"manifests/checkpoints/run_id=([^/]+)/epoch=(\d{5})\.json")
 
+_RUN = re.compile(r"/run_id=([^/]+)/")
 _EPOCH = re.compile(r"/epoch=(\d{5})(?:/|\.json$)")
 _EPOCH_OBJECT = re.compile(
     r"(?P<tree>trajectories|rollouts|rewards|statistics)/(reward_name=[^/]+/)?"
@@ -274,6 +275,12 @@ def parse_epoch(key: str) -> int | None:
     """Returns the epoch that a key is of, None for keys of none."""
     match = _EPOCH.search(key)
     return int(match[1]) if match else None
+
+
+def run_of(key: str) -> str | None:
+    """Returns the run that a table, a checkpoint or a manifest is of, None for other keys."""
+    match = _RUN.search(key)
+    return match[1] if match else None
 
 
 def parse_part_manifest(key: str) -> tuple[str, int, int | None] | None:

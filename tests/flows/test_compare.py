@@ -24,6 +24,7 @@ from ddpo.history import open_run as open_history
 from ddpo.run import open_run, start_run
 from ddpo.store import manifests
 from ddpo.store.checkpoints import find_checkpoint, load_document
+from ddpo.store.commits import read_epoch
 from ddpo.store.manifests import Manifest
 from ddpo.store.objects import Store
 from ddpo.store.tables import decode_rollouts
@@ -33,6 +34,7 @@ from flows.compare import draw_shared
 from flows.train import resume, train
 from tasks.mlflow_connection import connect, find_or_create_experiment, find_run
 from tasks.mlflow_page import open_page
+from tasks.repair import repair
 from tasks.track import TrackingHandle
 from tasks.worker import RunHandle
 from tests.fold import as_in_a_new_process, run_epochs
@@ -231,6 +233,18 @@ def test_offline_all_learn_from_what_the_first_checkpoint_drew(tiny_model: Path,
     assert first is not None and find_checkpoint(run.store, run.run_id, 1) is None
     untrained = load_document(run.store, first.manifest, "digests")["policy_digest"]
     assert not verify_run(run.store, run.run_id).damages
+    # Its second epoch's parts are made again by what made them: the first checkpoint.
+    epoch = read_epoch(run.store, run.run_id, 1)
+    lost = [
+        epoch.shards[0].trajectories.key,
+        manifests.load(run.store, epoch.advantages).objects["advantages"].key,
+    ]
+    kept = [run.store.read(key) for key in lost]
+    for key in lost:
+        run.store.delete(key)
+    mended = repair(run, verify_run(run.store, run.run_id).damages)
+    assert len(mended) == 2 and all(each.done for each in mended), mended
+    assert [run.store.read(key) for key in lost] == kept
 
     for members in comparison.variants.values():
         run_epochs(start_run(members[0].config, members[0].run_id), 3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,18 +11,23 @@ from typing import Any
 import numpy as np
 import pytest
 from mlflow.tracking import MlflowClient
+from PIL import Image
 
 from ddpo.config import RunConfig
 from ddpo.digests import tensors_digest
 from ddpo.errors import ConfigError, NotInHistory, PolicyMismatch, UnknownSchema
+from ddpo.history import open_run as open_history
 from ddpo.lineage import forks_of
+from ddpo.prompts import Prompt
 from ddpo.report import reward_curve
+from ddpo.rewards import Scores
 from ddpo.run import Run, open_run
 from ddpo.store import keys, manifests
 from ddpo.store.checkpoints import find_checkpoint, load_checkpoint, load_document
 from ddpo.store.epoch_retention import retire_epochs
+from ddpo.store.images import decode_image
 from ddpo.store.objects import Store
-from ddpo.store.tables import decode_advantages
+from ddpo.store.tables import decode_advantages, decode_rollouts
 from flows import cli
 from flows.fork import fork, forked_config
 from flows.rescore import chosen_epochs, rescore
@@ -32,6 +38,17 @@ from tests.tiny import build_tiny_model, tiny_config
 EPOCHS = 3
 NIGHT = "night"
 _DEAR = "jpeg_incompressibility"
+
+
+_UNREADABLE: set[bytes] = set()
+
+
+def picky(images: Sequence[Image.Image], prompts: Sequence[Prompt]) -> Scores:
+    """Reward = the first pixel's red; of pictures that are named, none."""
+    return Scores(
+        values=np.array([image.tobytes()[0] for image in images], dtype=np.float32),
+        failed=np.array([image.tobytes() in _UNREADABLE for image in images]),
+    )
 
 
 @dataclass(frozen=True)
@@ -304,6 +321,26 @@ def test_rescoring_is_what_the_run_would_have_had_and_happens_once(place: Place)
     assert {key: place.store.read(key) for key in place.store.list()} == before
     assert client.get_metric_history(page.info.run_id, "reward/mean") == history
     assert [f.path for f in client.list_artifacts(page.info.run_id, "images")] == pictures
+
+
+@pytest.mark.slow
+def test_an_epoch_that_cannot_be_scored_ends_no_rescoring(place: Place) -> None:
+    for shard in range(2):
+        found = manifests.find(place.store, keys.rollout_manifest_key(NIGHT, 1, shard))
+        assert found is not None
+        rows = decode_rollouts(place.store.get(found.manifest.objects["rollouts"]))
+        _UNREADABLE.update(decode_image(row.image_png).tobytes() for row in rows)
+    reward_id = rescore(NIGHT, f"{__name__}:picky", storage=place.store.root)
+    history = open_history(place.store.root, NIGHT).samples(reward_id)
+    by_epoch = {
+        epoch: [row for row in history.to_pylist() if row["epoch"] == epoch]
+        for epoch in range(EPOCHS)
+    }
+    assert all(row["advantage"] is not None for row in by_epoch[0])
+    assert all((row["reward"], row["advantage"]) == (None, None) for row in by_epoch[1])
+    # Prompt statistics after epoch 1 are not known, so that epoch 2 has rewards alone.
+    assert all(row["reward"] is not None for row in by_epoch[2])
+    assert all(row["advantage"] is None for row in by_epoch[2])
 
 
 def test_only_epochs_with_saved_samples_are_rescored(place: Place) -> None:

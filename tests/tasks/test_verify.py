@@ -189,6 +189,33 @@ def test_parts_of_another_reward_are_left_alone(run: Run) -> None:
     assert not mended.done and "another reward" in mended.said
 
 
+def test_damage_to_samples_that_a_fork_adopted_is_mended_in_the_run_that_drew_them(
+    run: Run,
+) -> None:
+    settings = ["fork={run_id: r, epoch: 1}", f"model={{path: {run.config.model.path}}}"]
+    root = run.store.root.removeprefix("file://")
+    read = read_config("configs/starter.yaml", [*SETTINGS, *settings, f"storage.root={root}"])
+    fork = start_run(read, "fork")
+    run_epochs(fork, 2)
+    before = content(run)
+    flip(path_of(run, objects(run, TRAJECTORIES)[0]))
+    (damage,) = verify_run(run.store, "fork").damages
+    (mended,) = repair(fork, [damage])
+    assert not mended.done and "`ddpo verify r --repair` makes it again" in mended.said
+    assert repair(run, verify_run(run.store, "r").damages)[0].done
+    assert content(run) == before
+    # Its own manifest of them is made again as it was: it names what is adopted.
+    path_of(run, keys.rollout_manifest_key("fork", 1, 0)).unlink()
+    (mended,) = repair(fork, verify_run(run.store, "fork").damages)
+    assert mended.done, mended.said
+    # Where the other run's own manifest is gone, so is what a fork's is made from.
+    path_of(run, keys.rollout_manifest_key("r", 1, 0)).unlink()
+    (mended,) = repair(fork, verify_run(run.store, "fork").damages)
+    assert not mended.done and "belongs to run 'r'" in mended.said
+    assert repair(run, verify_run(run.store, "r").damages)[0].done
+    assert content(run) == before
+
+
 @pytest.mark.parametrize("kind", ["epochs", "checkpoints"])
 def test_a_gap_in_the_commits_is_seen(run: Run, kind: str) -> None:
     key = f"manifests/{kind}/run_id=r/epoch=00000.json"
