@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ddpo.config import RunConfig, SamplerConfig
+from ddpo.config import Regression, RunConfig, SamplerConfig
 from ddpo.errors import ConfigError
 from ddpo.policies import Policy
 from ddpo.randomness import derive_seed
@@ -12,7 +12,8 @@ from ddpo.transitions import NoiseSchedule
 def sampler_of_epoch(policy: Policy, config: RunConfig, epoch: int) -> SamplerConfig:
     """Settle where the window of an epoch lies; it depends on run seed and epoch alone.
 
-    A random window is one of those that hold a step to train on, all with equal chance.
+    A random window is one of those that hold a step to train on, all with equal chance. Regression
+    trains clean latents, and takes any.
 
     Args:
         policy: Its scheduler says which steps draw noise.
@@ -30,10 +31,11 @@ def sampler_of_epoch(policy: Policy, config: RunConfig, epoch: int) -> SamplerCo
         return config.sampler
     schedule = _whole_schedule(policy, config.sampler)
     stochastic = schedule.stochastic()
+    trains_any = isinstance(config.algorithm, Regression)
     positions = [
         first
         for first in range(config.sampler.steps - window.steps + 1)
-        if stochastic[first : first + window.steps].any()
+        if trains_any or stochastic[first : first + window.steps].any()
     ]
     position = window.position
     if position == "random":

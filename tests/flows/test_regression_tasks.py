@@ -166,8 +166,13 @@ def test_metrics_of_importance_ratios_are_absent_and_not_zero(
     assert "advantages" not in _parameters(run) and _parameters(run)["algorithm"] == "rwr"
 
 
-def test_regression_trains_on_deterministic_sampling(tiny_model: Path, tmp_path: Path) -> None:
-    run = a_run(tiny_model, tmp_path, "rwr", sampler={"eta": 0})
+@pytest.mark.parametrize("position", [None, "random", 1])
+def test_regression_trains_on_deterministic_sampling(
+    tiny_model: Path, tmp_path: Path, position: str | int | None
+) -> None:
+    """Whatever the window: it says which steps DDPO would train, and regression trains none."""
+    window = None if position is None else {"steps": 1, "position": position}
+    run = a_run(tiny_model, tmp_path, "rwr", sampler={"eta": 0, "window": window})
     run_epochs(run, 1)
     table = manifest_objects(run, keys.rollout_manifest_key("r", 0, 0))["rollouts"]
     assert all(row.log_prob_mean is None for row in decode_rollouts(table))
