@@ -51,7 +51,7 @@ the update weighed the picture by (before a value function's baseline, if the ru
 where none was computed from this reward. `sample_id` is run, epoch and index. Columns after
 `advantage` are the scorer's own.
 
-Each epoch was drawn by the policy that the epochs before it led to:
+Epochs, and the policy that drew each:
 
 | epoch | pictures | mean reward | policy digest |
 |---|---|---|---|
@@ -95,6 +95,9 @@ def write_dataset(
     """
     _check_folder(folder)
     samples = history.samples(reward, epochs)
+    # A scorer's own column gives way to the picture, as to the others.
+    names = [f"reward.{name}" if name == "image" else name for name in samples.column_names]
+    samples = samples.rename_columns(names)
     if not len(samples):
         raise NotInHistory(f"run {history.run_id!r} has no samples to export")
     chosen = sorted(set(samples["epoch"].to_pylist()))

@@ -115,16 +115,21 @@ def _rows(connection: Any) -> Iterator[tuple[Any, ...]]:
         yield from rows
 
 
-def shown(value: Any) -> str:
-    """Return a value as text: floats in 6 digits, bytes by their number, null as nothing."""
+def shown(value: Any, *, digits: int | None = 6) -> str:
+    """Return a value as text: bytes by their number, null as nothing.
+
+    Args:
+        value: What DuckDB gives of a cell.
+        digits: How many of a float; None for all that it has.
+    """
     if value is None:
         return ""
     if isinstance(value, float):
-        return f"{value:.6g}"
+        return repr(value) if digits is None else f"{value:.{digits}g}"
     if isinstance(value, bytes):
         return f"<{len(value):,} bytes>"
     if isinstance(value, dict):
-        return ", ".join(f"{name}: {shown(inner)}" for name, inner in value.items())
+        return ", ".join(f"{name}: {shown(v, digits=digits)}" for name, v in value.items())
     if isinstance(value, list | tuple):
-        return ", ".join(map(shown, value))
+        return ", ".join(shown(each, digits=digits) for each in value)
     return str(value)

@@ -57,3 +57,8 @@ def first_fails(images: Sequence[Image.Image], prompts: Sequence[Prompt]) -> Sco
     """Reward = 1, but the first of what is scored together has none."""
     failed = np.arange(len(images)) == 0
     return Scores(np.ones(len(images)), failed)
+
+
+def describes_the_image(images: Sequence[Image.Image], prompts: Sequence[Prompt]) -> Scores:
+    """Reward = 1, with a column that is called as the picture is."""
+    return Scores(np.ones(len(images)), columns={"image": ["a picture"] * len(images)})

@@ -97,7 +97,7 @@ def _write_csv(file: Path, answer: Answer) -> int:
             writer = csv.writer(opened)
             writer.writerow(answer.columns)
             for row in answer.rows:
-                writer.writerow([v if isinstance(v, float) else shown(v) for v in row])
+                writer.writerow([shown(value, digits=None) for value in row])
                 count += 1
     except OSError as error:
         raise ConfigError(f"--csv {file} cannot be written: {error.strerror}") from error

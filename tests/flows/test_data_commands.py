@@ -131,6 +131,15 @@ def test_a_long_answer_is_cut_and_says_where_all_of_it_is(ddpo, tmp_path: Path):
     ]
 
 
+def test_a_file_has_numbers_in_full_inside_of_lists_too(ddpo, tmp_path: Path):
+    file = tmp_path / "all.csv"
+    sql = "select [i / 3.0, i / 7] as l, {'a': i / 3} as s from range(1, 2) t(i)"
+    assert ddpo("query", "mine", sql, "--csv", file)[0] == 0
+    with file.open(newline="") as read:
+        (_, row) = csv.reader(read)
+    assert row == [f"{1 / 3}, {1 / 7}", f"a: {1 / 3}"]
+
+
 @pytest.mark.parametrize(
     ("sql", "told"),
     [
@@ -282,6 +291,20 @@ def test_a_sample_without_a_reward_is_exported_as_such(ddpo, recorded: Run, copi
     assert [row["reward"] for row in rows] == [None, 1.0] * 4
     assert rows[0]["status"] != "ok" and rows[1]["status"] == "ok"
     assert "| 0 | 4 | 1 |" in (folder / "README.md").read_text()
+
+
+def test_a_scorers_own_image_gives_way_to_the_picture(
+    ddpo, history: History, copied: Path, tmp_path: Path
+):
+    score_again(open_run(copied, "mine").run, "tests.recorded:describes_the_image")
+    folder = tmp_path / "dataset"
+    words = ("--root", copied, "--reward", "tests.recorded:describes_the_image")
+    assert ddpo("export", "mine", "--to-hf-dataset", folder, *words)[0] == 0
+    found = opened(folder, tmp_path)
+    assert found.column_names[-1] == "reward.image"
+    assert set(found["reward.image"]) == {"a picture"}
+    first = history.samples()["sample_id"][0].as_py()
+    assert found[0]["image"].tobytes() == history.image(first).tobytes()
 
 
 @pytest.mark.parametrize(
