@@ -14,6 +14,7 @@ from ddpo.comparison.plan import Comparison, comparison_name, read_comparison
 from ddpo.comparison.report import PLOT, markdown, write_report
 from ddpo.comparison.result import Result, read_result
 from ddpo.config import StorageConfig
+from ddpo.errors import ConfigError, RunIdentityMismatch
 from ddpo.run import Run, check_run, start_run
 from ddpo.store import keys
 from ddpo.store.objects import Store
@@ -132,10 +133,21 @@ def check_comparison(comparison: Comparison) -> None:
         comparison: The comparison.
 
     Raises:
+        ConfigError: One is there already, of other settings.
         DdpoError: One cannot; or MLflow cannot be reached.
     """
     for member in comparison.members:
-        check_run(member.config, member.run_id)
+        try:
+            check_run(member.config, member.run_id)
+        except RunIdentityMismatch as error:
+            shared = member is comparison.shared[member.seed]
+            which = "the run that drew its samples" if shared else "its run"
+            lines = "".join(f"\n  {difference}" for difference in error.differences)
+            raise ConfigError(
+                f"comparison {comparison.name!r} exists, and {which}, {member.run_id!r}, is of "
+                f"other settings:{lines}\nWhat has run stays as it is: give the changed comparison "
+                "a name of its own (--name), or take the change back"
+            ) from error
     connect(comparison.members[0].config.tracking.uri)
 
 

@@ -30,7 +30,7 @@ from ddpo.store.objects import Store
 from ddpo.store.tables import decode_rollouts
 from ddpo.store.verify import verify_run
 from flows import cli
-from flows.compare import draw_shared
+from flows.compare import check_comparison, draw_shared
 from flows.train import resume, train
 from tasks.mlflow_connection import connect, find_or_create_experiment, find_run
 from tasks.mlflow_page import open_page
@@ -214,6 +214,21 @@ def test_a_shared_run_is_gone_on_with_by_its_comparison_alone(online: Compared, 
     assert {key: sha256_bytes(online.store.read(key)) for key in online.store.list()} == before
     # A variant is a run like any other.
     typed("resume", online.comparison.variants["is"][0].run_id, "--root", online.store.root)
+
+
+def test_what_a_comparison_has_drawn_otherwise_is_refused_by_name(tiny_model: Path, tmp_path: Path):
+    """As where DDPO comes to regression: that keeps clean latents alone."""
+    alike = {"rwr": VARIANTS["rwr"], "slow": {"algorithm": VARIANTS["rwr"]["algorithm"]}}
+    file = written(tmp_path, tiny_model, variants=alike, seeds=[0])
+    shared = read_comparison(file).shared[0]
+    start_run(shared.config, shared.run_id)
+    check_comparison(read_comparison(file))
+    file = written(tmp_path, tiny_model, variants={**alike, "is": STEP}, seeds=[0])
+    with pytest.raises(ConfigError, match=r"(?s)drew its samples.*store_trajectories.*--name"):
+        check_comparison(read_comparison(file))
+    base = ["reward.name=colorfulness"]
+    with pytest.raises(ConfigError, match=r"(?s)exists.*reward.*--name"):
+        check_comparison(read_comparison(file, None, base))
 
 
 def test_offline_all_learn_from_what_the_first_checkpoint_drew(tiny_model: Path, tmp_path: Path):
