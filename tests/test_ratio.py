@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from ddpo.config import RunConfig
+from ddpo.config import ForkConfig, RunConfig
 from ddpo.gradient import Pairs, PolicyGradient, Rollouts
 from ddpo.policies import Policy
 from ddpo.transitions import Transition
@@ -170,6 +171,21 @@ def test_auto_recomputes_where_low_precision_leaves_a_tenth_of_the_clip_range(
         policy, initial_state(policy), other_order(rollouts), ADVANTAGES, {}, config
     )
     assert metrics.recomputed_log_probs and metrics.clip_fraction == 0.0
+
+
+def test_an_adopted_epochs_log_probs_are_never_made_again_by_another_policy(
+    tiny_model: Path,
+) -> None:
+    policy, config, rollouts = bfloat16_run(tiny_model, "auto", 4, _STILL)
+    history = ForkConfig(run_id="other", epoch=0, rollouts=2, off_policy=True)
+    config = config.model_copy(update={"fork": history})
+    recomputed = []
+    for epoch in range(3):
+        state = replace(initial_state(policy), epoch=epoch)
+        _, metrics = update(policy, state, other_order(rollouts), ADVANTAGES, {}, config)
+        recomputed.append(metrics.recomputed_log_probs)
+    # What the fork draws itself, after them, is checked as anything else.
+    assert recomputed == [False, False, True]
 
 
 def test_auto_trusts_float32(policy: Policy, config: RunConfig, rollouts: Rollouts) -> None:

@@ -55,6 +55,27 @@ def test_runs_lists_what_a_store_holds(root, monkeypatch, capsys):
     assert "1/1" in screen
 
 
+def test_runs_as_a_tree_stand_below_what_they_branch_off(root, tiny_model, monkeypatch, capsys):
+    settings = [*SMALL, f"model={{path: {tiny_model}}}", f"storage.root={root}", "epochs=3"]
+    # A fork's name may come before its parent's, as text.
+    for run_id, parent, epoch in (("child", "small", 1), ("a-grandchild", "child", 2)):
+        branch = [f"fork={{run_id: {parent}, epoch: {epoch}}}"]
+        start_run(read_config("configs/starter.yaml", [*settings, *branch]), run_id)
+    start_run(read_config("configs/starter.yaml", settings), "alone")
+    ddpo(monkeypatch, "runs", "--tree", "--root", root)
+    lines = [
+        line for line in capsys.readouterr().out.splitlines() if "jpeg_compressibility" in line
+    ]
+    depth = {}
+    for line in lines:
+        name = line.strip("│├└─ ").split()[0]
+        depth[name] = line.index(name)
+    assert depth["small"] == depth["alone"] < depth["child"] < depth["a-grandchild"]
+    assert "from epoch 2 of child" in next(line for line in lines if "a-grandchild" in line)
+    order = list(depth)
+    assert order.index("small") < order.index("child") < order.index("a-grandchild")
+
+
 def test_verify_names_damage_mends_it_and_gc_finds_nothing(root, monkeypatch, capsys):
     ddpo(monkeypatch, "verify", "small", "--root", root)
     assert capsys.readouterr().out.strip().endswith("whole")

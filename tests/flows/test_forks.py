@@ -75,6 +75,14 @@ class Place:
         return tensors_digest(load_checkpoint(self.store, found.ref).weights)
 
 
+def typed(monkeypatch: pytest.MonkeyPatch, *words: str) -> None:
+    """Type a `ddpo` command, which ends well."""
+    monkeypatch.setattr("sys.argv", ["ddpo", *words])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert not ended.value.code
+
+
 @pytest.fixture(scope="module")
 def place(
     tiny_model: Path, mlflow_database: Path, tmp_path_factory: pytest.TempPathFactory
@@ -156,10 +164,12 @@ def test_a_fork_under_another_reward_scores_what_is_saved_and_goes_on(place: Pla
 
 
 @pytest.mark.slow
-def test_a_fork_may_forget_the_rewards_before_it(place: Place) -> None:
-    fork(
-        NIGHT, 1, "jpeg_incompressibility", fork_id="reset", statistics="reset",
-        epochs=2, storage=place.store.root,
+def test_a_fork_may_forget_the_rewards_before_it(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    typed(
+        monkeypatch, "fork", NIGHT, "--epoch", "1", "--reward", "jpeg_incompressibility",
+        "--run-id", "reset", "--reset-statistics", "--epochs", "2", "--root", place.store.root,
     )  # fmt: skip
     found = find_checkpoint(place.store, "reset", 1)
     assert found and load_document(place.store, found.manifest, "progress")["statistics"] == {}
@@ -323,6 +333,27 @@ def test_rescoring_is_what_the_run_would_have_had_and_happens_once(place: Place)
     assert [f.path for f in client.list_artifacts(page.info.run_id, "images")] == pictures
 
 
+def brightness(images: Sequence[Image.Image], prompts: Sequence[Prompt]) -> list[float]:
+    """Reward = the mean of all pixels."""
+    return [float(np.asarray(image, dtype=np.float64).mean()) for image in images]
+
+
+@pytest.mark.slow
+def test_advantages_of_later_epochs_come_once_those_before_are_scored(place: Place) -> None:
+    def known() -> list[tuple[int, bool, bool]]:
+        rows = open_history(place.store.root, NIGHT).samples(reward_id).to_pylist()
+        found = {(r["epoch"], r["reward"] is not None, r["advantage"] is not None) for r in rows}
+        return sorted(found)
+
+    reward = f"{__name__}:brightness"
+    reward_id = rescore(NIGHT, reward, epochs="1:", storage=place.store.root)
+    assert known() == [(1, True, False), (2, True, False)]
+    scored = place.store.list(f"rewards/reward_name={reward_id}")
+    rescore(NIGHT, reward, storage=place.store.root)
+    assert known() == [(0, True, True), (1, True, True), (2, True, True)]
+    assert set(scored) < set(place.store.list(f"rewards/reward_name={reward_id}"))
+
+
 @pytest.mark.slow
 def test_an_epoch_that_cannot_be_scored_ends_no_rescoring(place: Place) -> None:
     for shard in range(2):
@@ -366,12 +397,8 @@ def test_what_retention_left_is_rescored_and_shown(
         shutil.copytree(place.store.root.removeprefix("file://"), tmp_path / "store", symlinks=True)
     )
     retire_epochs(Store.open(str(kept)), NIGHT, keep="checkpoints", older_than=2)
-    words = ["rescore", NIGHT, "--reward", "colorfulness", "--root", str(kept)]
-    monkeypatch.setattr("sys.argv", ["ddpo", *words])
-    with pytest.raises(SystemExit) as ended:
-        cli.main()
+    typed(monkeypatch, "rescore", NIGHT, "--reward", "colorfulness", "--root", str(kept))
     screen = capsys.readouterr().out
-    assert not ended.value.code, screen
     shown = [line.split("│")[1].strip() for line in screen.splitlines() if "│" in line]
     assert shown == ["1", "2"]
 
