@@ -1,112 +1,25 @@
-"""Fork and rescore: what is saved, under another reward. By the flows, with Prefect's server."""
+"""`fork`: a run from another's checkpoint and saved samples. By the flow, with Prefect's server."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
-from mlflow.tracking import MlflowClient
-from PIL import Image
 
-from ddpo.config import RunConfig
-from ddpo.digests import tensors_digest
-from ddpo.errors import ConfigError, NotInHistory, PolicyMismatch, UnknownSchema
-from ddpo.history import open_run as open_history
+from ddpo.errors import ConfigError, PolicyMismatch, UnknownSchema
 from ddpo.lineage import forks_of
-from ddpo.prompts import Prompt
 from ddpo.report import reward_curve
-from ddpo.rewards import Scores
-from ddpo.run import Run, open_run
 from ddpo.store import keys, manifests
-from ddpo.store.checkpoints import find_checkpoint, load_checkpoint, load_document
-from ddpo.store.epoch_retention import retire_epochs
-from ddpo.store.images import decode_image
+from ddpo.store.checkpoints import find_checkpoint, load_document
 from ddpo.store.objects import Store
-from ddpo.store.tables import decode_advantages, decode_rollouts
-from flows import cli
+from ddpo.store.tables import decode_advantages
 from flows.fork import fork, forked_config
-from flows.rescore import chosen_epochs, rescore
-from flows.train import train
-from tasks.mlflow_connection import RUN_ID_TAG
-from tests.tiny import build_tiny_model, tiny_config
+from flows.rescore import rescore
+from tests.night import EPOCHS, NIGHT, Place, typed
+from tests.tiny import build_tiny_model
 
-EPOCHS = 3
-NIGHT = "night"
 _DEAR = "jpeg_incompressibility"
-
-
-_UNREADABLE: set[bytes] = set()
-
-
-def picky(images: Sequence[Image.Image], prompts: Sequence[Prompt]) -> Scores:
-    """Reward = the first pixel's red; of pictures that are named, none."""
-    return Scores(
-        values=np.array([image.tobytes()[0] for image in images], dtype=np.float32),
-        failed=np.array([image.tobytes() in _UNREADABLE for image in images]),
-    )
-
-
-@dataclass(frozen=True)
-class Place:
-    """A store with a run of three epochs, and the MLflow database that shows it."""
-
-    store: Store
-    uri: str
-
-    def run(self, run_id: str) -> Run:
-        return open_run(self.store, run_id)
-
-    def page(self, run_id: str) -> Any:
-        client = MlflowClient(self.uri)
-        experiments = [e.experiment_id for e in client.search_experiments()]
-        (found,) = client.search_runs(
-            experiments, filter_string=f"tags.`{RUN_ID_TAG}` = '{run_id}'"
-        )
-        return found
-
-    def weights(self, run_id: str, epoch: int) -> str:
-        found = find_checkpoint(self.store, run_id, epoch)
-        assert found is not None
-        return tensors_digest(load_checkpoint(self.store, found.ref).weights)
-
-
-def typed(monkeypatch: pytest.MonkeyPatch, *words: str) -> None:
-    """Type a `ddpo` command, which ends well."""
-    monkeypatch.setattr("sys.argv", ["ddpo", *words])
-    with pytest.raises(SystemExit) as ended:
-        cli.main()
-    assert not ended.value.code
-
-
-@pytest.fixture(scope="module")
-def place(
-    tiny_model: Path, mlflow_database: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Place:
-    folder = tmp_path_factory.mktemp("forks")
-    shutil.copy(mlflow_database, folder / "mlflow.db")
-    config: RunConfig = tiny_config(
-        tiny_model,
-        prompts={"name": "prompt_list", "parameters": {"prompts": ["a cat", "a dog"]}},
-        sampler={"steps": 2, "samples_per_epoch": 8, "shard_size": 4},
-        advantages={"type": "per_prompt", "buffer_size": 16, "min_count": 4},
-        optimizer={"learning_rate": 1e-2},
-        storage={"root": str(folder / "store")},
-        tracking={
-            "uri": f"sqlite:///{folder}/mlflow.db",
-            "pictures": {"prompts": ["a cat"], "seeds": [0]},
-        },
-        outputs=str(folder / "outputs"),
-        epochs=EPOCHS,
-    )
-    file = folder / "config.yaml"
-    file.write_text(config.model_dump_json())
-    train(str(file), run_id=NIGHT)
-    return Place(Store.open(str(folder / "store")), config.tracking.uri)
 
 
 @pytest.mark.slow
@@ -180,34 +93,6 @@ def test_a_fork_of_one_that_forgot_rewards_forgets_them_too(place: Place) -> Non
     fork(NIGHT, 1, fork_id="forgot", statistics="reset", storage=place.store.root)
     fork("forgot", 2, fork_id="forgot-too", storage=place.store.root)
     assert place.weights("forgot-too", EPOCHS) == place.weights("forgot", EPOCHS)
-
-
-@pytest.mark.slow
-def test_a_rescored_fork_has_the_advantages_of_one_that_had_that_reward_from_the_start(
-    place: Place,
-) -> None:
-    """Its prompt statistics are rebuilt by the new reward, or reset, as its own were."""
-    root = place.store.root
-    for statistics in ("rebuild", "reset"):
-        name, other = f"by-size-{statistics}", f"by-colour-{statistics}"
-        fork(NIGHT, 1, fork_id=name, statistics=statistics, epochs=2, storage=root)
-        reward_id = rescore(name, "colorfulness", storage=root)
-        fork(NIGHT, 1, "colorfulness", fork_id=other, statistics=statistics, epochs=2, storage=root)
-        rescored, had = (
-            decode_advantages(place.store.get(found.manifest.objects["advantages"]))
-            for run_id in (name, other)
-            if (
-                found := manifests.find(
-                    place.store, keys.advantage_manifest_key(reward_id, run_id, 1)
-                )
-            )
-        )
-        assert [row.advantage for row in rescored] == [row.advantage for row in had]
-        assert [row.count for row in rescored] == [row.count for row in had]
-        assert {row.count for row in had} != {0}
-    before = {key: place.store.read(key) for key in place.store.list()}
-    rescore("by-size-rebuild", "colorfulness", storage=root)
-    assert {key: place.store.read(key) for key in place.store.list()} == before
 
 
 def test_a_fork_of_another_sampler_is_refused_by_name(place: Place) -> None:
@@ -295,118 +180,3 @@ def test_what_cannot_be_forked_is_said_before_anything_is_loaded(place: Place) -
         forked_config(parent, 1, overrides=["fork.rollouts=2"])
     with pytest.raises(ConfigError, match="quality belong to a reward, and none is named"):
         forked_config(parent, 1, parameters={"quality": 10})
-
-
-@pytest.mark.slow
-def test_rescoring_is_what_the_run_would_have_had_and_happens_once(place: Place) -> None:
-    reward_id = rescore(NIGHT, "jpeg_incompressibility", storage=place.store.root)
-    own_id = place.run(NIGHT).reward.identity.reward_id
-    for epoch in range(EPOCHS):
-        own, new = (
-            decode_advantages(place.store.get(found.manifest.objects["advantages"]))
-            for each in (own_id, reward_id)
-            if (
-                found := manifests.find(
-                    place.store, keys.advantage_manifest_key(each, NIGHT, epoch)
-                )
-            )
-        )
-        assert [row.advantage for row in new] == pytest.approx([-row.advantage for row in own])
-        assert [row.count for row in new] == [row.count for row in own]
-    page = place.page(f"{NIGHT}-by-{reward_id}")
-    assert page.data.tags["mlflow.parentRunId"] == place.page(NIGHT).info.run_id
-    metrics = page.data.metrics
-    assert metrics["agreement/pearson"] == pytest.approx(-1)
-    assert metrics["agreement/spearman"] == pytest.approx(-1)
-    client = MlflowClient(place.uri)
-    history = client.get_metric_history(page.info.run_id, "reward/mean")
-    assert [(m.step, m.value) for m in history] == [
-        (point.epoch, pytest.approx(-point.mean)) for point in reward_curve(place.run(NIGHT))
-    ]
-    pictures = [f.path for f in client.list_artifacts(page.info.run_id, "images")]
-    assert any("disagreement" in name for name in pictures)
-
-    before = {key: place.store.read(key) for key in place.store.list()}
-    assert rescore(NIGHT, "jpeg_incompressibility", storage=place.store.root) == reward_id
-    assert {key: place.store.read(key) for key in place.store.list()} == before
-    assert client.get_metric_history(page.info.run_id, "reward/mean") == history
-    assert [f.path for f in client.list_artifacts(page.info.run_id, "images")] == pictures
-
-
-def brightness(images: Sequence[Image.Image], prompts: Sequence[Prompt]) -> list[float]:
-    """Reward = the mean of all pixels."""
-    return [float(np.asarray(image, dtype=np.float64).mean()) for image in images]
-
-
-@pytest.mark.slow
-def test_advantages_of_later_epochs_come_once_those_before_are_scored(place: Place) -> None:
-    def known() -> list[tuple[int, bool, bool]]:
-        rows = open_history(place.store.root, NIGHT).samples(reward_id).to_pylist()
-        found = {(r["epoch"], r["reward"] is not None, r["advantage"] is not None) for r in rows}
-        return sorted(found)
-
-    reward = f"{__name__}:brightness"
-    reward_id = rescore(NIGHT, reward, epochs="1:", storage=place.store.root)
-    assert known() == [(1, True, False), (2, True, False)]
-    scored = place.store.list(f"rewards/reward_name={reward_id}")
-    rescore(NIGHT, reward, storage=place.store.root)
-    assert known() == [(0, True, True), (1, True, True), (2, True, True)]
-    assert set(scored) < set(place.store.list(f"rewards/reward_name={reward_id}"))
-
-
-@pytest.mark.slow
-def test_an_epoch_that_cannot_be_scored_ends_no_rescoring(place: Place) -> None:
-    for shard in range(2):
-        found = manifests.find(place.store, keys.rollout_manifest_key(NIGHT, 1, shard))
-        assert found is not None
-        rows = decode_rollouts(place.store.get(found.manifest.objects["rollouts"]))
-        _UNREADABLE.update(decode_image(row.image_png).tobytes() for row in rows)
-    reward_id = rescore(NIGHT, f"{__name__}:picky", storage=place.store.root)
-    history = open_history(place.store.root, NIGHT).samples(reward_id)
-    by_epoch = {
-        epoch: [row for row in history.to_pylist() if row["epoch"] == epoch]
-        for epoch in range(EPOCHS)
-    }
-    assert all(row["advantage"] is not None for row in by_epoch[0])
-    assert all((row["reward"], row["advantage"]) == (None, None) for row in by_epoch[1])
-    # Prompt statistics after epoch 1 are not known, so that epoch 2 has rewards alone.
-    assert all(row["reward"] is not None for row in by_epoch[2])
-    assert all(row["advantage"] is None for row in by_epoch[2])
-
-
-def test_only_epochs_with_saved_samples_are_rescored(place: Place) -> None:
-    run = place.run(NIGHT)
-    assert chosen_epochs(run, None) == [0, 1, 2]
-    assert chosen_epochs(run, "1:") == [1, 2]
-    assert chosen_epochs(run, ":1") == [0]
-    assert chosen_epochs(run, "0:2") == [0, 1]
-    assert chosen_epochs(run, "1") == [1]
-    with pytest.raises(NotInHistory, match="committed epochs 0-2"):
-        chosen_epochs(run, "5:9")
-    with pytest.raises(ConfigError, match="nor a range"):
-        chosen_epochs(run, "one")
-    with pytest.raises(ConfigError, match="the run's own reward"):
-        rescore(NIGHT, "jpeg_compressibility", storage=place.store.root)
-
-
-@pytest.mark.slow
-def test_what_retention_left_is_rescored_and_shown(
-    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
-    kept = Path(
-        shutil.copytree(place.store.root.removeprefix("file://"), tmp_path / "store", symlinks=True)
-    )
-    retire_epochs(Store.open(str(kept)), NIGHT, keep="checkpoints", older_than=2)
-    typed(monkeypatch, "rescore", NIGHT, "--reward", "colorfulness", "--root", str(kept))
-    screen = capsys.readouterr().out
-    shown = [line.split("│")[1].strip() for line in screen.splitlines() if "│" in line]
-    assert shown == ["1", "2"]
-
-
-def test_ranks_of_equal_rewards_are_shared() -> None:
-    from tasks.track_rescored import correlations
-
-    some, others = np.array([1.0, 2.0, 2.0, 5.0]), np.array([10.0, 20.0, 30.0, 40.0])
-    # Ranks 1, 2.5, 2.5, 4 and 1, 2, 3, 4: by hand, covariance 4.5, variances 4.5 and 5.
-    assert correlations(some, others)["agreement/spearman"] == pytest.approx(4.5 / (4.5 * 5) ** 0.5)
-    assert correlations(some, np.ones(4)) == {}
