@@ -19,7 +19,8 @@ from ddpo.state import PromptStatistics
 from ddpo.store import keys, manifests
 from ddpo.store.checkpoints import load_document
 from ddpo.store.manifests import Committed, Ref
-from ddpo.store.tables import AdvantageRow, decode_prompts, decode_rewards, encode_advantages
+from ddpo.store.tables import AdvantageRow, decode_rewards, encode_advantages
+from tasks.prompts import prompts_of
 from tasks.retries import STORAGE
 from tasks.worker import RunHandle, opened
 
@@ -92,8 +93,7 @@ def normalise(
     prompt_by_id: dict[str, str] = {}
     reward_by_id: dict[str, float | None] = {}
     for ref in rollouts:
-        table = run.store.get(manifests.load(run.store, ref).objects["rollouts"])
-        prompt_by_id |= decode_prompts(table)
+        prompt_by_id |= prompts_of(run, ref)
     for ref in scores:
         table = run.store.get(manifests.load(run.store, ref).objects["rewards"])
         reward_by_id |= {row.sample_id: row.reward for row in decode_rewards(table)}

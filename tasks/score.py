@@ -15,6 +15,7 @@ from ddpo.store import keys, manifests
 from ddpo.store.images import decode_image
 from ddpo.store.manifests import Committed, Ref
 from ddpo.store.tables import RewardRow, decode_rewards, decode_rollouts, encode_rewards
+from tasks.prompts import remember_prompts
 from tasks.retries import STORAGE
 from tasks.worker import RunHandle, opened
 
@@ -103,6 +104,7 @@ def score_rollouts(run: Run, rollouts: Ref, epoch: int, shard: int) -> Committed
     """
     stored = manifests.load(run.store, rollouts).objects["rollouts"]
     samples = decode_rollouts(run.store.get(stored))
+    remember_prompts(rollouts, {sample.sample_id: sample.prompt for sample in samples})
     images = [decode_image(s.image_png) for s in samples]
     prompts = [Prompt(s.prompt, s.prompt_metadata) for s in samples]
     config = run.config.reward

@@ -15,7 +15,8 @@ from ddpo.run import Run
 from ddpo.state import PromptStatistics
 from ddpo.store import keys, manifests
 from ddpo.store.manifests import Ref
-from ddpo.store.tables import decode_prompts, decode_rewards
+from ddpo.store.tables import decode_rewards
+from tasks.prompts import prompts_of
 from tasks.retries import STORAGE
 from tasks.worker import RunHandle, opened
 
@@ -82,8 +83,7 @@ def _scored_samples(run: Run, refs: Sequence[Ref]) -> tuple[list[str], np.ndarra
     rewards: dict[str, float] = {}
     for ref in refs:
         manifest = manifests.load(run.store, ref)
-        source = manifests.load(run.store, Ref.model_validate(manifest.inputs["rollouts"]))
-        prompts |= decode_prompts(run.store.get(source.objects["rollouts"]))
+        prompts |= prompts_of(run, Ref.model_validate(manifest.inputs["rollouts"]))
         for row in decode_rewards(run.store.get(manifest.objects["rewards"])):
             rewards[row.sample_id] = float("nan") if row.reward is None else row.reward
     ids = sorted(prompts)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ddpo.run import Run
 from ddpo.store.manifests import Ref
-from tasks import track, worker
+from tasks import prompts, track, worker
 from tasks.advantages import advantages_of
 from tasks.commit import commit_epoch
 from tasks.pictures import draw_pictures, picture_set
@@ -20,6 +20,7 @@ def as_in_a_new_process() -> None:
     """Forget all that a process keeps between tasks."""
     worker.opened.cache_clear()
     track.tracker.cache_clear()
+    prompts._remembered.clear()
     worker._loaded = None
 
 
