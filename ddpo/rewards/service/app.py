@@ -80,7 +80,8 @@ def create_app(
         lifespan=lifespan,
         separate_input_output_schemas=False,
     )
-    app.add_middleware(ReadToTheEnd, limit_bytes=limits.body_bytes)
+    # A body that claims too much is refused unread: up to twice as much, its client is told so.
+    app.add_middleware(ReadToTheEnd, limit_bytes=2 * limits.body_bytes)
     app.add_exception_handler(ClientDisconnect, _nobody_listens)
     guard = [Depends(_guard(token))] if token else []
 
