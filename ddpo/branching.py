@@ -177,9 +177,8 @@ def check_kept(config: RunConfig, parent: Run) -> None:
     assert fork is not None
     if is_retired(parent.store, parent.run_id, fork.epoch):
         record = keys.retired_checkpoint_key(parent.run_id, fork.epoch)
-        raise RetiredObject(
-            f"{keys.checkpoint_manifest_key(parent.run_id, fork.epoch)}", parent.store.root, record
-        )
+        checkpoint = keys.checkpoint_manifest_key(parent.run_id, fork.epoch)
+        raise RetiredObject(checkpoint, parent.store.root, record)
     for epoch in range(fork.epoch, fork.epoch + fork.rollouts):
         saved_rollouts(parent, epoch)
         _check_kept(parent, epoch, "trajectories")
