@@ -58,7 +58,12 @@ def start(handle: RunHandle, history: Sequence[Ref] = ()) -> Ref:
         ).ref
 
 
-@task(name="check fork", task_run_name="policy of the saved samples", cache_policy=NO_CACHE)
+@task(
+    name="check fork",
+    task_run_name="policy of the saved samples",
+    cache_policy=NO_CACHE,
+    **STORAGE,
+)
 def check_fork(handle: RunHandle) -> None:
     """Refuse a fork of another base model's or sampler's samples, before any reward is asked.
 
