@@ -8,8 +8,10 @@ from ddpo.config import ForkConfig, PerPromptAdvantages, Regression, RunConfig
 from ddpo.errors import ConfigError, PolicyMismatch, RetiredObject
 from ddpo.run import Run, open_run
 from ddpo.store import keys, manifests
+from ddpo.store.checkpoints import find_checkpoint, load_document
 from ddpo.store.manifests import Ref
 from ddpo.store.retention import is_retired
+from ddpo.store.tables import decode_rollouts
 
 _OTHER_SAMPLER = (
     "the saved rollouts of run {run_id!r} are of another sampler than this fork's: {differences}. "
@@ -169,12 +171,18 @@ def check_kept(config: RunConfig, parent: Run) -> None:
         parent: The run that it branches off.
 
     Raises:
-        ConfigError: An epoch that it would adopt is not committed; or the samples are gone that
-            its prompt statistics are to be rebuilt from.
+        ConfigError: There is no such checkpoint; an epoch that it would adopt is not committed; or
+            the samples are gone that its prompt statistics are to be rebuilt from.
         RetiredObject: The checkpoint, or an epoch that it would adopt, is gone.
     """
     fork = config.fork
     assert fork is not None
+    if find_checkpoint(parent.store, parent.run_id, fork.epoch) is None:
+        raise ConfigError(
+            f"run {parent.run_id!r} has no checkpoint {fork.epoch}, which a fork at that epoch "
+            "starts from; of a run that learns nothing, as a comparison's shared one, fork at "
+            "epoch 0"
+        )
     if is_retired(parent.store, parent.run_id, fork.epoch):
         record = keys.retired_checkpoint_key(parent.run_id, fork.epoch)
         checkpoint = keys.checkpoint_manifest_key(parent.run_id, fork.epoch)
@@ -194,6 +202,36 @@ def check_kept(config: RunConfig, parent: Run) -> None:
                 f"{epoch} of {run.run_id!r}: start with none (--reset-statistics, or "
                 "fork.statistics: reset)"
             ) from error
+
+
+def check_on_policy(config: RunConfig, parent: Run) -> None:
+    """Refuse an epoch that the other run itself adopted, off-policy, from a third one.
+
+    Its samples are not of the checkpoint before it, which the fork would start from.
+
+    Args:
+        config: The fork's.
+        parent: The run that it branches off.
+
+    Raises:
+        PolicyMismatch: Another policy drew them, and the fork's config does not allow that.
+    """
+    fork, theirs = config.fork, parent.config.fork
+    assert fork is not None
+    if fork.off_policy or theirs is None or not theirs.off_policy or not theirs.adopts(fork.epoch):
+        return
+    checkpoint = find_checkpoint(parent.store, parent.run_id, fork.epoch)
+    assert checkpoint is not None
+    own = load_document(parent.store, checkpoint.manifest, "digests")["policy_digest"]
+    table = manifests.load(parent.store, saved_rollouts(parent, fork.epoch)[0]).objects["rollouts"]
+    drawn = decode_rollouts(parent.store.get(table))[0].policy_digest
+    if drawn != own:
+        raise PolicyMismatch(
+            f"epoch {fork.epoch} of run {parent.run_id!r} was trained on rollouts that it took "
+            f"over from {theirs.run_id!r}, off-policy: their policy_digest is {drawn}, expected "
+            f"{own}. Fork at an epoch that it drew itself, or train on them all the same with "
+            "fork.off_policy: true"
+        )
 
 
 def _check_kept(run: Run, epoch: int, part: str) -> None:

@@ -12,8 +12,9 @@ from ddpo.transitions import NoiseSchedule
 def sampler_of_epoch(policy: Policy, config: RunConfig, epoch: int) -> SamplerConfig:
     """Settle where the window of an epoch lies; it depends on run seed and epoch alone.
 
-    A random window is one of those that hold a step to train on, all with equal chance. Regression
-    trains clean latents, and takes any.
+    A random window is one of those that hold a step to train on, all with equal chance,
+    whatever the algorithm: samples may be trained on by another one. Regression trains clean
+    latents, and takes any window.
 
     Args:
         policy: Its scheduler says which steps draw noise.
@@ -31,12 +32,10 @@ def sampler_of_epoch(policy: Policy, config: RunConfig, epoch: int) -> SamplerCo
         return config.sampler
     schedule = _whole_schedule(policy, config.sampler)
     stochastic = schedule.stochastic()
-    trains_any = isinstance(config.algorithm, Regression)
-    positions = [
-        first
-        for first in range(config.sampler.steps - window.steps + 1)
-        if trains_any or stochastic[first : first + window.steps].any()
-    ]
+    every = range(config.sampler.steps - window.steps + 1)
+    positions = [first for first in every if stochastic[first : first + window.steps].any()]
+    if isinstance(config.algorithm, Regression) and (window.position != "random" or not positions):
+        positions = list(every)
     position = window.position
     if position == "random":
         position = positions[derive_seed(config.seed, "window", epoch) % len(positions)]

@@ -7,7 +7,12 @@ from typing import Any, Literal
 
 from prefect import flow
 
-from ddpo.branching import check_kept, check_sampler, committed_rollouts
+from ddpo.branching import (
+    check_kept,
+    check_on_policy,
+    check_sampler,
+    committed_rollouts,
+)
 from ddpo.config import RunConfig
 from ddpo.config_files import apply_overrides, parse_config
 from ddpo.errors import ConfigError
@@ -159,18 +164,19 @@ def named_fork(parent: Run, config: RunConfig, fork_id: str | None) -> str:
         The name.
 
     Raises:
-        DdpoError: It is new, and something that it would begin with is gone (`check_kept`).
+        DdpoError: It is new, and something that it would begin with is gone, or of another policy
+            (`check_kept`, `check_on_policy`).
     """
     name = fork_id or _fork_name(parent, config)
     if not parent.store.exists(keys.run_key(name)):
         check_kept(config, parent)
+        check_on_policy(config, parent)
     return name
 
 
 def _fork_name(parent: Run, config: RunConfig) -> str:
     assert config.fork is not None
     name = f"{parent.run_id}-from-{config.fork.epoch}"
-    if config.reward == parent.config.reward:
-        return name
     identity = load_reward(config.reward.name, config.reward.parameters).identity
-    return f"{name}-{identity.reward_id}"
+    same = identity.digest == parent.pinned_reward
+    return name if same else f"{name}-{identity.reward_id}"

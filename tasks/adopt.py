@@ -165,6 +165,7 @@ def _value_holds(
     """
     if not isinstance(run.config.advantages, ValueAdvantages) or fork.statistics == "reset":
         return False
-    mine, theirs = run.config.reward, open_run(run.store, fork.run_id).config.reward
-    same_reward = (mine.name, mine.parameters) == (theirs.name, theirs.parameters)
+    # By digest: the code, the weights or the service behind a name may have been exchanged.
+    theirs = open_run(run.store, fork.run_id).pinned_reward
+    same_reward = theirs is not None and run.pinned_reward == theirs
     return same_reward and of_rollouts["base_digest"] == own["base_digest"]

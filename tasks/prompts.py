@@ -7,6 +7,7 @@ so that it need not read all of it a second time.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 
 from ddpo.run import Run
@@ -15,6 +16,7 @@ from ddpo.store.manifests import Ref
 from ddpo.store.tables import decode_prompts
 
 _MOST_SHARDS = 1024
+_writing = threading.Lock()
 _remembered: dict[Ref, Mapping[str, str]] = {}
 
 
@@ -39,6 +41,7 @@ def remember_prompts(rollouts: Ref, prompts: Mapping[str, str]) -> None:
         rollouts: The shard's manifest.
         prompts: By `sample_id`.
     """
-    while len(_remembered) >= _MOST_SHARDS:
-        _remembered.pop(next(iter(_remembered)), None)
-    _remembered[rollouts] = prompts
+    with _writing:
+        while len(_remembered) >= _MOST_SHARDS:
+            _remembered.pop(next(iter(_remembered)))
+        _remembered[rollouts] = prompts

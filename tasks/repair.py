@@ -100,6 +100,11 @@ def _make_again(
         rollouts = [_rollouts(aside, epoch, number) for number in shards]
         rewards = [_rewards(aside, epoch, number) for number in shards]
         normalise(aside, _made_with(aside, manifest, epoch), rollouts, rewards, epoch)
+    keys_of_damage = {damage.key for damage in damages}
+    # A manifest that nothing refers to has no digest known; what it would list must be there, too.
+    otherwise = any(
+        key not in keys_of_damage and not run.store.exists(key) for key in scratch.written
+    )
     for damage in damages:
         made = scratch.written.get(damage.key)
         wrong = (
@@ -107,7 +112,7 @@ def _make_again(
             and _is_digest(damage.expected)
             and (sha256_bytes(made) != damage.expected)
         )
-        if made is None or wrong:
+        if made is None or wrong or otherwise:
             raise NotMended(
                 "it was made again with other bytes; use the kind of device and the versions that "
                 f"made it: {run.numerics.device_name}, {run.numerics.versions}"

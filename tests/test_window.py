@@ -11,7 +11,7 @@ import torch
 from diffusers import DDIMScheduler
 from torch.distributions import Normal
 
-from ddpo.config import RunConfig
+from ddpo.config import RunConfig, RwrConfig
 from ddpo.errors import ConfigError, PolicyMismatch
 from ddpo.gradient import PolicyGradient, Rollouts
 from ddpo.policies import Policy
@@ -301,6 +301,17 @@ def moving_run(model: Path, root: Path, run_id: str = "r", **changes: Any) -> tu
 
 
 # What is refused
+
+
+def test_a_random_window_lies_in_the_same_place_for_every_algorithm(policy: Policy) -> None:
+    """The samples of one may be trained on by another: the seed alone says where noise is."""
+    end_without_noise(policy)
+    config = windowed(policy.folder, steps=1, position="random", noise_only_there=True)
+    regression = config.model_copy(update={"algorithm": RwrConfig(type="rwr")})
+    for epoch in range(40):
+        assert sampler_of_epoch(policy, regression, epoch) == sampler_of_epoch(
+            policy, config, epoch
+        )
 
 
 def test_a_window_without_a_step_to_train_on_is_refused_with_the_reason(policy: Policy) -> None:

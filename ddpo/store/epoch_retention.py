@@ -10,7 +10,7 @@ import logging
 from collections.abc import Iterator
 from typing import Literal
 
-from ddpo.config import Keep
+from ddpo.config import ForkConfig, Keep
 from ddpo.errors import StoreError
 from ddpo.store import forks, keys, manifests
 from ddpo.store.manifests import Committed
@@ -31,7 +31,8 @@ def retire_epochs(store: Store, run_id: str, *, keep: Keep, older_than: int) -> 
     """Delete what is no longer kept of a run's old epochs.
 
     What the rollouts of another run refer to stays, since a fork trains on it; and so does all of
-    an epoch that a fork is still to adopt. Where another run cannot be read, nothing is deleted
+    an epoch that a fork is still to adopt, and the samples that one is still to score for its
+    prompt statistics. Where another run cannot be read, nothing is deleted
     this time.
 
     Args:
@@ -52,6 +53,7 @@ def retire_epochs(store: Store, run_id: str, *, keep: Keep, older_than: int) -> 
     retired: set[int] = set()
     referenced: set[str] | None = None
     awaited: set[int] | None = None
+    scored: set[int] = set()
     newest = _newest_epoch(store, run_id) if PARTS[keep] else -1
     for part in PARTS[keep]:
         # By what is still there, so that a call costs what it deletes, not the length of the run.
@@ -59,14 +61,14 @@ def retire_epochs(store: Store, run_id: str, *, keep: Keep, older_than: int) -> 
         if old and awaited is None:
             try:
                 awaited = _awaited_by_forks(store, run_id)
+                scored = _scored_by_forks(store, run_id)
             except StoreError as error:
                 _put_off(run_id, error)
                 break
         # Recorded before looking for references: a fork that commits meanwhile either is seen
         # here, or sees the record.
-        found = {
-            epoch: _commit_of(store, run_id, epoch) for epoch in old if epoch not in (awaited or ())
-        }
+        spared = (awaited or set()) | (scored if part == "samples" else set())
+        found = {epoch: _commit_of(store, run_id, epoch) for epoch in old if epoch not in spared}
         commits = {epoch: commit for epoch, commit in found.items() if commit is not None}
         for epoch, commit in commits.items():
             manifests.commit(
@@ -161,3 +163,24 @@ def _awaited_by_forks(store: Store, run_id: str) -> set[int]:
         done = {keys.parse_epoch(each) for each in listed}
         awaited |= set(range(fork.epoch, fork.epoch + fork.rollouts)) - done
     return awaited
+
+
+def _scored_by_forks(store: Store, run_id: str) -> set[int]:
+    """Collect the epochs whose samples forks score before they begin, which may take hours.
+
+    A fork's own forks go back to them too, as far as none of them resets its statistics.
+    """
+    return {
+        epoch
+        for name, fork in forks.recorded(store, run_id)
+        if _is_rebuilding(store, name, fork)
+        for epoch in range(fork.epoch)
+    }
+
+
+def _is_rebuilding(store: Store, name: str, fork: ForkConfig) -> bool:
+    if fork.statistics == "reset":
+        return False
+    if not store.exists(keys.checkpoint_manifest_key(name, fork.epoch)):
+        return True
+    return any(_is_rebuilding(store, *branch) for branch in forks.recorded(store, name))

@@ -248,7 +248,7 @@ def value_of(run: Run, checkpoint: Ref) -> str | None:
 
 
 def test_a_fork_takes_v_over_where_it_foretells_the_forks_own_reward(
-    tiny_model: Path, tmp_path: Path
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reward = {"name": f"{__name__}:Brightness"}
     parent = start_run(with_value(tiny_model, tmp_path / "store", reward=reward), "r")
@@ -269,6 +269,9 @@ def test_a_fork_takes_v_over_where_it_foretells_the_forks_own_reward(
         "off": {"overrides": ["advantages={type: batch}"]},
     }.items():
         assert value_of(*forked(parent, fork_id, **changes)) is None, fork_id
+    with monkeypatch.context() as exchanged:
+        exchanged.setattr(Brightness, "version", "2")  # another reward of the same name
+        assert value_of(*forked(parent, "exchanged")) is None
     fork, first = forked(parent, "other", reward="jpeg_incompressibility")
     following = run_epoch(RunHandle(root=fork.store.root, run_id="other"), fork, first, 1)
     state = load_checkpoint(fork.store, following)

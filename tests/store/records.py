@@ -6,8 +6,8 @@ from ddpo.store import keys, runs
 from ddpo.store.objects import Store
 
 
-def record_fork(store: Store, run_id: str, fork: str, epoch: int, *, rollouts: int = 1) -> None:
+def record_fork(store: Store, run_id: str, fork: str, epoch: int, **settings: object) -> None:
     """Leave the records of a fork that is to adopt a run's epochs from one on."""
-    branch = {"run_id": run_id, "epoch": epoch, "rollouts": rollouts, "off_policy": True}
+    branch = {"run_id": run_id, "epoch": epoch, "off_policy": True, **settings}
     runs.create_or_check_run(store, fork, identity={"fork": branch}, numerics={}, code={})
     store.put_if_absent(keys.fork_key(run_id, fork), b"a record")

@@ -53,6 +53,12 @@ def epoch(store: Store, run_id: str, number: int, *, from_run: str | None = None
     manifests.commit(store, key, kind="epoch", inputs=inputs, objects={})
 
 
+def begun(store: Store, run_id: str, number: int) -> None:
+    """Commit the first checkpoint of a fork."""
+    key = keys.checkpoint_manifest_key(run_id, number)
+    manifests.commit(store, key, kind="checkpoint", inputs={}, objects={})
+
+
 def kept(store: Store, run_id: str = "R") -> dict[str, list[int | None]]:
     """The epochs of which each tree still has an object of the run."""
     return {
@@ -173,6 +179,7 @@ def test_epochs_that_a_fork_is_still_to_adopt_stay_whole(store: Store) -> None:
     for number in range(7):
         epoch(store, "R", number)
     record_fork(store, "R", "Fork", 1, rollouts=3)
+    begun(store, "Fork", 1)
     epoch(store, "Fork", 1, from_run="R")
     assert retire_epochs(store, "R", keep="checkpoints", older_than=1) == [0, 1, 4, 5]
     assert kept(store)["trajectories"] == kept(store)["rollouts"] == [1, 2, 3, 6]
@@ -183,6 +190,26 @@ def test_epochs_that_a_fork_is_still_to_adopt_stay_whole(store: Store) -> None:
     # A fork that a person took away awaits nothing.
     store.delete(keys.run_key("Fork"))
     assert retire_epochs(store, "R", keep="checkpoints", older_than=1) == [2, 3]
+
+
+def test_samples_that_a_fork_is_still_to_score_for_its_statistics_stay(store: Store) -> None:
+    for number in range(7):
+        epoch(store, "R", number)
+    record_fork(store, "R", "Forgetful", 2, statistics="reset")
+    epoch(store, "Forgetful", 2, from_run="R")
+    record_fork(store, "R", "Fork", 3)
+    assert retire_epochs(store, "R", keep="checkpoints", older_than=1) == [0, 1, 4, 5]
+    assert kept(store)["rollouts"] == [0, 1, 2, 3, 6]
+    assert kept(store)["trajectories"] == [2, 3, 6]  # scoring wants pictures alone
+    # A fork of the fork goes back as far.
+    begun(store, "Fork", 3)
+    epoch(store, "Fork", 3, from_run="R")
+    record_fork(store, "Fork", "Fork-of-it", 5)
+    assert retire_epochs(store, "R", keep="checkpoints", older_than=1) == [3]
+    assert kept(store)["rewards"] == [0, 1, 2, 6]
+    begun(store, "Fork-of-it", 5)
+    assert retire_epochs(store, "R", keep="checkpoints", older_than=1) == [0, 1, 2]
+    assert kept(store)["rewards"] == [6]
 
 
 @pytest.mark.parametrize("parent", [None, "Another"])

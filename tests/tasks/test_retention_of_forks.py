@@ -9,7 +9,7 @@ import pytest
 from ddpo.branching import saved_rollouts
 from ddpo.config import ForkConfig, PerPromptAdvantages, RunConfig
 from ddpo.digests import tensors_digest
-from ddpo.errors import ConfigError, RetiredObject
+from ddpo.errors import ConfigError, PolicyMismatch, RetiredObject
 from ddpo.lineage import forks_of, record_fork
 from ddpo.run import Run, open_run, start_run
 from ddpo.state import TrainState
@@ -168,6 +168,32 @@ def test_a_fork_that_cannot_begin_is_refused_before_its_name_is_taken(history: R
     with pytest.raises(RetiredObject, match="checkpoints"):
         named_fork(history, forgetful, "fork")
     assert not store.exists(keys.run_key("fork"))
+
+
+def test_an_epoch_that_a_run_adopted_off_policy_starts_no_on_policy_fork(
+    history: Run, tiny_model: Path
+) -> None:
+    root = Path(history.store.root.removeprefix("file://"))
+    config = config_of(tiny_model, root, ADOPTED + 1, fork=True)
+    faster = config.optimizer.model_copy(update={"learning_rate": 1e-2})
+    parent = start_run(config.model_copy(update={"optimizer": faster}), "fork")
+    run_epochs(parent, ADOPTED + 1)
+    with pytest.raises(PolicyMismatch, match=r"epoch 1 of run 'fork'.*'history'.*off_policy: true"):
+        named_fork(parent, forked_config(parent, 1), "second")
+    assert not parent.store.exists(keys.run_key("second"))
+    off = forked_config(parent, 1, overrides=["fork.off_policy=true"])
+    assert named_fork(parent, off, "second") == "second"
+    # Of its first epoch, and of what it drew itself, its own checkpoint is the policy.
+    for epoch in (0, ADOPTED):
+        assert named_fork(parent, forked_config(parent, epoch), "second") == "second"
+
+
+def test_a_checkpoint_that_never_was_is_missed_before_a_name_is_taken(history: Run) -> None:
+    """A comparison's shared run has its first alone."""
+    config = forked_config(history, 1)
+    history.store.delete(keys.checkpoint_manifest_key("history", 1))
+    with pytest.raises(ConfigError, match="has no checkpoint 1"):
+        named_fork(history, config, "fork")
 
 
 def test_a_fork_is_told_what_retention_deletes_while_it_adopts_it(

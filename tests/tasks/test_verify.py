@@ -168,6 +168,28 @@ def test_what_comes_out_otherwise_is_said_and_nothing_is_touched(
     assert content(run) == before
 
 
+def test_no_manifest_is_made_again_that_would_list_what_nobody_wrote(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a killed run's last shard no digest is known, since nothing refers to its manifest yet."""
+    for key in run.store.list("manifests"):
+        kind, last = key.split("/")[1], "epoch=00001" in key
+        if (last and kind in ("rewards", "advantages", "epochs")) or "epoch=00002" in key:
+            run.store.delete(key)
+    manifest = keys.rollout_manifest_key("r", 1, 0)
+    flip(path_of(run, manifest))
+    before = content(run)
+    damages = verify_run(run.store, "r").damages
+    assert [damage.key for damage in damages] == [manifest]
+    with monkeypatch.context() as another_device:
+        another_device.setattr("tasks.sample.encode_tensors", lambda tensors: b"rounded otherwise")
+        (mended,) = repair(run, damages)
+    assert not mended.done and "other bytes" in mended.said
+    assert content(run) == before
+    (mended,) = repair(run, damages)
+    assert mended.done and not verify_run(run.store, "r").damages
+
+
 def test_an_error_of_any_kind_stops_no_other_repair(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
