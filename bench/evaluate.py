@@ -15,19 +15,19 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from ddpo.policies import Policy
+from ddpo.basics.randomness import derive_seed
+from ddpo.diffusion.sampling import sample
+from ddpo.diffusion.window import sampler_of_epoch
+from ddpo.models import Policy
 from ddpo.prompts import Prompt
-from ddpo.randomness import derive_seed
 from ddpo.rewards import score_images
-from ddpo.run import Run, open_run, storage_root
-from ddpo.sampling import sample
+from ddpo.runs.run import Run, open_run, storage_root
 from ddpo.starter import JUDGE_PATH
 from ddpo.starter.judge import Judge
 from ddpo.starter.scenes import SCENES
 from ddpo.store.checkpoints import find_checkpoint, latest_checkpoint, load_checkpoint
 from ddpo.store.objects import Store
-from ddpo.window import sampler_of_epoch
-from flows.quiet import hide_loading_bars
+from ddpo_workflow.flows.cli.quiet import hide_loading_bars
 
 SEEDS = (101, 102, 103, 104)
 

@@ -14,10 +14,10 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import flows.train
-import tasks.pictures
-import tasks.sample
-import tasks.update
+import ddpo_workflow.flows.train
+import ddpo_workflow.tasks.pictures
+import ddpo_workflow.tasks.sample
+import ddpo_workflow.tasks.update
 
 
 class Stopwatch:
@@ -47,10 +47,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     arguments = parser.parse_args()
     model, epoch = Stopwatch(), Stopwatch()
-    tasks.sample.sample = model.around(tasks.sample.sample)
-    tasks.pictures.sample = model.around(tasks.pictures.sample)
-    tasks.update.update = model.around(tasks.update.update)
-    one_epoch = flows.train.run_epoch
+    ddpo_workflow.tasks.sample.sample = model.around(ddpo_workflow.tasks.sample.sample)
+    ddpo_workflow.tasks.pictures.sample = model.around(ddpo_workflow.tasks.pictures.sample)
+    ddpo_workflow.tasks.update.update = model.around(ddpo_workflow.tasks.update.update)
+    one_epoch = ddpo_workflow.flows.train.run_epoch
     shares: list[float] = []
 
     def measured(*given: Any) -> Any:
@@ -65,9 +65,9 @@ def main() -> None:
         )
         return outcome
 
-    flows.train.run_epoch = measured  # pyright: ignore[reportAttributeAccessIssue]
+    ddpo_workflow.flows.train.run_epoch = measured  # pyright: ignore[reportAttributeAccessIssue]
     with tempfile.TemporaryDirectory() as folder:
-        flows.train.train(
+        ddpo_workflow.flows.train.train(
             "configs/starter.yaml",
             run_id="overhead",
             epochs=arguments.epochs,

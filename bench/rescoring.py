@@ -22,21 +22,21 @@ import pyarrow.parquet as pq
 from PIL import Image
 from prefect import flow
 
+from ddpo.basics.images import encode_image
 from ddpo.config import RunConfig
-from ddpo.config_files import read_config
+from ddpo.config.files import read_config
 from ddpo.prompts import Prompt
 from ddpo.rewards import load_reward, score_images
-from ddpo.rewards.jpeg import jpeg_kb
-from ddpo.run import Run, start_run
+from ddpo.rewards.builtin.jpeg import jpeg_kb
+from ddpo.runs.run import Run, start_run
 from ddpo.store import keys, manifests
 from ddpo.store.checkpoints import load_document
-from ddpo.store.images import encode_image
 from ddpo.store.tables import RolloutRow, encode_rollouts
-from flows.quiet import hide_loading_bars, set_defaults, without_heartbeats
-from flows.rescore import rescore
-from tasks.mlflow_connection import connect
-from tasks.start import start
-from tasks.worker import RunHandle
+from ddpo_workflow.flows.cli.quiet import hide_loading_bars, set_defaults, without_heartbeats
+from ddpo_workflow.flows.rescore import rescore
+from ddpo_workflow.tasks.start import start
+from ddpo_workflow.tasks.tracking.connection import connect
+from ddpo_workflow.tasks.worker import RunHandle
 
 SHARDS, SHARD_SIZE = 16, 64
 

@@ -20,13 +20,13 @@ from pathlib import Path
 import numpy as np
 
 from bench.evaluate import SEEDS, Evaluation, Gain, evaluate
-from ddpo.digests import json_digest, sha256_bytes
+from ddpo.basics.digests import json_digest, sha256_bytes
 from ddpo.prompts import Prompt
 from ddpo.prompts.sets import starter_scenes
-from ddpo.run import open_run
+from ddpo.runs.run import open_run
 from ddpo.starter import JUDGE_PATH, STARTER_PATH
 from ddpo.store.objects import Store
-from flows.quiet import hide_loading_bars
+from ddpo_workflow.flows.cli.quiet import hide_loading_bars
 
 TRAINING_SEEDS = (0, 1, 2)
 
@@ -91,7 +91,13 @@ def train(trial: Trial, folder: Path, threads: int) -> None:
         "tracking.system_metrics": "false",
         "outputs": folder / "outputs",
     }
-    command = [sys.executable, "-m", "flows.cli", "train", TASKS[trial.task].config]
+    command = [
+        sys.executable,
+        "-m",
+        "ddpo_workflow.flows.cli",
+        "train",
+        TASKS[trial.task].config,
+    ]
     command += ["--run-id", trial.run_id, "--root", str(folder / "store")]
     for name, value in settings.items():
         command += ["--set", f"{name}={value}"]

@@ -28,7 +28,7 @@ from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 from playwright.sync_api import BrowserContext, Page, expect, sync_playwright
 
 from ddpo.config import TrackingConfig
-from tasks.mlflow_connection import RUN_ID_TAG, connect
+from ddpo_workflow.tasks.tracking.connection import RUN_ID_TAG, connect
 
 _START_TIMEOUT_S = 60.0
 _STOP_TIMEOUT_S = 10.0

@@ -23,19 +23,19 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from ddpo.basics.randomness import derive_seed
 from ddpo.config import RunConfig
-from ddpo.config_files import read_config
-from ddpo.numerics import settle_numerics
-from ddpo.policies import Policy
-from ddpo.randomness import derive_seed
-from ddpo.rewards.jpeg import jpeg_kb
-from ddpo.sampling import sample
+from ddpo.config.files import read_config
+from ddpo.diffusion.sampling import sample
+from ddpo.models import Policy
+from ddpo.models.numerics import settle_numerics
+from ddpo.rewards.builtin.jpeg import jpeg_kb
 from ddpo.starter import JUDGE_PATH, STARTER_PATH
 from ddpo.starter.glyphs import ACTIVITIES, ANIMALS
 from ddpo.starter.judge import Judge
-from ddpo.starter.report import grid
 from ddpo.starter.scenes import COUNTS, Kind, Scene, scenes
-from flows.quiet import hide_loading_bars
+from ddpo_workflow.flows.cli.quiet import hide_loading_bars
+from starter_training.report import grid
 
 CONFIG = Path("configs/starter.yaml")
 STEPS = 20  # the demo takes fewer, to learn from more pictures; this is what the model can do

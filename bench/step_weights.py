@@ -14,8 +14,8 @@ import torch
 from diffusers import DDIMScheduler  # pyright: ignore[reportPrivateImportUsage]
 from torch import Tensor
 
+from ddpo.diffusion.ddim import NoiseSchedule, ddim_transition
 from ddpo.starter import STARTER_PATH
-from ddpo.transitions import NoiseSchedule, ddim_transition
 
 _PUBLISHED = {
     "num_train_timesteps": 1000,

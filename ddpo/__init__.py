@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ddpo.history import open_run
+    from ddpo.analysis.history import open_run
 
 __version__ = "0.1.0"
 __all__ = ["open_run"]
@@ -17,7 +17,7 @@ __all__ = ["open_run"]
 def __getattr__(name: str) -> Any:
     """Import what notebooks use when it is asked for: `import ddpo` itself loads nothing heavy."""
     if name == "open_run":
-        from ddpo.history import open_run
+        from ddpo.analysis.history import open_run
 
         return open_run
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

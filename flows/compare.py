@@ -10,29 +10,29 @@ from prefect import flow
 from prefect.artifacts import create_markdown_artifact
 from prefect.runtime import flow_run
 
-from ddpo.comparison.plan import Comparison, comparison_name, read_comparison
-from ddpo.comparison.report import PLOT, markdown, write_report
-from ddpo.comparison.result import Result, read_result
+from ddpo.analysis.comparison.plan import Comparison, comparison_name, read_comparison
+from ddpo.analysis.comparison.report import PLOT, markdown, write_report
+from ddpo.analysis.comparison.result import Result, read_result
 from ddpo.config import StorageConfig
 from ddpo.errors import ConfigError, RunIdentityMismatch
-from ddpo.run import Run, check_run, start_run
+from ddpo.runs.run import Run, check_run, start_run
 from ddpo.store import keys
 from ddpo.store.objects import Store
-from flows.epoch import artifact_key
-from flows.quiet import without_heartbeats
-from flows.stopping import AbandoningThreads, mark_stopped, note_begun, notice
-from flows.train import Text, outputs_folder, train_run
-from tasks.advantages import advantages_of
-from tasks.commit import commit_epoch
-from tasks.mlflow_connection import connect, find_or_create_experiment, find_run
-from tasks.mlflow_page import open_comparison_page, open_page
-from tasks.progress import as_part, finished_epoch
-from tasks.sample import sample_shard
-from tasks.score import score_shard
-from tasks.start import start
-from tasks.track import TrackingHandle, track_scores
-from tasks.tracking import TrackingError
-from tasks.worker import RunHandle, opened
+from ddpo_workflow.flows.cli.quiet import without_heartbeats
+from ddpo_workflow.flows.epoch import artifact_key
+from ddpo_workflow.flows.stopping import AbandoningThreads, mark_stopped, note_begun, notice
+from ddpo_workflow.flows.train import Text, outputs_folder, train_run
+from ddpo_workflow.tasks.advantages import advantages_of
+from ddpo_workflow.tasks.commit import commit_epoch
+from ddpo_workflow.tasks.progress import as_part, finished_epoch
+from ddpo_workflow.tasks.sample import sample_shard
+from ddpo_workflow.tasks.score import score_shard
+from ddpo_workflow.tasks.start import start
+from ddpo_workflow.tasks.tracking.connection import connect, find_or_create_experiment, find_run
+from ddpo_workflow.tasks.tracking.epochs import TrackingHandle, track_scores
+from ddpo_workflow.tasks.tracking.page import open_comparison_page, open_page
+from ddpo_workflow.tasks.tracking.tracker import TrackingError
+from ddpo_workflow.tasks.worker import RunHandle, opened
 
 
 def _comparison_name() -> str:

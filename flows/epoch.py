@@ -11,15 +11,15 @@ from pydantic import BaseModel, ConfigDict
 from ddpo.config import StorageConfig
 from ddpo.store import keys
 from ddpo.store.manifests import Ref
-from flows.stopping import AbandoningThreads, mark_stopped, note_begun
-from tasks.advantages import advantages_of
-from tasks.commit import commit_epoch
-from tasks.pictures import PictureSet, draw_pictures
-from tasks.sample import sample_shard
-from tasks.score import score_shard
-from tasks.track import TrackingHandle, track_epoch, track_pictures
-from tasks.update import update_policy
-from tasks.worker import RunHandle, opened
+from ddpo_workflow.flows.stopping import AbandoningThreads, mark_stopped, note_begun
+from ddpo_workflow.tasks.advantages import advantages_of
+from ddpo_workflow.tasks.commit import commit_epoch
+from ddpo_workflow.tasks.pictures import PictureSet, draw_pictures
+from ddpo_workflow.tasks.sample import sample_shard
+from ddpo_workflow.tasks.score import score_shard
+from ddpo_workflow.tasks.tracking.epochs import TrackingHandle, track_epoch, track_pictures
+from ddpo_workflow.tasks.update import update_policy
+from ddpo_workflow.tasks.worker import RunHandle, opened
 
 
 class EpochPlan(BaseModel):

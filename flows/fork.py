@@ -7,22 +7,17 @@ from typing import Any, Literal
 
 from prefect import flow
 
-from ddpo.branching import (
-    check_kept,
-    check_on_policy,
-    check_sampler,
-    committed_rollouts,
-)
 from ddpo.config import RunConfig
-from ddpo.config_files import apply_overrides, parse_config
+from ddpo.config.files import apply_overrides, parse_config
+from ddpo.config.s3 import S3Options
 from ddpo.errors import ConfigError
 from ddpo.rewards import load_reward
-from ddpo.run import Run, open_run, start_run, storage_root
+from ddpo.runs.forks.checks import check_kept, check_on_policy, check_sampler, committed_rollouts
+from ddpo.runs.run import Run, open_run, start_run, storage_root
 from ddpo.store import keys
 from ddpo.store.objects import Store
-from ddpo.store.s3 import S3Options
-from flows.stopping import mark_stopped, note_begun
-from flows.train import Parameters, Text, Whole, train_run
+from ddpo_workflow.flows.stopping import mark_stopped, note_begun
+from ddpo_workflow.flows.train import Parameters, Text, Whole, train_run
 
 Statistics = Literal["rebuild", "reset"]
 

@@ -8,27 +8,27 @@ from contextlib import suppress
 from prefect import flow, get_run_logger
 from prefect.runtime import flow_run
 
-from ddpo.branching import rebuilds_statistics, saved_rollouts
+from ddpo.analysis.history import History
 from ddpo.config import RewardConfig
 from ddpo.errors import ConfigError, RetiredObject
-from ddpo.history import History
 from ddpo.rewards import load_reward
-from ddpo.run import Run, open_run, storage_root
+from ddpo.runs.forks.checks import rebuilds_statistics, saved_rollouts
+from ddpo.runs.run import Run, open_run, storage_root
 from ddpo.store import keys, manifests
 from ddpo.store.checkpoints import find_checkpoint
 from ddpo.store.manifests import Ref
 from ddpo.store.objects import Store
-from flows.start import scores_before
-from flows.stopping import mark_stopped, note_begun
-from flows.train import Parameters, Text
-from tasks.advantages import advantages_of
-from tasks.mlflow_page import open_rescored_page
-from tasks.score import score_shard
-from tasks.statistics import rebuild_statistics
-from tasks.track import TrackingHandle
-from tasks.track_rescored import track_disagreement, track_rescored
-from tasks.tracking import TrackingError
-from tasks.worker import RunHandle, opened
+from ddpo_workflow.flows.start import scores_before
+from ddpo_workflow.flows.stopping import mark_stopped, note_begun
+from ddpo_workflow.flows.train import Parameters, Text
+from ddpo_workflow.tasks.advantages import advantages_of
+from ddpo_workflow.tasks.score import score_shard
+from ddpo_workflow.tasks.statistics import rebuild_statistics
+from ddpo_workflow.tasks.tracking.epochs import TrackingHandle
+from ddpo_workflow.tasks.tracking.page import open_rescored_page
+from ddpo_workflow.tasks.tracking.rescored import track_disagreement, track_rescored
+from ddpo_workflow.tasks.tracking.tracker import TrackingError
+from ddpo_workflow.tasks.worker import RunHandle, opened
 
 
 @flow(

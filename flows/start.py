@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from ddpo.branching import epochs_before, rebuilds_statistics, saved_rollouts
-from ddpo.run import Run
+from ddpo.runs.forks.checks import epochs_before, rebuilds_statistics, saved_rollouts
+from ddpo.runs.run import Run
 from ddpo.store.checkpoints import find_checkpoint
 from ddpo.store.manifests import Ref
-from tasks.score import score_shard
-from tasks.start import check_fork, start
-from tasks.worker import RunHandle
+from ddpo_workflow.tasks.score import score_shard
+from ddpo_workflow.tasks.start import check_fork, start
+from ddpo_workflow.tasks.worker import RunHandle
 
 
 def first_checkpoint(run: Run, handle: RunHandle) -> Ref:

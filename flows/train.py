@@ -17,29 +17,29 @@ from prefect.artifacts import (
 from prefect.runtime import flow_run
 from pydantic import WithJsonSchema
 
-from ddpo.comparison.plan import check_not_shared
+from ddpo.analysis.comparison.plan import check_not_shared
+from ddpo.analysis.report import write_report
 from ddpo.config import RunConfig
-from ddpo.config_files import read_config
+from ddpo.config.files import read_config
+from ddpo.config.s3 import S3Options
 from ddpo.errors import ConfigError, MissingObject
-from ddpo.lineage import record_fork
-from ddpo.report import write_report
-from ddpo.run import Run, open_run, start_run, storage_root
+from ddpo.runs.forks.records import record_fork
+from ddpo.runs.run import Run, open_run, start_run, storage_root
 from ddpo.store import keys
 from ddpo.store.checkpoints import find_checkpoint
 from ddpo.store.manifests import Ref
 from ddpo.store.objects import Store
-from ddpo.store.s3 import S3Options
-from flows.epoch import EpochPlan, artifact_key, run_epoch
-from flows.quiet import without_heartbeats
-from flows.start import first_checkpoint
-from flows.stopping import mark_stopped, note_begun, notice, resume_command
-from tasks.export import export_weights
-from tasks.mlflow_page import open_page
-from tasks.pictures import draw_pictures, picture_set
-from tasks.progress import finished_epoch
-from tasks.track import TrackingHandle, track_pictures
-from tasks.tracking import TrackingError
-from tasks.worker import RunHandle, opened
+from ddpo_workflow.flows.cli.quiet import without_heartbeats
+from ddpo_workflow.flows.epoch import EpochPlan, artifact_key, run_epoch
+from ddpo_workflow.flows.start import first_checkpoint
+from ddpo_workflow.flows.stopping import mark_stopped, note_begun, notice, resume_command
+from ddpo_workflow.tasks.export_weights import export_weights
+from ddpo_workflow.tasks.pictures import draw_pictures, picture_set
+from ddpo_workflow.tasks.progress import finished_epoch
+from ddpo_workflow.tasks.tracking.epochs import TrackingHandle, track_pictures
+from ddpo_workflow.tasks.tracking.page import open_page
+from ddpo_workflow.tasks.tracking.tracker import TrackingError
+from ddpo_workflow.tasks.worker import RunHandle, opened
 
 # In Prefect's form, one field that may stay empty; of `str | None` it makes a switch of types.
 Text = Annotated[str | None, WithJsonSchema({"type": "string"})]

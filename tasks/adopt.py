@@ -8,23 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ddpo.branching import check_policy, check_sampler, saved_rollouts
+from ddpo.basics.digests import canonical_json
 from ddpo.config import ForkConfig, ValueAdvantages
-from ddpo.digests import canonical_json
+from ddpo.diffusion.sampling import sampler_digest
 from ddpo.errors import ConfigError, RetiredObject
-from ddpo.policies import Policy, policy_digest
-from ddpo.run import Run, open_run
-from ddpo.sampling import sampler_digest
+from ddpo.models import Policy, policy_digest
+from ddpo.runs.forks.checks import check_policy, check_sampler, saved_rollouts
+from ddpo.runs.run import Run, open_run
 from ddpo.store import keys, manifests
-from ddpo.store.checkpoints import (
-    TENSOR_ROLES,
-    find_checkpoint,
-    load_checkpoint,
-    load_document,
-)
+from ddpo.store.checkpoints import TENSOR_ROLES, find_checkpoint, load_checkpoint, load_document
 from ddpo.store.manifests import Committed, Ref
-from ddpo.store.retention import is_retired
-from tasks.statistics import statistics_of
+from ddpo.store.upkeep.retention import is_retired
+from ddpo_workflow.tasks.statistics import statistics_of
 
 
 def adopt_shard(run: Run, epoch: int, shard: int) -> Committed:

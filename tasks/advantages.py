@@ -11,18 +11,18 @@ from prefect.cache_policies import NO_CACHE
 
 from ddpo.algorithms.advantages import compute_advantages
 from ddpo.algorithms.rwr import compute_weights
+from ddpo.basics.digests import canonical_json
+from ddpo.basics.randomness import derive_seed
 from ddpo.config import Regression
-from ddpo.digests import canonical_json
-from ddpo.randomness import derive_seed
-from ddpo.run import Run
-from ddpo.state import PromptStatistics
+from ddpo.runs.run import Run
 from ddpo.store import keys, manifests
 from ddpo.store.checkpoints import load_document
 from ddpo.store.manifests import Committed, Ref
 from ddpo.store.tables import AdvantageRow, decode_rewards, encode_advantages
-from tasks.prompts import prompts_of
-from tasks.retries import STORAGE
-from tasks.worker import RunHandle, opened
+from ddpo.training.state import PromptStatistics
+from ddpo_workflow.tasks.prompts import prompts_of
+from ddpo_workflow.tasks.retries import STORAGE
+from ddpo_workflow.tasks.worker import RunHandle, opened
 
 
 @task(name="advantages", task_run_name="advantages epoch {epoch}", cache_policy=NO_CACHE, **STORAGE)

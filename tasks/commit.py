@@ -9,11 +9,11 @@ from prefect.cache_policies import NO_CACHE
 
 from ddpo.config import StorageConfig
 from ddpo.store import keys, manifests
-from ddpo.store.epoch_retention import retire_epochs
 from ddpo.store.manifests import Ref
-from ddpo.store.retention import retire_checkpoints
-from tasks.retries import STORAGE
-from tasks.worker import RunHandle, opened
+from ddpo.store.upkeep.epoch_retention import retire_epochs
+from ddpo.store.upkeep.retention import retire_checkpoints
+from ddpo_workflow.tasks.retries import STORAGE
+from ddpo_workflow.tasks.worker import RunHandle, opened
 
 
 @task(name="commit", task_run_name="commit epoch {epoch}", cache_policy=NO_CACHE, **STORAGE)

@@ -6,21 +6,21 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 from pydantic import BaseModel, ConfigDict
 
+from ddpo.basics.digests import json_digest
+from ddpo.basics.images import encode_image
+from ddpo.basics.randomness import derive_seed
 from ddpo.config import PicturesConfig
-from ddpo.digests import json_digest
-from ddpo.randomness import derive_seed
-from ddpo.run import Run
-from ddpo.sampling import sample
+from ddpo.diffusion.sampling import sample
+from ddpo.diffusion.window import sampler_of_epoch
+from ddpo.runs.run import Run
 from ddpo.store import keys, manifests
 from ddpo.store.checkpoints import load_document
-from ddpo.store.images import encode_image
 from ddpo.store.manifests import Ref
-from ddpo.store.retention import is_retired
 from ddpo.store.tables import RolloutRow, encode_rollouts
-from ddpo.window import sampler_of_epoch
-from tasks.progress import report
-from tasks.retries import STORAGE
-from tasks.worker import RunHandle, opened, policy_at
+from ddpo.store.upkeep.retention import is_retired
+from ddpo_workflow.tasks.progress import report
+from ddpo_workflow.tasks.retries import STORAGE
+from ddpo_workflow.tasks.worker import RunHandle, opened, policy_at
 
 _DEFAULT_PROMPTS = 4
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping
 
-from ddpo.run import Run
+from ddpo.runs.run import Run
 from ddpo.store import manifests
 from ddpo.store.manifests import Ref
 from ddpo.store.tables import decode_prompts

@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from ddpo.digests import sha256_bytes
+from ddpo.basics.digests import sha256_bytes
 from ddpo.errors import DdpoError
-from ddpo.run import Run
+from ddpo.runs.run import Run
 from ddpo.store import keys, manifests
 from ddpo.store.manifests import Ref
-from ddpo.store.scratch import ScratchStore
-from ddpo.store.verify import Damage
-from tasks.adopt import adopt_shard
-from tasks.advantages import normalise
-from tasks.sample import draw_shard
-from tasks.score import score_rollouts
+from ddpo.store.upkeep.scratch import ScratchStore
+from ddpo.store.upkeep.verify import Damage
+from ddpo_workflow.tasks.adopt import adopt_shard
+from ddpo_workflow.tasks.advantages import normalise
+from ddpo_workflow.tasks.sample import draw_shard
+from ddpo_workflow.tasks.score import score_rollouts
 
 KINDS = ("rollouts", "rewards", "advantages")
 """What can be made again, each from those before it (and from the checkpoint)."""
@@ -44,7 +44,7 @@ def repair(run: Run, damages: Iterable[Damage]) -> list[Repair]:
 
     Args:
         run: The run, of whose own reward the parts are.
-        damages: What :func:`ddpo.store.verify.verify_run` found.
+        damages: What :func:`ddpo.store.upkeep.verify.verify_run` found.
 
     Returns:
         A repair a part, in the order they were made; other damages have none.

@@ -9,21 +9,21 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 from torch import Tensor
 
+from ddpo.basics.images import encode_image
+from ddpo.basics.randomness import derive_seed, generator
+from ddpo.diffusion.sampling import Trajectories, sample
+from ddpo.diffusion.window import sampler_of_epoch
 from ddpo.prompts import Prompt, draw_prompt
-from ddpo.randomness import derive_seed, generator
-from ddpo.run import Run
-from ddpo.sampling import Trajectories, sample
+from ddpo.runs.run import Run
 from ddpo.store import keys, manifests
 from ddpo.store.checkpoints import load_document
-from ddpo.store.images import encode_image
 from ddpo.store.manifests import Committed, Ref
 from ddpo.store.tables import RolloutRow, encode_rollouts
 from ddpo.store.tensors import encode_tensors
-from ddpo.window import sampler_of_epoch
-from tasks.adopt import adopt_shard
-from tasks.progress import report
-from tasks.retries import STORAGE
-from tasks.worker import RunHandle, opened, policy_at
+from ddpo_workflow.tasks.adopt import adopt_shard
+from ddpo_workflow.tasks.progress import report
+from ddpo_workflow.tasks.retries import STORAGE
+from ddpo_workflow.tasks.worker import RunHandle, opened, policy_at
 
 
 @task(

@@ -7,17 +7,17 @@ from typing import Any
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
+from ddpo.basics.images import decode_image
 from ddpo.errors import RewardError
 from ddpo.prompts import Prompt
 from ddpo.rewards.scoring import score_samples
-from ddpo.run import Run
+from ddpo.runs.run import Run
 from ddpo.store import keys, manifests
-from ddpo.store.images import decode_image
 from ddpo.store.manifests import Committed, Ref
 from ddpo.store.tables import RewardRow, decode_rewards, decode_rollouts, encode_rewards
-from tasks.prompts import remember_prompts
-from tasks.retries import STORAGE
-from tasks.worker import RunHandle, opened
+from ddpo_workflow.tasks.prompts import remember_prompts
+from ddpo_workflow.tasks.retries import STORAGE
+from ddpo_workflow.tasks.worker import RunHandle, opened
 
 
 @task(

@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from ddpo.sampling import sampler_digest
+from ddpo.diffusion.sampling import sampler_digest
+from ddpo.diffusion.window import sampler_of_epoch
 from ddpo.store.checkpoints import commit_checkpoint, find_checkpoint
 from ddpo.store.manifests import Ref
-from ddpo.update import initial_state
-from ddpo.window import sampler_of_epoch
-from tasks.adopt import adopt_checkpoint, check_adoptable
-from tasks.retries import STORAGE
-from tasks.worker import RunHandle, fresh_policy, opened
+from ddpo.training.loop import initial_state
+from ddpo_workflow.tasks.adopt import adopt_checkpoint, check_adoptable
+from ddpo_workflow.tasks.retries import STORAGE
+from ddpo_workflow.tasks.worker import RunHandle, fresh_policy, opened
 
 
 @task(name="start", task_run_name="first checkpoint", cache_policy=NO_CACHE, **STORAGE)

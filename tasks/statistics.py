@@ -9,16 +9,16 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from ddpo.algorithms.advantages import compute_advantages
-from ddpo.digests import canonical_json
+from ddpo.basics.digests import canonical_json
 from ddpo.errors import RewardError
-from ddpo.run import Run
-from ddpo.state import PromptStatistics
+from ddpo.runs.run import Run
 from ddpo.store import keys, manifests
 from ddpo.store.manifests import Ref
 from ddpo.store.tables import decode_rewards
-from tasks.prompts import prompts_of
-from tasks.retries import STORAGE
-from tasks.worker import RunHandle, opened
+from ddpo.training.state import PromptStatistics
+from ddpo_workflow.tasks.prompts import prompts_of
+from ddpo_workflow.tasks.retries import STORAGE
+from ddpo_workflow.tasks.worker import RunHandle, opened
 
 
 @task(

@@ -11,20 +11,20 @@ from prefect.cache_policies import NO_CACHE
 
 from ddpo.config import Regression
 from ddpo.errors import PolicyMismatch
-from ddpo.gradient import Rollouts
-from ddpo.policies import policy_digest
-from ddpo.regression import FinalLatents, RegressionMetrics, regress
-from ddpo.run import Run
-from ddpo.state import TrainState
+from ddpo.models import policy_digest
+from ddpo.runs.run import Run
 from ddpo.store import keys, manifests
 from ddpo.store.checkpoints import commit_checkpoint, load_document
 from ddpo.store.manifests import Ref
 from ddpo.store.tables import AdvantageRow, decode_advantages, decode_rollouts
 from ddpo.store.tensors import decode_tensors
-from ddpo.update import UpdateMetrics, update
-from tasks.progress import report
-from tasks.retries import STORAGE
-from tasks.worker import Lease, RunHandle, opened, policy_at
+from ddpo.training.denoising import FinalLatents, RegressionMetrics, regress
+from ddpo.training.loop import UpdateMetrics, update
+from ddpo.training.pairs import Rollouts
+from ddpo.training.state import TrainState
+from ddpo_workflow.tasks.progress import report
+from ddpo_workflow.tasks.retries import STORAGE
+from ddpo_workflow.tasks.worker import Lease, RunHandle, opened, policy_at
 
 
 @task(name="update", task_run_name="update epoch {epoch}", cache_policy=NO_CACHE, **STORAGE)

@@ -11,15 +11,15 @@ from functools import lru_cache
 from pydantic import BaseModel, ConfigDict
 
 from ddpo.config import RewardConfig
+from ddpo.config.s3 import S3Options
 from ddpo.errors import PolicyMismatch
-from ddpo.policies import Policy
-from ddpo.run import Run, open_run
-from ddpo.state import TrainState
+from ddpo.models import Policy
+from ddpo.runs.run import Run, open_run
 from ddpo.store import manifests
 from ddpo.store.checkpoints import load_checkpoint, load_document
 from ddpo.store.manifests import Ref
 from ddpo.store.objects import Store
-from ddpo.store.s3 import S3Options
+from ddpo.training.state import TrainState
 
 _device = threading.Lock()
 _loaded: _Loaded | None = None

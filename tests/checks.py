@@ -20,12 +20,12 @@ from torch import Tensor
 from ddpo.algorithms import advantages as advantages_module
 from ddpo.algorithms.rwr import compute_weights
 from ddpo.config import PerPromptAdvantages, RunConfig, RwrConfig
-from ddpo.gradient import PolicyGradient, Rollouts
-from ddpo.policies import Policy
-from ddpo.regression import DenoisingGradient, FinalLatents, Noising
-from ddpo.sampling import sample
-from ddpo.transitions import NoiseSchedule, ddim_transition
-from ddpo.update import initial_state, update
+from ddpo.diffusion.ddim import NoiseSchedule, ddim_transition
+from ddpo.diffusion.sampling import sample
+from ddpo.models import Policy
+from ddpo.training.denoising import DenoisingGradient, FinalLatents, Noising
+from ddpo.training.loop import initial_state, update
+from ddpo.training.pairs import PolicyGradient, Rollouts
 from tests.tiny import alternating_advantages, flat
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ddpo.config import RunConfig
-from ddpo.config_files import parse_config
+from ddpo.config.files import parse_config
 
 MINIMAL = {
     "model": "starter",

@@ -9,7 +9,7 @@ import pytest
 from mlflow.tracking import MlflowClient
 from s3fs import S3FileSystem
 
-from flows.quiet import set_defaults
+from ddpo_workflow.flows.cli.quiet import set_defaults
 from tests import servers
 from tests.servers import ObjectStore
 
@@ -23,8 +23,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that needs the network is
 import torch  # noqa: E402
 
 from ddpo.config import RunConfig  # noqa: E402
-from ddpo.gradient import Rollouts  # noqa: E402
-from ddpo.policies import Policy  # noqa: E402
+from ddpo.models import Policy  # noqa: E402
+from ddpo.training.pairs import Rollouts  # noqa: E402
 from tests.tiny import (  # noqa: E402
     build_tiny_model,
     draw,

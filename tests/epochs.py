@@ -11,16 +11,16 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from ddpo.basics.digests import tensors_digest
 from ddpo.config import RunConfig
-from ddpo.digests import tensors_digest
-from ddpo.gradient import Rollouts
-from ddpo.policies import Policy
-from ddpo.sampling import sample
+from ddpo.diffusion.sampling import sample
+from ddpo.models import Policy
 from ddpo.starter.text import build_tokenizer
-from ddpo.state import TrainState
 from ddpo.store.checkpoints import commit_checkpoint, load_checkpoint
 from ddpo.store.objects import Store
-from ddpo.update import UpdateMetrics, initial_state, update
+from ddpo.training.loop import UpdateMetrics, initial_state, update
+from ddpo.training.pairs import Rollouts
+from ddpo.training.state import TrainState
 from tests.tiny import PROMPTS, SCHEDULE, load_policy
 
 

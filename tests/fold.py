@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from ddpo.run import Run
+from ddpo.runs.run import Run
 from ddpo.store.manifests import Ref
-from tasks import prompts, track, worker
-from tasks.advantages import advantages_of
-from tasks.commit import commit_epoch
-from tasks.pictures import draw_pictures, picture_set
-from tasks.sample import sample_shard
-from tasks.score import score_shard
-from tasks.start import start
-from tasks.track import TrackingHandle, track_epoch, track_pictures
-from tasks.update import update_policy
-from tasks.worker import RunHandle
+from ddpo_workflow.tasks import prompts, worker
+from ddpo_workflow.tasks.advantages import advantages_of
+from ddpo_workflow.tasks.commit import commit_epoch
+from ddpo_workflow.tasks.pictures import draw_pictures, picture_set
+from ddpo_workflow.tasks.sample import sample_shard
+from ddpo_workflow.tasks.score import score_shard
+from ddpo_workflow.tasks.start import start
+from ddpo_workflow.tasks.tracking import epochs as track
+from ddpo_workflow.tasks.tracking.epochs import TrackingHandle, track_epoch, track_pictures
+from ddpo_workflow.tasks.update import update_policy
+from ddpo_workflow.tasks.worker import RunHandle
 
 
 def as_in_a_new_process() -> None:

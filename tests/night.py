@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 from mlflow.tracking import MlflowClient
 
+from ddpo.basics.digests import tensors_digest
 from ddpo.config import RunConfig
-from ddpo.digests import tensors_digest
-from ddpo.run import Run, open_run
+from ddpo.runs.run import Run, open_run
 from ddpo.store.checkpoints import find_checkpoint, load_checkpoint
 from ddpo.store.objects import Store
-from flows import cli
-from flows.train import train
-from tasks.mlflow_connection import RUN_ID_TAG
+from ddpo_workflow.flows.cli import app as cli
+from ddpo_workflow.flows.train import train
+from ddpo_workflow.tasks.tracking.connection import RUN_ID_TAG
 from tests.tiny import tiny_config
 
 EPOCHS = 3

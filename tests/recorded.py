@@ -12,9 +12,9 @@ from PIL import Image
 
 from ddpo.prompts import Prompt
 from ddpo.rewards import Scores
-from ddpo.run import Run, start_run
+from ddpo.runs.run import Run, start_run
 from ddpo.store import keys, manifests
-from tasks.score import score_rollouts
+from ddpo_workflow.tasks.score import score_rollouts
 from tests.fold import as_in_a_new_process, run_epochs
 from tests.tiny import tiny_config
 

@@ -20,12 +20,12 @@ from diffusers import (
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from ddpo.config import RunConfig
-from ddpo.config_files import parse_config
-from ddpo.gradient import Rollouts
-from ddpo.numerics import settle_numerics
-from ddpo.policies import Policy
-from ddpo.sampling import Trajectories, sample
+from ddpo.config.files import parse_config
+from ddpo.diffusion.sampling import Trajectories, sample
+from ddpo.models import Policy
+from ddpo.models.numerics import settle_numerics
 from ddpo.starter.text import build_tokenizer
+from ddpo.training.pairs import Rollouts
 
 PROMPTS = ("a cat", "a dog", "a horse", "two cats", "a fox", "a bee")
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from ddpo.algorithms.leave_one_out import leave_one_out
 from ddpo.config import Advantages, LeaveOneOutAdvantages, PerPromptAdvantages
 from ddpo.errors import RewardError
-from ddpo.state import PromptStatistics
+from ddpo.training.state import PromptStatistics
 
 _STD_FLOOR = 1e-6
 

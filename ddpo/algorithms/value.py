@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ddpo.randomness import generator
+from ddpo.basics.randomness import generator
 
 _WIDTH = 64
 

@@ -13,7 +13,7 @@ from pydantic import (
     model_validator,
 )
 
-from ddpo.config.part import Part, is_off
+from ddpo.basics.part import Part, is_off
 from ddpo.config.regression import RwrConfig, RwrSparseConfig
 
 

@@ -6,7 +6,7 @@ import re
 
 from pydantic import Field, JsonValue, NonNegativeInt, field_validator, model_validator
 
-from ddpo.config.part import Part
+from ddpo.basics.part import Part
 
 VARIED = ("algorithm", "advantages", "optimizer")
 """What variants may differ in; all else decides what is drawn, or how it is scored."""

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import NonNegativeInt, PositiveInt, model_validator
 
-from ddpo.config.part import Part
+from ddpo.basics.part import Part
 
 
 class ForkConfig(Part):

@@ -6,8 +6,8 @@ from typing import Literal
 
 from pydantic import Field, PositiveInt, field_validator
 
-from ddpo.config.part import Part, is_off
-from ddpo.store.s3 import S3Options
+from ddpo.basics.part import Part, is_off
+from ddpo.config.s3 import S3Options
 
 Keep = Literal["everything", "images_and_scores", "checkpoints"]
 

@@ -10,7 +10,7 @@ from typing import Literal
 
 from pydantic import Field, PositiveInt, model_validator
 
-from ddpo.config.part import Part
+from ddpo.basics.part import Part
 
 
 class _RegressionConfig(Part):

@@ -18,6 +18,7 @@ from pydantic import (
     model_validator,
 )
 
+from ddpo.basics.part import Part, is_auto, is_off
 from ddpo.config.algorithm import (
     Advantages,
     Algorithm,
@@ -27,7 +28,6 @@ from ddpo.config.algorithm import (
 )
 from ddpo.config.fork import ForkConfig
 from ddpo.config.operation import StorageConfig, TrackingConfig
-from ddpo.config.part import Part, is_auto, is_off
 from ddpo.config.regression import Regression, RwrConfig
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import JsonValue, TypeAdapter, ValidationError
 
-from ddpo.digests import json_digest
+from ddpo.basics.digests import json_digest
 from ddpo.errors import ConfigError
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from ddpo import plugins
+from ddpo.basics import plugins
 from ddpo.errors import ConfigError, DdpoError
 from ddpo.prompts.base import Prompt
 

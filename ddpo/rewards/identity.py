@@ -16,7 +16,7 @@ from typing import Any
 
 from pydantic import JsonValue
 
-from ddpo.digests import json_digest
+from ddpo.basics.digests import json_digest
 from ddpo.errors import ConfigError
 
 _LONGEST_NAME = 80  # of reward_id, which becomes part of one path segment

@@ -11,7 +11,7 @@ from typing import Any
 from PIL import Image
 from pydantic import JsonValue
 
-from ddpo import plugins
+from ddpo.basics import plugins
 from ddpo.errors import ConfigError, DdpoError, RewardError
 from ddpo.prompts.base import Prompt
 from ddpo.rewards.base import Reward, Scores
@@ -22,21 +22,21 @@ ENTRY_POINT_GROUP = "ddpo.rewards"
 """Packages register rewards of their own here."""
 
 _OURS = {
-    "jpeg_compressibility": "ddpo.rewards.jpeg:JpegCompressibility",
-    "jpeg_incompressibility": "ddpo.rewards.jpeg:JpegIncompressibility",
-    "http": "ddpo.rewards.http:HttpReward",
-    "colorfulness": "ddpo.rewards.colorfulness:Colorfulness",
-    "ocr_text": "ddpo.rewards.ocr:OcrText",
-    "starter_vqa": "ddpo.rewards.starter_vqa:StarterVqa",
+    "jpeg_compressibility": "ddpo.rewards.builtin.jpeg:JpegCompressibility",
+    "jpeg_incompressibility": "ddpo.rewards.builtin.jpeg:JpegIncompressibility",
+    "http": "ddpo.rewards.service.http:HttpReward",
+    "colorfulness": "ddpo.rewards.builtin.colorfulness:Colorfulness",
+    "ocr_text": "ddpo.rewards.builtin.ocr:OcrText",
+    "starter_vqa": "ddpo.rewards.builtin.starter_vqa:StarterVqa",
     "weighted": "ddpo.rewards.weighted:Weighted",
-    "laion_aesthetic": "ddpo.rewards.laion_aesthetic:LaionAesthetic",
-    "clip_score": "ddpo.rewards.clip_score:ClipScore",
-    "pickscore": "ddpo.rewards.pickscore:PickScore",
-    "hps_v2": "ddpo.rewards.hps_v2:HpsV2",
-    "image_reward": "ddpo.rewards.image_reward:ImageReward",
-    "vlm_alignment": "ddpo.rewards.vlm_alignment:VlmAlignment",
-    "vlm_vqa": "ddpo.rewards.vlm_vqa:VlmVqa",
-    "openai_vlm": "ddpo.rewards.openai_vlm:OpenaiVlm",
+    "laion_aesthetic": "ddpo.rewards.builtin.laion_aesthetic:LaionAesthetic",
+    "clip_score": "ddpo.rewards.builtin.clip_score:ClipScore",
+    "pickscore": "ddpo.rewards.builtin.pickscore:PickScore",
+    "hps_v2": "ddpo.rewards.builtin.hps_v2:HpsV2",
+    "image_reward": "ddpo.rewards.builtin.image_reward:ImageReward",
+    "vlm_alignment": "ddpo.rewards.builtin.vlm_alignment:VlmAlignment",
+    "vlm_vqa": "ddpo.rewards.builtin.vlm_vqa:VlmVqa",
+    "openai_vlm": "ddpo.rewards.builtin.openai_vlm:OpenaiVlm",
 }
 
 _SCORED = ("images", "prompts")  # first parameters of a plain function that is itself the reward

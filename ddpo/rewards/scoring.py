@@ -8,10 +8,10 @@ from typing import Any
 
 from PIL import Image
 
+from ddpo.basics.redaction import hide_credentials
 from ddpo.errors import RewardError, RewardUnavailable
 from ddpo.prompts.base import Prompt
 from ddpo.rewards.base import Reward, Scores
-from ddpo.secrets import hide_credentials
 
 MARKED = "failed"
 """Status of a sample that the reward itself marked as failed."""

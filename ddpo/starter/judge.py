@@ -184,7 +184,7 @@ class Judge:
         if json.loads((folder / LABELS_FILE).read_text()) != _labels():
             raise ValueError(
                 f"the judge in {folder} knows other names than this version; "
-                "train it again with python -m ddpo.starter.train"
+                "train it again with python -m starter_training.train"
             )
         network = JudgeNetwork(CLIPModel.from_pretrained(folder))
         network.heads.load_state_dict(load_file(folder / HEADS_FILE))

@@ -20,7 +20,7 @@ from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
-from ddpo.store.calls import CALL_ERRORS
+from ddpo.store.fs_errors import CALL_ERRORS
 
 TEMPORARY_PREFIX = ".tmp-"
 """File names that start so are unfinished writes: no key, and hidden from pyarrow and globs."""

@@ -6,14 +6,14 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from ddpo.digests import canonical_json
+from ddpo.basics.digests import canonical_json
 from ddpo.errors import MissingObject, RetiredObject
-from ddpo.state import TrainState
 from ddpo.store import keys, manifests
 from ddpo.store.manifests import Committed, Manifest, Ref
 from ddpo.store.objects import Store
-from ddpo.store.retention import is_retired
 from ddpo.store.tensors import decode_tensors, encode_tensors
+from ddpo.store.upkeep.retention import is_retired
+from ddpo.training.state import TrainState
 
 TENSOR_ROLES = ("weights", "optimizer", "ema", "value")
 """The roles of a checkpoint's objects that hold tensors; the last two only where there are any."""

@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic import JsonValue
 
-from ddpo.digests import canonical_json, json_digest, sha256_bytes
+from ddpo.basics.digests import canonical_json, json_digest, sha256_bytes
 from ddpo.errors import CorruptObject, UnknownSchema, UnreadableData
 
 CHECKSUM = "checksum"

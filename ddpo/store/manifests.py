@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
 
-from ddpo.digests import canonical_json, sha256_bytes
+from ddpo.basics.digests import canonical_json, sha256_bytes
 from ddpo.errors import ConflictingCommit, CorruptObject, MissingObject, UnreadableData
 from ddpo.store.documents import Difference, differences, seal, unseal
 from ddpo.store.objects import Key, Sha256, Store, StoredObject

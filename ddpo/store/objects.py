@@ -10,20 +10,14 @@ from typing import Annotated, Any
 from fsspec import AbstractFileSystem
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from ddpo.digests import sha256_bytes
-from ddpo.errors import (
-    CorruptObject,
-    InvalidKey,
-    MissingObject,
-    RetiredObject,
-    StoreError,
-)
+from ddpo.basics.digests import sha256_bytes
+from ddpo.config.s3 import S3Options
+from ddpo.errors import CorruptObject, InvalidKey, MissingObject, RetiredObject, StoreError
 from ddpo.store import keys
-from ddpo.store.addresses import open_filesystem
 from ddpo.store.backends import backend_for
-from ddpo.store.calls import named_call, read_on, read_whole
-from ddpo.store.listing import files_below, folders_in, written_at
-from ddpo.store.s3 import S3Options
+from ddpo.store.fs_errors import named_call, read_on, read_whole
+from ddpo.store.fs_listing import files_below, folders_in, written_at
+from ddpo.store.fs_open import open_filesystem
 
 REFRESH_AFTER = timedelta(hours=1)
 """An object that is found, and is older than this, is written once more before it is committed."""

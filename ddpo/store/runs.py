@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
 
-from ddpo.digests import canonical_json
+from ddpo.basics.digests import canonical_json
 from ddpo.errors import MissingObject, RunIdentityMismatch, RunNotFound, UnreadableData
 from ddpo.store import keys
 from ddpo.store.documents import differences, seal, unseal

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import JsonValue
 
-from ddpo.digests import canonical_json
+from ddpo.basics.digests import canonical_json
 from ddpo.errors import InvalidTable, UnreadableData
 from ddpo.store.keys import INDEX_LIMIT, PARTITION_NAMES, image_name
 

@@ -10,7 +10,7 @@ import torch
 from pydantic import JsonValue
 from safetensors import SafetensorError
 
-from ddpo.digests import canonical_json
+from ddpo.basics.digests import canonical_json
 from ddpo.errors import UnreadableData
 
 HEADER_LIMIT_BYTES = 16 * 2**20

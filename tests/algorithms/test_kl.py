@@ -11,9 +11,9 @@ from torch.distributions import Normal, kl_divergence
 from ddpo.algorithms.kl import gaussian_kl
 from ddpo.config import RunConfig
 from ddpo.errors import ConfigError
-from ddpo.gradient import PolicyGradient, Rollouts
-from ddpo.policies import Policy
-from ddpo.update import initial_state, update
+from ddpo.models import Policy
+from ddpo.training.loop import initial_state, update
+from ddpo.training.pairs import PolicyGradient, Rollouts
 from tests.checks import accumulated, ddim_reference, take_gradients
 from tests.tiny import (
     alternating_advantages,

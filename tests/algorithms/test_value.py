@@ -17,11 +17,11 @@ from ddpo.algorithms.value import (
     timestep_features,
     value_loss,
 )
-from ddpo.baseline import ValueBaseline
 from ddpo.config import BatchAdvantages, ValueAdvantages
 from ddpo.errors import NonFiniteError
-from ddpo.gradient import Rollouts
-from ddpo.policies import Policy
+from ddpo.models import Policy
+from ddpo.training.critic import ValueBaseline
+from ddpo.training.pairs import Rollouts
 from tests.tiny import PROMPTS, assert_same_tensors, load_policy, tiny_config
 
 TIMESTEPS = torch.tensor([981, 401, 1])

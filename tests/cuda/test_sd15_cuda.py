@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from ddpo.config import RunConfig
-from ddpo.update import initial_state
+from ddpo.training.loop import initial_state
 from tests.epochs import MeasuredEpoch, build_pipeline_like_sd15, run_epoch, run_two_epochs
 from tests.tiny import load_policy, tiny_config
 

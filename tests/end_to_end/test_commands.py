@@ -16,9 +16,9 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from PIL import Image
 
-from ddpo.config_files import read_config
-from ddpo.run import start_run
-from flows import cli
+from ddpo.config.files import read_config
+from ddpo.runs.run import start_run
+from ddpo_workflow.flows.cli import app as cli
 from tests.fold import run_epochs
 
 SMALL = [
@@ -129,7 +129,7 @@ def test_ui_serves_both_pages_and_ends_with_ctrl_c(tmp_path, command_environment
     with log.open("w") as stream:
         command = subprocess.Popen(
             [
-                sys.executable, "-m", "flows.cli", "ui",
+                sys.executable, "-m", "ddpo_workflow.flows.cli", "ui",
                 "--tracking", f"sqlite:///{tmp_path}/mlflow.db",
                 "--mlflow-port", str(mlflow), "--prefect-port", str(prefect),
             ],

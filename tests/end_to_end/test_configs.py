@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from ddpo.analysis.report import reward_curve
 from ddpo.config import FullConfig, LoraConfig
-from ddpo.config_files import read_config
-from ddpo.report import reward_curve
-from ddpo.run import open_run
+from ddpo.config.files import read_config
+from ddpo.runs.run import open_run
 from ddpo.store.objects import Store
-from flows import cli
+from ddpo_workflow.flows.cli import app as cli
 from tests.rewards.tiny_models import head_tensors, save_clip, save_tensors
 from tests.rewards.tiny_vlm import save_deberta, save_llava
 

@@ -27,14 +27,14 @@ from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.objects import FlowRun
 from prefect.flows import load_flow_from_entrypoint
 
-from ddpo.digests import tensors_digest
+from ddpo.basics.digests import tensors_digest
 from ddpo.rewards import load_reward
-from ddpo.run import Run, open_run
+from ddpo.runs.run import Run, open_run
 from ddpo.store import keys, manifests
 from ddpo.store.checkpoints import find_checkpoint, load_checkpoint
 from ddpo.store.objects import Store
 from ddpo.store.tables import decode_advantages
-from tasks.mlflow_connection import RUN_ID_TAG, connect
+from ddpo_workflow.tasks.tracking.connection import RUN_ID_TAG, connect
 from tests.recorded import SAMPLES, record_run
 from tests.tiny import tiny_config
 

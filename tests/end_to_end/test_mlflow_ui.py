@@ -13,8 +13,8 @@ pytest.importorskip("playwright", reason="playwright is not installed (pip insta
 from playwright.sync_api import expect
 
 from bench import screenshots
-from tasks.mlflow_connection import connect
-from tasks.tracking import RunTracker
+from ddpo_workflow.tasks.tracking.connection import connect
+from ddpo_workflow.tasks.tracking.tracker import RunTracker
 
 pytestmark = [
     pytest.mark.slow,

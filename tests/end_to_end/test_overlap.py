@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 from PIL import Image
 
-import tasks.sample
-from flows.train import train
-from tasks.track import tracker
-from tasks.tracking import RunTracker
+import ddpo_workflow.tasks.sample
+from ddpo_workflow.flows.train import train
+from ddpo_workflow.tasks.tracking.epochs import tracker
+from ddpo_workflow.tasks.tracking.tracker import RunTracker
 from tests.tiny import tiny_config
 
 SHARDS = 10
@@ -31,7 +31,7 @@ def sleeping(images: Sequence[Image.Image], prompts: Sequence[Any]) -> list[floa
 def test_a_reward_as_slow_as_sampling_adds_a_fifth_at_most(
     tiny_model: Path, tmp_path: Path, mlflow_database: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    draw = tasks.sample.sample
+    draw = ddpo_workflow.tasks.sample.sample
 
     def drawn_slowly(*arguments: Any, **named: Any) -> Any:
         began = time.monotonic()
@@ -39,7 +39,7 @@ def test_a_reward_as_slow_as_sampling_adds_a_fifth_at_most(
         time.sleep(max(0.0, SHARD_S - (time.monotonic() - began)))
         return drawn
 
-    monkeypatch.setattr(tasks.sample, "sample", drawn_slowly)
+    monkeypatch.setattr(ddpo_workflow.tasks.sample, "sample", drawn_slowly)
     logged: dict[str, float] = {}
     log = RunTracker.log_metrics
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from mlflow.tracking import MlflowClient
 
+from ddpo.config.s3 import S3Options
 from ddpo.store import keys
 from ddpo.store.objects import Store
-from ddpo.store.s3 import S3Options
 from tests.servers import BUCKET, ObjectStore
 
 SETTINGS = (
@@ -39,7 +39,7 @@ class Trained:
 
 def ddpo(environment: dict[str, str], *words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "flows.cli", *words],
+        [sys.executable, "-m", "ddpo_workflow.flows.cli", *words],
         env=environment, capture_output=True, text=True, check=False, timeout=300,
     )  # fmt: skip
 

@@ -10,11 +10,11 @@ import pytest
 from mlflow.entities import Run as MlflowRun
 from PIL import Image
 
-from ddpo.digests import sha256_bytes
-from ddpo.run import open_run
+from ddpo.basics.digests import sha256_bytes
+from ddpo.runs.run import open_run
 from ddpo.store import keys, manifests
 from ddpo.store.objects import Store
-from tasks.mlflow_connection import RUN_ID_TAG, connect
+from ddpo_workflow.tasks.tracking.connection import RUN_ID_TAG, connect
 
 LIMIT_S = 240
 
@@ -28,7 +28,7 @@ def test_a_run_is_whole_and_once_whatever_is_typed_again(
 
     def ddpo(*words: object) -> str:
         done = subprocess.run(
-            [sys.executable, "-m", "flows.cli", *map(str, words)],
+            [sys.executable, "-m", "ddpo_workflow.flows.cli", *map(str, words)],
             env=environment,
             capture_output=True,
             text=True,

@@ -18,16 +18,16 @@ import pytest
 from mlflow.tracking import MlflowClient
 
 from ddpo.config import RunConfig
-from ddpo.run import start_run
+from ddpo.runs.run import start_run
 from ddpo.store import keys
 from ddpo.store.backends import LocalBackend, MemoryBackend, S3Backend
 from ddpo.store.objects import Store
-from flows.train import _first_epoch, committed_checkpoint
-from tasks.mlflow_page import open_page
-from tasks.start import start
-from tasks.track import TrackingHandle
-from tasks.tracking import RunTracker
-from tasks.worker import RunHandle
+from ddpo_workflow.flows.train import _first_epoch, committed_checkpoint
+from ddpo_workflow.tasks.start import start
+from ddpo_workflow.tasks.tracking.epochs import TrackingHandle
+from ddpo_workflow.tasks.tracking.page import open_page
+from ddpo_workflow.tasks.tracking.tracker import RunTracker
+from ddpo_workflow.tasks.worker import RunHandle
 from tests.fold import as_in_a_new_process, run_epoch
 from tests.tiny import tiny_config
 

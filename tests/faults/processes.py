@@ -36,7 +36,15 @@ class Command:
         home = {"PREFECT_HOME": str(self.folder / "prefect"), "HF_HUB_OFFLINE": "1"}
         with self.log.open("ab") as screen:
             return subprocess.Popen(
-                [sys.executable, "-m", "flows.cli", "train", str(file), "--run-id", RUN],
+                [
+                    sys.executable,
+                    "-m",
+                    "ddpo_workflow.flows.cli",
+                    "train",
+                    str(file),
+                    "--run-id",
+                    RUN,
+                ],
                 env={**os.environ, **home, **self.environment},
                 stdout=screen,
                 stderr=subprocess.STDOUT,

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from ddpo.digests import tensors_digest
-from flows.train import train
+from ddpo.basics.digests import tensors_digest
+from ddpo_workflow.flows.train import train
 from tests.faults.crashes import RUN, Crash, Moment, Night, Writes, watched
 
 POINTS = 6
@@ -18,7 +18,7 @@ AHEAD = "manifests/checkpoints/run_id=night/epoch=00002.json"
 
 @dataclass(frozen=True)
 class InFlow:
-    """A night's run as `flows.train` runs it, and the folder it writes to."""
+    """A night's run as `ddpo_workflow.flows.train` runs it, and the folder it writes to."""
 
     night: Night
     folder: Path

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-import tasks.sample
+import ddpo_workflow.tasks.sample
 from ddpo.errors import MissingObject
 from ddpo.store import manifests
 from ddpo.store.manifests import Committed
@@ -106,7 +106,7 @@ def draw_noise_from_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
             started.append(itertools.count(seed))
         return next(started[0])
 
-    monkeypatch.setattr(tasks.sample, "derive_seed", next_seed)
+    monkeypatch.setattr(ddpo_workflow.tasks.sample, "derive_seed", next_seed)
 
 
 def _forgetting(started: list[Any]) -> Callable[[], None]:

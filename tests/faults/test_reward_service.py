@@ -38,7 +38,7 @@ def served(folder: Path, port: int) -> Iterator[subprocess.Popen[bytes]]:
             [
                 sys.executable,
                 "-m",
-                "flows.cli",
+                "ddpo_workflow.flows.cli",
                 "serve-reward",
                 "slow_reward:slow",
                 f"--port={port}",

@@ -17,11 +17,13 @@ from typing import Any
 import pytest
 from botocore.retries.standard import ExponentialBackoff
 
+from ddpo.config import s3
+from ddpo.config.s3 import S3Options
 from ddpo.errors import StoreCallFailed
-from ddpo.run import start_run
-from ddpo.store import backends, calls, keys, manifests, s3
+from ddpo.runs.run import start_run
+from ddpo.store import backends, keys, manifests
+from ddpo.store import fs_errors as calls
 from ddpo.store.objects import Store
-from ddpo.store.s3 import S3Options
 from ddpo.store.tables import decode_advantages, decode_rewards, decode_rollouts
 from tests.faults.proxy import Fault, Plan, fault_proxy
 from tests.fold import as_in_a_new_process, run_epochs

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from ddpo.digests import tensors_digest
+from ddpo.basics.digests import tensors_digest
 from tests import servers
 from tests.faults.crashes import RUN, Night
 from tests.faults.processes import LIMIT_S, Command, kill

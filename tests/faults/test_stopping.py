@@ -19,7 +19,7 @@ from prefect import flow
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import FlowRun, State
 
-from flows.stopping import is_stop, mark_stopped
+from ddpo_workflow.flows.stopping import is_stop, mark_stopped
 
 START_LIMIT_S = 240.0
 STOP_LIMIT_S = 10.0
@@ -80,7 +80,7 @@ class Started:
     def train_command(self) -> list[str]:
         words = [word for setting in self.settings for word in ("--set", setting)]
         train = ["train", "configs/starter.yaml", "--run-id", "night"]
-        return [sys.executable, "-m", "flows.cli", *train, *words]
+        return [sys.executable, "-m", "ddpo_workflow.flows.cli", *train, *words]
 
     @property
     def screen(self) -> str:
@@ -168,7 +168,7 @@ def test_a_run_is_cancelled_and_goes_on_as_the_screen_says(
     ddpo, *words = shlex.split(told)
     assert ddpo == "ddpo"
     done = subprocess.run(
-        [sys.executable, "-m", "flows.cli", *words],
+        [sys.executable, "-m", "ddpo_workflow.flows.cli", *words],
         env=run.environment,
         capture_output=True,
         text=True,
@@ -211,7 +211,7 @@ def test_a_flow_without_the_command_is_cancelled_too(tiny_model: Path, tmp_path:
     (tmp_path / "mine.py").write_text(SLOW_REWARD)
     run = Started(tmp_path, tiny_model, "reward.name=mine:score")
     code = (
-        "from flows.train import train\n"
+        "from ddpo_workflow.flows.train import train\n"
         f"train('configs/starter.yaml', 'night', overrides={run.settings!r})"
     )
     with run.running([sys.executable, "-c", code], until=(tmp_path / "stuck").exists):

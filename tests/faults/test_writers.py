@@ -13,16 +13,16 @@ from typing import Any
 
 import pytest
 
-import tasks.sample
-from ddpo.digests import sha256_bytes
-from ddpo.run import Run, start_run
-from ddpo.sampling import sample
+import ddpo_workflow.tasks.sample
+from ddpo.basics.digests import sha256_bytes
+from ddpo.diffusion.sampling import sample
+from ddpo.runs.run import Run, start_run
 from ddpo.store import manifests
 from ddpo.store.manifests import Committed
 from ddpo.store.objects import Store
-from tasks.sample import draw_shard
-from tasks.start import start
-from tasks.worker import RunHandle, policy_at
+from ddpo_workflow.tasks.sample import draw_shard
+from ddpo_workflow.tasks.start import start
+from ddpo_workflow.tasks.worker import RunHandle, policy_at
 from tests.servers import BUCKET, ObjectStore
 from tests.tiny import tiny_config
 
@@ -54,15 +54,15 @@ def test_of_sixteen_writers_of_a_shard_one_wins_and_all_adopt_it(
 
     with policy_at(run, checkpoint) as lease:
         indices = range(run.config.sampler.shard_size)
-        texts = [tasks.sample.prompt_of(run, 0, index).text for index in indices]
+        texts = [ddpo_workflow.tasks.sample.prompt_of(run, 0, index).text for index in indices]
         drawn = sample(lease.policy, texts, list(indices), run.config.sampler)
 
     def draws(*_: object, **__: object) -> Any:
         # As another GPU rounds: one more in the last place.
         return replace(drawn, log_probs=drawn.log_probs + own.number * 1e-6 * bytes_differ)
 
-    monkeypatch.setattr(tasks.sample, "policy_at", shared)
-    monkeypatch.setattr(tasks.sample, "sample", draws)
+    monkeypatch.setattr(ddpo_workflow.tasks.sample, "policy_at", shared)
+    monkeypatch.setattr(ddpo_workflow.tasks.sample, "sample", draws)
     together = threading.Barrier(WRITERS)
     commit = manifests.commit
 

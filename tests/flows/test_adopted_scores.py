@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 
 from ddpo.errors import DdpoError
-from ddpo.run import Run, start_run
+from ddpo.runs.run import Run, start_run
 from ddpo.store import manifests
-from tasks.sample import sample_shard
-from tasks.score import score_shard
-from tasks.start import start
-from tasks.worker import RunHandle
+from ddpo_workflow.tasks.sample import sample_shard
+from ddpo_workflow.tasks.score import score_shard
+from ddpo_workflow.tasks.start import start
+from ddpo_workflow.tasks.worker import RunHandle
 from tests.fold import as_in_a_new_process, run_epochs
 from tests.tiny import tiny_config
 
@@ -38,7 +38,7 @@ def test_scores_of_the_same_reward_are_taken_over_and_another_reward_is_asked(
     def asked(*_: object, **__: object) -> None:
         raise AskedError
 
-    monkeypatch.setattr("tasks.score.score_samples", asked)
+    monkeypatch.setattr("ddpo_workflow.tasks.score.score_samples", asked)
     branch: dict[str, object] = {"run_id": "parent", "epoch": 0}
     for reward in ("jpeg_compressibility", "jpeg_incompressibility"):
         run = a_run(tiny_model, tmp_path, f"by-{reward}", reward, branch)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from flows import cli
+from ddpo_workflow.flows.cli import app as cli
 
 
 @pytest.fixture
@@ -21,7 +21,7 @@ def ddpo(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tm
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr("ddpo.policies.policy.load_pipeline", refuse)
+    monkeypatch.setattr("ddpo.models.stable_diffusion.load_pipeline", refuse)
 
     def run(*words: str) -> tuple[int, str]:
         monkeypatch.setattr(sys, "argv", ["ddpo", *words])
@@ -99,8 +99,8 @@ def test_an_unknown_run_names_the_nearest(ddpo):
 
 
 def test_a_run_id_with_another_identity_shows_the_difference(ddpo, tmp_path: Path):
-    from ddpo.config_files import read_config
-    from ddpo.run import start_run
+    from ddpo.config.files import read_config
+    from ddpo.runs.run import start_run
 
     start_run(read_config(STARTER, [f"storage.root={tmp_path / 'store'}"]), "mine")
     status, screen = ddpo(
@@ -113,8 +113,8 @@ def test_a_run_id_with_another_identity_shows_the_difference(ddpo, tmp_path: Pat
 
 
 def test_the_operation_half_may_change_under_a_run_id(tmp_path: Path):
-    from ddpo.config_files import read_config
-    from ddpo.run import open_run, start_run
+    from ddpo.config.files import read_config
+    from ddpo.runs.run import open_run, start_run
 
     root = f"storage.root={tmp_path / 'store'}"
     run = start_run(read_config(STARTER, [root]), "mine")

@@ -14,29 +14,29 @@ import pytest
 import yaml
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
-from ddpo.branching import saved_rollouts
-from ddpo.comparison.plan import Comparison, Member, read_comparison
-from ddpo.comparison.report import markdown
-from ddpo.comparison.result import read_result
-from ddpo.digests import sha256_bytes
+from ddpo.analysis.comparison.plan import Comparison, Member, read_comparison
+from ddpo.analysis.comparison.report import markdown
+from ddpo.analysis.comparison.result import read_result
+from ddpo.analysis.history import open_run as open_history
+from ddpo.basics.digests import sha256_bytes
 from ddpo.errors import ConfigError
-from ddpo.history import open_run as open_history
-from ddpo.run import open_run, start_run
+from ddpo.runs.forks.checks import saved_rollouts
+from ddpo.runs.run import open_run, start_run
 from ddpo.store import manifests
 from ddpo.store.checkpoints import find_checkpoint, load_document
-from ddpo.store.commits import read_epoch
+from ddpo.store.epochs import read_epoch
 from ddpo.store.manifests import Manifest
 from ddpo.store.objects import Store
 from ddpo.store.tables import decode_rollouts
-from ddpo.store.verify import verify_run
-from flows import cli
-from flows.compare import check_comparison, draw_shared
-from flows.train import resume, train
-from tasks.mlflow_connection import connect, find_or_create_experiment, find_run
-from tasks.mlflow_page import open_page
-from tasks.repair import repair
-from tasks.track import TrackingHandle
-from tasks.worker import RunHandle
+from ddpo.store.upkeep.verify import verify_run
+from ddpo_workflow.flows.cli import app as cli
+from ddpo_workflow.flows.compare import check_comparison, draw_shared
+from ddpo_workflow.flows.train import resume, train
+from ddpo_workflow.tasks.repair import repair
+from ddpo_workflow.tasks.tracking.connection import connect, find_or_create_experiment, find_run
+from ddpo_workflow.tasks.tracking.epochs import TrackingHandle
+from ddpo_workflow.tasks.tracking.page import open_page
+from ddpo_workflow.tasks.worker import RunHandle
 from tests.fold import as_in_a_new_process, run_epochs
 
 pytestmark = pytest.mark.slow
@@ -185,8 +185,8 @@ def test_the_same_command_again_does_nothing_twice(
     page = online.file.parent / "outputs" / "tiny" / "comparison.md"
     told = page.read_text()
     as_in_a_new_process()
-    monkeypatch.setattr("tasks.worker.Policy", refuse)
-    monkeypatch.setattr("tasks.score.score_samples", refuse)
+    monkeypatch.setattr("ddpo_workflow.tasks.worker.Policy", refuse)
+    monkeypatch.setattr("ddpo_workflow.tasks.score.score_samples", refuse)
     typed("compare", str(online.file))
     assert committed() == before
     assert page.read_text() == told

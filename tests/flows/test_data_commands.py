@@ -14,13 +14,13 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
+from ddpo.analysis.history import History, open_run
+from ddpo.analysis.query import TABLES
+from ddpo.analysis.query import query as ask
 from ddpo.errors import QueryError
-from ddpo.history import History, open_run
-from ddpo.query import TABLES
-from ddpo.query import query as ask
-from ddpo.run import Run
-from ddpo.store.epoch_retention import retire_epochs
-from flows import cli
+from ddpo.runs.run import Run
+from ddpo.store.upkeep.epoch_retention import retire_epochs
+from ddpo_workflow.flows.cli import app as cli
 from tests.recorded import SAMPLES, folder_of, record_run, score_again
 
 TWO_EPOCHS = [["0", "4"], ["1", "4"]]
@@ -272,7 +272,7 @@ def test_the_card_says_what_it_is(ddpo, recorded: Run, history: History, tmp_pat
 
 
 def test_a_sample_without_a_reward_is_exported_as_such(ddpo, recorded: Run, copied: Path, tmp_path):
-    from ddpo.run import open_run as open_stored
+    from ddpo.runs.run import open_run as open_stored
     from ddpo.store.objects import Store
 
     run = open_stored(Store.open(str(copied)), "mine")
@@ -347,7 +347,7 @@ def test_a_failed_export_leaves_nothing(ddpo, copied: Path, tmp_path: Path):
     samples = history.samples()
     file.unlink()  # once the scores are read, so that some shards are written before
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ddpo.history.History.samples", lambda *_: samples)
+        patch.setattr("ddpo.analysis.history.History.samples", lambda *_: samples)
         status, screen = ddpo(
             "export", "mine", "--to-hf-dataset", tmp_path / "made" / "out", "--root", copied
         )

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
-from flows import cli
+from ddpo_workflow.flows.cli import app as cli
 
 PARTS = ("prompts", "reward", "storage", "model", "device", "MLflow", "Prefect")
 

@@ -7,15 +7,15 @@ from pathlib import Path
 
 import pytest
 
+from ddpo.analysis.report import reward_curve
 from ddpo.errors import ConfigError, PolicyMismatch, UnknownSchema
-from ddpo.lineage import forks_of
-from ddpo.report import reward_curve
+from ddpo.runs.forks.records import forks_of
 from ddpo.store import keys, manifests
 from ddpo.store.checkpoints import find_checkpoint, load_document
 from ddpo.store.objects import Store
 from ddpo.store.tables import decode_advantages
-from flows.fork import fork, forked_config
-from flows.rescore import rescore
+from ddpo_workflow.flows.fork import fork, forked_config
+from ddpo_workflow.flows.rescore import rescore
 from tests.night import EPOCHS, NIGHT, Place, typed
 from tests.tiny import build_tiny_model
 

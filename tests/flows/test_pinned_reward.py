@@ -11,22 +11,22 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ddpo.analysis.report import reward_curve, write_report
 from ddpo.errors import ConfigError, RewardError, RunIdentityMismatch
 from ddpo.prompts import Prompt
-from ddpo.report import reward_curve, write_report
 from ddpo.rewards import RewardIdentity, Scores
-from ddpo.rewards import endpoints as endpoints_module
 from ddpo.rewards.service import create_app
-from ddpo.run import Run, open_run, start_run
-from ddpo.store import commits
+from ddpo.rewards.service import endpoints as endpoints_module
+from ddpo.runs.run import Run, open_run, start_run
+from ddpo.store import epochs as commits
 from ddpo.store.manifests import Ref
 from ddpo.store.objects import Store
-from flows import cli
-from tasks.advantages import advantages_of
-from tasks.sample import sample_shard
-from tasks.score import score_shard
-from tasks.start import start
-from tasks.worker import RunHandle
+from ddpo_workflow.flows.cli import app as cli
+from ddpo_workflow.tasks.advantages import advantages_of
+from ddpo_workflow.tasks.sample import sample_shard
+from ddpo_workflow.tasks.score import score_shard
+from ddpo_workflow.tasks.start import start
+from ddpo_workflow.tasks.worker import RunHandle
 from tests.fold import as_in_a_new_process
 from tests.rewards.served import serving
 from tests.servers import free_port

@@ -9,23 +9,23 @@ import pytest
 import torch
 
 from ddpo.errors import ConfigError
-from ddpo.run import Run, start_run
+from ddpo.runs.run import Run, start_run
 from ddpo.store import keys, manifests
 from ddpo.store.checkpoints import find_checkpoint, load_checkpoint, load_document
 from ddpo.store.manifests import Ref
 from ddpo.store.tables import decode_advantages, decode_rollouts
 from ddpo.store.tensors import decode_tensors
-from ddpo.store.verify import verify_run
-from flows.fork import forked_config
-from tasks.advantages import advantages_of
-from tasks.mlflow_page import _parameters
-from tasks.repair import repair
-from tasks.sample import sample_shard
-from tasks.score import score_shard
-from tasks.start import start
-from tasks.track import _update_metrics
-from tasks.update import update_policy
-from tasks.worker import RunHandle
+from ddpo.store.upkeep.verify import verify_run
+from ddpo_workflow.flows.fork import forked_config
+from ddpo_workflow.tasks.advantages import advantages_of
+from ddpo_workflow.tasks.repair import repair
+from ddpo_workflow.tasks.sample import sample_shard
+from ddpo_workflow.tasks.score import score_shard
+from ddpo_workflow.tasks.start import start
+from ddpo_workflow.tasks.tracking.epochs import _update_metrics
+from ddpo_workflow.tasks.tracking.page import _parameters
+from ddpo_workflow.tasks.update import update_policy
+from ddpo_workflow.tasks.worker import RunHandle
 from tests.fold import as_in_a_new_process, run_epochs
 from tests.tiny import assert_same_tensors, tiny_config
 

@@ -11,18 +11,18 @@ import pytest
 from mlflow.tracking import MlflowClient
 from PIL import Image
 
+from ddpo.analysis.history import open_run as open_history
+from ddpo.analysis.report import reward_curve
+from ddpo.basics.images import decode_image
 from ddpo.errors import ConfigError, NotInHistory
-from ddpo.history import open_run as open_history
 from ddpo.prompts import Prompt
-from ddpo.report import reward_curve
 from ddpo.rewards import Scores
 from ddpo.store import keys, manifests
-from ddpo.store.epoch_retention import retire_epochs
-from ddpo.store.images import decode_image
 from ddpo.store.objects import Store
 from ddpo.store.tables import decode_advantages, decode_rollouts
-from flows.fork import fork
-from flows.rescore import chosen_epochs, rescore
+from ddpo.store.upkeep.epoch_retention import retire_epochs
+from ddpo_workflow.flows.fork import fork
+from ddpo_workflow.flows.rescore import chosen_epochs, rescore
 from tests.night import EPOCHS, NIGHT, Place, typed
 
 _UNREADABLE: set[bytes] = set()
@@ -171,7 +171,7 @@ def test_what_retention_left_is_rescored_and_shown(
 
 
 def test_ranks_of_equal_rewards_are_shared() -> None:
-    from tasks.track_rescored import correlations
+    from ddpo_workflow.tasks.tracking.rescored import correlations
 
     some, others = np.array([1.0, 2.0, 2.0, 5.0]), np.array([10.0, 20.0, 30.0, 40.0])
     # Ranks 1, 2.5, 2.5, 4 and 1, 2, 3, 4: by hand, covariance 4.5, variances 4.5 and 5.

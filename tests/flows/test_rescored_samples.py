@@ -10,19 +10,19 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ddpo.branching import saved_rollouts
+from ddpo.basics.images import decode_image
 from ddpo.config import RewardConfig
 from ddpo.prompts import Prompt
-from ddpo.run import Run, start_run
+from ddpo.runs.forks.checks import saved_rollouts
+from ddpo.runs.run import Run, start_run
 from ddpo.store import keys, manifests
-from ddpo.store.images import decode_image
 from ddpo.store.manifests import Ref
 from ddpo.store.tables import decode_rewards, decode_rollouts
-from tasks import track_rescored as module
-from tasks.score import score_shard
-from tasks.track import TrackingHandle
-from tasks.track_rescored import track_disagreement, track_rescored
-from tasks.worker import RunHandle
+from ddpo_workflow.tasks.score import score_shard
+from ddpo_workflow.tasks.tracking import rescored as module
+from ddpo_workflow.tasks.tracking.epochs import TrackingHandle
+from ddpo_workflow.tasks.tracking.rescored import track_disagreement, track_rescored
+from ddpo_workflow.tasks.worker import RunHandle
 from tests.fold import as_in_a_new_process, run_epochs
 from tests.tiny import tiny_config
 

@@ -13,16 +13,16 @@ import pytest
 import yaml
 from PIL import Image
 
-from ddpo.config_files import read_config
+from ddpo.analysis.reward_range import describe_rewards, measure_range
+from ddpo.config.files import read_config
 from ddpo.prompts import Prompt
 from ddpo.rewards import available_rewards, load_reward, score_images
-from ddpo.run import Run, start_run
+from ddpo.runs.run import Run, start_run
 from ddpo.store import keys
-from ddpo.trying import describe_rewards, measure_range
-from flows import cli
-from tasks.sample import sample_shard
-from tasks.start import start
-from tasks.worker import RunHandle
+from ddpo_workflow.flows.cli import app as cli
+from ddpo_workflow.tasks.sample import sample_shard
+from ddpo_workflow.tasks.start import start
+from ddpo_workflow.tasks.worker import RunHandle
 
 OWN = '''
 import numpy as np

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from prefect.states import Failed
 
-import tasks.advantages
+import ddpo_workflow.tasks.advantages
+from ddpo.basics.digests import sha256_bytes
 from ddpo.config import StorageConfig
-from ddpo.digests import sha256_bytes
 from ddpo.errors import (
     ConfigError,
     CorruptObject,
@@ -21,21 +21,21 @@ from ddpo.errors import (
     RewardError,
     StoreCallFailed,
 )
-from ddpo.run import Run, start_run
+from ddpo.runs.run import Run, start_run
 from ddpo.store import keys, manifests
 from ddpo.store.checkpoints import load_checkpoint, load_document
 from ddpo.store.manifests import Ref
-from ddpo.store.retention import is_retired
 from ddpo.store.tables import decode_advantages, decode_rewards, decode_rollouts
-from tasks.advantages import advantages_of
-from tasks.commit import commit_epoch
-from tasks.pictures import PictureSet, draw_pictures
-from tasks.retries import STORAGE
-from tasks.sample import sample_shard
-from tasks.score import score_shard
-from tasks.start import start
-from tasks.update import update_policy
-from tasks.worker import RunHandle
+from ddpo.store.upkeep.retention import is_retired
+from ddpo_workflow.tasks.advantages import advantages_of
+from ddpo_workflow.tasks.commit import commit_epoch
+from ddpo_workflow.tasks.pictures import PictureSet, draw_pictures
+from ddpo_workflow.tasks.retries import STORAGE
+from ddpo_workflow.tasks.sample import sample_shard
+from ddpo_workflow.tasks.score import score_shard
+from ddpo_workflow.tasks.start import start
+from ddpo_workflow.tasks.update import update_policy
+from ddpo_workflow.tasks.worker import RunHandle
 from tests.fold import as_in_a_new_process, run_epoch, run_epochs
 from tests.tiny import tiny_config
 
@@ -134,8 +134,8 @@ def test_a_task_whose_manifest_exists_returns_it_and_loads_no_model(
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("work that is committed was done again")
 
-    monkeypatch.setattr("tasks.worker.Policy", refuse)
-    monkeypatch.setattr("tasks.score.score_samples", refuse)
+    monkeypatch.setattr("ddpo_workflow.tasks.worker.Policy", refuse)
+    monkeypatch.setattr("ddpo_workflow.tasks.score.score_samples", refuse)
     monkeypatch.setattr("ddpo.store.objects.Store.put", refuse)
     assert start.fn(handle_of(run)) == first
     assert do_epoch(run, first, 0, between=as_in_a_new_process) == done
@@ -331,9 +331,9 @@ def run_that_cannot_read_cats(
     (folder / "cannot_read_cats.py").write_text(CANNOT_READ_CATS)
     monkeypatch.syspath_prepend(folder)
     if statistics:
-        right = tasks.advantages.compute_advantages
+        right = ddpo_workflow.tasks.advantages.compute_advantages
         monkeypatch.setattr(
-            tasks.advantages,
+            ddpo_workflow.tasks.advantages,
             "compute_advantages",
             lambda config, _, *rest, **named: right(config, statistics, *rest, **named),
         )

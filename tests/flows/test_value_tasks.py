@@ -12,24 +12,24 @@ import pytest
 import torch
 from PIL import Image
 
-import tasks.update
-from ddpo.baseline import ValueBaseline
+import ddpo_workflow.tasks.update
 from ddpo.config import RunConfig
-from ddpo.gradient import PolicyGradient
 from ddpo.prompts import Prompt
 from ddpo.rewards import Scores
-from ddpo.run import Run, start_run
-from ddpo.state import TrainState
+from ddpo.runs.run import Run, start_run
 from ddpo.store import manifests
 from ddpo.store.checkpoints import commit_checkpoint, load_checkpoint, load_document
 from ddpo.store.manifests import Ref
 from ddpo.store.objects import Store
-from ddpo.store.retention import retire_checkpoints
 from ddpo.store.tables import decode_advantages
-from ddpo.update import initial_state, update
-from flows.fork import forked_config
-from tasks.start import start
-from tasks.worker import RunHandle
+from ddpo.store.upkeep.retention import retire_checkpoints
+from ddpo.training.critic import ValueBaseline
+from ddpo.training.loop import initial_state, update
+from ddpo.training.pairs import PolicyGradient
+from ddpo.training.state import TrainState
+from ddpo_workflow.flows.fork import forked_config
+from ddpo_workflow.tasks.start import start
+from ddpo_workflow.tasks.worker import RunHandle
 from tests.fold import as_in_a_new_process, run_epoch, run_epochs
 from tests.tiny import (
     alternating_advantages,
@@ -216,7 +216,7 @@ def test_samples_without_a_reward_are_told_to_the_update(
         told.append(scored)
         return right(*arguments, scored=scored, **named)
 
-    monkeypatch.setattr(tasks.update, "update", spying)
+    monkeypatch.setattr(ddpo_workflow.tasks.update, "update", spying)
     run_epochs(run, 1)
     (table,) = [run.store.read(key) for key in run.store.list("advantages")]
     rewards = [row.reward for row in decode_advantages(table)]

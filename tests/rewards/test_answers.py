@@ -7,7 +7,7 @@ import pytest
 from ddpo.errors import RewardError
 from ddpo.prompts import Prompt
 from ddpo.prompts.sets import counting
-from ddpo.rewards.answers import Question, is_right, questions_of, share_of_right
+from ddpo.rewards.models.answers import Question, is_right, questions_of, share_of_right
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,9 @@ import torch
 from transformers import AutoTokenizer, DebertaConfig, DebertaModel
 
 from ddpo.errors import ConfigError, RewardError
-from ddpo.rewards import pinned
-from ddpo.rewards.bert_recall import BERT, BERT_REVISION, BertRecall, encoder_tensors
-from ddpo.rewards.pretrained import check_tensors
+from ddpo.rewards.models import pinned
+from ddpo.rewards.models.bert_recall import BERT, BERT_REVISION, BertRecall, encoder_tensors
+from ddpo.rewards.models.pretrained import check_tensors
 from tests.rewards.tiny_vlm import LAYERS, pickle_weights, save_deberta
 
 PAIRS = [

@@ -8,7 +8,7 @@ from PIL import Image
 
 from ddpo.prompts import Prompt
 from ddpo.rewards import load_reward, score_images
-from ddpo.rewards.colorfulness import opponent_statistics
+from ddpo.rewards.builtin.colorfulness import opponent_statistics
 
 RED, GREEN, BLUE, GREY = (255, 0, 0), (0, 255, 0), (0, 0, 255), (90, 90, 90)
 

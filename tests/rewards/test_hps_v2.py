@@ -9,9 +9,10 @@ from torch.nn.functional import gelu, interpolate, layer_norm, linear, pad
 from transformers import CLIPConfig, CLIPModel
 
 from ddpo.errors import RewardError
-from ddpo.rewards import hps_v2, load_reward, score_images
-from ddpo.rewards.hps_v2 import fit, from_open_clip, vit_h_14
-from ddpo.rewards.pretrained import build_model, check_tensors
+from ddpo.rewards import load_reward, score_images
+from ddpo.rewards.builtin import hps_v2
+from ddpo.rewards.builtin.hps_v2 import fit, from_open_clip, vit_h_14
+from ddpo.rewards.models.pretrained import build_model, check_tensors
 from ddpo.starter.text import build_tokenizer
 from tests.rewards.tiny_models import (
     PICTURES,

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from ddpo.errors import ConfigError, RewardError
-from ddpo.rewards import endpoints as endpoints_module
 from ddpo.rewards import load_reward, score_images
 from ddpo.rewards.service import Limits, create_app
+from ddpo.rewards.service import endpoints as endpoints_module
 from tests.rewards.fake_service import IDENTITY, IMAGES, PROMPTS, Fake, answer, load, same, scored
 from tests.rewards.served import Sum, serving, wait_for
 from tests.servers import free_port
@@ -86,7 +86,7 @@ def test_endpoints_that_are_none_are_refused_unquoted(endpoints, message):
 
 
 def test_it_needs_no_torch():
-    code = "import sys, ddpo.rewards.http; print({'torch', 'prefect', 'mlflow'} & {*sys.modules})"
+    code = "import sys, ddpo.rewards.service.http; print({'torch', 'prefect', 'mlflow'} & {*sys.modules})"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "set()"
 
@@ -106,7 +106,13 @@ def slow(images, prompts, scale: float = 1.0):
 def start(folder: Path, port: int) -> subprocess.Popen[bytes]:
     """Start the command that a user types."""
     (folder / "slow_reward_fixture.py").write_text(OWN)
-    command = [sys.executable, "-m", "flows.cli", "serve-reward", "slow_reward_fixture:slow"]
+    command = [
+        sys.executable,
+        "-m",
+        "ddpo_workflow.flows.cli",
+        "serve-reward",
+        "slow_reward_fixture:slow",
+    ]
     with (folder / "log").open("ab") as log:
         return subprocess.Popen(
             [*command, "--param", "scale=3", "--port", str(port)],

@@ -12,10 +12,11 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from ddpo.errors import RewardError
 from ddpo.prompts import Prompt
-from ddpo.rewards import image_reward, load_reward, score_images
-from ddpo.rewards.image_reward import blip_large, from_published
-from ddpo.rewards.linear_head import build_head
-from ddpo.rewards.pretrained import check_tensors
+from ddpo.rewards import load_reward, score_images
+from ddpo.rewards.builtin import image_reward
+from ddpo.rewards.builtin.image_reward import blip_large, from_published
+from ddpo.rewards.models.linear_head import build_head
+from ddpo.rewards.models.pretrained import check_tensors
 from tests.rewards.tiny_models import (
     PICTURES,
     PROMPTS,

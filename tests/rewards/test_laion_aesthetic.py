@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 
 from ddpo.errors import RewardError
 from ddpo.rewards import load_reward, score_images
-from ddpo.rewards.laion_aesthetic import HEAD, HEAD_SHA256, aesthetic_scores
-from ddpo.rewards.linear_head import build_head
+from ddpo.rewards.builtin.laion_aesthetic import HEAD, HEAD_SHA256, aesthetic_scores
+from ddpo.rewards.models.linear_head import build_head
 from tests.rewards.tiny_models import (
     PICTURES,
     PROMPTS,

@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 from ddpo.errors import ConfigError, RewardError
 from ddpo.prompts import Prompt
 from ddpo.rewards import load_reward, score_images
-from ddpo.rewards.ocr import asked_text, edit_distance, fold
+from ddpo.rewards.builtin.ocr import asked_text, edit_distance, fold
 
 tesseract = pytest.mark.skipif(
     shutil.which("tesseract") is None,

@@ -13,8 +13,8 @@ import pytest
 from ddpo.errors import ConfigError, RewardError
 from ddpo.prompts import Prompt
 from ddpo.rewards import Reward, score_images
-from ddpo.rewards.bert_recall import BertRecall
-from ddpo.rewards.vlm_tasks import QUESTION
+from ddpo.rewards.models.bert_recall import BertRecall
+from ddpo.rewards.models.vlm_tasks import QUESTION
 from tests.rewards.fake_vlm import (
     ASKED,
     MODEL,

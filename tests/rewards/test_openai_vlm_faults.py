@@ -13,8 +13,8 @@ from contextlib import ExitStack
 import pytest
 
 from ddpo.errors import ConfigError, RewardError, RewardUnavailable
-from ddpo.rewards import endpoints as endpoints_module
 from ddpo.rewards.scoring import score_samples
+from ddpo.rewards.service import endpoints as endpoints_module
 from tests.rewards.fake_vlm import (
     ASKED,
     REPLY,

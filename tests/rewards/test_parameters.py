@@ -5,8 +5,8 @@ from typing import Literal
 
 import pytest
 
+from ddpo.basics.plugins import check_parameters
 from ddpo.errors import ConfigError
-from ddpo.plugins import check_parameters
 
 
 class Opaque:

@@ -12,9 +12,10 @@ import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 from ddpo.errors import ConfigError, RewardError
-from ddpo.rewards import load_reward, pinned
-from ddpo.rewards.pinned import PINNED, find_model, find_weights
-from ddpo.rewards.pretrained import LoadedOnce, check_tensors, pick_device
+from ddpo.rewards import load_reward
+from ddpo.rewards.models import pinned
+from ddpo.rewards.models.pinned import PINNED, find_model, find_weights
+from ddpo.rewards.models.pretrained import LoadedOnce, check_tensors, pick_device
 from tests.rewards.tiny_models import PICTURES, PROMPTS, head_tensors, save_clip, save_tensors
 
 COMMIT = "a" * 40

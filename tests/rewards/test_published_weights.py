@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 
 from ddpo.prompts import Prompt
 from ddpo.rewards import load_reward, score_images
-from ddpo.rewards.laion_aesthetic import HEAD_SHA256
-from ddpo.rewards.pinned import find_weights
+from ddpo.rewards.builtin.laion_aesthetic import HEAD_SHA256
+from ddpo.rewards.models.pinned import find_weights
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 LAION_HEAD = "sac+logos+ava1-l14-linearMSE.pth"

@@ -16,11 +16,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ddpo.basics.images import encode_image
 from ddpo.errors import ConfigError, RewardError
 from ddpo.prompts import Prompt
 from ddpo.rewards import score_images
 from ddpo.rewards.service import Limits, create_app, serve
-from ddpo.store.images import encode_image
 from tests.rewards.served import (
     CLIENT,
     GOOD,

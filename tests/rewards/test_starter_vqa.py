@@ -11,7 +11,8 @@ from PIL import Image
 
 from ddpo.errors import ConfigError
 from ddpo.prompts import Prompt, load_prompts
-from ddpo.rewards import load_reward, score_images, starter_vqa
+from ddpo.rewards import load_reward, score_images
+from ddpo.rewards.builtin import starter_vqa
 from ddpo.starter import JUDGE_PATH
 from ddpo.starter.judge import ACTIVITY_LABELS, COUNT_LABELS, NAME_LABELS, Judge
 from ddpo.starter.render import Picture, draw

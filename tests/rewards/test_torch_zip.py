@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ddpo.errors import RewardError
-from ddpo.rewards.torch_zip import read_torch_zip
+from ddpo.rewards.models.torch_zip import read_torch_zip
 
 BASE = torch.arange(12.0)
 TREE = {

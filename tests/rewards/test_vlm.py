@@ -11,11 +11,12 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from ddpo.errors import ConfigError, RewardError
 from ddpo.prompts import Prompt
-from ddpo.rewards import load_reward, pinned, score_images
-from ddpo.rewards.answers import is_right
-from ddpo.rewards.bert_recall import BertRecall
-from ddpo.rewards.vlm import VisionLanguageModel
-from ddpo.rewards.vlm_tasks import QUESTION, Answer, score_alignment
+from ddpo.rewards import load_reward, score_images
+from ddpo.rewards.models import pinned
+from ddpo.rewards.models.answers import is_right
+from ddpo.rewards.models.bert_recall import BertRecall
+from ddpo.rewards.models.vlm import VisionLanguageModel
+from ddpo.rewards.models.vlm_tasks import QUESTION, Answer, score_alignment
 from tests.rewards.tiny_models import PICTURES, PROMPTS
 from tests.rewards.tiny_vlm import IMAGE_SIZE, IMAGE_TOKENS, SPECIAL, save_deberta, save_llava
 

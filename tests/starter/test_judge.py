@@ -9,9 +9,9 @@ import torch
 from PIL import Image
 
 from ddpo.starter.judge import Judge, JudgeNetwork, Verdicts, build_clip
-from ddpo.starter.losses import clip_loss
 from ddpo.starter.scenes import Scene
 from ddpo.starter.text import build_tokenizer
+from starter_training.losses import clip_loss
 
 
 @pytest.fixture(scope="module")

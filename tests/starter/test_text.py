@@ -7,9 +7,9 @@ import torch
 from transformers import CLIPTokenizer
 
 from ddpo.starter.glyphs import ANIMALS, OTHERS
-from ddpo.starter.prompt_table import PromptTable
 from ddpo.starter.scenes import SCENE_NUMBERS, Scene
 from ddpo.starter.text import MAX_TOKENS, PLURALS, WORDS, article_prompt, build_tokenizer
+from starter_training.prompt_table import PromptTable
 
 STRANGE = ["Zwölf 猫 \n 🐈 xyz-12", "", "quetzalcoatl!", "it's a <tag> & more", "a\tcat   ate"]
 

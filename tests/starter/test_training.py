@@ -14,20 +14,15 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from ddpo.starter import loop, measure
-from ddpo.starter.loop import Budget, learning_rate
-from ddpo.starter.losses import kl_loss, picture_loss
-from ddpo.starter.networks import build_vae, whiten
 from ddpo.starter.render import draw
 from ddpo.starter.scenes import SCENES
-from ddpo.starter.stages.pictures import (
-    draw_pictures,
-    judge_seed,
-    read_pictures,
-    scene_numbers,
-)
-from ddpo.starter.train import PLAN, app, show_plan, train
-from ddpo.starter.work import Recipe, WorkFolder, WorkFolderError, source_commit
+from starter_training import loop, measure
+from starter_training.loop import Budget, learning_rate
+from starter_training.losses import kl_loss, picture_loss
+from starter_training.networks import build_vae, whiten
+from starter_training.stages.pictures import draw_pictures, judge_seed, read_pictures, scene_numbers
+from starter_training.train import PLAN, app, show_plan, train
+from starter_training.work import Recipe, WorkFolder, WorkFolderError, source_commit
 
 TINY = Recipe(
     seed=1,
@@ -54,7 +49,7 @@ def folder_bytes(folder: Path) -> dict[str, bytes]:
 def small(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(loop, "CHECKPOINT_EVERY", 2)
     patch.setattr(measure, "FRESH_PICTURES", 64)
-    patch.setattr("ddpo.starter.report.SHOWN", 2)
+    patch.setattr("starter_training.report.SHOWN", 2)
 
 
 def run(folder: Path, resume: bool) -> None:
@@ -125,7 +120,7 @@ def test_a_kill_between_the_two_sets_of_pictures_changes_nothing(
 ) -> None:
     work = WorkFolder(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr("ddpo.starter.stages.pictures.judge_seed", raise_killed)
+        patch.setattr("starter_training.stages.pictures.judge_seed", raise_killed)
         with pytest.raises(KilledError):
             draw_pictures(work, TINY)
     assert work.pictures.exists() and not work.judge_pictures.exists()
@@ -160,7 +155,7 @@ def test_the_weights_name_what_made_them(straight: Path) -> None:
     for folder in ("out", "judge"):
         record = json.loads((straight / folder / "training.json").read_text())
         assert record["command"] == (
-            "python -m ddpo.starter.train --seed 1 --cached-pictures 8 --vae-pictures 8 "
+            "python -m starter_training.train --seed 1 --cached-pictures 8 --vae-pictures 8 "
             "--judge-pictures 8 --unet-pictures 8"
         )
         assert record["recipe"]["seed"] == 1
@@ -217,7 +212,7 @@ def test_the_source_commit_tells_changed_code_apart(
 ) -> None:
     package = tmp_path / "ddpo" / "starter"
     package.mkdir(parents=True)
-    monkeypatch.setattr("ddpo.starter.work.__file__", str(package / "work.py"))
+    monkeypatch.setattr("starter_training.work.__file__", str(package / "work.py"))
     assert source_commit() == "unknown"
     (package / "render.py").write_text("1")
     (package / "README.md").write_text("1")

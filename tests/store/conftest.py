@@ -11,9 +11,9 @@ from pathlib import Path
 import fsspec
 import pytest
 
+from ddpo.config.s3 import S3Options
 from ddpo.store import objects
 from ddpo.store.objects import Store
-from ddpo.store.s3 import S3Options
 from tests.servers import BUCKET, ObjectStore
 
 

@@ -6,7 +6,7 @@ import hashlib
 
 import torch
 
-from ddpo.digests import sha256_bytes
+from ddpo.basics.digests import sha256_bytes
 from ddpo.store import keys, tables, tensors
 
 PNG = bytes.fromhex(

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 from botocore.exceptions import ClientError, ReadTimeoutError
 
+from ddpo.config.s3 import S3Options
 from ddpo.errors import StoreCallFailed, StoreNotWritable
 from ddpo.store import backends
 from ddpo.store.objects import Store
-from ddpo.store.probe import probe
-from ddpo.store.s3 import S3Options
+from ddpo.store.upkeep.probe import probe
 from tests.servers import BUCKET, ObjectStore, rclone
 
 

@@ -6,11 +6,11 @@ from ddpo.config import Keep
 from ddpo.errors import MissingObject, RetiredObject
 from ddpo.store import keys, manifests, runs
 from ddpo.store.documents import seal
-from ddpo.store.epoch_retention import retire_epochs
 from ddpo.store.manifests import Ref
 from ddpo.store.objects import Store, StoredObject
-from ddpo.store.sweep import find_unreferenced
-from ddpo.store.verify import verify_run
+from ddpo.store.upkeep.epoch_retention import retire_epochs
+from ddpo.store.upkeep.sweep import find_unreferenced
+from ddpo.store.upkeep.verify import verify_run
 from tests.store.records import record_fork
 
 REWARD = "jpeg-01234567"

@@ -12,10 +12,10 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from ddpo.digests import sha256_bytes
+from ddpo.basics.digests import sha256_bytes
+from ddpo.basics.images import decode_image, encode_image
 from ddpo.errors import CorruptObject, UnreadableData
 from ddpo.store import tables, tensors
-from ddpo.store.images import decode_image, encode_image
 from ddpo.store.objects import Store
 from ddpo.store.tables import RewardRow, decode_rewards, encode_rewards
 from ddpo.store.tensors import decode_tensors

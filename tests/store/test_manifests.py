@@ -9,7 +9,7 @@ from threading import Barrier
 
 import pytest
 
-from ddpo.digests import sha256_bytes
+from ddpo.basics.digests import sha256_bytes
 from ddpo.errors import (
     ConflictingCommit,
     CorruptObject,

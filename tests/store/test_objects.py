@@ -15,7 +15,7 @@ from fsspec.implementations.local import LocalFileSystem
 from ddpo.errors import CorruptObject, InvalidKey, MissingObject, StoreNotWritable
 from ddpo.store import keys, tables
 from ddpo.store.objects import Store, StoredObject
-from ddpo.store.probe import probe
+from ddpo.store.upkeep.probe import probe
 from tests.store.store_samples import filler, is_whole, rollout_rows
 
 

@@ -5,7 +5,7 @@ import pytest
 from ddpo.errors import InvalidRetention, MissingObject, RetiredObject
 from ddpo.store import keys, manifests
 from ddpo.store.objects import Store, StoredObject
-from ddpo.store.retention import is_retired, retire_checkpoints
+from ddpo.store.upkeep.retention import is_retired, retire_checkpoints
 from tests.store.records import record_fork
 
 

@@ -10,7 +10,7 @@ import pytest
 from ddpo.errors import MissingObject, StoreCallFailed
 from ddpo.store import manifests, objects
 from ddpo.store.objects import Store
-from ddpo.store.sweep import find_unreferenced, sweep
+from ddpo.store.upkeep.sweep import find_unreferenced, sweep
 
 STEM = "rollouts/run_id=R/epoch=00000/shard-00000"
 
@@ -99,7 +99,7 @@ def test_what_was_committed_between_the_look_and_the_deletion_stays(
         commit(store, b"made twice")
         return found
 
-    monkeypatch.setattr("ddpo.store.sweep.find_unreferenced", look_and_lose_the_race)
+    monkeypatch.setattr("ddpo.store.upkeep.sweep.find_unreferenced", look_and_lose_the_race)
     assert sweep(store, "R") == {}
     assert store.exists(left)
 

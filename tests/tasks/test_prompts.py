@@ -9,8 +9,8 @@ import pytest
 from ddpo.errors import MissingObject
 from ddpo.store import keys, manifests
 from ddpo.store.tables import decode_prompts
-from tasks import prompts
-from tasks.prompts import prompts_of
+from ddpo_workflow.tasks import prompts
+from ddpo_workflow.tasks.prompts import prompts_of
 from tests.fold import as_in_a_new_process
 from tests.recorded import SHARDS, record_run, score_again
 

@@ -6,27 +6,27 @@ from pathlib import Path
 
 import pytest
 
-from ddpo.branching import saved_rollouts
+from ddpo.basics.digests import tensors_digest
 from ddpo.config import ForkConfig, PerPromptAdvantages, RunConfig
-from ddpo.digests import tensors_digest
 from ddpo.errors import ConfigError, PolicyMismatch, RetiredObject
-from ddpo.lineage import forks_of, record_fork
-from ddpo.run import Run, open_run, start_run
-from ddpo.state import TrainState
+from ddpo.runs.forks.checks import saved_rollouts
+from ddpo.runs.forks.records import forks_of, record_fork
+from ddpo.runs.run import Run, open_run, start_run
 from ddpo.store import keys, manifests
 from ddpo.store.checkpoints import find_checkpoint, load_checkpoint
-from ddpo.store.epoch_retention import retire_epochs
 from ddpo.store.manifests import Ref
 from ddpo.store.objects import Store
-from ddpo.store.retention import retire_checkpoints
-from ddpo.store.verify import verify_run
-from flows.fork import forked_config, named_fork
-from flows.start import first_checkpoint
-from flows.train import train_run
-from tasks.adopt import adopt_shard
-from tasks.score import score_shard
-from tasks.start import start
-from tasks.worker import RunHandle
+from ddpo.store.upkeep.epoch_retention import retire_epochs
+from ddpo.store.upkeep.retention import retire_checkpoints
+from ddpo.store.upkeep.verify import verify_run
+from ddpo.training.state import TrainState
+from ddpo_workflow.flows.fork import forked_config, named_fork
+from ddpo_workflow.flows.start import first_checkpoint
+from ddpo_workflow.flows.train import train_run
+from ddpo_workflow.tasks.adopt import adopt_shard
+from ddpo_workflow.tasks.score import score_shard
+from ddpo_workflow.tasks.start import start
+from ddpo_workflow.tasks.worker import RunHandle
 from tests.fold import as_in_a_new_process, run_epoch, run_epochs
 from tests.tiny import tiny_config
 
@@ -214,10 +214,10 @@ def test_a_fork_is_told_what_retention_deletes_while_it_adopts_it(
         assert 0 in retire_epochs(run.store, "history", keep="images_and_scores", older_than=1)
         return saved
 
-    monkeypatch.setattr("tasks.adopt.load_checkpoint", overtaken_checkpoint)
+    monkeypatch.setattr("ddpo_workflow.tasks.adopt.load_checkpoint", overtaken_checkpoint)
     with pytest.raises(RetiredObject, match="checkpoint"):
         start.fn(handle)
-    monkeypatch.setattr("tasks.adopt.saved_rollouts", overtaken_rollouts)
+    monkeypatch.setattr("ddpo_workflow.tasks.adopt.saved_rollouts", overtaken_rollouts)
     with pytest.raises(RetiredObject, match="trajectories"):
         adopt_shard(fork, 0, 0)
 
@@ -237,7 +237,7 @@ def test_a_fork_that_was_killed_before_it_left_its_record_leaves_it_as_it_goes_o
     start_run(config_of(tiny_model, root, 5, fork=False), "history")
     fork = start_run(config_of(tiny_model, root, ADOPTED + 1, fork=True), "fork")
     assert forks_of(fork.store, "history") == []
-    monkeypatch.setattr("flows.train.picture_set", stop)
+    monkeypatch.setattr("ddpo_workflow.flows.train.picture_set", stop)
     with pytest.raises(Stopped):
         train_run(open_run(fork.store, "fork"))
     assert forks_of(fork.store, "history") == ["fork"]

@@ -13,7 +13,7 @@ import pytest
 import safetensors.numpy
 from mlflow.tracking import MlflowClient
 
-from tasks.tracking import RunTracker, TrackingError
+from ddpo_workflow.tasks.tracking.tracker import RunTracker, TrackingError
 
 
 @pytest.fixture(scope="module")

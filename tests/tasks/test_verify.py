@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from ddpo.config_files import read_config
-from ddpo.run import Run, start_run
+from ddpo.config.files import read_config
+from ddpo.runs.run import Run, start_run
 from ddpo.store import keys
-from ddpo.store.verify import NOTHING, Damage, verify_run
-from tasks.repair import repair
+from ddpo.store.upkeep.verify import NOTHING, Damage, verify_run
+from ddpo_workflow.tasks.repair import repair
 from tests.fold import run_epochs
 
 SETTINGS = (
@@ -28,6 +28,13 @@ ROLLOUTS, TRAJECTORIES, REWARDS, ADVANTAGES = "rollouts", "trajectories", "rewar
 
 
 @pytest.fixture(scope="module")
+SAMPLE = "ddpo_workflow.tasks.sample"
+
+
+def _round_otherwise(tensors: object) -> bytes:
+    return b"rounded otherwise"
+
+
 def whole(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("whole") / "store"
     settings = [*SETTINGS, f"model={{path: {tiny_model}}}", f"storage.root={folder}"]
@@ -162,7 +169,9 @@ def test_what_comes_out_otherwise_is_said_and_nothing_is_touched(
     flip(path_of(run, objects(run, TRAJECTORIES)[0]))
     before = content(run)
     damages = verify_run(run.store, "r").damages
-    monkeypatch.setattr("tasks.sample.encode_tensors", lambda tensors: b"rounded otherwise")
+    monkeypatch.setattr(
+        "ddpo_workflow.tasks.sample.encode_tensors", lambda tensors: b"rounded otherwise"
+    )
     (mended,) = repair(run, damages)
     assert not mended.done and "other bytes" in mended.said
     assert content(run) == before
@@ -182,7 +191,9 @@ def test_no_manifest_is_made_again_that_would_list_what_nobody_wrote(
     damages = verify_run(run.store, "r").damages
     assert [damage.key for damage in damages] == [manifest]
     with monkeypatch.context() as another_device:
-        another_device.setattr("tasks.sample.encode_tensors", lambda tensors: b"rounded otherwise")
+        another_device.setattr(
+            "ddpo_workflow.tasks.sample.encode_tensors", lambda tensors: b"rounded otherwise"
+        )
         (mended,) = repair(run, damages)
     assert not mended.done and "other bytes" in mended.said
     assert content(run) == before
@@ -196,7 +207,7 @@ def test_an_error_of_any_kind_stops_no_other_repair(
     flip(path_of(run, objects(run, REWARDS)[0]))
     flip(path_of(run, objects(run, ADVANTAGES)[0]))
     damages = verify_run(run.store, "r").damages
-    monkeypatch.setattr("tasks.repair.score_rollouts", lambda *_: 1 / 0)
+    monkeypatch.setattr("ddpo_workflow.tasks.repair.score_rollouts", lambda *_: 1 / 0)
     first, second = repair(run, damages)
     assert not first.done and "ZeroDivisionError" in first.said
     assert not second.done  # made from the rewards, which are still damaged

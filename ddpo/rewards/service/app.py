@@ -18,7 +18,7 @@ from ddpo.rewards.service.drain import ReadToTheEnd
 from ddpo.rewards.service.form import read_batch
 from ddpo.rewards.service.limits import Limits
 from ddpo.rewards.service.scorer import Scorer
-from ddpo.rewards.wire import TOKEN_VARIABLE, IdentityMessage, PromptMessage, ScoresMessage
+from ddpo.rewards.service.wire import TOKEN_VARIABLE, IdentityMessage, PromptMessage, ScoresMessage
 
 
 class Problem(BaseModel):

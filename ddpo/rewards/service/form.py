@@ -14,7 +14,7 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 from ddpo.errors import ConfigError
 from ddpo.prompts.base import Prompt
 from ddpo.rewards.service.limits import Limits, refusal
-from ddpo.rewards.wire import PromptMessage, what_is_wrong
+from ddpo.rewards.service.wire import PromptMessage, what_is_wrong
 
 _LONGEST_BOUNDARY = 70  # RFC 2046
 _PROMPTS: TypeAdapter[list[PromptMessage]] = TypeAdapter(list[PromptMessage])

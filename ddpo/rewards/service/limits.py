@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from fastapi import HTTPException
 
-from ddpo.store.images import PIXEL_LIMIT
+from ddpo.basics.images import PIXEL_LIMIT
 
 _MIB = 1024**2
 

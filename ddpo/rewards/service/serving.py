@@ -15,7 +15,7 @@ from ddpo.rewards.base import Reward
 from ddpo.rewards.registry import load_reward
 from ddpo.rewards.service.app import create_app
 from ddpo.rewards.service.limits import Limits
-from ddpo.rewards.wire import TOKEN_VARIABLE, read_token
+from ddpo.rewards.service.wire import TOKEN_VARIABLE, read_token
 
 _KEEP_ALIVE_S = 30
 _SHUTDOWN_S = 30

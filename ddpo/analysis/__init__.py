@@ -1,0 +1,1 @@
+"""A run read as data: history, SQL, datasets, reports, comparisons."""

@@ -1,0 +1,375 @@
+"""A run's history as data: its samples, scores, pictures and trajectories, for notebooks.
+
+What is read is what the run's epochs committed, found by manifest and verified by sha256. Data
+folders are never listed, so what a killed task left behind is never seen. The formats are open, and
+other tools read them without this module: docs/data.md.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from os import PathLike, fspath
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset as ds
+import torch
+from PIL import Image
+
+from ddpo.basics.images import decode_image
+from ddpo.config import RunConfig
+from ddpo.errors import ConfigError, NotInHistory
+from ddpo.rewards.identity import name_in_keys
+from ddpo.runs.run import Run
+from ddpo.runs.run import open_run as open_stored_run
+from ddpo.store import epochs as commits
+from ddpo.store.arrow import join, read_table, union, verified_dataset, with_constants
+from ddpo.store.epochs import Epoch, Shard
+from ddpo.store.objects import Store
+from ddpo.store.tables import ADVANTAGE_SCHEMA, REWARD_SCHEMA, ROLLOUT_SCHEMA
+from ddpo.store.tensors import decode_tensors
+
+_logger = logging.getLogger(__name__)
+
+_PARTITIONS = [pa.field("run_id", pa.string()), pa.field("epoch", pa.int32())]
+_SCORED = pa.schema([pa.field("reward_name", pa.string()), *_PARTITIONS])
+ROLLOUTS = pa.schema([*ROLLOUT_SCHEMA, *_PARTITIONS])
+"""Schema of `History.rollouts`."""
+SAMPLES = pa.schema(
+    [
+        ("sample_id", pa.string()),
+        ("epoch", pa.int32()),
+        ("prompt", pa.string()),
+        ("seed", pa.int64()),
+        ("reward", pa.float32()),
+        ("status", pa.string()),
+        ("advantage", pa.float32()),
+    ]
+)
+"""Schema of `History.samples`, without the columns that a scorer adds."""
+_NO_ADVANTAGES = pa.schema([SAMPLES.field("sample_id"), SAMPLES.field("advantage")]).empty_table()
+
+_EPOCHS = re.compile(r"(\d+)|(\d*):(\d*)")
+_SAMPLE_ID = re.compile(r"([^/]+)/(\d{5})/(\d{6})")
+
+
+def open_run(root: str | PathLike[str], run_id: str) -> History:
+    """Open a run's history.
+
+    Args:
+        root: The store: a folder, or an fsspec URL such as ``s3://bucket/prefix``.
+        run_id: The run's name.
+
+    Returns:
+        The history, as of now: what is committed later is seen by those who open it later.
+
+    Raises:
+        RunNotFound: The store has no such run; names the nearest.
+    """
+    return History(open_stored_run(Store.open(fspath(root)), run_id))
+
+
+class History:
+    """What a run has committed. Reads when it is asked, and keeps manifests, no data.
+
+    Every method raises `CorruptObject`, `UnreadableData` or `MissingObject` where what it reads is
+    damaged or gone, and `RetiredObject` where retention has deleted it (`storage.retention`).
+    """
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self._epochs: dict[int, Epoch] = {}
+        self._told = False
+
+    def __repr__(self) -> str:
+        return f"History({self.run_id!r} in {self.run.store.root}, {len(self.epochs)} epochs)"
+
+    @property
+    def run_id(self) -> str:
+        """The run's name."""
+        return self.run.run_id
+
+    @property
+    def config(self) -> RunConfig:
+        """The run's config: identity and numerics as frozen, operation as last started."""
+        return self.run.config
+
+    @cached_property
+    def epochs(self) -> tuple[int, ...]:
+        """All epochs that are committed, retired ones too, sorted."""
+        return tuple(commits.committed_epochs(self.run.store, self.run_id))
+
+    @cached_property
+    def retired_epochs(self) -> tuple[int, ...]:
+        """Epochs whose samples retention has deleted, sorted."""
+        store = self.run.store
+        return tuple(e for e in self.epochs if self._epoch(e).retirement(store) is not None)
+
+    def epochs_within(self, words: str | None) -> list[int]:
+        """Find the committed epochs, retired ones too, that a user names.
+
+        Args:
+            words: One epoch, or a range ``a:b`` without b; either may be left out. None: all.
+
+        Returns:
+            The epochs, sorted.
+
+        Raises:
+            ConfigError: The words are neither.
+            NotInHistory: None of them is committed.
+        """
+        match = _EPOCHS.fullmatch(words or ":")
+        if match is None:
+            raise ConfigError(
+                f"epochs {words!r} are neither one epoch nor a range a:b, such as 0:5 for 0 to 4, "
+                "or 3: from 3 on"
+            )
+        one, low, high = match.groups()
+        first = int(one or low or 0)
+        beyond = first + 1 if one else int(high or sys.maxsize)
+        chosen = [epoch for epoch in self.epochs if first <= epoch < beyond]
+        if not chosen:
+            wanted = f"has not committed epochs {words}" if words else "is empty"
+            raise NotInHistory(f"run {self.run_id!r} {wanted}. {self._extent()}")
+        return chosen
+
+    @property
+    def reward_id(self) -> str | None:
+        """The run's own reward, 'NAME-<digest8>'; None before the first epoch is committed."""
+        return self._epoch(self.epochs[-1]).reward_id if self.epochs else None
+
+    @cached_property
+    def rewards(self) -> tuple[str, ...]:
+        """Ids of all rewards that have scored samples of this run, the run's own first."""
+        own = self.reward_id
+        found = commits.reward_ids(self.run.store, self.run_id)
+        return tuple(sorted(found, key=lambda reward_id: (reward_id != own, reward_id)))
+
+    def resolve_reward(self, reward: str | None) -> str | None:
+        """Find a reward that has scored this run.
+
+        Args:
+            reward: Its id, or its name where that is enough; None for the run's own.
+
+        Returns:
+            Its id; None for the run's own.
+
+        Raises:
+            NotInHistory: There is none, or several; lists them.
+        """
+        if reward is None or reward in self.rewards:
+            return reward
+        found = [i for i in self.rewards if i.rpartition("-")[0] == name_in_keys(reward)]
+        if len(found) == 1:
+            return found[0]
+        if found:
+            raise NotInHistory(
+                f"{len(found)} rewards called {reward!r} have scored run {self.run_id!r}; name "
+                f"one by its id: {', '.join(found)}"
+            )
+        there = f"Scores are there of {', '.join(self.rewards)}" if self.rewards else "None has"
+        raise NotInHistory(f"no reward {reward!r} has scored run {self.run_id!r}. {there}")
+
+    def rollouts(self, epochs: Iterable[int] | None = None) -> ds.FileSystemDataset:
+        """Open the samples with their pictures (PNG bytes), as a dataset that reads when scanned.
+
+        Args:
+            epochs: Which; by default all whose samples are kept.
+
+        Returns:
+            The dataset, with ``run_id`` and ``epoch`` as partition columns. A scan reads whole
+            shards to verify them, a few at a time, and decodes the asked columns only.
+
+        Raises:
+            NotInHistory: An epoch that is not committed.
+            RetiredObject: An epoch that is retired.
+        """
+        parts = [
+            (shard.rollouts, {"run_id": self.run_id, "epoch": epoch})
+            for epoch in self._chosen(epochs)
+            for shard in self._epoch(epoch).shards
+        ]
+        return verified_dataset(self.run.store, ROLLOUTS, parts)
+
+    def samples(self, reward: str | None = None, epochs: Iterable[int] | None = None) -> pa.Table:
+        """Read all samples with their scores, without pictures.
+
+        Args:
+            reward: Whose scores; by default the run's own. Any of `rewards`, by id or by name.
+            epochs: Which; by default all whose samples are kept.
+
+        Returns:
+            A row a sample in the order of epoch and index, with the columns of `SAMPLES`, then the
+            scorer's own; one that is called as another column is, as ``reward.<name>``. ``reward``
+            is null where scoring failed, and ``status`` says why; ``advantage`` is null where none
+            was computed from that reward. What a reward has not scored at all is left out.
+
+        Raises:
+            NotInHistory: An epoch that is not committed; or no such reward, or several.
+            RetiredObject: An epoch that is retired.
+        """
+        store = self.run.store
+        reward_id = self.resolve_reward(reward)
+        tables = []
+        for epoch in self._chosen(epochs):
+            stored = self._epoch(epoch).advantages_by(store, reward_id)
+            wanted = ["sample_id", "advantage"]
+            advantages = _NO_ADVANTAGES if stored is None else read_table(store, stored, wanted)
+            for shard, scores in self._epoch(epoch).scores(store, reward_id):
+                wanted = ["sample_id", "prompt", "seed"]
+                rows = read_table(store, shard.rollouts, wanted)
+                rows = with_constants(rows, pa.schema([_SCORED.field("epoch")]), [epoch])
+                # The scores last: theirs are the columns that give way to others of their name.
+                rows = join(join(rows, advantages), read_table(store, scores), prefix="reward.")
+                tables.append(rows)
+        return union(tables, SAMPLES)
+
+    def reward_table(self) -> pa.Table:
+        """Read the scores of all rewards.
+
+        Returns:
+            A row a sample and reward, of all epochs that are kept: ``reward_name``, ``run_id``,
+            ``epoch``, and the columns of the scores.
+        """
+        tables = []
+        for reward_id in self.rewards:
+            for epoch in self._chosen(None):
+                for _, stored in self._epoch(epoch).scores(self.run.store, reward_id):
+                    rows = read_table(self.run.store, stored)
+                    tables.append(with_constants(rows, _SCORED, [reward_id, self.run_id, epoch]))
+        return union(tables, pa.schema([*_SCORED, *REWARD_SCHEMA]))
+
+    def advantage_table(self) -> pa.Table:
+        """Read the advantages by all rewards.
+
+        Returns:
+            A row a sample and reward, of all epochs that are kept: ``reward_name``, ``run_id``,
+            ``epoch``, and the columns of the advantages.
+        """
+        tables = []
+        for reward_id in self.rewards:
+            for epoch in self._chosen(None):
+                stored = self._epoch(epoch).advantages_by(self.run.store, reward_id)
+                if stored is not None:
+                    rows = read_table(self.run.store, stored)
+                    tables.append(with_constants(rows, _SCORED, [reward_id, self.run_id, epoch]))
+        return union(tables, pa.schema([*_SCORED, *ADVANTAGE_SCHEMA]))
+
+    def image(self, sample_id: str) -> Image.Image:
+        """Read a sample's picture.
+
+        Args:
+            sample_id: Such as ``R/00003/000017``.
+
+        Returns:
+            The picture, as it was committed: PNG is lossless.
+
+        Raises:
+            NotInHistory: The run has committed no such sample.
+        """
+        _, rows, row = self._find(sample_id, "image")
+        return decode_image(rows["image"][row].as_py()["bytes"])
+
+    def latents(self, sample_id: str) -> torch.Tensor:
+        """Read a sample's trajectory.
+
+        Args:
+            sample_id: Such as ``R/00003/000017``.
+
+        Returns:
+            Latents from noise to clean, [T+1, C, h, w], on the CPU, in the dtype that log-probs
+            were computed on. A run by regression keeps the clean ones alone, [1, C, h, w].
+
+        Raises:
+            NotInHistory: The run has committed no such sample.
+        """
+        return self._tensor(sample_id, "latents")
+
+    def log_probs(self, sample_id: str) -> torch.Tensor:
+        """Read the log-probs of a sample's steps under the policy that drew it.
+
+        Args:
+            sample_id: Such as ``R/00003/000017``.
+
+        Returns:
+            One a step, averaged over latent dimensions, float32 [T], on the CPU.
+
+        Raises:
+            NotInHistory: The run has committed no such sample; or keeps no log-probs, as one by
+                regression (RWR), which needs none.
+        """
+        return self._tensor(sample_id, "log_probs")
+
+    def _tensor(self, sample_id: str, name: str) -> torch.Tensor:
+        shard, _, row = self._find(sample_id)
+        tensors, _ = decode_tensors(self.run.store.get(shard.trajectories))
+        if name not in tensors:
+            raise NotInHistory(
+                f"{name} of {sample_id} were not kept: {self.config.algorithm.type} trains on "
+                "clean latents alone. Runs by DDPO keep them"
+            )
+        # A copy: a view would keep the whole shard in memory.
+        return tensors[name][row].clone()
+
+    def _find(self, sample_id: str, *columns: str) -> tuple[Shard, pa.Table, int]:
+        """Return a sample's shard, its table's columns, and the sample's row, of tensors too."""
+        match = _SAMPLE_ID.fullmatch(sample_id)
+        if match is None:
+            raise NotInHistory(
+                f"{sample_id!r} is no sample id. Expected run, epoch and index, such as "
+                f"{self.run_id}/00003/000017"
+            )
+        epoch, index = int(match[2]), int(match[3])
+        if epoch in self.epochs:  # whoever drew it: a fork adopts samples of another run
+            likely = index // self.config.sampler.shard_size
+            for shard in sorted(self._epoch(epoch).shards, key=lambda s: s.number != likely):
+                rows = read_table(self.run.store, shard.rollouts, ["sample_id", *columns])
+                row = pc.index(rows["sample_id"], pa.scalar(sample_id)).as_py()
+                if row >= 0:
+                    return shard, rows, row
+        raise NotInHistory(
+            f"run {self.run_id!r} has committed no sample {sample_id}. {self._extent()}"
+        )
+
+    def _chosen(self, epochs: Iterable[int] | None) -> list[int]:
+        if epochs is None:
+            gone = self.retired_epochs
+            if gone and not self._told:
+                self._told = True
+                _logger.warning(
+                    "run %s: the samples of %d of %d epochs (%s) were retired and are left out",
+                    *(self.run_id, len(gone), len(self.epochs), _ranges(gone)),
+                )
+            return [epoch for epoch in self.epochs if epoch not in gone]
+        chosen = sorted(set(epochs))
+        unknown = [epoch for epoch in chosen if epoch not in self.epochs]
+        if unknown:
+            found = f"run {self.run_id!r} has not committed epoch {_ranges(unknown)}"
+            raise NotInHistory(f"{found}. {self._extent()}")
+        for epoch in chosen:
+            if retired := self._epoch(epoch).retirement(self.run.store):
+                raise retired
+        return chosen
+
+    def _epoch(self, epoch: int) -> Epoch:
+        if epoch not in self._epochs:
+            self._epochs[epoch] = commits.read_epoch(self.run.store, self.run_id, epoch)
+        return self._epochs[epoch]
+
+    def _extent(self) -> str:
+        return f"It has committed epochs {_ranges(self.epochs)}" if self.epochs else "It has none"
+
+
+def _ranges(epochs: Sequence[int]) -> str:
+    """Return sorted epochs as text, such as '0-3, 7'."""
+    ranges: list[list[int]] = []
+    for epoch in epochs:
+        if ranges and ranges[-1][-1] == epoch - 1:
+            ranges[-1][1:] = [epoch]
+        else:
+            ranges.append([epoch])
+    return ", ".join("-".join(map(str, each)) for each in ranges)

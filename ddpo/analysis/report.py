@@ -1,0 +1,153 @@
+"""What a run achieved: its reward by epoch, and the same prompts and seeds before and after."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+
+from ddpo.basics.images import decode_image
+from ddpo.runs.run import Run
+from ddpo.store import keys, manifests
+from ddpo.store.tables import RolloutRow, decode_advantages, decode_rollouts
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt  # after the backend is chosen
+from matplotlib.ticker import MaxNLocator
+
+_MOST_PICTURES = 8
+_CHARACTERS = 140
+"""Of a prompt's size, side by side in the figure's width."""
+
+
+@dataclass(frozen=True)
+class EpochRewards:
+    """The rewards of one epoch.
+
+    Attributes:
+        epoch: The epoch.
+        mean: Mean over its samples.
+        std: Standard deviation over its samples.
+    """
+
+    epoch: int
+    mean: float
+    std: float
+
+
+def reward_curve(run: Run) -> list[EpochRewards]:
+    """Read a run's rewards by epoch.
+
+    Args:
+        run: The run.
+
+    Returns:
+        One entry an epoch whose advantages are committed, in order.
+    """
+    reward_id = run.reward_id
+    curve: list[EpochRewards] = []
+    while True:
+        epoch = run.first_epoch + len(curve)
+        key = keys.advantage_manifest_key(reward_id, run.run_id, epoch)
+        committed = manifests.find(run.store, key)
+        if committed is None:
+            return curve
+        rows = decode_advantages(run.store.get(committed.manifest.objects["advantages"]))
+        rewards = np.asarray([row.reward for row in rows if row.reward is not None])
+        curve.append(EpochRewards(epoch, float(rewards.mean()), float(rewards.std())))
+
+
+def checkpoint_pictures(run: Run, pictures_id: str, epoch: int) -> list[RolloutRow]:
+    """Read the pictures that a checkpoint drew of the fixed prompts and seeds.
+
+    Args:
+        run: The run.
+        pictures_id: Which set.
+        epoch: The checkpoint's epoch.
+
+    Returns:
+        The rows; none where they are not committed.
+    """
+    key = keys.pictures_manifest_key(pictures_id, run.run_id, epoch)
+    committed = manifests.find(run.store, key)
+    if committed is None:
+        return []
+    return decode_rollouts(run.store.get(committed.manifest.objects["pictures"]))
+
+
+def write_report(run: Run, pictures_id: str, path: Path) -> Path:
+    """Draw a run's report: reward by epoch with its spread, pictures before and after.
+
+    Args:
+        run: The run.
+        pictures_id: The fixed prompts and seeds.
+        path: The PNG to write.
+
+    Returns:
+        ``path``.
+    """
+    curve = reward_curve(run)
+    before = checkpoint_pictures(run, pictures_id, run.first_epoch)[:_MOST_PICTURES]
+    last = run.first_epoch + len(curve)
+    after = checkpoint_pictures(run, pictures_id, last)[:_MOST_PICTURES]
+    columns = max(len(before), 1)
+    figure = plt.figure(figsize=(10, 4.2 + 2 * 10 / columns), layout="constrained")
+    upper, lower = figure.subfigures(2, 1, height_ratios=[4.2, 2 * 10 / columns], squeeze=False)[
+        :, 0
+    ]
+    _draw_curve(upper.subplots(), run, curve)
+    draw_pictures(lower, before, after, last)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110, facecolor="white")
+    plt.close(figure)
+    return path
+
+
+def _draw_curve(axes: plt.Axes, run: Run, curve: list[EpochRewards]) -> None:
+    epochs = [point.epoch for point in curve]
+    mean = np.asarray([point.mean for point in curve])
+    std = np.asarray([point.std for point in curve])
+    axes.fill_between(epochs, mean - std, mean + std, color="#4c78a8", alpha=0.18, lw=0)
+    axes.plot(epochs, mean, color="#4c78a8", lw=2, marker="o", ms=4)
+    axes.set_title(f"{run.run_id}: {run.config.reward.name}", loc="left", fontsize=13)
+    axes.set_xlabel("epoch")
+    axes.set_ylabel("reward: mean and standard deviation")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", alpha=0.25)
+
+
+def draw_pictures(
+    figure: plt.Figure, before: Sequence[RolloutRow], after: Sequence[RolloutRow], epochs: int
+) -> None:
+    """Draw pictures in two rows, one above the other, each column below its prompt.
+
+    Args:
+        figure: Where to.
+        before: The upper row.
+        after: The lower row, of the same prompts.
+        epochs: After how many.
+    """
+    columns = max(len(before), 1)
+    grid = figure.subplots(2, columns, squeeze=False)
+    for row, (rows, label) in enumerate(((before, "before"), (after, f"after {epochs}"))):
+        for column in range(columns):
+            axes = grid[row][column]
+            axes.set_xticks([])
+            axes.set_yticks([])
+            axes.spines[:].set_visible(False)
+            if column < len(rows):
+                picture = decode_image(rows[column].image_png)
+                axes.imshow(picture, interpolation="nearest")
+                if row == 0:
+                    axes.set_title(_wrapped(rows[column].prompt, columns), fontsize=9)
+        grid[row][0].set_ylabel(label, fontsize=11)
+
+
+def _wrapped(prompt: str, columns: int) -> str:
+    width = _CHARACTERS // columns - 2
+    return textwrap.fill(prompt, width, max_lines=3, placeholder=" …")

@@ -1,0 +1,260 @@
+"""Things that a config names: found by registered name, entry point or import path.
+
+One lookup and one check of parameters, for rewards and prompt sets alike. Nothing that was found is
+called before its parameters are known to fit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import importlib
+import inspect
+import sys
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import EntryPoint, entry_points
+from types import ModuleType
+from typing import Any
+
+from pydantic import JsonValue, PydanticUserError, TypeAdapter, ValidationError
+from pydantic_core import PydanticSerializationError, to_json
+
+from ddpo.basics.digests import canonical_json
+from ddpo.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Plugin:
+    """Something that a config named, imported and not yet called.
+
+    Attributes:
+        kind: What it is to its reader, e.g. ``"reward"``; used in messages.
+        name: The name as the config has it.
+        target: The class, function or object itself.
+        module: The module that it was looked up in.
+    """
+
+    kind: str
+    name: str
+    target: Any
+    module: str
+
+
+@dataclass(frozen=True)
+class CheckedParameters:
+    """Parameters that fit what they are for.
+
+    Attributes:
+        values: Those that were given, converted to the annotated types; pass them by keyword.
+        identity: All that will be in force, defaults among them, as plain JSON. Spelling out a
+            default changes nothing here. A default that JSON cannot say is left out.
+    """
+
+    values: Mapping[str, Any]
+    identity: Mapping[str, JsonValue]
+
+
+def resolve(kind: str, name: str, registered: Mapping[str, str], group: str) -> Plugin:
+    """Import what a name stands for.
+
+    Args:
+        kind: What is looked for, for messages: ``"reward"``.
+        name: A key of ``registered``, the name of an entry point of ``group``, or an import path
+            ``package.module:attribute``.
+        registered: The project's own, name to import path. They go before entry points.
+        group: Entry point group that other packages register theirs in.
+
+    Returns:
+        The plugin.
+
+    Raises:
+        ConfigError: No such name (says the nearest and lists all), module or attribute, an import
+            that fails, or an entry point that two packages claim.
+    """
+    if ":" in name:
+        return _import_plugin(kind, name, name)
+    if name in registered:
+        return _import_plugin(kind, name, registered[name])
+    found = [point for point in entry_points(group=group) if point.name == name]
+    if len({point.value for point in found}) > 1:
+        raise ConfigError(
+            f"{kind} {name!r} is claimed by {' and '.join(map(_origin, found))}; "
+            "name the one you mean by its import path"
+        )
+    if found:
+        return _import_plugin(kind, name, found[0].value)
+    names = available(registered, group)
+    raise ConfigError(
+        f"there is no {kind} {name!r}{_did_you_mean(name, names)} Known: {', '.join(names)}. "
+        "One of your own goes by import path: 'my_package.my_module:attribute'"
+    )
+
+
+def available(registered: Mapping[str, str], group: str) -> tuple[str, ...]:
+    """Return the names that ``resolve`` knows, sorted: registered ones and entry points."""
+    return tuple(sorted({*registered, *(point.name for point in entry_points(group=group))}))
+
+
+def check_parameters(
+    what: str,
+    factory: Callable[..., Any],
+    parameters: Mapping[str, Any],
+    taken: Iterable[str] = (),
+) -> CheckedParameters:
+    """Check parameters against a signature, without calling it.
+
+    Types are checked strictly, as JSON: 1 is a float, and a list is a tuple, but "3" is no int.
+    What has no annotation takes anything.
+
+    Args:
+        what: Whose parameters they are, for messages: ``"reward 'jpeg_compressibility'"``.
+        factory: The function or class that will be called with them.
+        parameters: From the config.
+        taken: Names that the caller fills itself; no config may give them.
+
+    Returns:
+        The parameters, converted.
+
+    Raises:
+        ConfigError: An unknown parameter (says the nearest), a missing one, or a wrong type.
+    """
+    signature = _signature(what, factory)
+    by_keyword = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    known = {
+        name: parameter
+        for name, parameter in signature.parameters.items()
+        if parameter.kind in by_keyword and name not in set(taken)
+    }
+    rest = next((p for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD), None)
+    hints = _type_hints(what, factory, [*known.values(), *([rest] if rest else [])])
+
+    values: dict[str, Any] = {}
+    identity: dict[str, JsonValue] = {}
+    for name, given in parameters.items():
+        if name not in known and (rest is None or name in signature.parameters):
+            takes = f"It takes: {', '.join(known)}." if known else "It takes none."
+            raise ConfigError(
+                f"{what} takes no parameter {name!r}{_did_you_mean(name, known)} {takes}"
+            )
+        annotation = hints.get(name if rest is None or name in known else rest.name, Any)
+        values[name], identity[name] = _convert(what, name, annotation, given)
+
+    missing = [n for n, p in known.items() if p.default is p.empty and n not in values]
+    if missing:
+        raise ConfigError(
+            f"{what} needs {', '.join(map(repr, missing))}; set it under its `parameters`"
+        )
+    for name, parameter in known.items():
+        if name in values:
+            continue
+        # A default that JSON cannot say (an object, an infinity) is fixed by the code's version.
+        with contextlib.suppress(PydanticSerializationError, PydanticUserError, ValueError):
+            adapter: TypeAdapter[Any] = TypeAdapter(hints.get(name, Any))
+            default = adapter.dump_python(parameter.default, mode="json", warnings=False)
+            canonical_json(default)
+            identity[name] = default
+    return CheckedParameters(values=values, identity=dict(sorted(identity.items())))
+
+
+def _import_plugin(kind: str, name: str, path: str) -> Plugin:
+    module_name, _, attribute_path = path.partition(":")
+    attributes = attribute_path.split(".")
+    if not all(part.isidentifier() for part in (*module_name.split("."), *attributes)):
+        raise ConfigError(
+            f"{kind} {name!r} is no import path: write 'my_package.my_module:attribute'"
+        )
+    module = _import_module(kind, name, module_name)
+    target: Any = module
+    for attribute in attributes:
+        try:
+            target = getattr(target, attribute)
+        except AttributeError:
+            public = [other for other in dir(target) if not other.startswith("_")]
+            raise ConfigError(
+                f"{kind} {name!r}: {module_name} ({getattr(module, '__file__', 'built in')}) has "
+                f"no {attribute_path!r}{_did_you_mean(attribute, public)}"
+            ) from None
+    return Plugin(kind=kind, name=name, target=target, module=module_name)
+
+
+def _import_module(kind: str, name: str, module_name: str) -> ModuleType:
+    try:
+        return importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        itself = error.name and f"{module_name}.".startswith(f"{error.name}.")
+        if not itself:
+            raise ConfigError(
+                f"{kind} {name!r}: {module_name} imports {error.name!r}, which is not installed; "
+                f"install it beside ddpo ({sys.executable})"
+            ) from error
+        raise ConfigError(
+            f"{kind} {name!r}: there is no module {error.name!r}; install the package that has "
+            "it, or put its folder on the path: PYTHONPATH=/path/to/folder"
+        ) from error
+    except Exception as error:
+        raise ConfigError(
+            f"{kind} {name!r}: importing {module_name} failed: {type(error).__name__}: {error}"
+        ) from error
+
+
+def _signature(what: str, factory: Callable[..., Any]) -> inspect.Signature:
+    try:
+        return inspect.signature(factory)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"{what}: {factory!r} cannot be called from a config ({error}); name a class or a "
+            "function written in Python"
+        ) from error
+
+
+def _type_hints(
+    what: str, factory: Callable[..., Any], parameters: Iterable[inspect.Parameter]
+) -> Mapping[str, Any]:
+    """Evaluate these annotations alone: others may name what only a type checker imports."""
+
+    def holder() -> None: ...
+
+    holder.__annotations__ = {p.name: p.annotation for p in parameters if p.annotation != p.empty}
+    written = factory if inspect.isroutine(factory) else inspect.getattr_static(factory, "__init__")
+    names = getattr(inspect.unwrap(written), "__globals__", {})
+    try:
+        return typing.get_type_hints(holder, globalns=names, include_extras=True)
+    except Exception as error:
+        raise ConfigError(
+            f"{what}: its annotations cannot be read: {error}; import what they name at run time"
+        ) from error
+
+
+def _convert(what: str, name: str, annotation: Any, given: Any) -> tuple[Any, JsonValue]:
+    try:
+        adapter: TypeAdapter[Any] = TypeAdapter(annotation)
+        value = adapter.validate_json(to_json(given), strict=True)
+        plain = adapter.dump_python(value, mode="json", warnings=False)
+        canonical_json(plain)
+        return value, plain
+    except ValidationError as error:
+        wrong = "; ".join(
+            "".join(f"[{place!r}]" for place in item["loc"]) + " " * bool(item["loc"]) + item["msg"]
+            for item in error.errors()
+        )
+        raise ConfigError(f"{what}: parameter {name!r} is {given!r}: {wrong}") from None
+    except PydanticUserError:
+        raise ConfigError(
+            f"{what}: parameter {name!r} is annotated {annotation!r}, which no config can give; "
+            "annotate it with a type that JSON has, and build the object from it"
+        ) from None
+    except (PydanticSerializationError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"{what}: parameter {name!r} is {given!r}, which JSON cannot say: {error}"
+        ) from None
+
+
+def _origin(point: EntryPoint) -> str:
+    return f"{point.dist.name if point.dist else 'an unnamed package'} ({point.value})"
+
+
+def _did_you_mean(name: str, names: Iterable[str]) -> str:
+    nearest = difflib.get_close_matches(name, list(names), n=1)
+    return f"; did you mean {nearest[0]!r}?" if nearest else "."

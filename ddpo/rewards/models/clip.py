@@ -1,0 +1,96 @@
+"""A CLIP model, ready to compare pictures with texts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import CLIPModel, CLIPTokenizer
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+from ddpo.rewards.models.pinned import ModelFolder, load_part
+from ddpo.rewards.models.pretrained import Device, pick_device, place
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A CLIP model with what prepares its inputs. Float32, inference only.
+
+    Attributes:
+        model: The model; D is the width of the space that pictures and texts share.
+        tokenizer: Of its texts.
+        processor: Of its pictures. Pillow resizes them, as it does where torchvision is given one.
+    """
+
+    model: CLIPModel
+    tokenizer: CLIPTokenizer
+    processor: CLIPImageProcessorPil
+
+    def see(self, images: Sequence[Image.Image]) -> Tensor:
+        """Turn b RGB pictures of any sizes into features [b, D], not normalised."""
+        pixels = self.processor(list(images), return_tensors="pt")["pixel_values"]
+        return self.see_pixels(pixels)
+
+    def see_pixels(self, pixels: Tensor) -> Tensor:
+        """Turn b prepared pictures [b, 3, height, width] into features [b, D], not normalised."""
+        pooled = self.model.vision_model(pixels.to(self.model.device)).pooler_output
+        return self.model.visual_projection(pooled)
+
+    def read(self, texts: Sequence[str]) -> Tensor:
+        """Turn b texts, cut where the model's context ends, into features [b, D], not normalised.
+
+        Padding goes to the same length always. It comes after the end of the text, where attention
+        that looks back only, pooled at that end, does not see it: a mask would change nothing.
+        """
+        length = self.model.text_model.config.max_position_embeddings
+        tokens = self.tokenizer(
+            list(texts),
+            padding="max_length",
+            truncation=True,
+            max_length=length,
+            return_tensors="pt",
+        )
+        pooled = self.model.text_model(tokens["input_ids"].to(self.model.device)).pooler_output
+        return self.model.text_projection(pooled)
+
+
+def cosines(some: Tensor, others: Tensor) -> Tensor:
+    """Compare features [b, D] row by row; [b] in -1..1."""
+    unit = torch.nn.functional.normalize
+    return (unit(some, dim=-1) * unit(others, dim=-1)).sum(-1)
+
+
+def load_clip(model: ModelFolder, device: Device, processor: ModelFolder | None = None) -> Clip:
+    """Load a CLIP model.
+
+    Args:
+        model: The model.
+        device: Where it will run.
+        processor: Where its tokenizer and image processor are from, if not from the same folder.
+
+    Returns:
+        All three.
+
+    Raises:
+        RewardError: A part is missing, or there is no such device.
+    """
+    where = pick_device(device)
+    tokenizer = load_tokenizer(processor or model)
+    image_processor = load_processor(processor or model)
+    clip = load_part(
+        "the CLIP model", CLIPModel.from_pretrained, model, weights=True, dtype=torch.float32
+    )
+    return Clip(place(clip, where), tokenizer, image_processor)
+
+
+def load_tokenizer(model: ModelFolder) -> CLIPTokenizer:
+    """Load the tokenizer of a CLIP model."""
+    return load_part("the tokenizer", CLIPTokenizer.from_pretrained, model)
+
+
+def load_processor(model: ModelFolder) -> CLIPImageProcessorPil:
+    """Load the image processor of a CLIP model, the one that needs no torchvision."""
+    return load_part("the image processor", CLIPImageProcessorPil.from_pretrained, model)

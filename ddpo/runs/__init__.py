@@ -1,0 +1,1 @@
+"""A run: its config, its place in a store, its forks."""

@@ -1,0 +1,1 @@
+"""A run that starts from a checkpoint and the saved rollouts of another."""

@@ -1,0 +1,52 @@
+"""Whether a store can hold commits, tried before anything is computed."""
+
+from __future__ import annotations
+
+import uuid
+from contextlib import suppress
+
+from ddpo.basics.redaction import hide_credentials
+from ddpo.errors import StoreCallFailed, StoreNotWritable
+from ddpo.store.objects import Store
+
+
+def probe(store: Store) -> None:
+    """Checks that commits are possible in a store: exclusive create, read back, delete.
+
+    Args:
+        store: The store, of which nothing stays changed.
+
+    Raises:
+        StoreNotWritable: One of them failed, with the reason.
+    """
+    key = f".probe/{uuid.uuid4().hex}"
+    way_out = "Check the address, the credentials and the permissions of the root"
+    try:
+        try:
+            created = store.put_if_absent(key, b"first")
+            refused = not store.put_if_absent(key, b"second")
+            found = store.read(key)
+            store.list("runs")
+        except Exception:
+            with suppress(Exception):  # the first error is the one that tells
+                store.delete(key)
+            raise
+        store.delete(key)
+        gone = not store.exists(key)
+    except Exception as error:  # whatever a filesystem raises is the reason that we report
+        if isinstance(error, StoreCallFailed):
+            reason = f"it could not {error.call}: {error.reason}"
+            raise StoreNotWritable(store.root, reason, error.way_out) from None
+        reason = f"{type(error).__name__}: {hide_credentials(str(error))}"
+        # Not chained: what it quotes may hold credentials.
+        raise StoreNotWritable(store.root, reason, way_out) from None
+    if not created:
+        raise StoreNotWritable(store.root, "it refused to create a new object", way_out)
+    if not refused or found != b"first":
+        raise StoreNotWritable(
+            store.root,
+            "it let a second writer overwrite an object that was created exclusively",
+            "Use a local disk with hard links, or an object store with conditional puts",
+        )
+    if not gone:
+        raise StoreNotWritable(store.root, "a deleted object is still there", way_out)

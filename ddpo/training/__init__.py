@@ -1,0 +1,1 @@
+"""State, rollouts and credit to the next state."""

@@ -1,0 +1,148 @@
+"""The value function within an epoch: a baseline before the policy's updates, trained after them.
+
+Shapes: S samples, T denoising steps.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ddpo.algorithms.value import (
+    ValueNetwork,
+    explained_variance,
+    prompt_features,
+    timestep_features,
+    value_loss,
+)
+from ddpo.basics.randomness import derive_seed
+from ddpo.config import OptimizerConfig, RunConfig, ValueAdvantages
+from ddpo.errors import NonFiniteError
+from ddpo.models import Policy
+from ddpo.training.optimizer import copies, make_adamw, optimizer_state
+from ddpo.training.pairs import Rollouts
+from ddpo.training.state import TrainState
+
+
+@dataclass(frozen=True)
+class ValueMetrics:
+    """How well V knew an epoch's normalised rewards before it was trained on them.
+
+    Attributes:
+        loss: Its mean squared error.
+        explained_variance: 1 - var(r - V) / var(r); None where all rewards are alike.
+    """
+
+    loss: float
+    explained_variance: float | None
+
+
+class ValueBaseline:
+    """V on the rollouts of one epoch.
+
+    Args:
+        policy: Gives the prompts' embeddings.
+        rollouts: All samples of the epoch.
+        kept: V and its AdamW as :meth:`state` gave them; empty before the first training, where V
+            is made from ``seed``.
+        settings: How V is trained, and what advantages are clipped to.
+        seed: The config's.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        rollouts: Rollouts,
+        kept: Mapping[str, Tensor],
+        settings: ValueAdvantages,
+        *,
+        seed: int,
+    ) -> None:
+        self.settings = settings
+        texts = list(dict.fromkeys(rollouts.prompts))
+        self._rows = torch.tensor([texts.index(text) for text in rollouts.prompts])
+        self._prompts = prompt_features(policy.embed(texts), policy.embed([""]))
+        last = policy.pipeline.scheduler.config.num_train_timesteps
+        self._timesteps = timestep_features(rollouts.timesteps, last)
+        self.network = ValueNetwork(self._prompts.shape[1], seed=derive_seed(seed, "value"))
+        weights = {name: value for name, value in kept.items() if name.startswith(_WEIGHT)}
+        if weights:
+            self.network.load_state_dict(
+                {name.removeprefix(_WEIGHT): value for name, value in weights.items()}
+            )
+        self._parameters = dict(self.network.named_parameters())
+        self._adamw = make_adamw(
+            self._parameters,
+            OptimizerConfig(learning_rate=settings.value_learning_rate),
+            {name: value for name, value in kept.items() if name not in weights},
+        )
+
+    @classmethod
+    def of(
+        cls, policy: Policy, state: TrainState, rollouts: Rollouts, config: RunConfig
+    ) -> ValueBaseline | None:
+        """Return the baseline of an epoch, None where the config has no value function."""
+        if not isinstance(config.advantages, ValueAdvantages):
+            return None
+        return cls(policy, rollouts, state.value, config.advantages, seed=config.seed)
+
+    def values(self) -> Tensor:
+        """Return V of each sample's prompt at each timestep, [S, T], with a gradient."""
+        return self.network(self._prompts, self._timesteps)[self._rows]
+
+    @torch.no_grad()
+    def advantages(self, rewards: Tensor, scored: Tensor) -> Tensor:
+        """Return clip(r_s - V(prompt_s, t)), 0 for samples without a reward.
+
+        Args:
+            rewards: [S], normalised.
+            scored: [S] bool.
+
+        Returns:
+            [S, T] on the CPU.
+        """
+        clip = self.settings.clip
+        differences = (rewards[:, None] - self.values()).clamp(-clip, clip)
+        return torch.where(scored[:, None], differences, 0.0)
+
+    def learn(self, rewards: Tensor, scored: Tensor) -> ValueMetrics:
+        """Take ``value_epochs`` steps of AdamW, each on all samples that have a reward.
+
+        Args:
+            rewards: [S], normalised.
+            scored: [S] bool.
+
+        Returns:
+            What was measured before the first step.
+
+        Raises:
+            NonFiniteError: V is NaN or infinite after it.
+        """
+        targets = rewards[scored].float()
+        with torch.no_grad():
+            before = self.values()[scored]
+        for _ in range(self.settings.value_epochs):
+            value_loss(self.values()[scored], targets).backward()
+            self._adamw.step()
+            self._adamw.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            loss = float(value_loss(self.values()[scored], targets))
+        if not math.isfinite(loss):
+            raise NonFiniteError(
+                f"the value function's loss is {loss} after its training; the weights were left as "
+                "they were. Lower advantages.value_learning_rate, now "
+                f"{self.settings.value_learning_rate:g}"
+            )
+        return ValueMetrics(float(value_loss(before, targets)), explained_variance(before, targets))
+
+    def state(self) -> dict[str, Tensor]:
+        """Return V's weights as ``weight/name`` and AdamW's state as ``moment/name``, copied."""
+        weights = {f"{_WEIGHT}{name}": value for name, value in self._parameters.items()}
+        return copies({**weights, **optimizer_state(self._adamw, self._parameters)})
+
+
+_WEIGHT = "weight/"

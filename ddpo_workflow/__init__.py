@@ -1,0 +1,1 @@
+"""The workflow: `flows` and `tasks`, the only rooms that know Prefect and MLflow."""

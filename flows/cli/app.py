@@ -1,0 +1,39 @@
+"""The `ddpo` command: the modules of `flows/commands/`, put together.
+
+Exit status: 0 done, 1 the run failed, 2 bad input, 130 stopped by Ctrl-C, 143 by SIGTERM.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from ddpo.errors import DdpoError
+from ddpo_workflow.flows.cli import data, forks, pages, rewards, storage, training
+from ddpo_workflow.flows.cli.common import console, say
+from ddpo_workflow.flows.cli.quiet import set_defaults
+
+app = typer.Typer(
+    help="Reinforcement learning for diffusion models, as a durable batch workflow.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+for _module in (training, forks, data, storage, pages, rewards):  # the order of `ddpo --help`
+    app.add_typer(_module.app)
+
+
+def main() -> None:
+    """Run the command; bad input is one message and exit status 2."""
+    set_defaults()
+    try:
+        app()
+    except DdpoError as error:
+        console.print(f"[bold red]{type(error).__name__}[/]", style=None, highlight=False)
+        say(str(error))
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,111 @@
+"""Commands that read a run as data: `ddpo query` and `ddpo export`."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from ddpo_workflow.flows.cli.common import Epochs, Root, RunId, console
+
+if TYPE_CHECKING:
+    from ddpo.analysis.history import History
+    from ddpo.analysis.query import Answer
+
+# Heavy libraries are imported by the commands that need them: a misspelt word is answered at once.
+
+app = typer.Typer()
+_MOST_ROWS = 200  # that a screen is filled with
+
+
+@app.command()
+def query(
+    run_id: RunId,
+    sql: Annotated[
+        str,
+        typer.Argument(
+            help="One statement of SQL over samples (rollouts and scores joined, of the run's own "
+            "reward), rollouts, rewards, advantages."
+        ),
+    ],
+    csv: Annotated[
+        Path | None, typer.Option(help="Write all rows to this file instead.", dir_okay=False)
+    ] = None,
+    root: Root = None,
+) -> None:
+    """Ask a run's samples, scores and advantages in SQL (DuckDB)."""
+    from ddpo.analysis.query import query as ask
+    from ddpo.analysis.query import shown
+
+    with ask(_history(run_id, root), sql) as answer:
+        if csv is not None:
+            count = _write_csv(csv, answer)
+            console.print(f"{csv}: {count} rows", markup=False, highlight=False)
+            return
+        table = Table()
+        for name in answer.columns:
+            table.add_column(Text(name, overflow="fold"))
+        for row in itertools.islice(answer.rows, _MOST_ROWS):
+            table.add_row(*(Text(text, overflow="fold") for text in map(shown, row)))
+        cut = next(answer.rows, None) is not None
+    console.print(table)
+    if cut:
+        console.print(f"the first {_MOST_ROWS} rows; --csv FILE writes all", highlight=False)
+
+
+@app.command()
+def export(
+    run_id: RunId,
+    to_hf_dataset: Annotated[
+        Path,
+        typer.Option(
+            "--to-hf-dataset",
+            help="Folder of the Hugging Face dataset to write; absent or empty.",
+        ),
+    ],
+    epochs: Epochs = None,
+    reward: Annotated[
+        str | None,
+        typer.Option(help="Whose scores, by name or id; by default those of the run's reward."),
+    ] = None,
+    root: Root = None,
+) -> None:
+    """Write a run's pictures, prompts and scores as a dataset that others open."""
+    from ddpo.analysis.hf_dataset import write_dataset
+
+    history = _history(run_id, root)
+    chosen = None if epochs is None else history.epochs_within(epochs)
+    with console.status("writing"):
+        count = write_dataset(history, to_hf_dataset, epochs=chosen, reward=reward)
+    console.print(f"{to_hf_dataset}: {count} samples", markup=False, highlight=False)
+
+
+def _write_csv(file: Path, answer: Answer) -> int:
+    """Write an answer's rows, numbers in full, and return how many there are."""
+    import csv
+
+    from ddpo.analysis.query import shown
+    from ddpo.errors import ConfigError
+
+    count = 0
+    try:
+        with file.open("w", newline="", encoding="utf-8") as opened:
+            writer = csv.writer(opened)
+            writer.writerow(answer.columns)
+            for row in answer.rows:
+                writer.writerow([shown(value, digits=None) for value in row])
+                count += 1
+    except OSError as error:
+        raise ConfigError(f"--csv {file} cannot be written: {error.strerror}") from error
+    return count
+
+
+def _history(run_id: str, root: str | None) -> History:
+    from ddpo.analysis.history import open_run
+    from ddpo.runs.run import storage_root
+
+    return open_run(storage_root(root), run_id)

@@ -1,0 +1,25 @@
+"""`ddpo ui`: MLflow's and Prefect's pages."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from ddpo_workflow.flows.cli.common import console
+
+app = typer.Typer()
+
+
+@app.command()
+def ui(
+    tracking: Annotated[
+        str, typer.Option(help="MLflow's tracking URI.")
+    ] = "sqlite:///ddpo-data/mlflow.db",
+    mlflow_port: Annotated[int, typer.Option(help="Of MLflow's page.")] = 5000,
+    prefect_port: Annotated[int, typer.Option(help="Of Prefect's page.")] = 4200,
+) -> None:
+    """Show MLflow's and Prefect's pages on this machine, until Ctrl-C."""
+    from ddpo_workflow.flows.cli.ui import serve_pages
+
+    serve_pages(console, tracking, mlflow_port=mlflow_port, prefect_port=prefect_port)

@@ -1,0 +1,114 @@
+"""`ddpo verify`, `gc` and `doctor`: is what is stored whole, is what is around a run in order."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from ddpo_workflow.flows.cli.common import (
+    ConfigFile,
+    Root,
+    RunId,
+    Settings,
+    console,
+    overrides,
+    saved_run,
+    say,
+)
+from ddpo_workflow.flows.cli.quiet import hide_loading_bars
+
+app = typer.Typer()
+
+
+@app.command()
+def verify(
+    run_id: RunId,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Make again what can be made from what is whole.")
+    ] = False,
+    root: Root = None,
+) -> None:
+    """Read all that a run committed; say what is damaged, and mend what can be made again."""
+    from ddpo.runs.run import open_run, storage_root
+    from ddpo.store import keys
+    from ddpo.store.objects import Store
+    from ddpo.store.upkeep.verify import Verification, verify_run
+
+    store = Store.open(storage_root(root))
+
+    def check() -> Verification:
+        with console.status("reading") as status:
+            return verify_run(store, run_id, lambda key: status.update(f"reading {key}"))
+
+    found = check()
+    reasons: dict[str, str] = {}
+    if found.damages and repair:
+        from ddpo_workflow.tasks.repair import repair as repair_parts
+
+        hide_loading_bars()
+        for outcome in repair_parts(open_run(store, run_id), found.damages):
+            reasons[outcome.manifest] = outcome.said
+            said = "made again" if outcome.done else "not mended"
+            say(f"{said}: {outcome.manifest}")
+        found = check()
+    for damage in found.damages:
+        derivable = keys.parse_part_manifest(damage.manifest) is not None
+        way_out = "ddpo verify --repair makes it again" if derivable else "restore it from a copy"
+        say(f"damaged: {damage}")
+        say(f"    listed in {damage.manifest}; {reasons.get(damage.manifest, way_out)}")
+    retired = f", {found.retired} retired on purpose" if found.retired else ""
+    outcome = f"{len(found.damages)} damaged" if found.damages else "whole"
+    say(f"{found.objects} objects, {found.bytes / 1e6:.1f} MB{retired}: {outcome}")
+    if found.damages:
+        sys.exit(1)
+
+
+@app.command()
+def gc(
+    run_id: RunId,
+    older_than: Annotated[
+        float, typer.Option(help="Hours; younger objects may belong to a task at work.", min=6)
+    ] = 24.0,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only list what would be deleted.")
+    ] = False,
+    root: Root = None,
+) -> None:
+    """Delete a run's objects that no manifest lists: left behind by tasks that were killed."""
+    from datetime import timedelta
+
+    from ddpo.store.upkeep.sweep import find_unreferenced, sweep
+
+    run = saved_run(run_id, root)
+    grace = timedelta(hours=older_than)
+    found = (find_unreferenced if dry_run else sweep)(run.store, run_id, grace=grace)
+    for key, size in found.items():
+        say(f"{size:>12,}  {key}")
+    verb = "would be deleted" if dry_run else "deleted"
+    megabytes = sum(found.values()) / 1e6
+    console.print(f"{len(found)} objects, {megabytes:.1f} MB {verb}")
+
+
+@app.command()
+def doctor(
+    config: ConfigFile,
+    set_: Settings = None,
+    root: Root = None,
+) -> None:
+    """Check storage, model, device, MLflow and Prefect before a night is spent on a run."""
+    from ddpo.config.files import read_config
+    from ddpo_workflow.flows.cli.doctor import examine
+
+    settings = read_config(config, overrides(set_, root))
+    failed = 0
+    for finding in examine(settings):
+        failed += not finding.ok
+        mark = "[green]ok[/]  " if finding.ok else "[bold red]no[/]  "
+        console.print(f"{mark}[bold]{finding.what}[/]", highlight=False)
+        say(f"    {finding.said}")
+    if failed:
+        console.print(f"{failed} to mend; each line above says how")
+        sys.exit(1)
+    console.print("ready")

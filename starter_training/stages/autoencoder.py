@@ -1,0 +1,62 @@
+"""Two stages: the autoencoder, and the latents of all pictures."""
+
+import torch
+from rich.progress import track
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ddpo.basics.randomness import derive_seed, generator
+from starter_training.loop import console, fit, load_ema, one_core_each, replacing
+from starter_training.losses import KL_WEIGHT, kl_loss, picture_loss
+from starter_training.networks import build_vae, decode, encode, to_model
+from starter_training.stages.pictures import read_pictures
+from starter_training.work import Recipe, WorkFolder
+
+ENCODED_AT_ONCE = 64
+
+
+def train_vae(work: WorkFolder, recipe: Recipe) -> None:
+    """Trains the autoencoder, in bfloat16 with float32 weights."""
+    torch.manual_seed(derive_seed(recipe.seed, "vae weights"))
+    vae = build_vae()
+    pictures = read_pictures(work.pictures)
+
+    def loss_of_shard(step: int, shard: int) -> Tensor:
+        draws = generator(derive_seed(recipe.seed, "vae", step, shard))
+        chosen = torch.randint(len(pictures), (recipe.vae.shard,), generator=draws)
+        real = to_model(pictures[chosen.numpy()])
+        with torch.autocast("cpu", torch.bfloat16):
+            posterior = encode(vae, real)
+            mean, log_variance = posterior.mean.float(), posterior.logvar.float()
+            noise = torch.randn(mean.shape, generator=draws)
+            made = decode(vae, mean + noise * torch.exp(0.5 * log_variance)).float()
+        return picture_loss(made, real) + KL_WEIGHT * kl_loss(mean, log_variance)
+
+    fit("autoencoder", vae, loss_of_shard, recipe.vae, work.vae)
+
+
+@torch.no_grad()
+def encode_latents(work: WorkFolder, recipe: Recipe) -> None:
+    """Encodes all pictures once, and whitens the latents channel by channel."""
+    del recipe
+    if work.latents.exists():
+        return
+    vae = build_vae()
+    load_ema(vae, work.vae)
+    pictures = read_pictures(work.pictures)
+
+    @torch.no_grad()
+    def encode_from(start: int) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            batch = to_model(pictures[start : start + ENCODED_AT_ONCE])
+            return encode(vae, batch).mode().float()
+
+    starts = range(0, len(pictures), ENCODED_AT_ONCE)
+    with one_core_each() as pool:
+        parts = track(pool.map(encode_from, starts), "latents", len(starts), console=console)
+        latents = torch.cat(list(parts))
+        mean, std = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
+    latents = (latents - mean[:, None, None]) / std[:, None, None]
+    with replacing(work.latents) as temporary:
+        tensors = {"latents": latents.half().contiguous(), "mean": mean, "std": std}
+        save_file(tensors, temporary)

@@ -1,0 +1,66 @@
+"""The task that hands trained weights over: files for plain diffusers, a model in MLflow."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
+from ddpo.config import FullConfig
+from ddpo.store import manifests
+from ddpo.store.checkpoints import load_document
+from ddpo.store.manifests import Ref
+from ddpo_workflow.tasks.retries import STORAGE
+from ddpo_workflow.tasks.tracking.epochs import TrackingHandle, tracker
+from ddpo_workflow.tasks.worker import RunHandle, opened, policy_at
+
+ADAPTER_FOLDER = "lora"
+PIPELINE_FOLDER = "pipeline"
+
+
+@task(name="export", task_run_name="export checkpoint {epoch}", cache_policy=NO_CACHE, **STORAGE)
+def export_weights(
+    handle: RunHandle,
+    tracking: TrackingHandle,
+    checkpoint: Ref,
+    outputs: str | None,
+    epoch: int,
+) -> None:
+    """Log a checkpoint's adapter as an MLflow model, or its whole pipeline as a folder.
+
+    Args:
+        handle: The run.
+        tracking: Its MLflow run.
+        checkpoint: The checkpoint.
+        outputs: A local folder that receives the same files; None for MLflow alone.
+        epoch: The checkpoint's epoch.
+    """
+    run = opened(handle)
+    whole = isinstance(run.config.trainable, FullConfig)
+    digests = load_document(run.store, manifests.load(run.store, checkpoint), "digests")
+    names = ("policy_digest", "ema_digest")  # the second where the average is what is exported
+    exported = {name: digests[name] for name in names if name in digests}
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / (PIPELINE_FOLDER if whole else ADAPTER_FOLDER)
+        with policy_at(run, checkpoint, shown=True) as lease:
+            lease.policy.export(folder)
+            local = str(lease.policy.folder)
+        if whole:
+            tracker(tracking).log_folder(folder, PIPELINE_FOLDER)
+        else:
+            # A hub id stays one: the user who loads the adapter has another cache.
+            path = run.config.model.path
+            on_hub = path != "starter" and not Path(path).expanduser().is_dir()
+            tracker(tracking).log_adapter(
+                folder,
+                base_model=path if on_hub else local,
+                base_model_revision=run.config.model.revision if on_hub else None,
+                name=f"{run.run_id}-adapter".replace(".", "_"),
+                step=max(epoch - 1, 0),
+                metadata={"epochs": epoch, **exported},
+            )
+        if outputs is not None:
+            shutil.copytree(folder, Path(outputs) / folder.name, dirs_exist_ok=True)

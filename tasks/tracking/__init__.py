@@ -1,0 +1,1 @@
+"""A run in MLflow: its page, metrics, images and adapters."""

@@ -1,0 +1,170 @@
+"""The tasks that show a run's samples under another reward, beside the run in MLflow."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+from scipy.stats import rankdata
+
+from ddpo.basics.images import decode_image
+from ddpo.runs.forks.checks import saved_rollouts
+from ddpo.runs.run import Run, open_run
+from ddpo.store import keys, manifests
+from ddpo.store.manifests import Ref
+from ddpo.store.tables import RewardRow, RolloutRow, decode_rewards, decode_rollouts
+from ddpo_workflow.tasks.retries import STORAGE
+from ddpo_workflow.tasks.tracking.epochs import TrackingHandle, reward_metrics, tracker
+from ddpo_workflow.tasks.worker import RunHandle, opened
+
+_MOST_DISAGREEMENTS = 8
+
+
+@task(
+    name="track rescored",
+    task_run_name="track epoch {epoch} rescored",
+    cache_policy=NO_CACHE,
+    **STORAGE,
+)
+def track_rescored(
+    handle: RunHandle, tracking: TrackingHandle, scores: Sequence[Ref], epoch: int
+) -> dict[str, float]:
+    """Log an epoch's new rewards, and how they go with the run's own.
+
+    Args:
+        handle: The run, under the new reward.
+        tracking: The MLflow run of the rescoring.
+        scores: The epoch's new scores.
+        epoch: The epoch.
+
+    Returns:
+        The metrics by name: those of a run's rewards; `agreement/pearson` and `agreement/spearman`,
+        the correlation with the run's own rewards and with their ranks.
+    """
+    run = opened(handle)
+    new = _rewards(run, scores)
+    own = _own_rewards(run, epoch)
+    pairs = [(own[i], new[i]) for i in sorted(new.keys() & own.keys())]
+    metrics = reward_metrics(run.store, scores)
+    if len(pairs) > 1:
+        first, second = np.asarray(pairs, dtype=np.float64).T
+        metrics |= correlations(first, second)
+    tracker(tracking).log_metrics(metrics, step=epoch)
+    return metrics
+
+
+@task(name="track disagreement", cache_policy=NO_CACHE, **STORAGE)
+def track_disagreement(
+    handle: RunHandle, tracking: TrackingHandle, epochs: Sequence[int]
+) -> list[str]:
+    """Show the samples on which the two rewards disagree most.
+
+    Each reward is standardised over all epochs; disagreement is the difference of the two.
+
+    Args:
+        handle: The run, under the new reward.
+        tracking: The MLflow run of the rescoring.
+        epochs: The epochs that were scored.
+
+    Returns:
+        The ids of the samples that are shown, those first that the new reward likes better.
+    """
+    run = opened(handle)
+    new: dict[str, float] = {}
+    own: dict[str, float] = {}
+    for epoch in epochs:
+        new |= _rewards(run, _scores(run, epoch))
+        own |= _own_rewards(run, epoch)
+    ids = sorted(new.keys() & own.keys())
+    if len(ids) < 2:
+        return []
+    difference = _standardised([new[i] for i in ids]) - _standardised([own[i] for i in ids])
+    order = np.argsort(-difference, kind="stable")
+    count = min(_MOST_DISAGREEMENTS, len(ids) // 2)
+    names = {
+        ids[int(row)]: f"disagreement/{side}-{place}"
+        for side, rows in (("new-higher", order[:count]), ("own-higher", order[::-1][:count]))
+        for place, row in enumerate(rows)
+    }
+    for row in _samples(run, names):
+        caption = f"new {new[row.sample_id]:.4g}, own {own[row.sample_id]:.4g}"
+        # A longer history's are shown beside a shorter one's: a step's picture is never replaced.
+        picture = _captioned(row, caption)
+        tracker(tracking).log_picture(names[row.sample_id], picture, step=max(epochs))
+    return list(names)
+
+
+def correlations(some: NDArray[np.float64], others: NDArray[np.float64]) -> dict[str, float]:
+    """Return Pearson's correlation of two rewards [N], and Spearman's; without one of no spread.
+
+    Args:
+        some: Rewards.
+        others: Rewards of the same samples.
+
+    Returns:
+        `agreement/pearson`, `agreement/spearman`; in -1..1.
+    """
+    if not (some.std() and others.std()):
+        return {}
+    return {
+        "agreement/pearson": float(np.corrcoef(some, others)[0, 1]),
+        "agreement/spearman": float(np.corrcoef(rankdata(some), rankdata(others))[0, 1]),
+    }
+
+
+def _standardised(values: Sequence[float]) -> NDArray[np.float64]:
+    array = np.asarray(values, dtype=np.float64)
+    return (array - array.mean()) / (array.std() or 1.0)
+
+
+def _rewards(run: Run, scores: Sequence[Ref]) -> dict[str, float]:
+    rows: list[RewardRow] = []
+    for ref in scores:
+        stored = manifests.load(run.store, ref).objects["rewards"]
+        rows += decode_rewards(run.store.get(stored))
+    return {row.sample_id: row.reward for row in rows if row.reward is not None}
+
+
+def _own_rewards(run: Run, epoch: int) -> dict[str, float]:
+    return _rewards(run, _scores(open_run(run.store, run.run_id), epoch))
+
+
+def _scores(run: Run, epoch: int) -> list[Ref]:
+    reward_id = run.reward_id
+    found = [
+        manifests.find(run.store, keys.reward_manifest_key(reward_id, run.run_id, epoch, shard))
+        for shard in range(run.shards)
+    ]
+    return [each.ref for each in found if each]
+
+
+def _samples(run: Run, ids: Collection[str]) -> Iterator[RolloutRow]:
+    """Yield samples, each shard read once."""
+    shards: dict[tuple[int, int], set[str]] = {}
+    for sample in ids:
+        _, epoch, index = sample.rsplit("/", 2)
+        place = int(epoch), int(index) // run.config.sampler.shard_size
+        shards.setdefault(place, set()).add(sample)
+    for (epoch, shard), wanted in sorted(shards.items()):
+        manifest = manifests.load(run.store, saved_rollouts(run, epoch)[shard])
+        rows = decode_rollouts(run.store.get(manifest.objects["rollouts"]))
+        yield from (row for row in rows if row.sample_id in wanted)
+
+
+def _captioned(row: RolloutRow, caption: str) -> Image.Image:
+    """Return a sample's picture with its prompt and both rewards below it."""
+    picture = decode_image(row.image_png)
+    width = max(picture.width, 256)
+    picture = picture.resize(
+        (width, round(picture.height * width / picture.width)), Image.Resampling.NEAREST
+    )
+    page = Image.new("RGB", (width, picture.height + 34), "white")
+    page.paste(picture, (0, 0))
+    draw = ImageDraw.Draw(page)
+    draw.text((4, picture.height + 3), row.prompt[:40], fill="black")
+    draw.text((4, picture.height + 18), caption, fill="black")
+    return page

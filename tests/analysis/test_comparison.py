@@ -1,0 +1,217 @@
+"""A comparison's plan and numbers: what is refused before anything runs, intervals by hand."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from ddpo.analysis.comparison.plan import Comparison, check_not_shared, read_comparison
+from ddpo.analysis.comparison.result import summarise
+from ddpo.analysis.comparison.statistics import interval, t_quantile
+from ddpo.errors import ConfigError
+from ddpo.runs.run import start_run
+from ddpo.store.objects import Store
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+SHIPPED = CONFIGS / "starter_compare.yaml"
+RECOMPUTE = {"old_log_probs": "recompute"}
+RWR = {"advantages": None, "algorithm": {"type": "rwr"}}
+
+
+def comparison(folder: Path, **changes: Any) -> Comparison:
+    raw: dict[str, Any] = {
+        "base": str(CONFIGS / "starter.yaml"),
+        "variants": {"is": {}, "rwr": RWR},
+        "seeds": [3, 5],
+        "epochs": 4,
+    }
+    file = folder / "my_comparison.yaml"
+    file.write_text(yaml.safe_dump({**raw, **changes}))
+    return read_comparison(file)
+
+
+@pytest.mark.parametrize(
+    ("freedom", "published"),
+    # Upper 2.5% points, as printed in NIST/SEMATECH e-Handbook of Statistical Methods, 1.3.6.7.2.
+    [(1, 12.706), (2, 4.303), (3, 3.182), (4, 2.776), (9, 2.262), (30, 2.042), (100, 1.984)],
+)
+def test_t_quantiles_are_the_published_ones(freedom: int, published: float) -> None:
+    assert t_quantile(0.975, freedom) == pytest.approx(published, abs=5e-4)
+
+
+def test_an_interval_of_three_seeds_is_the_one_computed_by_hand() -> None:
+    # Mean 2; squared deviations 1, 0, 1; s² = 2 / 2 = 1.
+    found = interval([1.0, 2.0, 3.0])
+    assert found.mean == 2.0
+    assert found.half_width == pytest.approx(4.302653 / math.sqrt(3), rel=1e-6)
+
+
+def test_one_value_has_no_interval() -> None:
+    assert interval([0.25]).half_width is None
+    assert str(interval([0.25])) == "0.2500"
+
+
+def test_gains_and_differences_are_taken_seed_by_seed() -> None:
+    first, second, third = summarise(
+        {
+            "a": [[0.0, 1.0], [10.0, 12.0]],
+            "b": [[0.0, 2.0], [10.0, 13.5]],
+            "c": [[0.0, 1.5], [10.0, 12.0]],
+        },
+        controls={"b": "c"},
+    )
+    assert first.difference is None and second.difference is not None
+    # Last epochs: 1 and 12 of a, 2 and 13.5 of b: 1 and 1.5 apart, s = 0.5 / sqrt(2).
+    assert second.difference.mean == 1.25
+    expected = 12.7062 * (0.5 / math.sqrt(2)) / math.sqrt(2)
+    assert second.difference.half_width == pytest.approx(expected, rel=1e-4)
+    assert (first.gain.mean, second.gain.mean) == (1.5, 2.75)
+    assert [point.mean for point in second.curve] == [5.0, 7.75]
+    assert second.by_seed == ((0.0, 2.0), (10.0, 13.5))
+    # Last epochs of b and of its control c: 0.5 and 1.5 apart.
+    assert first.beyond_control is None and third.beyond_control is None
+    assert second.beyond_control is not None and second.beyond_control.mean == 1.0
+    expected = 12.7062 * math.sqrt(0.5) / math.sqrt(2)
+    assert second.beyond_control.half_width == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_shipped_comparison_gives_the_four_algorithms_of_the_paper_equal_terms() -> None:
+    found = read_comparison(SHIPPED)
+    assert found.name == "starter-compare"
+    settings = {name: runs[0].config for name, runs in found.variants.items()}
+    for name in ("ddpo_is", "ddpo_sf", "rwr", "rwr_sparse"):
+        assert settings[name].algorithm.type == name
+    configs = [run.config for runs in found.variants.values() for run in runs]
+    assert len(configs) == 6 * 5
+    for part in ("model", "prompts", "reward", "sampler", "numerics", "epochs"):
+        assert len({repr(getattr(config, part)) for config in configs}) == 1
+
+
+def test_the_shipped_controls_differ_from_what_they_control_by_the_reward_alone() -> None:
+    found = read_comparison(SHIPPED)
+    blind = {
+        "ddpo_is": ("advantages", {"shuffle": True}),
+        "rwr": ("algorithm", {"beta": 0.0}),
+    }
+    assert found.config.controls.keys() == blind.keys()
+    for name, (part, change) in blind.items():
+        control = found.config.controls[name]
+        for real, without in zip(found.variants[name], found.variants[control], strict=True):
+            changed = getattr(real.config, part).model_copy(update=change)
+            assert without.config == real.config.model_copy(update={part: changed})
+
+
+def test_each_variant_forks_its_seeds_shared_run_before_epoch_0(tmp_path: Path) -> None:
+    found = comparison(tmp_path)
+    assert [run.run_id for run in found.members] == [
+        f"my-comparison-seed{seed}-{each}" for seed in (3, 5) for each in ("shared", "is", "rwr")
+    ]
+    for runs in found.variants.values():
+        for run in runs:
+            fork = run.config.fork
+            assert fork is not None
+            assert (fork.run_id, fork.epoch, fork.rollouts, fork.off_policy) == (
+                f"my-comparison-seed{run.seed}-shared", 0, 1, False,
+            )  # fmt: skip
+            assert (run.config.seed, run.config.epochs) == (run.seed, 4)
+            assert run.config.tracking.parent == "my-comparison"
+
+
+def test_the_shared_run_stores_what_any_variant_needs_and_retires_nothing(tmp_path: Path) -> None:
+    ddpo = {"algorithm": {"type": "ddpo_sf"}}
+    base = yaml.safe_load((CONFIGS / "starter.yaml").read_text())
+    base["storage"] = {"keep_newest_checkpoints": 1, "retention": {"keep": "checkpoints"}}
+    for variants, stored in (({"rwr": RWR, "sf": ddpo}, "full"), ({"a": RWR, "b": RWR}, "final")):
+        shared = comparison(tmp_path, base=base, variants=variants).shared[3].config
+        assert shared.stored_trajectories == stored
+        assert shared.fork is None and shared.epochs == 1
+        assert shared.storage.keep_newest_checkpoints is None
+        assert shared.storage.retention.keep == "everything"
+
+
+def test_the_shared_run_alone_is_not_to_be_trained(tmp_path: Path) -> None:
+    base = yaml.safe_load((CONFIGS / "starter.yaml").read_text())
+    base |= {"storage": {"root": str(tmp_path / "store")}, "outputs": str(tmp_path / "outputs")}
+    found = comparison(tmp_path, base=base)
+    store = Store.open(str(tmp_path / "store"))
+    shared, variant = found.shared[3], found.variants["is"][0]
+    check_not_shared(store, shared.run_id)  # it is not there yet
+    for member in (shared, variant):
+        start_run(member.config, member.run_id)
+    check_not_shared(store, variant.run_id)
+    with pytest.raises(ConfigError, match="ddpo compare CONFIG --name my-comparison") as told:
+        check_not_shared(store, shared.run_id)
+    assert f"'{shared.run_id}'" in str(told.value)
+    # A run of one's own may be called alike, and may be shown below another's page.
+    tracking = shared.config.tracking
+    for own, parent in (("mine-seed3-shared", None), ("mine-seed3-draw", "mine")):
+        changed = {"tracking": tracking.model_copy(update={"parent": parent})}
+        start_run(shared.config.model_copy(update=changed), own)
+        check_not_shared(store, own)
+
+
+def test_offline_all_epochs_but_the_last_are_shared_and_ratios_are_to_who_drew(
+    tmp_path: Path,
+) -> None:
+    found = comparison(tmp_path, offline=True)
+    assert found.shared[3].config.epochs == 3
+    config = found.variants["is"][0].config
+    assert config.fork is not None
+    assert (config.fork.rollouts, config.fork.off_policy) == (3, True)
+    assert config.algorithm.model_dump()["old_log_probs"] == "stored"
+
+
+def test_a_part_with_a_type_replaces_and_one_without_changes(tmp_path: Path) -> None:
+    changed = {"algorithm": {"clip_range": 0.5}, "optimizer": {"max_grad_norm": 2.0}}
+    found = comparison(tmp_path, variants={"is": changed, "sf": {"algorithm": {"type": "ddpo_sf"}}})
+    config = found.variants["is"][0].config
+    assert config.algorithm.model_dump(include={"clip_range", "updates_per_epoch"}) == {
+        "clip_range": 0.5, "updates_per_epoch": 2,
+    }  # fmt: skip
+    assert (config.optimizer.learning_rate, config.optimizer.max_grad_norm) == (2e-3, 2.0)
+    assert found.variants["sf"][0].config.algorithm.updates_per_epoch == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"variants": {"is": {}}}, "expected at least two variants"),
+        ({"variants": {"is": {}, "b": {"sampler": {"steps": 5}}}}, "variant 'b' changes sampler"),
+        ({"variants": {"is": {}, "b": {"reward": {"name": "x"}}}}, "variant 'b' changes reward"),
+        ({"variants": {"is": {}, "shared": {}}}, "cannot be a variant's name"),
+        ({"variants": {"is": {}, "a b": {}}}, "cannot be a variant's name"),
+        ({"variants": {"is": {}, "b": 3}}, "variants.b: found 3"),
+        ({"variants": {"is": {}, "b": {"algorithm": {"type": "rwr"}}}}, "advantages do not apply"),
+        ({"variants": {"is": {}, "b": {"optimizer": {"lr": 1}}}}, "there is no such key"),
+        ({"seeds": [1, 1]}, "each once"),
+        ({"seeds": []}, "expected at least one"),
+        ({"epochs": 1}, "greater than or equal to 2"),
+        ({"epoch": 4}, "did you mean `epochs`?"),
+        ({"controls": {"is": "shuffled"}}, "there is no variant 'shuffled'"),
+        ({"controls": {"sf": "is"}}, "there is no variant 'sf'"),
+        ({"controls": {"is": "is"}}, "'is' is itself controlled"),
+        ({"base": "nowhere.yaml"}, "there is no config file"),
+        ({"base": {"model": "starter"}}, "prompts: missing"),
+        ({"base": {"fork": {"run_id": "r", "epoch": 1}}}, "take `fork` out"),
+        (
+            {"offline": True, "variants": {"a": {"algorithm": RECOMPUTE}, "b": {}}},
+            "every ratio would be 1",
+        ),
+    ],
+    ids=[
+        "one_variant", "sampler", "reward", "shared", "name", "no_mapping", "invalid", "unknown",
+        "same_seeds", "no_seed", "one_epoch", "misspelt", "no_control", "no_controlled",
+        "own_control", "no_base", "bad_base", "fork",
+        "recompute",
+    ],
+)  # fmt: skip
+def test_what_cannot_be_compared_is_refused_by_one_message(
+    tmp_path: Path, changes: dict[str, Any], told: str
+) -> None:
+    with pytest.raises(ConfigError) as refused:
+        comparison(tmp_path, **changes)
+    assert told in str(refused.value)

@@ -1,0 +1,196 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, StableDiffusionPipeline
+from PIL import Image
+
+from ddpo.config import SamplerConfig
+from ddpo.diffusion.sampling import Trajectories, sample, sampler_digest
+from ddpo.errors import NonFiniteError
+from ddpo.models import Policy
+from ddpo.training.pairs import PolicyGradient, Rollouts
+from tests.tiny import PROMPTS, grow_adapter, load_policy, tiny_config
+
+SAMPLER = SamplerConfig(steps=4, guidance_scale=3.0, eta=1.0)
+SEEDS = (11, 22, 33, 44)
+
+
+@pytest.fixture(scope="module")
+def policy(tiny_model: Path) -> Policy:
+    policy = load_policy(tiny_config(tiny_model))
+    grow_adapter(policy)
+    return policy
+
+
+@pytest.fixture(scope="module")
+def v_policy(tiny_v_model: Path) -> Policy:
+    policy = load_policy(tiny_config(tiny_v_model))
+    grow_adapter(policy)
+    return policy
+
+
+def draw(
+    policy: Policy, prompts: Sequence[str], seeds: Sequence[int], batch: int = 4, **sampler: float
+) -> Trajectories:
+    policy.numerics = policy.numerics.model_copy(update={"sample_batch_size": batch})
+    return sample(policy, prompts, seeds, SAMPLER.model_copy(update=sampler))
+
+
+def pixels(images: Sequence[Image.Image]) -> np.ndarray:
+    return np.stack([np.asarray(image) for image in images])
+
+
+def test_trajectories_run_from_the_seeds_noise_to_the_picture(policy: Policy) -> None:
+    drawn = draw(policy, PROMPTS[:4], SEEDS)
+    assert drawn.latents.shape == (4, 5, 4, 8, 8) and drawn.latents.dtype == torch.float32
+    assert drawn.log_probs.shape == (4, 4) and drawn.log_probs.dtype == torch.float32
+    assert drawn.timesteps.tolist() == [751, 501, 251, 1]
+    for row, seed in enumerate(SEEDS):
+        noise = torch.randn((4, 8, 8), generator=torch.Generator().manual_seed(seed))
+        assert torch.equal(drawn.latents[row, 0], noise)
+    assert np.array_equal(pixels(drawn.images), pixels(policy.decode(drawn.latents[:, -1])))
+    assert [image.size for image in drawn.images] == [(16, 16)] * 4
+    assert 10 < pixels(drawn.images).std() < 90  # neither flat nor black and white
+
+
+def test_a_sample_does_not_depend_on_its_neighbours_or_place(policy: Policy) -> None:
+    first = draw(policy, PROMPTS[:4], SEEDS)
+    other = draw(policy, ["a bee", "a fox", PROMPTS[1], PROMPTS[0]], [5, 6, SEEDS[1], SEEDS[0]])
+    assert torch.equal(first.latents[0], other.latents[3])
+    assert torch.equal(first.latents[1], other.latents[2])
+    assert torch.equal(first.log_probs[0], other.log_probs[3])
+    assert np.array_equal(pixels(first.images[:1]), pixels(other.images[3:]))
+
+
+def test_a_sample_depends_on_its_seed_and_its_prompt(policy: Policy) -> None:
+    drawn = draw(policy, ["a cat", "a cat", "a dog", "a cat"], [1, 2, 1, 1])
+    assert torch.equal(drawn.latents[0], drawn.latents[3])
+    assert not torch.allclose(drawn.latents[0, -1], drawn.latents[1, -1], atol=0.1)
+    assert torch.equal(drawn.latents[0, 0], drawn.latents[2, 0])
+    assert not torch.allclose(drawn.latents[0, -1], drawn.latents[2, -1], atol=1e-3)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_batch_sizes_change_no_more_than_rounding(policy: Policy, batch: int) -> None:
+    by_four = draw(policy, PROMPTS[:4], SEEDS)
+    other = draw(policy, PROMPTS[:4], SEEDS, batch=batch)
+    rounding = 1e-5 * float(by_four.latents.abs().max())
+    torch.testing.assert_close(other.latents, by_four.latents, rtol=0, atol=rounding)
+    torch.testing.assert_close(other.log_probs, by_four.log_probs, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "eta", "guidance"),
+    [
+        ("epsilon", 0.0, 3.0),
+        ("epsilon", 0.0, 1.0),
+        ("epsilon", 1.0, 3.0),
+        ("v_prediction", 0.0, 3.0),
+        ("v_prediction", 1.0, 3.0),
+    ],
+)
+def test_pictures_are_plain_diffusers_to_the_byte(
+    tiny_model: Path, tiny_v_model: Path, kind: str, eta: float, guidance: float
+) -> None:
+    folder = tiny_model if kind == "epsilon" else tiny_v_model
+    policy = load_policy(tiny_config(folder))
+    prompts, seeds = ["a cat"] * 3, SEEDS[:3]
+    ours = draw(policy, prompts, seeds, eta=eta, guidance_scale=guidance)
+
+    plain = StableDiffusionPipeline.from_pretrained(folder)
+    plain.scheduler = DDIMScheduler.from_config(plain.scheduler.config)
+    plain.set_progress_bar_config(disable=True)
+    theirs = plain(
+        prompts,
+        num_inference_steps=4,
+        guidance_scale=guidance,
+        eta=eta,
+        generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+    ).images
+    assert plain.scheduler.config.prediction_type == kind
+    assert np.array_equal(pixels(ours.images), pixels(theirs))
+
+
+def test_stored_latents_reproduce_stored_log_probs(policy: Policy, v_policy: Policy) -> None:
+    for each in (policy, v_policy):
+        drawn = draw(each, PROMPTS[:4], SEEDS)
+        config = tiny_config(each.folder)
+        each.numerics = each.numerics.model_copy(update={"micro_batch_size": 4})
+        gradient = PolicyGradient(each, config.sampler, config.algorithm)
+        rollouts = Rollouts(PROMPTS[:4], drawn.latents, drawn.log_probs, drawn.timesteps)
+        assert torch.equal(gradient.recompute(rollouts, range(4)), drawn.log_probs)
+        assert drawn.log_probs.std() > 0.1
+
+
+def test_deterministic_sampling_has_no_log_probs(policy: Policy) -> None:
+    drawn = draw(policy, PROMPTS[:4], SEEDS, eta=0.0)
+    assert (drawn.log_probs == 0).all()
+    assert torch.equal(drawn.latents, draw(policy, PROMPTS[:4], SEEDS, eta=0.0).latents)
+
+
+def test_guidance_1_is_the_conditional_prediction_alone(policy: Policy) -> None:
+    latents = torch.randn((2, 4, 8, 8), generator=torch.Generator().manual_seed(0))
+    timesteps = torch.tensor([501, 501])
+    text, empty = policy.embed(["a cat", "a dog"]), policy.embed(["", ""])
+    with torch.no_grad():
+        conditional = policy.pipeline.unet(latents, timesteps, text).sample
+        without = policy.pipeline.unet(latents, timesteps, empty).sample
+        assert torch.equal(policy.predict(latents, timesteps, text, 1.0), conditional)
+        for scale in (2.0, 7.5):
+            found = policy.predict(latents, timesteps, text, scale)
+            expected = without + scale * (conditional - without)
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+            assert (found - conditional).abs().max() > 1e-2
+
+
+def test_guidance_changes_what_is_drawn(policy: Policy) -> None:
+    plain = draw(policy, PROMPTS[:4], SEEDS, guidance_scale=1.0)
+    guided = draw(policy, PROMPTS[:4], SEEDS, guidance_scale=5.0)
+    assert (plain.latents[:, -1] - guided.latents[:, -1]).abs().max() > 1e-2
+
+
+def test_non_finite_weights_stop_sampling_by_name(tiny_model: Path) -> None:
+    policy = load_policy(tiny_config(tiny_model))
+    with torch.no_grad():
+        policy.pipeline.unet.conv_out.bias[0] = torch.nan
+    with (
+        pytest.warns(RuntimeWarning, match="invalid value"),  # pictures of NaN
+        pytest.raises(NonFiniteError, match=r"'a cat' at timestep 751 \(step 0\)"),
+    ):
+        draw(policy, PROMPTS[:4], SEEDS)
+
+
+def test_the_error_names_the_sample_and_step_that_went_wrong_first(
+    policy: Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    predict = policy.predict
+
+    def overflow(latents: torch.Tensor, timesteps: torch.Tensor, *rest: object) -> torch.Tensor:
+        output = predict(latents, timesteps, *rest)
+        if int(timesteps[0]) == 251:
+            output[2, 0, 0, 0] = torch.inf
+        return output
+
+    monkeypatch.setattr(policy, "predict", overflow)
+    monkeypatch.setattr(policy, "decode", lambda latents: [])
+    with pytest.raises(NonFiniteError, match=r"'a horse' at timestep 251 \(step 2\)"):
+        draw(policy, PROMPTS[:4], SEEDS)
+
+
+def test_sampler_digest_tells_samplers_apart(policy: Policy, v_policy: Policy) -> None:
+    digests = [
+        sampler_digest(policy, SAMPLER),
+        sampler_digest(v_policy, SAMPLER),
+        *(
+            sampler_digest(policy, SAMPLER.model_copy(update=change))
+            for change in ({"steps": 5}, {"eta": 0.5}, {"guidance_scale": 3.5})
+        ),
+    ]
+    assert len(set(digests)) == len(digests)
+    bigger_epoch = SAMPLER.model_copy(update={"samples_per_epoch": 512, "shard_size": 8})
+    assert sampler_digest(policy, bigger_epoch) == digests[0]

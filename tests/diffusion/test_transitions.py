@@ -1,0 +1,170 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ddpo.diffusion.ddim import NoiseSchedule, Transition, ddim_transition
+from ddpo.errors import ModelError
+from tests.checks import check_log_probs_are_golden, ddim_reference, stable_diffusion_scheduler
+
+STEPS = 10
+PREDICTIONS = ["epsilon", "v_prediction"]
+
+
+def noise_schedule(
+    *, eta: float = 1.0, prediction_type: str = "epsilon", set_alpha_to_one: bool = False
+) -> NoiseSchedule:
+    scheduler = stable_diffusion_scheduler(
+        prediction_type=prediction_type, set_alpha_to_one=set_alpha_to_one
+    )
+    return NoiseSchedule.from_scheduler(scheduler, steps=STEPS, eta=eta)
+
+
+def tensors(count: int = STEPS, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Latents, model output and noise [count, 4, 8, 8]."""
+    source = torch.Generator().manual_seed(seed)
+    latents, output, noise = torch.randn((3, count, 4, 8, 8), generator=source)
+    return latents, output, noise
+
+
+def test_log_probs_are_those_of_an_independent_implementation() -> None:
+    check_log_probs_are_golden()
+
+
+@pytest.mark.parametrize("set_alpha_to_one", [False, True])
+@pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("prediction_type", PREDICTIONS)
+def test_mean_and_std_are_ddims_formulas(
+    prediction_type: str, eta: float, set_alpha_to_one: bool
+) -> None:
+    schedule = noise_schedule(
+        eta=eta, prediction_type=prediction_type, set_alpha_to_one=set_alpha_to_one
+    )
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+    alphas = torch.cumprod(1 - betas, 0)
+    latents, output, _ = (value.double() for value in tensors())
+    assert schedule.timesteps.tolist() == [901 - 100 * step for step in range(STEPS)]
+    found = ddim_transition(schedule, output, latents, schedule.timesteps)
+    for row, timestep in enumerate(schedule.timesteps.tolist()):
+        mean, std = ddim_reference(
+            alphas,
+            timestep,
+            timestep - 100,
+            latents[row],
+            output[row],
+            eta=eta,
+            prediction_type=prediction_type,
+            final_alpha=1.0 if set_alpha_to_one else float(alphas[0]),
+        )
+        # The schedule's alphas are float32, as diffusers has them.
+        torch.testing.assert_close(found.mean[row], mean, rtol=0, atol=2e-5)
+        assert float(found.std[row]) == pytest.approx(std, abs=2e-6)
+
+
+def test_with_eta_1_a_step_is_ddpms_posterior() -> None:
+    """DDPM's formula 7 (arXiv 2006.11239), which shares no term with DDIM's formula 12."""
+    schedule = noise_schedule(eta=1.0)
+    latents, output, _ = (value.double() for value in tensors())
+    found = ddim_transition(schedule, output, latents, schedule.timesteps)
+    alphas = schedule.alphas_cumprod.double()
+    for row, timestep in enumerate(schedule.timesteps.tolist()):
+        a_t = alphas[timestep]
+        a_p = alphas[timestep - 100] if timestep >= 100 else alphas[0]
+        beta = 1 - a_t / a_p
+        clean = (latents[row] - (1 - a_t).sqrt() * output[row]) / a_t.sqrt()
+        mean = (
+            a_p.sqrt() * beta / (1 - a_t) * clean
+            + (a_t / a_p).sqrt() * (1 - a_p) / (1 - a_t) * latents[row]
+        )
+        torch.testing.assert_close(found.mean[row], mean, rtol=0, atol=2e-5)
+        variance = float((1 - a_p) / (1 - a_t) * beta)
+        assert float(found.std[row]) ** 2 == pytest.approx(variance, abs=1e-6)
+
+
+@pytest.mark.parametrize("set_alpha_to_one", [False, True])
+@pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("prediction_type", PREDICTIONS)
+def test_a_draw_is_plain_diffusers_step_to_the_bit(
+    prediction_type: str, eta: float, set_alpha_to_one: bool
+) -> None:
+    scheduler = stable_diffusion_scheduler(
+        prediction_type=prediction_type, set_alpha_to_one=set_alpha_to_one
+    )
+    schedule = NoiseSchedule.from_scheduler(scheduler, steps=STEPS, eta=eta)
+    latents, output, noise = tensors(3)
+    for timestep in scheduler.timesteps:
+        expected = scheduler.step(output, timestep, latents, eta=eta, variance_noise=noise)
+        timesteps = timestep.expand(3)
+        found = ddim_transition(schedule, output, latents, timesteps).draw(noise)
+        assert torch.equal(found, expected.prev_sample), f"timestep {timestep}"
+
+
+def test_pairs_of_several_timesteps_share_a_batch() -> None:
+    schedule = noise_schedule()
+    latents, output, noise = tensors()
+    together = ddim_transition(schedule, output, latents, schedule.timesteps)
+    for row in range(STEPS):
+        one = slice(row, row + 1)
+        alone = ddim_transition(schedule, output[one], latents[one], schedule.timesteps[one])
+        assert torch.equal(together.draw(noise)[one], alone.draw(noise[one]))
+        assert torch.equal(together.log_prob(noise)[one], alone.log_prob(noise[one]))
+
+
+def test_log_density_is_the_normals_averaged_over_latent_dimensions() -> None:
+    source = torch.Generator().manual_seed(0)
+    mean, value = torch.randn((2, 5, 4, 8, 8), generator=source, dtype=torch.float64)
+    std = torch.rand((5, 1, 1, 1), generator=source, dtype=torch.float64) + 0.01
+    expected = torch.distributions.Normal(mean, std).log_prob(value).mean(dim=(1, 2, 3))
+    torch.testing.assert_close(Transition(mean, std).log_prob(value), expected)
+
+
+def test_log_density_has_a_gradient_in_the_mean_only() -> None:
+    mean = torch.zeros(2, 4, 8, 8, requires_grad=True)
+    value = torch.randn(2, 4, 8, 8, requires_grad=True)
+    Transition(mean, torch.full((2, 1, 1, 1), 0.5)).log_prob(value).sum().backward()
+    assert mean.grad is not None and value.grad is None
+    torch.testing.assert_close(mean.grad, value.detach() / 0.25 / (4 * 8 * 8))
+
+
+@pytest.mark.parametrize(
+    ("eta", "set_alpha_to_one", "deterministic"),
+    [(0.0, False, range(STEPS)), (1.0, True, [STEPS - 1]), (0.3, True, [STEPS - 1])],
+)
+@pytest.mark.parametrize("prediction_type", PREDICTIONS)
+def test_a_step_without_variance_has_no_log_prob_and_no_gradient(
+    prediction_type: str, eta: float, set_alpha_to_one: bool, deterministic: list[int]
+) -> None:
+    schedule = noise_schedule(
+        eta=eta, prediction_type=prediction_type, set_alpha_to_one=set_alpha_to_one
+    )
+    rows = list(deterministic)
+    expected = [step not in rows for step in range(STEPS)]
+    assert schedule.stochastic().tolist() == expected
+
+    latents, output, noise = tensors()
+    output.requires_grad_()
+    transition = ddim_transition(schedule, output, latents, schedule.timesteps)
+    log_probs = transition.log_prob(transition.draw(noise))
+    log_probs.sum().backward()
+    assert output.grad is not None
+    assert torch.isfinite(log_probs).all() and torch.isfinite(output.grad).all()
+    assert (log_probs[rows] == 0).all() and (output.grad[rows] == 0).all()
+    others = [step for step in range(STEPS) if step not in rows]
+    assert (log_probs[others] != 0).all()
+    assert output.grad[others].abs().sum(dim=(1, 2, 3)).gt(0).all()
+
+
+def test_every_step_of_stable_diffusion_is_stochastic() -> None:
+    assert noise_schedule().stochastic().all()
+
+
+@pytest.mark.parametrize("change", [{"clip_sample": True}, {"thresholding": True}])
+def test_a_scheduler_that_clips_is_refused(change: dict[str, bool]) -> None:
+    with pytest.raises(ModelError, match="clips its predictions"):
+        NoiseSchedule.from_scheduler(stable_diffusion_scheduler(**change), steps=STEPS, eta=1.0)
+
+
+def test_a_scheduler_that_predicts_the_sample_is_refused() -> None:
+    scheduler = stable_diffusion_scheduler(prediction_type="sample")
+    with pytest.raises(ModelError, match=r"'sample'.*expected 'epsilon' or 'v_prediction'"):
+        NoiseSchedule.from_scheduler(scheduler, steps=STEPS, eta=1.0)

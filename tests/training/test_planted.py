@@ -1,0 +1,355 @@
+"""Bugs planted on purpose: each must turn a check red that is green on the right code.
+
+All of them have been made in published trainers or reported against them.
+"""
+
+from __future__ import annotations
+
+import io
+import uuid
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import safetensors.torch
+import torch
+from diffusers import DDIMScheduler
+
+import ddpo_workflow.tasks.update
+from ddpo.algorithms import advantages as advantages_module
+from ddpo.algorithms import rwr as rwr_module
+from ddpo.diffusion.ddim import NoiseSchedule, Transition
+from ddpo.models import Policy
+from ddpo.runs.run import start_run
+from ddpo.store import manifests
+from ddpo.store.checkpoints import load_checkpoint
+from ddpo.store.tables import AdvantageRow
+from ddpo.training.denoising import DenoisingGradient, FinalLatents, Noising
+from ddpo.training.loop import initial_state, update
+from ddpo.training.pairs import Accumulated, Pairs, PolicyGradient, Rollouts
+from ddpo_workflow.tasks.advantages import advantages_of
+from ddpo_workflow.tasks.sample import sample_shard
+from ddpo_workflow.tasks.score import score_shard
+from ddpo_workflow.tasks.start import start
+from ddpo_workflow.tasks.worker import RunHandle
+from tests.checks import (
+    check_advantages_are_golden,
+    check_gradient_is_each_samples_own,
+    check_initial_ratio_is_one,
+    check_log_probs_are_golden,
+    check_regression_is_each_samples_own,
+    check_weights_are_a_softmax,
+)
+from tests.tiny import (
+    PROMPTS,
+    alternating_advantages,
+    as_float64,
+    draw,
+    grow_adapter,
+    load_policy,
+    make_float64,
+    rollouts_of,
+    tiny_config,
+)
+
+
+@pytest.fixture
+def gradient_check(tiny_model: Path) -> Callable[[], None]:
+    config = tiny_config(tiny_model)
+    policy = load_policy(config)
+    grow_adapter(policy)
+    rollouts = as_float64(rollouts_of(draw(policy, config, PROMPTS[:4]), PROMPTS[:4]))
+    make_float64(policy)
+    advantages = alternating_advantages(4)
+    return lambda: check_gradient_is_each_samples_own(policy, config, rollouts, advantages)
+
+
+@pytest.fixture
+def ratio_check(tiny_model: Path) -> Callable[[], None]:
+    config = tiny_config(tiny_model)
+    policy = load_policy(config)
+    grow_adapter(policy)
+    return lambda: check_initial_ratio_is_one(policy, config)
+
+
+def assert_turns_red(check: Callable[[], None], plant: Callable[[], None], message: str) -> None:
+    check()
+    plant()
+    with pytest.raises(AssertionError, match=message):
+        check()
+
+
+def test_advantages_of_the_neighbouring_sample_are_caught(
+    gradient_check: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = PolicyGradient.accumulate
+
+    def shifted(
+        self: PolicyGradient, rollouts: Rollouts, advantages: torch.Tensor, *rest: object
+    ) -> Accumulated:
+        return right(self, rollouts, advantages.roll(1), *rest)
+
+    assert_turns_red(
+        gradient_check,
+        lambda: monkeypatch.setattr(PolicyGradient, "accumulate", shifted),
+        "gradient off by",
+    )
+
+
+def test_advantages_joined_to_the_neighbouring_sample_are_caught(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = ddpo_workflow.tasks.update.decode_advantages
+
+    def shifted(data: bytes) -> list[AdvantageRow]:
+        rows = right(data)
+        ahead = [*rows[1:], rows[0]]
+        return [
+            replace(row, advantage=other.advantage) for row, other in zip(rows, ahead, strict=True)
+        ]
+
+    assert_turns_red(
+        lambda: check_the_update_task_joins_advantages_by_sample(tiny_model),
+        lambda: monkeypatch.setattr(ddpo_workflow.tasks.update, "decode_advantages", shifted),
+        "weights of another join",
+    )
+
+
+def check_the_update_task_joins_advantages_by_sample(model: Path) -> None:
+    """Run one epoch's tasks; update a second policy from the stored tables, matched by id here."""
+    root = f"memory://{uuid.uuid4().hex}"
+    config = tiny_config(
+        model,
+        storage={"root": root},
+        advantages={"type": "batch"},
+        optimizer={"learning_rate": 0.1},
+    )
+    run = start_run(config, "r")
+    handle = RunHandle(root=root, run_id="r")
+    checkpoint = start.fn(handle)
+    shards = [sample_shard.fn(handle, checkpoint, 0, shard) for shard in range(run.shards)]
+    scores = [score_shard.fn(handle, ref, 0, shard) for shard, ref in enumerate(shards)]
+    scored = advantages_of.fn(handle, checkpoint, shards, scores, 0)
+    following = ddpo_workflow.tasks.update.update_policy.fn(handle, checkpoint, shards, scored, 0)
+    found = load_checkpoint(run.store, following).weights
+
+    table = run.store.get(manifests.load(run.store, scored).objects["advantages"])
+    by_id = {
+        row["sample_id"]: row["advantage"] for row in pq.read_table(io.BytesIO(table)).to_pylist()
+    }
+    assert len(set(by_id.values())) > 4, "advantages so alike that a shift would not show"
+    samples, tensors = [], []
+    for ref in shards:
+        objects = manifests.load(run.store, ref).objects
+        rows = pq.read_table(io.BytesIO(run.store.get(objects["rollouts"]))).to_pylist()
+        samples += [(row["sample_id"], row["prompt"]) for row in rows]
+        tensors.append(safetensors.torch.load(run.store.get(objects["trajectories"])))
+    rollouts = Rollouts(
+        [prompt for _, prompt in samples],
+        torch.cat([shard["latents"] for shard in tensors]),
+        torch.cat([shard["log_probs"] for shard in tensors]),
+        tensors[0]["timesteps"],
+    )
+    policy = load_policy(config)
+    own = torch.tensor([by_id[sample_id] for sample_id, _ in samples])
+    expected, _ = update(policy, initial_state(policy), rollouts, own, {}, config)
+    same = all(torch.equal(found[name], value) for name, value in expected.weights.items())
+    assert same, "weights of another join"
+
+
+def neighbouring_timestep(
+    self: PolicyGradient,
+    rollouts: Rollouts,
+    pairs: Pairs,
+    right: Callable = PolicyGradient.transition,
+) -> Transition:
+    shifted = Rollouts(
+        rollouts.prompts, rollouts.latents, rollouts.log_probs, rollouts.timesteps.roll(1)
+    )
+    return right(self, shifted, pairs)
+
+
+def test_log_probs_of_the_neighbouring_timestep_are_caught_by_the_ratio(
+    ratio_check: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert_turns_red(
+        ratio_check,
+        lambda: monkeypatch.setattr(PolicyGradient, "transition", neighbouring_timestep),
+        "initial ratio off by",
+    )
+
+
+def test_log_probs_of_the_neighbouring_timestep_are_caught_by_the_gradient(
+    gradient_check: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert_turns_red(
+        gradient_check,
+        lambda: monkeypatch.setattr(PolicyGradient, "transition", neighbouring_timestep),
+        "gradient off by",
+    )
+
+
+def test_a_neighbouring_timestep_in_sampler_and_update_alike_is_caught(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The ratio cannot see it, since both sides agree; golden values do."""
+    right = NoiseSchedule.alphas
+
+    def one_step_late(
+        self: NoiseSchedule, timesteps: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return right(self, (timesteps - self.stride).clamp(min=1))
+
+    assert_turns_red(
+        check_log_probs_are_golden,
+        lambda: monkeypatch.setattr(NoiseSchedule, "alphas", one_step_late),
+        "log-prob off by",
+    )
+
+
+def forget_guidance(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = Policy.predict
+
+    def unguided(
+        self: Policy,
+        latents: torch.Tensor,
+        timesteps: torch.Tensor,
+        embeddings: torch.Tensor,
+        guidance_scale: float,
+    ) -> torch.Tensor:
+        training = torch.is_grad_enabled()
+        return right(self, latents, timesteps, embeddings, 1.0 if training else guidance_scale)
+
+    monkeypatch.setattr(Policy, "predict", unguided)
+
+
+def test_guidance_left_out_of_the_update_is_caught_by_the_ratio(
+    ratio_check: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert_turns_red(ratio_check, lambda: forget_guidance(monkeypatch), "initial ratio off by")
+
+
+def test_guidance_left_out_of_the_update_is_caught_by_the_gradient(
+    gradient_check: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert_turns_red(gradient_check, lambda: forget_guidance(monkeypatch), "gradient off by")
+
+
+def test_statistics_updated_after_their_use_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = advantages_module._per_prompt
+
+    def late(config, statistics, prompts, rewards, moments):
+        before = {prompt: np.asarray(statistics.get(prompt, ())) for prompt in prompts}
+        batch = [part.copy() for part in moments]
+        after = right(config, statistics, prompts, rewards, moments)
+        for index, prompt in enumerate(prompts):
+            known = before[prompt]
+            enough = len(known) >= config.min_count
+            own = (known.mean(), known.std(), len(known)) if enough else [p[index] for p in batch]
+            for part, value in zip(moments, own, strict=True):
+                part[index] = value
+        return after
+
+    assert_turns_red(
+        check_advantages_are_golden,
+        lambda: monkeypatch.setattr(advantages_module, "_per_prompt", late),
+        "advantages off by",
+    )
+
+
+def test_sample_deviation_in_place_of_the_populations_is_caught(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    right = advantages_module._normalise
+
+    def sample_deviation(rewards, mean, std, clip):
+        return right(rewards, mean, std * 1.03, clip)  # sqrt(16 / 15)
+
+    assert_turns_red(
+        check_advantages_are_golden,
+        lambda: monkeypatch.setattr(advantages_module, "_normalise", sample_deviation),
+        "advantages off by",
+    )
+
+
+@pytest.fixture
+def regression_check(tiny_v_model: Path) -> Callable[[], None]:
+    policy = load_policy(tiny_config(tiny_v_model))
+    grow_adapter(policy)
+    latents = draw(policy, tiny_config(tiny_v_model), PROMPTS[:4]).latents[:, -1].double()
+    make_float64(policy)
+    finals, weights = FinalLatents(PROMPTS[:4], latents), torch.tensor([0.25, 1.0, 2.0, 0.75])
+    noising = Noising.draw(0, 0, 0, range(4), policy)
+    return lambda: check_regression_is_each_samples_own(policy, finals, weights, noising)
+
+
+def test_weights_of_the_neighbouring_sample_are_caught(
+    regression_check: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = DenoisingGradient.accumulate
+
+    def shifted(
+        self: DenoisingGradient, finals: FinalLatents, weights: torch.Tensor, *rest: object
+    ) -> float:
+        return right(self, finals, weights.roll(1), *rest)
+
+    assert_turns_red(
+        regression_check,
+        lambda: monkeypatch.setattr(DenoisingGradient, "accumulate", shifted),
+        "gradient off by",
+    )
+
+
+def test_regression_on_the_other_prediction_type_is_caught(
+    regression_check: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Noise as the target of a model that predicts v."""
+    assert_turns_red(
+        regression_check,
+        lambda: monkeypatch.setattr(
+            DDIMScheduler, "get_velocity", lambda self, sample, noise, timesteps: noise
+        ),
+        "gradient off by",
+    )
+
+
+def test_guidance_in_the_regression_is_caught(
+    regression_check: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = Policy.predict
+
+    def guided(self: Policy, *rest: torch.Tensor) -> torch.Tensor:
+        return right(self, *rest[:3], 3.0)
+
+    assert_turns_red(
+        regression_check,
+        lambda: monkeypatch.setattr(Policy, "predict", guided),
+        "gradient off by",
+    )
+
+
+def test_weights_that_sum_to_1_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = rwr_module._scaled_softmax
+    assert_turns_red(
+        check_weights_are_a_softmax,
+        lambda: monkeypatch.setattr(
+            rwr_module, "_scaled_softmax", lambda logits: right(logits) / len(logits)
+        ),
+        "weights over the data_set off by",
+    )
+
+
+def test_a_softmax_over_all_prompts_in_place_of_each_ones_is_caught(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    right = rwr_module._groups
+    assert_turns_red(
+        check_weights_are_a_softmax,
+        lambda: monkeypatch.setattr(
+            rwr_module, "_groups", lambda names, known: right([""] * len(names), known)
+        ),
+        "weights over the prompt off by",
+    )
