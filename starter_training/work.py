@@ -182,8 +182,9 @@ def source_commit() -> str:
 
     # What the weights depend on: code and glyphs, not the texts and weights beside them.
     sources = (
-        ":(top)ddpo/randomness.py",
+        ":(top)ddpo/basics/randomness.py",
         ":(top,glob)ddpo/starter/**/*.py",
+        ":(top,glob)starter_training/**/*.py",
         ":(top)ddpo/starter/glyphs.png",
     )
     try:

@@ -16,7 +16,7 @@ from ddpo.errors import ConfigError
 from ddpo.runs.run import start_run
 from ddpo.store.objects import Store
 
-CONFIGS = Path(__file__).parents[1] / "configs"
+CONFIGS = Path(__file__).parents[2] / "configs"
 SHIPPED = CONFIGS / "starter_compare.yaml"
 RECOMPUTE = {"old_log_probs": "recompute"}
 RWR = {"advantages": None, "algorithm": {"type": "rwr"}}

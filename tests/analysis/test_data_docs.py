@@ -20,7 +20,7 @@ from ddpo_workflow.flows.fork import fork
 from ddpo_workflow.flows.rescore import rescore
 from tests.recorded import folder_of, record_run
 
-PAGE = (Path(__file__).parents[1] / "docs" / "data.md").read_text()
+PAGE = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
 SNIPPETS = [
     (re.findall(r"^##+ (.+)$", PAGE[: found.start()], re.MULTILINE)[-1], found[1], found[2])
     for found in re.finditer(r"^```(\w+)\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)

@@ -16,7 +16,7 @@ from ddpo.config.files import parse_config, read_config
 from ddpo.errors import ConfigError
 from tests.configs import MINIMAL, parse, written
 
-SHIPPED = Path(__file__).parents[1] / "configs"
+SHIPPED = Path(__file__).parents[2] / "configs"
 COMPARISONS = sorted(SHIPPED.glob("*_compare.yaml"))
 CONFIGS = [file for file in sorted(SHIPPED.glob("*.yaml")) if file not in COMPARISONS]
 
@@ -122,7 +122,7 @@ def test_options_that_are_on_are_remembered(option: dict[str, Any]) -> None:
 def test_a_missing_file_names_the_shipped_ones(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(CONFIGS[0].parents[1])
+    monkeypatch.chdir(CONFIGS[0].parents[2])
     with pytest.raises(ConfigError, match=r"no config file .*nowhere\.yaml.*configs/starter\.yaml"):
         read_config(tmp_path / "nowhere.yaml")
 

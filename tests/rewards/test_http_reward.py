@@ -86,7 +86,10 @@ def test_endpoints_that_are_none_are_refused_unquoted(endpoints, message):
 
 
 def test_it_needs_no_torch():
-    code = "import sys, ddpo.rewards.service.http; print({'torch', 'prefect', 'mlflow'} & {*sys.modules})"
+    code = (
+        "import sys, ddpo.rewards.service.http; "
+        "print({'torch', 'prefect', 'mlflow'} & {*sys.modules})"
+    )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "set()"
 

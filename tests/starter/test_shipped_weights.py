@@ -91,7 +91,7 @@ def test_the_prompt_decides_the_picture(pipeline: StableDiffusionPipeline) -> No
 def test_the_weights_name_what_made_them() -> None:
     made = [json.loads((path / "training.json").read_text()) for path in (STARTER_PATH, JUDGE_PATH)]
     assert made[0] == made[1]
-    assert made[0]["command"].startswith("python -m starter_training.train --seed ")
+    assert made[0]["command"].startswith("python -m ddpo.starter.train --seed ")
     assert made[0]["unet_pictures_seen"] == made[0]["recipe"]["unet"]["pictures"]
     stages = made[0]["stages"].values()
     assert all(stage["done"] for stage in stages)

@@ -107,7 +107,7 @@ def test_killed_and_resumed_ends_in_the_same_bytes(
     before: bool,
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(f"ddpo.starter.{module}.save_file", killed_at_save(number, before=before))
+        patch.setattr(f"starter_training.{module}.save_file", killed_at_save(number, before=before))
         with pytest.raises(KilledError):
             run(tmp_path, resume=False)
     assert not (tmp_path / "out").exists()

@@ -27,7 +27,6 @@ SETTINGS = (
 ROLLOUTS, TRAJECTORIES, REWARDS, ADVANTAGES = "rollouts", "trajectories", "rewards", "advantages"
 
 
-@pytest.fixture(scope="module")
 SAMPLE = "ddpo_workflow.tasks.sample"
 
 
@@ -35,6 +34,7 @@ def _round_otherwise(tensors: object) -> bytes:
     return b"rounded otherwise"
 
 
+@pytest.fixture(scope="module")
 def whole(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("whole") / "store"
     settings = [*SETTINGS, f"model={{path: {tiny_model}}}", f"storage.root={folder}"]
