@@ -75,7 +75,7 @@ def main() -> None:
             tracking=f"sqlite:///{folder}/mlflow.db",
             overrides=[
                 f"outputs={folder}/outputs",
-                f"sampler.samples_per_epoch={arguments.samples}",
+                f"rollouts.samples_per_epoch={arguments.samples}",
                 f"sampler.steps={arguments.steps}",
                 "sampler.window=null",
             ],

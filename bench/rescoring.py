@@ -139,8 +139,8 @@ def main() -> None:
         config = read_config(
             "configs/starter.yaml",
             [
-                f"sampler.samples_per_epoch={SHARDS * SHARD_SIZE}",
-                f"sampler.shard_size={SHARD_SIZE}",
+                f"rollouts.samples_per_epoch={SHARDS * SHARD_SIZE}",
+                f"rollouts.shard_size={SHARD_SIZE}",
                 f"storage.root={folder}/store",
                 f"tracking.uri=sqlite:///{folder}/mlflow.db",
                 f"outputs={folder}/outputs",

@@ -94,7 +94,7 @@ def run_epoch(plan: EpochPlan, checkpoint: Ref, epoch: int) -> EpochOutcome:
         "score_wait_s": scored - sampled,
         "update_s": updated - scored,
         "epoch_s": time.monotonic() - started,
-        "images_per_s": run.config.sampler.samples_per_epoch / (updated - began),
+        "images_per_s": run.config.rollouts.samples_per_epoch / (updated - began),
     }
     measured = {} if found else timings
     metrics = track_epoch(plan.run, plan.tracking, scores, advantages, following, measured, epoch)

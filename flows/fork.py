@@ -122,13 +122,13 @@ def forked_config(
     raw["fork"] = {"run_id": parent.run_id, "epoch": epoch, "statistics": statistics}
     apply_overrides(raw, overrides)
     config = parse_config(raw, f"a fork of {parent.run_id} at epoch {epoch}")
-    sampler = config.sampler
-    shards = sampler.samples_per_epoch // sampler.shard_size
+    rollouts = config.rollouts
+    shards = rollouts.samples_per_epoch // rollouts.shard_size
     wrong = [
         f"{name} is {mine}, and the saved samples have {theirs}"
         for name, mine, theirs in (
             ("trainable", config.trainable, parent.config.trainable),
-            ("sampler.shard_size", sampler.shard_size, parent.config.sampler.shard_size),
+            ("rollouts.shard_size", rollouts.shard_size, parent.config.rollouts.shard_size),
             ("the number of shards", shards, len(saved)),
         )
         if mine != theirs

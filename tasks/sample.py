@@ -72,7 +72,7 @@ def draw_shard(run: Run, checkpoint: Ref, epoch: int, shard: int) -> Committed:
     Returns:
         The commit; of an earlier writer, if there was one.
     """
-    size = run.config.sampler.shard_size
+    size = run.config.rollouts.shard_size
     indices = range(shard * size, (shard + 1) * size)
     prompts = [prompt_of(run, epoch, index) for index in indices]
     seeds = [derive_seed(run.config.seed, "noise", epoch, index) for index in indices]
@@ -81,10 +81,10 @@ def draw_shard(run: Run, checkpoint: Ref, epoch: int, shard: int) -> Committed:
     def on_pictures(count: int) -> None:
         nonlocal before
         before += count
-        report("sample", before, run.config.sampler.samples_per_epoch)
+        report("sample", before, run.config.rollouts.samples_per_epoch)
 
     with policy_at(run, checkpoint) as lease:
-        report("sample", before, run.config.sampler.samples_per_epoch)
+        report("sample", before, run.config.rollouts.samples_per_epoch)
         drawn = sample(
             lease.policy,
             [p.text for p in prompts],

@@ -99,7 +99,7 @@ def check_advantages_are_golden() -> None:
 
 def check_initial_ratio_is_one(policy: Policy, config: RunConfig) -> None:
     """The update sees the sampler's own batches, so not one bit may differ."""
-    count = config.sampler.samples_per_epoch
+    count = config.rollouts.samples_per_epoch
     prompts = [("a cat", "a dog", "a horse")[i % 3] for i in range(count)]
     drawn = sample(policy, prompts, list(range(count)), config.sampler)
     rollouts = Rollouts(prompts, drawn.latents, drawn.log_probs, drawn.timesteps)

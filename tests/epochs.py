@@ -46,7 +46,7 @@ class MeasuredEpoch:
 
 def run_epoch(policy: Policy, state: TrainState, config: RunConfig) -> MeasuredEpoch:
     """Run epoch ``state.epoch`` with prompts, seeds and advantages that depend on it alone."""
-    count = config.sampler.samples_per_epoch
+    count = config.rollouts.samples_per_epoch
     prompts = [PROMPTS[i % len(PROMPTS)] for i in range(count)]
     first_seed = 1000 * (state.epoch + 1)
     reset_peak()

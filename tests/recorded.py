@@ -27,9 +27,15 @@ SAMPLES = 4
 def record_run(model: Path, root: Path | str, run_id: str = "mine", **changes: Any) -> Run:
     """Run two epochs of four samples each."""
     as_in_a_new_process()
-    small = {"steps": 2, "samples_per_epoch": SAMPLES, "shard_size": SAMPLES // SHARDS}
+    small = {"samples_per_epoch": SAMPLES, "shard_size": SAMPLES // SHARDS}
     batches = {"sample_batch_size": 2, "micro_batch_size": 2}
-    changes = {"storage": {"root": str(root)}, "sampler": small, "numerics": batches, **changes}
+    changes = {
+        "storage": {"root": str(root)},
+        "sampler": {"steps": 2},
+        "rollouts": small,
+        "numerics": batches,
+        **changes,
+    }
     run = start_run(tiny_config(model, **changes), run_id)
     run_epochs(run, EPOCHS)
     return run

@@ -107,7 +107,8 @@ def tiny_config(folder: Path | str, /, **changes: Any) -> RunConfig:
         "model": {"path": str(folder)},
         "prompts": {"name": "simple_animals"},
         "reward": {"name": "jpeg_compressibility"},
-        "sampler": {"steps": 4, "guidance_scale": 3.0, "samples_per_epoch": 8, "shard_size": 4},
+        "sampler": {"steps": 4, "guidance_scale": 3.0},
+        "rollouts": {"samples_per_epoch": 8, "shard_size": 4},
         "algorithm": {"type": "ddpo_is", "updates_per_epoch": 2},
         "numerics": {
             "device": "cpu",
@@ -135,7 +136,7 @@ def draw(
 ) -> Trajectories:
     """Draw an epoch's samples; by default the prompts repeat in turn."""
     if prompts is None:
-        prompts = [PROMPTS[i % len(PROMPTS)] for i in range(config.sampler.samples_per_epoch)]
+        prompts = [PROMPTS[i % len(PROMPTS)] for i in range(config.rollouts.samples_per_epoch)]
     seeds = range(first_seed, first_seed + len(prompts))
     return sample(policy, prompts, list(seeds), config.sampler)
 

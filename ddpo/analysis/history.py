@@ -325,7 +325,7 @@ class History:
             )
         epoch, index = int(match[2]), int(match[3])
         if epoch in self.epochs:  # whoever drew it: a fork adopts samples of another run
-            likely = index // self.config.sampler.shard_size
+            likely = index // self.config.rollouts.shard_size
             for shard in sorted(self._epoch(epoch).shards, key=lambda s: s.number != likely):
                 rows = read_table(self.run.store, shard.rollouts, ["sample_id", *columns])
                 row = pc.index(rows["sample_id"], pa.scalar(sample_id)).as_py()

@@ -102,14 +102,6 @@ class SamplerConfig(Part):
     regression."""
     guidance_scale: float = Field(default=5.0, ge=1.0)
     """Classifier-free guidance, in sampling and in the update alike; 1 is none."""
-    samples_per_epoch: PositiveInt = 256
-    """Pictures an epoch. More make the gradient truer and the epoch longer."""
-    shard_size: PositiveInt = 64
-    """Pictures a task: what is committed, scored and redone as one."""
-    store_trajectories: Literal["auto", "full", "final"] = Field(default="auto", exclude_if=is_auto)
-    """`full`: all latents of a trajectory and its log-probs, which DDPO trains on. `final`: the
-    last latents alone, 1 / (steps + 1) of the bytes, which is all that regression needs. `auto`
-    takes what the algorithm needs."""
     window: WindowConfig | None = Field(default=None, exclude_if=is_off)
     """Which steps are trained; by default all."""
 
@@ -130,6 +122,19 @@ class SamplerConfig(Part):
                 f"the last of {self.steps} denoising steps; set window.position to at most {last}"
             )
         return self
+
+
+class RolloutsConfig(Part):
+    """How many samples an epoch draws, and what is stored of them."""
+
+    samples_per_epoch: PositiveInt = 256
+    """Pictures an epoch. More make the gradient truer and the epoch longer."""
+    shard_size: PositiveInt = 64
+    """Pictures a task: what is committed, scored and redone as one."""
+    store_trajectories: Literal["auto", "full", "final"] = Field(default="auto", exclude_if=is_auto)
+    """`full`: all latents of a trajectory and its log-probs, which DDPO trains on. `final`: the
+    last latents alone, 1 / (steps + 1) of the bytes, which is all that regression needs. `auto`
+    takes what the algorithm needs."""
 
 
 class OptimizerConfig(Part):
@@ -189,6 +194,8 @@ class RunConfig(Part):
     """`type: lora` or `type: full`."""
     prompts: NamedConfig
     """The prompts to draw from, all with equal chance."""
+    rollouts: RolloutsConfig = RolloutsConfig()
+    """How many samples an epoch draws, and what is stored of them."""
     sampler: SamplerConfig = SamplerConfig()
     """How pictures are drawn."""
     reward: RewardConfig
@@ -228,13 +235,13 @@ class RunConfig(Part):
 
     @model_validator(mode="after")
     def _batches_divide(self) -> RunConfig:
-        samples = self.sampler.samples_per_epoch
-        _must_divide("sampler.shard_size", self.sampler.shard_size, "samples_per_epoch", samples)
+        samples = self.rollouts.samples_per_epoch
+        _must_divide("rollouts.shard_size", self.rollouts.shard_size, "samples_per_epoch", samples)
         _must_divide(
             "numerics.sample_batch_size",
             self.numerics.sample_batch_size,
-            "sampler.shard_size",
-            self.sampler.shard_size,
+            "rollouts.shard_size",
+            self.rollouts.shard_size,
         )
         if isinstance(self.algorithm, RwrConfig):
             passed = self.algorithm.updates_per_pass
@@ -258,9 +265,9 @@ class RunConfig(Part):
                 "sampler.eta is 0: every step is then deterministic, has no log-prob and no "
                 "gradient; set it above 0 (the paper uses 1.0)"
             )
-        if self.sampler.store_trajectories == "final":
+        if self.rollouts.store_trajectories == "final":
             raise ValueError(
-                f"sampler.store_trajectories is final, but {self.algorithm.type} trains on every "
+                f"rollouts.store_trajectories is final, but {self.algorithm.type} trains on every "
                 "step of a trajectory; leave it at auto, or use `type: rwr` or `type: rwr_sparse`"
             )
         return self
@@ -309,7 +316,7 @@ class RunConfig(Part):
     @property
     def stored_trajectories(self) -> Literal["full", "final"]:
         """What a trajectory shard holds, `auto` settled."""
-        asked = self.sampler.store_trajectories
+        asked = self.rollouts.store_trajectories
         if asked == "auto":
             return "final" if isinstance(self.algorithm, Regression) else "full"
         return asked

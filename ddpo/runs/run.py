@@ -111,7 +111,7 @@ class Run:
     @property
     def shards(self) -> int:
         """Shards an epoch."""
-        return self.config.sampler.samples_per_epoch // self.config.sampler.shard_size
+        return self.config.rollouts.samples_per_epoch // self.config.rollouts.shard_size
 
 
 def storage_root(root: str | None) -> str:

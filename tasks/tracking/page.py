@@ -52,7 +52,7 @@ def open_page(run: Run, *, flow_run_id: str | None, flow_run_name: str | None) -
         name=f"rollouts-{run.run_id}",
         source_url=run.store.url(keys.rollouts_prefix(run.run_id)),
         digest=run.identity_digest,
-        rows=run.config.epochs * run.config.sampler.samples_per_epoch,
+        rows=run.config.epochs * run.config.rollouts.samples_per_epoch,
         columns={"sample_id": "string", "prompt": "string", "seed": "int64", "image": "binary"},
     )
     _attach_config(page, run)
@@ -124,7 +124,7 @@ def open_comparison_page(
             "prompts": base.prompts.name,
             "reward": base.reward.name,
             "variants": ", ".join(comparison.config.variants),
-            "samples_per_epoch": base.sampler.samples_per_epoch,
+            "samples_per_epoch": base.rollouts.samples_per_epoch,
             "offline": comparison.config.offline,
         },
         tags={
@@ -151,7 +151,7 @@ def _parameters(run: Run) -> dict[str, str | int | float | bool]:
         "algorithm": config.algorithm.type,
         **({"advantages": config.advantages.type} if by_advantages else {}),
         "learning_rate": config.optimizer.learning_rate,
-        "samples_per_epoch": config.sampler.samples_per_epoch,
+        "samples_per_epoch": config.rollouts.samples_per_epoch,
         "steps": config.sampler.steps,
         "guidance_scale": config.sampler.guidance_scale,
         "seed": config.seed,

@@ -147,7 +147,7 @@ def _samples(run: Run, ids: Collection[str]) -> Iterator[RolloutRow]:
     shards: dict[tuple[int, int], set[str]] = {}
     for sample in ids:
         _, epoch, index = sample.rsplit("/", 2)
-        place = int(epoch), int(index) // run.config.sampler.shard_size
+        place = int(epoch), int(index) // run.config.rollouts.shard_size
         shards.setdefault(place, set()).add(sample)
     for (epoch, shard), wanted in sorted(shards.items()):
         manifest = manifests.load(run.store, saved_rollouts(run, epoch)[shard])

@@ -41,7 +41,7 @@ def test_defaults_are_the_papers() -> None:
     config = parse()
     sampler, optimizer = config.sampler, config.optimizer
     assert (sampler.steps, sampler.eta, sampler.guidance_scale) == (50, 1.0, 5.0)
-    assert sampler.samples_per_epoch == 256
+    assert config.rollouts.samples_per_epoch == 256
     assert config.trainable.model_dump() == {
         "type": "lora",
         "rank": 4,

@@ -106,12 +106,12 @@ def test_a_missing_part_is_named() -> None:
     ("changes", "message"),
     [
         (
-            {"sampler": {"samples_per_epoch": 100, "shard_size": 30}},
-            "sampler.shard_size 30 does not divide samples_per_epoch 100; 10, 20, 25, 50 would",
+            {"rollouts": {"samples_per_epoch": 100, "shard_size": 30}},
+            "rollouts.shard_size 30 does not divide samples_per_epoch 100; 10, 20, 25, 50 would",
         ),
         (
             {"numerics": {"sample_batch_size": 7}},
-            "numerics.sample_batch_size 7 does not divide sampler.shard_size 64; 1, 2, 4, 8 would",
+            "numerics.sample_batch_size 7 does not divide rollouts.shard_size 64; 1, 2, 4, 8 would",
         ),
         (
             {"algorithm": {"type": "ddpo_is", "updates_per_epoch": 3}},
@@ -216,8 +216,8 @@ def test_only_regression_stores_final_latents_alone() -> None:
     for algorithm in (RWR, {"type": "rwr_sparse"}):
         assert parse(algorithm=algorithm).stored_trajectories == "final"
         full = {"store_trajectories": "full"}
-        assert parse(algorithm=algorithm, sampler=full).stored_trajectories == "full"
-    message = refusal(sampler={"store_trajectories": "final"})
+        assert parse(algorithm=algorithm, rollouts=full).stored_trajectories == "full"
+    message = refusal(rollouts={"store_trajectories": "final"})
     assert "ddpo_is trains on every step of a trajectory; leave it at auto" in message
 
 

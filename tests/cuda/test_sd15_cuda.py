@@ -19,7 +19,8 @@ from tests.tiny import load_policy, tiny_config
 def config_on(folder: Path, device: str, dtype: str, *, micro: int = 4) -> RunConfig:
     return tiny_config(
         folder,
-        sampler={"steps": 5, "guidance_scale": 5.0, "samples_per_epoch": 8, "shard_size": 8},
+        sampler={"steps": 5, "guidance_scale": 5.0},
+        rollouts={"samples_per_epoch": 8, "shard_size": 8},
         numerics={
             "device": device,
             "dtype": dtype,

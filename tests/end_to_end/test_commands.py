@@ -23,8 +23,8 @@ from tests.fold import run_epochs
 
 SMALL = [
     "sampler.steps=3",
-    "sampler.samples_per_epoch=4",
-    "sampler.shard_size=2",
+    "rollouts.samples_per_epoch=4",
+    "rollouts.shard_size=2",
     "numerics.sample_batch_size=2",
     "numerics.micro_batch_size=2",
     "numerics.threads=1",

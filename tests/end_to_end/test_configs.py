@@ -32,8 +32,8 @@ TASKS = {
 # Sizes, paths and batches; nothing that makes the algorithm another one.
 TINY = {
     "sampler.steps": 4,  # some train a window of three
-    "sampler.samples_per_epoch": 4,
-    "sampler.shard_size": 2,
+    "rollouts.samples_per_epoch": 4,
+    "rollouts.shard_size": 2,
     "numerics.sample_batch_size": 2,
     "numerics.micro_batch_size": 2,
     "numerics.device": "cpu",
@@ -55,7 +55,7 @@ def test_stable_diffusion_configs_have_the_published_settings(path: Path):
     assert config.model.revision is not None
     assert (config.sampler.steps, config.sampler.eta, config.sampler.guidance_scale) == (50, 1, 5)
     prompts, samples, updates, epochs, buffer_size = TASKS[path.stem.split("_")[1]]
-    assert config.sampler.samples_per_epoch == samples
+    assert config.rollouts.samples_per_epoch == samples
     assert config.algorithm.updates_per_epoch == updates
     assert config.algorithm.type == "ddpo_is"
     assert config.algorithm.clip_range == 1e-4

@@ -52,7 +52,8 @@ def test_a_reward_as_slow_as_sampling_adds_a_fifth_at_most(
     database = shutil.copy(mlflow_database, tmp_path / "mlflow.db")
     config = tiny_config(
         tiny_model,
-        sampler={"steps": 2, "samples_per_epoch": 2 * SHARDS, "shard_size": 2},
+        sampler={"steps": 2},
+        rollouts={"samples_per_epoch": 2 * SHARDS, "shard_size": 2},
         numerics={"sample_batch_size": 2, "micro_batch_size": 2},
         reward={"name": f"{__name__}:sleeping"},
         storage={"root": str(tmp_path / "store")},

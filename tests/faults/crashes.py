@@ -120,7 +120,8 @@ class Night:
         folder.mkdir(parents=True)
         shutil.copy(database, folder / "mlflow.db")
         parts: dict[str, Any] = {
-            "sampler": {"steps": 2, "samples_per_epoch": 4, "shard_size": 2},
+            "sampler": {"steps": 2},
+            "rollouts": {"samples_per_epoch": 4, "shard_size": 2},
             "numerics": {"sample_batch_size": 2, "micro_batch_size": 2},
             "optimizer": {"learning_rate": 1e-2},
             "storage": {

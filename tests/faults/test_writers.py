@@ -53,7 +53,7 @@ def test_of_sixteen_writers_of_a_shard_one_wins_and_all_adopt_it(
         yield SimpleNamespace(policy=None)
 
     with policy_at(run, checkpoint) as lease:
-        indices = range(run.config.sampler.shard_size)
+        indices = range(run.config.rollouts.shard_size)
         texts = [ddpo_workflow.tasks.sample.prompt_of(run, 0, index).text for index in indices]
         drawn = sample(lease.policy, texts, list(indices), run.config.sampler)
 

@@ -16,7 +16,7 @@ from ddpo_workflow.tasks.worker import RunHandle
 from tests.fold import as_in_a_new_process, run_epochs
 from tests.tiny import tiny_config
 
-SMALL = {"steps": 2, "samples_per_epoch": 4, "shard_size": 4}
+SMALL = {"sampler": {"steps": 2}, "rollouts": {"samples_per_epoch": 4, "shard_size": 4}}
 
 
 class AskedError(DdpoError):
@@ -24,7 +24,7 @@ class AskedError(DdpoError):
 
 
 def a_run(model: Path, root: Path, run_id: str, reward: str, fork: dict[str, object] | None) -> Run:
-    changes = {"storage": {"root": str(root)}, "reward": {"name": reward}, "sampler": SMALL}
+    changes = {"storage": {"root": str(root)}, "reward": {"name": reward}, **SMALL}
     return start_run(tiny_config(model, **changes, fork=fork), run_id)
 
 

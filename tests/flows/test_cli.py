@@ -53,7 +53,7 @@ def test_help_lists_all_commands_from_training_to_rewards(ddpo):
         ("sampler.stps=3", "sampler.stps: there is no such key; did you mean `steps`?"),
         ("rewards.name=x", "did you mean `reward`?"),
         ("sampler.steps=many", "sampler.steps: found 'many'; input should be a valid integer"),
-        ("sampler.shard_size=24", "does not divide samples_per_epoch 256; 4, 8, 16, 32 would"),
+        ("rollouts.shard_size=24", "does not divide samples_per_epoch 256; 4, 8, 16, 32 would"),
         ("sampler.eta=0", "every step is then deterministic"),
         ("reward.name=jpeg_compresibility", "jpeg_compressibility"),
         ("prompts.name=simple_animal", "simple_animals"),

@@ -66,7 +66,8 @@ def written(folder: Path, model: Path, **changes: Any) -> Path:
         "model": {"path": str(model)},
         "prompts": {"name": "simple_animals"},
         "reward": {"name": "jpeg_compressibility"},
-        "sampler": {"steps": 2, "samples_per_epoch": 4, "shard_size": 2},
+        "sampler": {"steps": 2},
+        "rollouts": {"samples_per_epoch": 4, "shard_size": 2},
         "algorithm": {"type": "ddpo_is", "updates_per_epoch": 2},
         "numerics": {"device": "cpu", "dtype": "float32", "threads": 1}
         | {"sample_batch_size": 2, "micro_batch_size": 2},

@@ -110,7 +110,7 @@ def test_shards_hold_the_final_latents_alone_and_train_as_whole_trajectories_do(
             tiny_model,
             tmp_path / store_trajectories,
             kind,
-            sampler={"store_trajectories": store_trajectories},
+            rollouts={"store_trajectories": store_trajectories},
         )
         run_epochs(run, 1)
         data = manifest_objects(run, keys.rollout_manifest_key("r", 0, 1))["trajectories"]

@@ -38,7 +38,8 @@ def config_of(model: Path, root: Path, epochs: int, fork: bool) -> RunConfig:
     branch = {"run_id": "history", "epoch": 0, "rollouts": ADOPTED, "off_policy": True}
     return tiny_config(
         model,
-        sampler={"steps": 2, "samples_per_epoch": 4, "shard_size": 2},
+        sampler={"steps": 2},
+        rollouts={"samples_per_epoch": 4, "shard_size": 2},
         numerics={"sample_batch_size": 2, "micro_batch_size": 2},
         storage={"root": str(root)},
         epochs=epochs,

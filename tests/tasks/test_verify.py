@@ -17,8 +17,8 @@ from tests.fold import run_epochs
 SETTINGS = (
     "sampler.steps=2",
     "sampler.window=null",
-    "sampler.samples_per_epoch=4",
-    "sampler.shard_size=2",
+    "rollouts.samples_per_epoch=4",
+    "rollouts.shard_size=2",
     "numerics.sample_batch_size=2",
     "numerics.micro_batch_size=2",
     "numerics.threads=1",

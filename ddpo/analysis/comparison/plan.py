@@ -59,7 +59,7 @@ class Comparison:
     @property
     def samples_per_epoch(self) -> int:
         """Reward queries of an epoch, the same for all."""
-        return self.members[0].config.sampler.samples_per_epoch
+        return self.members[0].config.rollouts.samples_per_epoch
 
     @property
     def members(self) -> list[Member]:
@@ -224,6 +224,6 @@ def _sharing(config: RunConfig, epochs: int, stored: str) -> RunConfig:
     raw: dict[str, Any] = {**config.identity(), **config.operation()}
     raw["numerics"] = config.numerics.model_dump(mode="json")
     raw |= {"fork": None, "epochs": epochs}
-    raw["sampler"] |= {"store_trajectories": stored}
+    raw["rollouts"] |= {"store_trajectories": stored}
     raw["storage"] = {part: raw["storage"][part] for part in ("root", "s3")}
     return parse_config(raw, "the run that draws the shared samples")
