@@ -122,7 +122,7 @@ def test_options_that_are_on_are_remembered(option: dict[str, Any]) -> None:
 def test_a_missing_file_names_the_shipped_ones(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(CONFIGS[0].parents[2])
+    monkeypatch.chdir(CONFIGS[0].parents[1])
     with pytest.raises(ConfigError, match=r"no config file .*nowhere\.yaml.*configs/starter\.yaml"):
         read_config(tmp_path / "nowhere.yaml")
 
