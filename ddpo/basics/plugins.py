@@ -7,6 +7,7 @@ called before its parameters are known to fit.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import difflib
 import importlib
 import inspect
@@ -128,7 +129,7 @@ def check_parameters(
         if parameter.kind in by_keyword and name not in set(taken)
     }
     rest = next((p for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD), None)
-    hints = _type_hints(what, factory, [*known.values(), *([rest] if rest else [])])
+    hints = type_hints(what, factory, [*known.values(), *([rest] if rest else [])])
 
     values: dict[str, Any] = {}
     identity: dict[str, JsonValue] = {}
@@ -209,22 +210,58 @@ def _signature(what: str, factory: Callable[..., Any]) -> inspect.Signature:
         ) from error
 
 
-def _type_hints(
-    what: str, factory: Callable[..., Any], parameters: Iterable[inspect.Parameter]
-) -> Mapping[str, Any]:
-    """Evaluate these annotations alone: others may name what only a type checker imports."""
+def type_hints(
+    what: str,
+    factory: Callable[..., Any],
+    parameters: Iterable[inspect.Parameter],
+    include_extras: bool = True,
+) -> dict[str, Any]:
+    """Evaluate the annotations of parameters.
 
-    def holder() -> None: ...
+    Only these: others may name what is imported for type checkers alone. A dataclass's field is
+    evaluated in the module of the class that declares it, which may be a base from elsewhere.
 
-    holder.__annotations__ = {p.name: p.annotation for p in parameters if p.annotation != p.empty}
-    written = factory if inspect.isroutine(factory) else inspect.getattr_static(factory, "__init__")
-    names = getattr(inspect.unwrap(written), "__globals__", {})
-    try:
-        return typing.get_type_hints(holder, globalns=names, include_extras=True)
-    except Exception as error:
-        raise ConfigError(
-            f"{what}: its annotations cannot be read: {error}; import what they name at run time"
-        ) from error
+    Args:
+        what: Whose parameters they are, for messages.
+        factory: The function or class that takes them.
+        parameters: Those to evaluate; ones without an annotation are left out.
+        include_extras: Whether to keep `Annotated`.
+
+    Returns:
+        Types by parameter name.
+
+    Raises:
+        ConfigError: An annotation cannot be evaluated.
+    """
+    hints: dict[str, Any] = {}
+    for parameter in parameters:
+        if parameter.annotation is parameter.empty:
+            continue
+
+        def holder() -> None: ...
+
+        holder.__annotations__ = {parameter.name: parameter.annotation}
+        names = _names_around(factory, parameter.name)
+        try:
+            hints |= typing.get_type_hints(holder, globalns=names, include_extras=include_extras)
+        except Exception as error:
+            raise ConfigError(
+                f"{what}: cannot evaluate its annotations: {error}; import at run time what they "
+                "name"
+            ) from error
+    return hints
+
+
+def _names_around(factory: Callable[..., Any], parameter: str) -> dict[str, Any]:
+    """Return the globals of the module in which a parameter was written."""
+    if inspect.isroutine(factory):
+        return getattr(inspect.unwrap(factory), "__globals__", {})
+    if inspect.isclass(factory) and dataclasses.is_dataclass(factory):
+        for base in inspect.getmro(factory):
+            if parameter in inspect.get_annotations(base):
+                return vars(sys.modules[base.__module__])
+    constructor = inspect.getattr_static(factory, "__init__")
+    return getattr(inspect.unwrap(constructor), "__globals__", {})
 
 
 def _convert(what: str, name: str, annotation: Any, given: Any) -> tuple[Any, JsonValue]:

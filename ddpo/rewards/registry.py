@@ -19,32 +19,33 @@ from ddpo.rewards.identity import RewardIdentity, source_digest
 from ddpo.rewards.scoring import as_scores
 
 ENTRY_POINT_GROUP = "ddpo.rewards"
-"""Packages register rewards of their own here."""
+"""Entry point group in which other packages register their rewards."""
 
-_OURS = {
+BUILTIN = {
+    "clip_score": "ddpo.rewards.builtin.clip_score:ClipScore",
+    "colorfulness": "ddpo.rewards.builtin.colorfulness:Colorfulness",
+    "hps_v2": "ddpo.rewards.builtin.hps_v2:HpsV2",
+    "http": "ddpo.rewards.builtin.http:HttpReward",
+    "image_reward": "ddpo.rewards.builtin.image_reward:ImageReward",
     "jpeg_compressibility": "ddpo.rewards.builtin.jpeg:JpegCompressibility",
     "jpeg_incompressibility": "ddpo.rewards.builtin.jpeg:JpegIncompressibility",
-    "http": "ddpo.rewards.service.http:HttpReward",
-    "colorfulness": "ddpo.rewards.builtin.colorfulness:Colorfulness",
-    "ocr_text": "ddpo.rewards.builtin.ocr:OcrText",
-    "starter_vqa": "ddpo.rewards.builtin.starter_vqa:StarterVqa",
-    "weighted": "ddpo.rewards.weighted:Weighted",
     "laion_aesthetic": "ddpo.rewards.builtin.laion_aesthetic:LaionAesthetic",
-    "clip_score": "ddpo.rewards.builtin.clip_score:ClipScore",
+    "ocr_text": "ddpo.rewards.builtin.ocr:OcrText",
+    "openai_vlm": "ddpo.rewards.builtin.openai_vlm:OpenaiVlm",
     "pickscore": "ddpo.rewards.builtin.pickscore:PickScore",
-    "hps_v2": "ddpo.rewards.builtin.hps_v2:HpsV2",
-    "image_reward": "ddpo.rewards.builtin.image_reward:ImageReward",
+    "starter_vqa": "ddpo.rewards.builtin.starter_vqa:StarterVqa",
     "vlm_alignment": "ddpo.rewards.builtin.vlm_alignment:VlmAlignment",
     "vlm_vqa": "ddpo.rewards.builtin.vlm_vqa:VlmVqa",
-    "openai_vlm": "ddpo.rewards.builtin.openai_vlm:OpenaiVlm",
+    "weighted": "ddpo.rewards.builtin.weighted:Weighted",
 }
+"""The rewards that come with the project. To add one: a file in `builtin/`, and its line here."""
 
 _SCORED = ("images", "prompts")  # first parameters of a plain function that is itself the reward
 
 
 def available_rewards() -> tuple[str, ...]:
     """Return the names of rewards, sorted, entry points among them."""
-    return plugins.available(_OURS, ENTRY_POINT_GROUP)
+    return plugins.available(BUILTIN, ENTRY_POINT_GROUP)
 
 
 def find_reward(name: str) -> tuple[Any, list[inspect.Parameter]]:
@@ -59,7 +60,7 @@ def find_reward(name: str) -> tuple[Any, list[inspect.Parameter]]:
     Raises:
         ConfigError: No such reward, or it cannot be imported.
     """
-    target = plugins.resolve("reward", name, _OURS, ENTRY_POINT_GROUP).target
+    target = plugins.resolve("reward", name, BUILTIN, ENTRY_POINT_GROUP).target
     if not (inspect.isclass(target) or inspect.isroutine(target)):
         return target, []  # built already: it takes none
     parameters = list(inspect.signature(target).parameters.values())
@@ -95,7 +96,7 @@ def load_reward(name: str, parameters: Mapping[str, Any]) -> Reward:
         ConfigError: No such reward, parameters that do not fit it, or something that is no reward.
         RewardError: Building it failed.
     """
-    plugin = plugins.resolve("reward", name, _OURS, ENTRY_POINT_GROUP)
+    plugin = plugins.resolve("reward", name, BUILTIN, ENTRY_POINT_GROUP)
     what = f"reward {name!r}"
     score, in_force = _build(what, plugin.target, parameters)
     own = getattr(score, "identity", None)

@@ -39,7 +39,8 @@ def serve_reward(
     max_images: Annotated[int, typer.Option(help="Pictures in one request.", min=1)] = 64,
 ) -> None:
     """Serve a reward over HTTP, for the reward `http` of runs elsewhere, until Ctrl-C."""
-    from ddpo.rewards.service import Limits, serve
+    from ddpo.rewards.service.limits import Limits
+    from ddpo.rewards.service.serving import serve
 
     limits = Limits(workers=workers, queue=queue, images=max_images)
     try:
@@ -51,7 +52,7 @@ def serve_reward(
 @app.command()
 def rewards() -> None:
     """List all rewards: what each is, what it needs, which parameters it takes."""
-    from ddpo.analysis.reward_range import describe_rewards
+    from ddpo.rewards.catalogue import describe_rewards
 
     for reward in describe_rewards():
         console.print(reward.name, style="bold", markup=False, highlight=False)
@@ -87,9 +88,10 @@ def score(
     """Try a reward: on pictures, or on a run's samples for the constants that `weighted` takes."""
     import json
 
-    from ddpo.analysis.reward_range import findings, measure_range, prompts_for, read_picture
+    from ddpo.analysis.reward_range import measure_range
     from ddpo.errors import ConfigError
     from ddpo.rewards import load_reward, score_images
+    from ddpo.rewards.catalogue import findings, prompts_for, read_image
 
     if bool(images) == bool(run):
         raise ConfigError("name the pictures to score, or a run with --run; one of the two")
@@ -113,7 +115,7 @@ def score(
     if not isinstance(told, dict):
         raise ConfigError(f'--metadata {metadata!r} is no JSON object, such as {{"text": "OPEN"}}')
     files = images or []
-    pictures = [read_picture(file) for file in files]
+    pictures = [read_image(file) for file in files]
     prompts = prompts_for(prompt or (), len(files), told)
     _table({"": list(map(str, files)), **findings(score_images(loaded, pictures, prompts))})
 

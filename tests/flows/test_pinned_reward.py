@@ -15,8 +15,8 @@ from ddpo.analysis.report import reward_curve, write_report
 from ddpo.errors import ConfigError, RewardError, RunIdentityMismatch
 from ddpo.prompts import Prompt
 from ddpo.rewards import RewardIdentity, Scores
-from ddpo.rewards.service import create_app
 from ddpo.rewards.service import endpoints as endpoints_module
+from ddpo.rewards.service.app import create_app
 from ddpo.runs.run import Run, open_run, start_run
 from ddpo.store import epochs as commits
 from ddpo.store.manifests import Ref

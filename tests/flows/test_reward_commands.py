@@ -13,10 +13,11 @@ import pytest
 import yaml
 from PIL import Image
 
-from ddpo.analysis.reward_range import describe_rewards, measure_range
+from ddpo.analysis.reward_range import measure_range
 from ddpo.config.files import read_config
 from ddpo.prompts import Prompt
 from ddpo.rewards import available_rewards, load_reward, score_images
+from ddpo.rewards.catalogue import describe_rewards
 from ddpo.runs.run import Run, start_run
 from ddpo.store import keys
 from ddpo_workflow.flows.cli import app as cli
@@ -237,11 +238,11 @@ def test_prompts_metadata_and_parameters_reach_the_reward(ddpo, own, pictures):
     [
         (["colorfulness"], "name the pictures to score, or a run"),
         (["colorfulness", "PICTURE", "--run", "r", "--prompt", "x"], "one of the two"),
-        (["colorfulness", "PICTURE"], "1 pictures and 0 prompts"),
-        (["colorfulness", "PICTURE", "--prompt", "x", "--prompt", "y"], "1 pictures and 2 prompts"),
+        (["colorfulness", "PICTURE"], "1 images and 0 prompts"),
+        (["colorfulness", "PICTURE", "--prompt", "x", "--prompt", "y"], "1 images and 2 prompts"),
         (["colorfulness", "PICTURE", "--prompt", " "], "some words of text"),
-        (["colorfulness", "gone.png", "--prompt", "x"], "gone.png cannot be read as a picture"),
-        (["colorfulness", "README.md", "--prompt", "x"], "README.md cannot be read as a picture"),
+        (["colorfulness", "gone.png", "--prompt", "x"], "cannot read gone.png as an image"),
+        (["colorfulness", "README.md", "--prompt", "x"], "cannot read README.md as an image"),
         (["colorfulness", "PICTURE", "--prompt", "x", "--metadata", "{"], "cannot be read as JSON"),
         (["colorfulness", "PICTURE", "--prompt", "x", "--metadata", "[]"], "no JSON object"),
         (["colourfulness", "PICTURE", "--prompt", "x"], "did you mean 'colorfulness'?"),
@@ -260,7 +261,7 @@ def test_a_picture_that_claims_too_many_pixels_is_refused(ddpo, tmp_path):
     Image.new("1", (4097, 4097)).save(tmp_path / "huge.png")
     status, screen = ddpo("score", "colorfulness", tmp_path / "huge.png", "--prompt", "x")
     assert status == 2
-    assert "4096x4096 is the most" in " ".join(screen.split())
+    assert "at most 4096x4096 are allowed" in " ".join(screen.split())
 
 
 def calibrate(ddpo, run: Run, *words: object) -> tuple[str, list]:

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from ddpo.rewards.service import create_app
 from ddpo.rewards.service import endpoints as endpoints_module
+from ddpo.rewards.service.app import create_app
 from tests.rewards.fake_service import Fake
 from tests.rewards.served import SMALL, Sum, serving, wait_for
 

@@ -20,7 +20,7 @@ from starlette.types import ASGIApp
 from ddpo.basics.images import encode_image
 from ddpo.prompts import Prompt
 from ddpo.rewards import RewardIdentity, Scores
-from ddpo.rewards.service import Limits
+from ddpo.rewards.service.limits import Limits
 
 CLIENT = httpx.Client(timeout=30, limits=httpx.Limits(max_connections=None))
 TOKEN = "canary-5f2b.c9~e8/d7+A="

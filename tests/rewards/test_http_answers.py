@@ -13,8 +13,8 @@ from starlette.types import Send
 from ddpo.errors import ConfigError, RewardError
 from ddpo.prompts import Prompt
 from ddpo.rewards import RewardIdentity, score_images
-from ddpo.rewards.service import create_app
 from ddpo.rewards.service import endpoints as endpoints_module
+from ddpo.rewards.service.app import create_app
 from tests.rewards.fake_service import IDENTITY, IMAGES, PROMPTS, Fake, answer, load, same, scored
 from tests.rewards.served import TOKEN, Sum, serving, wait_for
 

@@ -14,8 +14,9 @@ import pytest
 
 from ddpo.errors import ConfigError, RewardError
 from ddpo.rewards import load_reward, score_images
-from ddpo.rewards.service import Limits, create_app
 from ddpo.rewards.service import endpoints as endpoints_module
+from ddpo.rewards.service.app import create_app
+from ddpo.rewards.service.limits import Limits
 from tests.rewards.fake_service import IDENTITY, IMAGES, PROMPTS, Fake, answer, load, same, scored
 from tests.rewards.served import Sum, serving, wait_for
 from tests.servers import free_port
@@ -85,10 +86,10 @@ def test_endpoints_that_are_none_are_refused_unquoted(endpoints, message):
     assert "hunter2" not in str(caught.value)
 
 
-def test_it_needs_no_torch():
+def test_it_needs_neither_torch_nor_a_web_server():
     code = (
-        "import sys, ddpo.rewards.service.http; "
-        "print({'torch', 'prefect', 'mlflow'} & {*sys.modules})"
+        "import sys, ddpo.rewards.builtin.http; "
+        "print({'torch', 'prefect', 'mlflow', 'fastapi', 'starlette', 'uvicorn'} & {*sys.modules})"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "set()"

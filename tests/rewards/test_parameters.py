@@ -85,5 +85,5 @@ def test_annotations_that_cannot_be_read_are_refused():
     def unreadable(size: "Nowhere"):  # noqa: F821
         raise AssertionError
 
-    with pytest.raises(ConfigError, match=r"annotations cannot be read: .*Nowhere"):
+    with pytest.raises(ConfigError, match=r"cannot evaluate its annotations: .*Nowhere"):
         check(unreadable, size=1)

@@ -20,7 +20,9 @@ from ddpo.basics.images import encode_image
 from ddpo.errors import ConfigError, RewardError
 from ddpo.prompts import Prompt
 from ddpo.rewards import score_images
-from ddpo.rewards.service import Limits, create_app, serve
+from ddpo.rewards.service.app import create_app
+from ddpo.rewards.service.limits import Limits
+from ddpo.rewards.service.serving import serve
 from tests.rewards.served import (
     CLIENT,
     GOOD,
@@ -101,9 +103,8 @@ def test_reward_that_cannot_be_loaded_is_said_and_ends_serve():
 
 
 def test_it_imports_no_torch_and_no_orchestration():
-    code = (
-        "import sys, ddpo.rewards.service; print({'torch', 'prefect', 'mlflow'} & {*sys.modules})"
-    )
+    heavy = {"torch", "prefect", "mlflow"}
+    code = f"import sys, ddpo.rewards.service.serving; print({heavy} & {{*sys.modules}})"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "set()"
 

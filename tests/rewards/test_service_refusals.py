@@ -16,8 +16,9 @@ from urllib.parse import urlsplit
 import pytest
 
 from ddpo.rewards import service
-from ddpo.rewards.service import create_app, drain
+from ddpo.rewards.service import drain
 from ddpo.rewards.service import form as form_reader
+from ddpo.rewards.service.app import create_app
 from tests.rewards.served import (
     CLIENT,
     GOOD,

@@ -1,12 +1,10 @@
-"""Any reward over HTTP: pictures in multipart, everything else JSON, nothing pickled.
+"""Rewards over HTTP: pictures in multipart, everything else JSON, nothing pickled.
 
-What a request may be is bounded before it is taken in: the body is counted while it is read, a
-picture's size is read from its header before it is decoded, and how many requests are held at once
-is bounded too. What is over a bound is refused by a clear status, and the service goes on.
+The server is `app` (the application) and `serving` (the process that listens); a client needs
+`endpoints` and `wire` alone. So nothing is imported here: a run that uses the reward `http` loads
+no web framework.
+
+The server bounds a request before accepting it: the body is counted as it is read, an image's size
+is read from its header before it is decoded, and the number of requests held at once is limited.
+What exceeds a bound is rejected with a status of its own, and the service keeps running.
 """
-
-from ddpo.rewards.service.app import create_app
-from ddpo.rewards.service.limits import Limits
-from ddpo.rewards.service.serving import serve
-
-__all__ = ["Limits", "create_app", "serve"]
