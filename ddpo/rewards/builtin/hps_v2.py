@@ -1,9 +1,10 @@
-"""HPS v2.1: how well people like a picture for a prompt (arXiv 2306.09341)."""
+"""HPS v2.1: how much people like an image for its prompt (arXiv 2306.09341)."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
@@ -14,23 +15,14 @@ from transformers import CLIPConfig, CLIPModel
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from ddpo.prompts.base import Prompt
-from ddpo.rewards.base import Scores
+from ddpo.rewards.models.checkpoint import CheckpointReward
 from ddpo.rewards.models.clip import Clip, cosines, load_tokenizer
-from ddpo.rewards.models.pinned import find_model, find_weights
-from ddpo.rewards.models.pretrained import (
-    Device,
-    LoadedOnce,
-    build_model,
-    in_batches,
-    pick_device,
-    place,
-)
+from ddpo.rewards.models.pretrained import build_model, place
 
 SIDE_PX = 224
-"""Of the square that the model sees."""
+"""Side of the square input of the model."""
 
-# open_clip's names beside transformers' (a name that ends in a dot stands for weight and bias).
+# open_clip's names and transformers' (a trailing dot stands for both weight and bias).
 _WHOLE = {
     "logit_scale": "logit_scale",
     "token_embedding.weight": "text_model.embeddings.token_embedding.weight",
@@ -42,7 +34,7 @@ _WHOLE = {
     "visual.ln_pre.": "vision_model.pre_layrnorm.",
     "visual.ln_post.": "vision_model.post_layernorm.",
 }
-# open_clip multiplies features by these from the right, a linear layer by its weight's transpose.
+# open_clip right-multiplies features by these; a linear layer stores the transpose.
 _PROJECTIONS = {
     "text_projection": "text_projection.weight",
     "visual.proj": "visual_projection.weight",
@@ -57,56 +49,30 @@ _IN_BLOCK = {
 _BLOCK = re.compile(r"(visual\.)?transformer\.resblocks\.(\d+)\.(.+)")
 
 
-class HpsV2:
-    """Reward = cosine of picture and prompt by HPS v2.1; some 0.2 to 0.35.
+@dataclass(kw_only=True, eq=False)
+class HpsV2(CheckpointReward[Clip]):
+    """Reward = cosine of image and prompt by HPS v2.1; roughly 0.2 to 0.35.
 
-    CLIP ViT-H/14 of open_clip, trained further on rankings of pictures
-    (github.com/tgxs002/HPSv2, hpsv2/img_score.py). Pictures are fitted into 224 x 224 px and padded
-    with black, not cropped. Runs in float32, where the published code has mixed precision.
-
-    Args:
-        weights: The checkpoint: ``owner/name/file`` of the hub, a path, or an address; as
-            published, or its ``state_dict`` in safetensors.
-        revision: Commit of a hub file; that of the default is pinned.
-        sha256: The file's; needed for an address.
-        tokenizer: Where CLIP's tokenizer is from: a hub id or a folder.
-        tokenizer_revision: Its commit; that of the default is pinned.
-        device: Where the model runs.
+    open_clip's ViT-H/14, fine-tuned on rankings of images (github.com/tgxs002/HPSv2,
+    hpsv2/img_score.py). Images are scaled to fit 224 x 224 px and padded with black, not cropped.
+    Runs in float32, where the published code uses mixed precision.
     """
 
     version: ClassVar[str] = "1"
     needs: ClassVar[str] = "HPS v2.1 (2.0 GB) and CLIP's tokenizer, fetched from the hub"
 
-    def __init__(
-        self,
-        weights: str = "xswu/HPSv2/HPS_v2.1_compressed.pt",
-        revision: str | None = None,
-        sha256: str | None = None,
-        tokenizer: str = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
-        tokenizer_revision: str | None = None,
-        device: Device = "auto",
-    ) -> None:
-        self._weights = find_weights(weights, revision, sha256)
-        self._tokenizer = find_model(tokenizer, tokenizer_revision)
-        self._device: Device = device
-        self._loaded = LoadedOnce(self._load)
-        self.revisions = {part.name: part.revision for part in (self._weights, self._tokenizer)}
+    weights: str = "xswu/HPSv2/HPS_v2.1_compressed.pt"
+    tokenizer: str = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 
-    def __call__(self, images: Sequence[Image.Image], prompts: Sequence[Prompt]) -> Scores:
-        """Score B images for their prompts; what a prompt has beyond 77 tokens is cut."""
-        return Scores(in_batches(images, prompts, self._score))
-
-    def _score(self, images: list[Image.Image], texts: list[str]) -> Tensor:
-        clip = self._loaded.get()
-        pixels = torch.stack([fit(image) for image in images])
-        return cosines(clip.see_pixels(pixels), clip.read(texts))
-
-    def _load(self) -> Clip:
-        where = pick_device(self._device)
+    def _load(self, device: torch.device) -> Clip:
         tokenizer = load_tokenizer(self._tokenizer)
         tensors = from_open_clip(self._weights.tensors(inside="state_dict"))
         model = build_model("HPS v2", CLIPModel, vit_h_14(), tensors)
-        return Clip(place(model, where), tokenizer, CLIPImageProcessorPil())
+        return Clip(place(model, device), tokenizer, CLIPImageProcessorPil())
+
+    def _score(self, loaded: Clip, images: list[Image.Image], texts: list[str]) -> Tensor:
+        pixels = torch.stack([fit(image) for image in images])
+        return cosines(loaded.see_pixels(pixels), loaded.read(texts))
 
 
 def vit_h_14() -> CLIPConfig:
@@ -137,16 +103,13 @@ def vit_h_14() -> CLIPConfig:
 
 
 def from_open_clip(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Give open_clip's tensors the names, and the shapes, that transformers has for them.
+    """Convert the ``state_dict`` of an open_clip CLIP to that of transformers' `CLIPModel`.
 
-    Its blocks hold the weights of queries, keys and values in one tensor, stacked in this order;
-    they become three. A name that is not known stays as it is, and is refused later.
+    open_clip stacks the weights of queries, keys and values, in this order, in one tensor, which is
+    split into three. An unknown name is kept, and rejected when the model is built.
 
     Args:
-        tensors: The ``state_dict`` of an open_clip CLIP whose two towers are plain transformers.
-
-    Returns:
-        The ``state_dict`` of a `CLIPModel`.
+        tensors: Of a CLIP whose two towers are plain transformers.
     """
     renamed: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
@@ -169,22 +132,22 @@ def from_open_clip(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def fit(image: Image.Image) -> Tensor:
-    """Prepare a picture as the published code does: the longer side fitted, the rest padded.
+    """Preprocess an image as the published code does: fit the longer side, pad the rest.
 
-    It resizes the tensor and not the picture: bicubic, antialiased (torchvision's default for
-    tensors since 0.17; before, it was not), values beyond 0..1 kept.
+    The tensor is resized, not the PIL image: bicubic, antialiased (torchvision's default for
+    tensors since 0.17, not before), with values outside 0..1 kept.
 
     Args:
         image: RGB, of any size.
 
     Returns:
-        [3, 224, 224], normalised as CLIP's pictures are.
+        [3, 224, 224], normalised as CLIP's inputs are.
     """
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float().div(255)[None]
     height, width = pixels.shape[2:]
     scale = SIDE_PX / max(height, width)
     if scale != 1:
-        # A strip so thin that it rounds to nothing keeps one row.
+        # An extremely thin strip would round to no row at all; keep one.
         new = [max(1, round(height * scale)), max(1, round(width * scale))]
         pixels = torch.nn.functional.interpolate(pixels, new, mode="bicubic", antialias=True)
     down, across = SIDE_PX - pixels.shape[2], SIDE_PX - pixels.shape[3]

@@ -1,9 +1,9 @@
-"""ImageReward v1.0 (arXiv 2304.05977): how well people rate a picture for a prompt."""
+"""ImageReward v1.0 (arXiv 2304.05977): how people rate an image for its prompt."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -14,26 +14,18 @@ from transformers import BertTokenizer, BlipTextConfig, BlipTextModel, BlipVisio
 from transformers.models.blip.modeling_blip import BlipVisionModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from ddpo.prompts.base import Prompt
-from ddpo.rewards.base import Scores
+from ddpo.rewards.models.checkpoint import CheckpointReward
 from ddpo.rewards.models.linear_head import build_head
-from ddpo.rewards.models.pinned import find_model, find_weights, load_part
-from ddpo.rewards.models.pretrained import (
-    Device,
-    LoadedOnce,
-    build_model,
-    in_batches,
-    pick_device,
-    place,
-)
+from ddpo.rewards.models.pinned import load_part
+from ddpo.rewards.models.pretrained import build_model, place
 
 MEAN = 0.16717362830052426
 STD = 1.0333394966054072
-"""Of the raw score over the authors' data: what it is standardised by."""
+"""Mean and standard deviation of the raw score over the authors' data."""
 
 MAX_TOKENS = 35
 
-# The authors' names beside transformers' (a name that ends in a dot stands for all below it).
+# The authors' names and transformers' (a trailing dot stands for everything below it).
 _VISION = {
     "cls_token": "embeddings.class_embedding",
     "pos_embed": "embeddings.position_embedding",
@@ -49,7 +41,7 @@ _IN_BLOCK = {
 }
 _BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")
 _UNUSED = ("blip.vision_proj.", "blip.text_proj.", "blip.text_encoder.embeddings.position_ids")
-"""Parts of BLIP that no score depends on: its contrastive projections, and 0, 1, 2, ..."""
+"""Parts of BLIP that no score depends on: contrastive projections, and the positions 0, 1, ..."""
 
 
 @dataclass(frozen=True)
@@ -61,86 +53,63 @@ class _Loaded:
     processor: CLIPImageProcessorPil
 
 
-class ImageReward:
-    """Reward = ImageReward's score; mean 0 and deviation 1 over the authors' data.
+@dataclass(kw_only=True, eq=False)
+class ImageReward(CheckpointReward[_Loaded]):
+    """Reward = ImageReward's score; mean 0 and standard deviation 1 over the authors' data.
 
-    BLIP's text encoder reads the prompt while it looks at the picture's patches (ViT-L/16); a
+    BLIP's text encoder reads the prompt while cross-attending to the image's patches (ViT-L/16); a
     linear head scores its first position (github.com/THUDM/ImageReward, ImageReward.py).
-
-    Args:
-        weights: The checkpoint: ``owner/name/file`` of the hub, a path, or an address; as
-            published, or its tensors in safetensors.
-        revision: Commit of a hub file; that of the default is pinned.
-        sha256: The file's; needed for an address.
-        tokenizer: Where BERT's tokenizer is from: a hub id or a folder.
-        tokenizer_revision: Its commit; that of the default is pinned.
-        device: Where the model runs.
     """
 
     version: ClassVar[str] = "1"
     needs: ClassVar[str] = "ImageReward v1.0 (1.8 GB) and BERT's tokenizer, fetched from the hub"
 
-    def __init__(
-        self,
-        weights: str = "THUDM/ImageReward/ImageReward.pt",
-        revision: str | None = None,
-        sha256: str | None = None,
-        tokenizer: str = "google-bert/bert-base-uncased",
-        tokenizer_revision: str | None = None,
-        device: Device = "auto",
-    ) -> None:
-        self._weights = find_weights(weights, revision, sha256)
-        self._tokenizer = find_model(tokenizer, tokenizer_revision)
-        self._device: Device = device
-        self._loaded = LoadedOnce(self._load)
-        self.revisions = {part.name: part.revision for part in (self._weights, self._tokenizer)}
+    weights: str = "THUDM/ImageReward/ImageReward.pt"
+    tokenizer: str = "google-bert/bert-base-uncased"
 
-    def __call__(self, images: Sequence[Image.Image], prompts: Sequence[Prompt]) -> Scores:
-        """Score B images for their prompts; what a prompt has beyond 35 tokens is cut."""
-        return Scores(in_batches(images, prompts, self._score))
+    def _load(self, device: torch.device) -> _Loaded:
+        tokenizer = load_part("the tokenizer", BertTokenizer.from_pretrained, self._tokenizer)
+        parts = from_published(self._weights.tensors())
+        vision_config, text_config = blip_large()
+        vision = build_model("ImageReward's ViT", BlipVisionModel, vision_config, parts["vision"])
+        text = build_model(
+            "ImageReward's text encoder",
+            BlipTextModel,
+            text_config,
+            parts["text"],
+            add_pooling_layer=False,
+        )
+        head = build_head("ImageReward's head", text_config.hidden_size, parts["head"])
+        return _Loaded(
+            vision=place(vision, device),
+            text=place(text, device),
+            head=place(head, device),
+            tokenizer=tokenizer,
+            processor=CLIPImageProcessorPil(),  # the shorter side to 224 px, then a centre crop
+        )
 
-    def _score(self, images: list[Image.Image], texts: list[str]) -> Tensor:
-        loaded = self._loaded.get()
-        where = loaded.vision.device
+    def _score(self, loaded: _Loaded, images: list[Image.Image], texts: list[str]) -> Tensor:
+        device = loaded.vision.device
         tokens = loaded.tokenizer(
             texts,
             padding="max_length",
             truncation=True,
             max_length=MAX_TOKENS,
             return_tensors="pt",
-        ).to(where)
-        pixels = loaded.processor(images, return_tensors="pt")["pixel_values"].to(where)
+        ).to(device)
+        pixels = loaded.processor(images, return_tensors="pt")["pixel_values"].to(device)
         patches = loaded.vision(pixel_values=pixels).last_hidden_state
-        read = loaded.text(
+        states = loaded.text(
             input_ids=tokens["input_ids"],
             attention_mask=tokens["attention_mask"],
             encoder_hidden_states=patches,
-            encoder_attention_mask=torch.ones(patches.shape[:2], dtype=torch.long, device=where),
+            encoder_attention_mask=torch.ones(patches.shape[:2], dtype=torch.long, device=device),
         ).last_hidden_state
-        return (loaded.head(read[:, 0]).squeeze(-1) - MEAN) / STD
-
-    def _load(self) -> _Loaded:
-        where = pick_device(self._device)
-        tokenizer = load_part("the tokenizer", BertTokenizer.from_pretrained, self._tokenizer)
-        parts = from_published(self._weights.tensors())
-        vision, text = blip_large()
-        sees = build_model("ImageReward's ViT", BlipVisionModel, vision, parts["vision"])
-        reads = build_model(
-            "ImageReward's text encoder",
-            BlipTextModel,
-            text,
-            parts["text"],
-            add_pooling_layer=False,
-        )
-        head = build_head("ImageReward's head", text.hidden_size, parts["head"])
-        processor = CLIPImageProcessorPil()  # the shorter side to 224 px, the centre cut out
-        return _Loaded(
-            *(place(sees, where), place(reads, where), place(head, where)), tokenizer, processor
-        )
+        return (loaded.head(states[:, 0]).squeeze(-1) - MEAN) / STD
 
 
 def blip_large() -> tuple[BlipVisionConfig, BlipTextConfig]:
-    """Return the architecture: BLIP's ViT-L/16 at 224 px, and its text encoder."""
+    """Return the configs of BLIP's ViT-L/16 at 224 px and of its text encoder."""
     vision = BlipVisionConfig(
         image_size=224,
         patch_size=16,
@@ -149,7 +118,7 @@ def blip_large() -> tuple[BlipVisionConfig, BlipTextConfig]:
         num_hidden_layers=24,
         num_attention_heads=16,
         hidden_act="gelu",
-        layer_norm_eps=1e-6,  # timm's; transformers' default is another
+        layer_norm_eps=1e-6,  # timm's; transformers' default differs
     )
     text = BlipTextConfig(
         vocab_size=30524,
@@ -162,21 +131,21 @@ def blip_large() -> tuple[BlipVisionConfig, BlipTextConfig]:
         hidden_act="gelu",
         layer_norm_eps=1e-12,
         pad_token_id=0,
-        is_decoder=True,  # that is, with cross-attention; a call says whether it looks back only
+        is_decoder=True,  # that is, with cross-attention; causality is chosen per call
     )
     return vision, text
 
 
 def from_published(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """Sort ImageReward's tensors by part, under the names that transformers has for them.
+    """Split ImageReward's tensors by part, renamed to transformers' names.
 
     Args:
         tensors: As published: ``blip.visual_encoder.*``, ``blip.text_encoder.*``, ``mlp.*``, and
-            parts that the score does not use, which are left out.
+            parts that the score does not use, which are dropped.
 
     Returns:
-        The tensors of ``vision`` (`BlipVisionModel`), ``text`` (`BlipTextModel`) and ``head``. A
-        name that is not known stays as it is, among those of the head, and is refused later.
+        The tensors of ``vision`` (`BlipVisionModel`), ``text`` (`BlipTextModel`) and ``head``. An
+        unknown name is kept, in ``head``, and rejected when that is built.
     """
     parts: dict[str, dict[str, Tensor]] = {"vision": {}, "text": {}, "head": {}}
     for name, tensor in tensors.items():
