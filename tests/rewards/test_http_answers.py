@@ -119,7 +119,7 @@ def test_answer_that_never_ends_is_given_up(fake, monkeypatch):
 
     planted.send_body = drip
     began = time.monotonic()
-    with pytest.raises(RewardError, match="not whole after"):
+    with pytest.raises(RewardError, match="incomplete after"):
         scored(reward, 2)
     assert time.monotonic() - began < 1.4
 
@@ -143,7 +143,7 @@ def test_identity_that_changes_is_an_error_that_says_what_changed(fake):
         ({"version": "2"}, "version is '2', not '1'"),
         ({"parameters": {"scale": 1}}, r"parameters is \{'scale': 1\}, not \{\}"),
         ({"name": "other"}, "name is 'other', not 'sum'"),
-        ({"parameters": {"x": float("nan")}}, "identity that is no JSON"),
+        ({"parameters": {"x": float("nan")}}, "identity that is not plain JSON"),
     ):
         planted.body = answer(identity=IDENTITY | changed)
         with pytest.raises(RewardError, match=message):
@@ -172,7 +172,9 @@ def test_expected_digest_is_held_to(fake):
     digest = RewardIdentity("sum").digest
     for given in (digest, digest[:8]):
         assert load(url, expected_digest=given).identity.digest == digest
-    with pytest.raises(RewardError, match=f"of digest {digest}, and expected_digest is 01234567"):
+    with pytest.raises(
+        RewardError, match=f"with the digest {digest}, but expected_digest is 01234567"
+    ):
         load(url, expected_digest="01234567")
     with pytest.raises(ConfigError, match="expected_digest"):
         load(url, expected_digest="0123")
@@ -227,7 +229,7 @@ def test_wrong_or_missing_token_names_the_variable(monkeypatch):
         with pytest.raises(RewardError, match="variable DDPO_REWARD_TOKEN is empty or not set"):
             load(url)
         monkeypatch.setenv("MINE", "not-that-one")
-        with pytest.raises(RewardError, match=r"the token is wrong.*variable MINE is another one"):
+        with pytest.raises(RewardError, match=r"the token is wrong.*variable MINE does not match"):
             load(url, token_variable="MINE")
         monkeypatch.setenv("MINE", TOKEN)
         same(
@@ -238,7 +240,7 @@ def test_wrong_or_missing_token_names_the_variable(monkeypatch):
 
 @pytest.mark.parametrize("name", [TOKEN, "hunter2", "a b", ""])
 def test_token_in_the_place_of_its_variable_is_not_quoted(name):
-    with pytest.raises(ConfigError, match="token_variable is no name") as caught:
+    with pytest.raises(ConfigError, match="token_variable is not the name") as caught:
         load("http://127.0.0.1:1", token_variable=name)
     assert not name or name not in str(caught.value)
 

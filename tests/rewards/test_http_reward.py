@@ -73,10 +73,10 @@ def test_address_is_no_part_of_the_identity_and_comes_from_the_environment(monke
     ("endpoints", "message"),
     [
         ((), "no endpoint; set `endpoints`.*DDPO_REWARD_ENDPOINTS"),
-        (("http://me:hunter2@host",), "endpoint 0 of `endpoints` is no plain address"),
-        (("http://a", "ftp://b"), "endpoint 1 of `endpoints` is no plain"),
-        (("127.0.0.1:80",), "endpoint 0 of `endpoints` is no plain"),
-        (("http://a?key=hunter2",), "endpoint 0 of `endpoints` is no plain"),
+        (("http://me:hunter2@host",), "endpoint 0 of `endpoints` is not a plain address"),
+        (("http://a", "ftp://b"), "endpoint 1 of `endpoints` is not a plain"),
+        (("127.0.0.1:80",), "endpoint 0 of `endpoints` is not a plain"),
+        (("http://a?key=hunter2",), "endpoint 0 of `endpoints` is not a plain"),
         (("http://a", "http://a/"), "twice"),
     ],
 )
@@ -184,7 +184,7 @@ def test_endpoint_that_was_away_is_asked_last_for_a_while(fake):
         reward = load(url, other, max_batch=1)
         assert scored(reward, 6).values.tolist() == [1.0] * 6
         assert (planted.asked.count("/score"), good.asked.count("/score")) == (1, 6)
-        reward.score._endpoints._away_until.clear()  # as it is half a minute later
+        reward.score._client._avoided_until.clear()  # as it is half a minute later
         planted.status, planted.body = 200, answer(values=[2.0], failed=[False])
         assert sorted(scored(reward, 4).values.tolist()) == [1.0, 1.0, 2.0, 2.0]
 

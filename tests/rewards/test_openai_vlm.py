@@ -149,7 +149,7 @@ def test_a_model_that_is_not_served_is_refused(up):
     with pytest.raises(RewardError, match="does not serve 'llava'; it serves qwen, pixtral"):
         load(url)
     served.models = (200, {}, b'{"data": 3}')
-    with pytest.raises(RewardError, match="/models is no list of models: data"):
+    with pytest.raises(RewardError, match="/models is not a list of models: data"):
         load(url)
 
 
@@ -169,8 +169,8 @@ def test_settings_that_the_task_would_ignore_are_refused(up):
     ("addresses", "message"),
     [
         ([], r"has no endpoint.*DDPO_VLM_ENDPOINTS"),
-        (["localhost:8000"], "endpoint 0 of `endpoints` is no plain address"),
-        (["http://a:1/v1", "http://u:secret@b/v1"], "endpoint 1 of `endpoints` is no plain"),
+        (["localhost:8000"], "endpoint 0 of `endpoints` is not a plain address"),
+        (["http://a:1/v1", "http://u:secret@b/v1"], "endpoint 1 of `endpoints` is not a plain"),
         (["http://a/v1", "http://a/v1/"], "names an endpoint twice"),
     ],
 )

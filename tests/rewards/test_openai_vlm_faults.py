@@ -61,7 +61,10 @@ def test_an_error_of_the_service_that_does_not_come_again_costs_nothing(up):
 FAULTS = {
     "500": (refusal(500), r"answered 500 no 500"),
     "400": (refusal(400), r"answered 400 no 400"),
-    "no-json": ((200, {}, b"<html>oops</html>"), r"no chat completion: the body: Invalid JSON"),
+    "no-json": (
+        (200, {}, b"<html>oops</html>"),
+        r"not return a chat completion: the body: Invalid JSON",
+    ),
     "no-choices": ((200, {}, b'{"choices": []}'), r"completion without choices"),
     "no-message": ((200, {}, b'{"choices": [{"text": "x"}]}'), r"choices.0.message: Field requ"),
     "no-text": ((200, {}, b'{"choices": [{"message": {"content": [1]}}]}'), r"valid string"),
@@ -91,21 +94,23 @@ def test_a_picture_whose_answer_has_no_end_fails_and_no_other_does(up, monkeypat
     monkeypatch.setattr(endpoints_module, "_ANSWER_LIMIT_BYTES", 5000)
     scores = scored(load(url))
     assert scores.failed.tolist() == [False, True, False]
-    assert "answered more than 5000 bytes" in scores.columns["vqa_error"][1]
+    assert "sent more than 5000 bytes" in scores.columns["vqa_error"][1]
 
 
 def test_a_service_that_answers_no_question_at_all_is_an_error(up):
     served, url = up
     served.answer = lambda body, number: (200, {}, b"[]")
-    with pytest.raises(RewardError, match=r"none of 6 questions was answered: .*no chat compl"):
+    with pytest.raises(
+        RewardError, match=r"none of 6 questions was answered: .*not return a chat compl"
+    ):
         scored(load(url))
 
 
 @pytest.mark.parametrize(
     ("status", "message"),
     [
-        (401, r"answered 401 no 401\. The API key in .*OPENAI_API_KEY is empty or not set"),
-        (404, r"answered 404 no 404\. Check that the endpoint ends as .*serves 'llava'"),
+        (401, r"answered 401 no 401\. Check the API key: .*OPENAI_API_KEY is empty or not set"),
+        (404, r"answered 404 no 404\. Check that the endpoint's path is .*serves 'llava'"),
         (307, r"answered 307 .*Check that the endpoint"),
     ],
 )
@@ -179,7 +184,7 @@ def test_the_key_is_sent_as_a_bearer_token_and_never_told(up, monkeypatch, caplo
             scored(reward)
         texts.append(str(caught.value))
     assert all("bad key ***" in text for text in texts[1:])
-    assert "another one than the service's" in texts[1]
+    assert "does not match the service's" in texts[1]
     cut_in_its_midst = json.dumps({"message": "x" * 485 + KEY}).encode()
     served.answer = lambda *_: (401, {}, cut_in_its_midst)
     with pytest.raises(RewardError) as caught:
@@ -189,6 +194,8 @@ def test_the_key_is_sent_as_a_bearer_token_and_never_told(up, monkeypatch, caplo
 
 
 def test_a_key_in_the_place_of_its_variables_name_is_not_repeated(up):
-    with pytest.raises(ConfigError, match=r"key_variable is no name.*name the variable") as caught:
+    with pytest.raises(
+        ConfigError, match=r"key_variable is not the name.*name the variable"
+    ) as caught:
         load(up[1], key_variable=KEY)
     assert KEY not in str(caught.value)

@@ -146,7 +146,7 @@ def test_nothing_but_loopback_is_served_without_a_token(host, monkeypatch):
 
 def test_token_that_no_header_carries_is_refused_unquoted(monkeypatch):
     monkeypatch.setenv("DDPO_REWARD_TOKEN", f"{TOKEN} {TOKEN}")
-    with pytest.raises(ConfigError, match="no bearer token") as caught:
+    with pytest.raises(ConfigError, match="not hold a bearer token") as caught:
         serve("jpeg_compressibility", {}, port=0)
     assert TOKEN not in str(caught.value)
 

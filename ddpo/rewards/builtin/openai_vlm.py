@@ -1,12 +1,13 @@
-"""Alignment, or questions, by a vision-language model behind an OpenAI-compatible endpoint."""
+"""Alignment or VQA by a vision-language model behind an OpenAI-compatible endpoint."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from typing import ClassVar, Literal
 
 from PIL import Image
-from pydantic import JsonValue, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import JsonValue, NonNegativeInt, PositiveInt
 
 from ddpo.errors import ConfigError
 from ddpo.prompts.base import Prompt
@@ -22,51 +23,33 @@ from ddpo.rewards.models.vlm_tasks import (
     score_alignment,
     score_questions,
 )
-from ddpo.rewards.service.endpoints import Endpoints, Patience, Service
+from ddpo.rewards.service.client import ServedReward
 
 ENDPOINTS_VARIABLE = "DDPO_VLM_ENDPOINTS"
 KEY_VARIABLE = "OPENAI_API_KEY"
 
+_OF_ALIGNMENT = ("question", "template", "bert_model", "bert_revision", "bert_layer", "device")
+"""Parameters that the task ``vqa`` has no use for."""
 
-class OpenaiVlm:
+
+@dataclass(kw_only=True, eq=False)
+class OpenaiVlm(ServedReward):
     """Reward = that of `vlm_alignment` or `vlm_vqa`, by a model behind an OpenAI-compatible API.
 
-    Pictures go to ``POST <endpoint>/chat/completions`` as PNG, with temperature 0. A sample whose
-    answer cannot be had has failed, with the reason in the column ``vlm_error`` or ``vqa_error``,
-    and stops no other; where no endpoint can be reached, the whole call fails and may be tried
-    again. Columns are those of the two rewards.
+    Images are sent to ``POST <endpoint>/chat/completions`` as PNG, with temperature 0. A sample
+    that gets no answer is marked as failed, with the reason in the column ``vlm_error`` or
+    ``vqa_error``, and does not affect the others; if no endpoint can be reached, the whole call
+    fails and can be retried. The columns are those of the two rewards.
 
-    Its identity is what it is asked and the model that is: building it asks ``GET
-    <endpoint>/models`` for what stands behind the model's name. That is as much as the service
-    tells; an exchange of weights under one name goes unnoticed. Endpoints, key and patience are no
-    part of it.
-
-    Args:
-        model: Name of the model, as the service has it.
-        task: ``alignment``, or ``vqa``: the questions of the prompts' metadata.
-        endpoints: Base addresses, such as ``http://127.0.0.1:8000/v1``; asked in turn.
-        endpoints_variable: Environment variable that, where it is set, holds the endpoints,
-            separated by commas, and goes before `endpoints`.
-        key_variable: Environment variable that holds the API key, if the service wants one. Never
-            the key itself.
-        question: What is asked about every picture; of ``alignment``, as the next four.
-        template: What an answer is compared with; ``{prompt}`` stands for the prompt.
-        bert_model: The model that compares: a hub id or a folder.
-        bert_revision: Its commit; that of the default is pinned.
-        bert_layer: The hidden layer that is compared.
-        device: Where BERTScore runs.
-        max_new_tokens: Tokens after which an answer is cut.
-        at_once: Requests that are under way side by side.
-        connect_timeout_s: Seconds to reach an endpoint.
-        timeout_s: Seconds in which an endpoint must answer, its queue included.
-        retries: How often all endpoints are asked again for an answer.
-        give_up_after_s: Seconds after which an answer is given up.
-        start_within_s: Seconds that building it waits for the service to be there.
+    The identity is the question and the model: building the reward asks ``GET <endpoint>/models``
+    what is behind the model's name. Services report no more than that; new weights under the same
+    name go unnoticed. Endpoints, key and patience are not part of it.
 
     Raises:
-        ConfigError: No endpoint, or one that is no plain http address; no usable key; a setting of
-            ``alignment`` with the task ``vqa``.
-        RewardError: The service is away, or serves no such model; torchmetrics is not installed.
+        ConfigError: There is no endpoint, an address is not plain http, the key is malformed, or a
+            parameter of ``alignment`` is set for the task ``vqa``.
+        RewardError: The service is unavailable, or does not serve the model; torchmetrics is not
+            installed.
     """
 
     version: ClassVar[str] = "1"
@@ -75,68 +58,62 @@ class OpenaiVlm:
         "alignment also torchmetrics (pip install -e '.[rewards]') and a model (3 GB, fetched)"
     )
 
-    def __init__(
-        self,
-        model: str,
-        task: Literal["alignment", "vqa"] = "alignment",
-        endpoints: tuple[str, ...] = (),
-        *,
-        endpoints_variable: str = ENDPOINTS_VARIABLE,
-        key_variable: str = KEY_VARIABLE,
-        question: str = QUESTION,
-        template: str = TEMPLATE,
-        bert_model: str = BERT,
-        bert_revision: str | None = None,
-        bert_layer: NonNegativeInt = BERT_LAYER,
-        device: Device = "auto",
-        max_new_tokens: PositiveInt = 64,
-        at_once: PositiveInt = 8,
-        connect_timeout_s: PositiveFloat = 5.0,
-        timeout_s: PositiveFloat = 120.0,
-        retries: NonNegativeInt = 60,
-        give_up_after_s: PositiveFloat = 600.0,
-        start_within_s: PositiveFloat = 15.0,
-    ) -> None:
-        patience = Patience(connect_timeout_s, timeout_s, retries, give_up_after_s)
-        service = Service(
+    endpoints_variable: str = ENDPOINTS_VARIABLE
+    key_variable: str = KEY_VARIABLE
+    """Environment variable with the API key, if the service requires one. Never the key itself."""
+    model: str
+    """The model's name, as the service knows it."""
+    task: Literal["alignment", "vqa"] = "alignment"
+    """``alignment``, or ``vqa``: the questions in the prompts' metadata."""
+    question: str = QUESTION
+    """What is asked about every image; only for ``alignment``, like the next five."""
+    template: str = TEMPLATE
+    """What an answer is compared with; ``{prompt}`` stands for the prompt."""
+    bert_model: str = BERT
+    """The model that compares sentences: a Hub id or a folder."""
+    bert_revision: str | None = None
+    """Its commit; that of the default is pinned."""
+    bert_layer: NonNegativeInt = BERT_LAYER
+    """The hidden layer that is compared."""
+    device: Device = "auto"
+    """Where BERTScore runs."""
+    max_new_tokens: PositiveInt = 64
+    """Length of an answer, in tokens, at which it is cut."""
+    at_once: PositiveInt = 8
+    """Number of concurrent requests."""
+
+    def __post_init__(self) -> None:
+        endpoints = self._connect(
             what="the served model",
             start="Start it",
             example="http://127.0.0.1:8000/v1",
-            variable=endpoints_variable,
-            token_variable=key_variable,
+            token_variable=self.key_variable,
             token_parameter="key_variable",
         )
-        served = Endpoints(endpoints, service, patience)
-        self._chat = ChatModel(served, model, max_new_tokens, at_once, patience)
+        self._chat = ChatModel(endpoints, self.model, self.max_new_tokens, self.at_once)
         self._bert: BertRecall | None = None
-        self._question = question
         parameters: dict[str, JsonValue] = {
-            "model": model,
-            "task": task,
-            "max_new_tokens": max_new_tokens,
-        }
-        compared: dict[str, tuple[JsonValue, JsonValue]] = {
-            "question": (question, QUESTION),
-            "template": (template, TEMPLATE),
-            "bert_model": (bert_model, BERT),
-            "bert_revision": (bert_revision, None),
-            "bert_layer": (bert_layer, BERT_LAYER),
-            "device": (device, "auto"),
+            "model": self.model,
+            "task": self.task,
+            "max_new_tokens": self.max_new_tokens,
         }
         revisions: dict[str, str] = {}
-        if task == "alignment":
-            self._template = check_template(template)
-            self._bert = BertRecall(bert_model, bert_revision, bert_layer, device)
+        if self.task == "alignment":
+            check_template(self.template)
+            self._bert = BertRecall(
+                self.bert_model, self.bert_revision, self.bert_layer, self.device
+            )
             revisions |= self._bert.revisions
-            parameters |= {name: given for name, (given, _) in compared.items()}
+            parameters |= {name: getattr(self, name) for name in _OF_ALIGNMENT}
         else:
-            ignored = [name for name, (given, default) in compared.items() if given != default]
+            defaults = {field.name: field.default for field in fields(self)}
+            ignored = [name for name in _OF_ALIGNMENT if getattr(self, name) != defaults[name]]
             if ignored:
                 raise ConfigError(
                     f"{', '.join(ignored)}: the task 'vqa' asks the questions of the prompts and "
-                    "compares no sentences; leave it out, or set the task to 'alignment'"
+                    "compares no sentences; remove it, or set the task to 'alignment'"
                 )
-        revisions[model] = self._chat.revision(start_within_s)
+        revisions[self.model] = self._chat.revision(self.start_within_s)
         self.identity = RewardIdentity("openai_vlm", parameters, revisions, self.version)
 
     def __call__(self, images: Sequence[Image.Image], prompts: Sequence[Prompt]) -> Scores:
@@ -144,5 +121,5 @@ class OpenaiVlm:
         if self._bert is None:
             return score_questions(images, prompts, self._chat.ask)
         return score_alignment(
-            images, prompts, self._chat.ask, self._bert, self._question, self._template
+            images, prompts, self._chat.ask, self._bert, self.question, self.template
         )

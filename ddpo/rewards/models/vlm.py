@@ -15,7 +15,7 @@ from transformers.processing_utils import ProcessorMixin
 from ddpo.errors import RewardError
 from ddpo.rewards.models.pinned import find_model, load_part
 from ddpo.rewards.models.pretrained import SCORED_AT_ONCE, Device, LoadedOnce, pick_device, place
-from ddpo.rewards.models.vlm_tasks import NOTHING_SAID, Answer
+from ddpo.rewards.models.vlm_tasks import EMPTY_ANSWER, Answer
 
 LLAVA = "llava-hf/llava-1.5-7b-hf"
 
@@ -76,7 +76,7 @@ class VisionLanguageModel:
             part = slice(start, start + SCORED_AT_ONCE)
             rgb = [image.convert("RGB") for image in images[part]]
             texts = self._answer(self._loaded.get(), rgb, questions[part])
-            answers += [Answer(text, "" if text else NOTHING_SAID) for text in texts]
+            answers += [Answer(text, "" if text else EMPTY_ANSWER) for text in texts]
         return answers
 
     def _answer(

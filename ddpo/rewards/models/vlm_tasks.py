@@ -40,7 +40,7 @@ class Answer:
 Ask = Callable[[Sequence[Image.Image], Sequence[str]], Sequence[Answer]]
 """Asks N questions, each about the picture of its own index; N answers."""
 
-NOTHING_SAID = "the model's answer is empty"
+EMPTY_ANSWER = "the model's answer is empty"
 
 
 def check_template(template: str) -> str:

@@ -1,4 +1,4 @@
-"""The endpoints of a service: asked in turn, with patience, and without telling its token."""
+"""Round-robin client for a service's endpoints, with failover and backoff; hides its token."""
 
 from __future__ import annotations
 
@@ -20,65 +20,59 @@ from ddpo.errors import ConfigError, RewardError, RewardUnavailable
 from ddpo.rewards.service.wire import read_token
 
 Files = Sequence[tuple[str, tuple[str | None, bytes, str]]]
-"""The parts of a multipart body: a name; file name, bytes and media type."""
+"""The parts of a multipart body, as httpx takes them: field; file name, bytes, media type."""
 
 _ANSWER_LIMIT_BYTES = 64 * 1024**2
-_AWAY_STATUS = frozenset({408, 425, 429, 502, 503, 504})
-"""Answers of a service that is busy, loading or behind a proxy that does not reach it."""
-_BROKEN_TRIES = 3
-"""How often something is asked that endpoints answer with an error of their own."""
+_UNAVAILABLE_STATUS = frozenset({408, 425, 429, 502, 503, 504})
+"""Statuses of a service that is busy, still loading, or behind a proxy that cannot reach it."""
+_SERVER_ERROR_TRIES = 3
+"""How often a request is made that the endpoints answer with a server error."""
 _FIRST_WAIT_S = 0.25
 _LONGEST_WAIT_S = 15.0
 _AVOIDED_S = 30.0
-"""An endpoint that was away is asked last for so long."""
-_SAID_LIMIT = 500
+"""For how long an endpoint that was unavailable is tried last."""
+_DETAIL_LIMIT = 500  # characters of an error response in a message
 
 _logger = logging.getLogger(__name__)
-_jitter = random.Random()  # its own: the module's generator belongs to whoever seeded it
+_jitter = random.Random()  # not the module's generator, which belongs to whoever seeded it
 
-Found = TypeVar("Found")
+Answer = TypeVar("Answer")
 
 
 @dataclass(frozen=True)
 class Service:
-    """What is asked, in the words of messages, and the variables of the environment that count.
-
-    Attributes:
-        what: What it is, such as ``the reward service``.
-        start: How a user starts it, as a message begins to say it.
-        example: An address as one would write it.
-        variable: Holds addresses that go before the config's, where it is set.
-        token_variable: Holds the bearer token, if one is wanted.
-        token_parameter: Name of the parameter that names `token_variable`.
-    """
+    """What a service is called in messages, and which environment variables configure it."""
 
     what: str
+    """What it is, such as ``the reward service``."""
     start: str
+    """How a user starts it: the beginning of a sentence."""
     example: str
+    """An example of an address."""
     variable: str
+    """Environment variable with addresses that override those of the config."""
     token_variable: str
+    """Environment variable with the bearer token, if one is required."""
     token_parameter: str
+    """Name of the reward's parameter that names `token_variable`."""
 
 
 @dataclass(frozen=True)
 class Patience:
-    """How long an answer is waited for.
-
-    Attributes:
-        connect_timeout_s: Seconds to reach an endpoint.
-        timeout_s: Seconds in which it must answer a request, its queue included.
-        retries: How often all endpoints are asked again.
-        give_up_after_s: Seconds after which a request is given up.
-    """
+    """How long to wait for a service."""
 
     connect_timeout_s: float
+    """Seconds to connect to an endpoint."""
     timeout_s: float
+    """Seconds in which an endpoint must respond, including time in its queue."""
     retries: int
+    """How often all endpoints are tried again."""
     give_up_after_s: float
+    """Seconds after which a request fails."""
 
 
-class Away(Exception):
-    """An endpoint did not answer, or asked to come again later."""
+class Unavailable(Exception):
+    """An endpoint did not respond, or asked to be tried again later."""
 
     def __init__(self, reason: str, retry_after_s: float = 0.0) -> None:
         super().__init__(reason)
@@ -86,84 +80,88 @@ class Away(Exception):
 
 
 class NoAnswer(Exception):
-    """An endpoint is there, and gave no answer to what it was asked."""
+    """An endpoint responded, but not with an answer to the request."""
 
 
-class Broken(NoAnswer):
-    """It answered with an error of its own, which may not come again."""
+class ServerError(NoAnswer):
+    """An endpoint responded with a server error, which may be transient."""
 
 
 @dataclass(frozen=True)
 class Reply:
-    """What an endpoint answered.
-
-    Attributes:
-        status: The HTTP status.
-        data: The body.
-        said: Status and what the body says of an error, shortened and without the token.
-    """
+    """An endpoint's response."""
 
     status: int
+    """The HTTP status."""
     data: bytes
-    said: str
+    """The body."""
+    summary: str
+    """The status and the error detail in the body, shortened and without the token."""
 
 
 class Endpoints:
-    """Where a service answers; those that are away are asked again later.
+    """The endpoints of a service, tried in turn.
 
-    Another endpoint is asked first each time, the next one at once where one is away. Where all
-    are, they are asked again after a growing, jittered wait, or what ``Retry-After`` says. What a
-    reply is worth, the caller says. May be used by several threads at once.
+    Each request starts with another endpoint and fails over to the next immediately. If all are
+    unavailable, they are tried again after a growing, jittered wait, or after the time given by
+    ``Retry-After``. The caller decides what counts as an answer. Safe to use from several threads.
 
     Args:
-        given: Base addresses, as the config has them.
-        service: What is asked.
-        patience: How long an answer is waited for.
+        given: Base addresses, from the config.
+        service: What the service is.
+        patience: How long to wait for it.
 
     Raises:
-        ConfigError: No endpoint, or one that is no plain http address; no bearer token.
+        ConfigError: There is no endpoint, an address is not plain http, or the token is malformed.
     """
 
     def __init__(self, given: Sequence[str], service: Service, patience: Patience) -> None:
         self.addresses = _addresses(given, service)
+        self.patience = patience
         self._service = service
-        self._patience = patience
         self._token = read_token(service.token_variable, service.token_parameter)
-        self._turns = itertools.count()  # one step of it cannot be torn apart by threads
-        self._away_until: dict[str, float] = {}
+        self._turns = itertools.count()  # next() is atomic
+        self._avoided_until: dict[str, float] = {}
         headers = {"Accept": "application/json", "Accept-Encoding": "identity"}
         if self._token:
             headers["Authorization"] = f"Bearer {self._token}"
-        # Whoever asks says how much is under way at once; nothing waits for a connection.
+        # Callers bound their own concurrency; no request waits for a connection.
         limits = httpx.Limits(max_connections=None)
         self._client = httpx.Client(headers=headers, follow_redirects=False, limits=limits)
 
     @property
     def token_state(self) -> str:
-        """What may be wrong with the token, in words that do not tell it."""
-        has = "another one than the service's" if self._token else "empty or not set"
-        return f"the environment variable {self._service.token_variable} is {has}"
+        """What may be wrong with the token, without revealing it."""
+        state = "does not match the service's" if self._token else "is empty or not set"
+        return f"the environment variable {self._service.token_variable} {state}"
 
-    def in_turn(
-        self, ask: Callable[[str, float], Found], *, each_s: float, within_s: float
-    ) -> tuple[str, Found]:
-        """Ask the endpoints in turn until one answers.
+    def first_answer(
+        self,
+        ask: Callable[[str, float], Answer],
+        *,
+        each_s: float | None = None,
+        within_s: float | None = None,
+    ) -> tuple[str, Answer]:
+        """Try the endpoints in turn until one answers.
 
         Args:
-            ask: Asks an endpoint, within seconds; raises `Away`, `NoAnswer` or what it likes.
-            each_s: Seconds in which an endpoint must answer.
-            within_s: Seconds after which all are given up.
+            ask: Asks an endpoint, given its address and a time limit in seconds. Raises
+                `Unavailable` or `NoAnswer`; anything else it raises is passed on.
+            each_s: Seconds in which one endpoint must answer; by default the patience's.
+            within_s: Seconds after which to stop trying; by default the patience's.
 
         Returns:
             The endpoint that answered, and what ``ask`` returned.
 
         Raises:
-            RewardUnavailable: All are away, as often or as long as they are asked.
-            NoAnswer: One was reached, and has no answer; if it is `Broken`, after a few tries.
+            RewardUnavailable: All endpoints stayed unavailable.
+            NoAnswer: An endpoint was reached but gave no answer; a `ServerError` after a few tries.
         """
+        each_s = self.patience.timeout_s if each_s is None else each_s
+        within_s = self.patience.give_up_after_s if within_s is None else within_s
         deadline = time.monotonic() + within_s
         reasons: dict[str, str] = {}
-        broken: list[Broken] = []
+        server_errors: list[ServerError] = []
         for attempt in itertools.count():
             waits: list[float] = []
             for endpoint in self._order():
@@ -172,120 +170,120 @@ class Endpoints:
                     break
                 try:
                     return endpoint, ask(endpoint, min(each_s, left_s))
-                except Away as error:
+                except Unavailable as error:
                     reasons[endpoint] = str(error)
                     waits.append(error.retry_after_s)
-                    self._note_away(endpoint)
-                except Broken as error:
+                    self._avoid(endpoint)
+                except ServerError as error:
                     reasons[endpoint] = str(error)
                     waits.append(0.0)
-                    broken.append(error)
-                    if len(broken) == _BROKEN_TRIES:
+                    server_errors.append(error)
+                    if len(server_errors) == _SERVER_ERROR_TRIES:
                         raise
             longest = min(_LONGEST_WAIT_S, _FIRST_WAIT_S * 2 ** min(attempt, 10))
             wait_s = max(min(waits, default=0.0), longest * _jitter.uniform(0.5, 1.0))
-            if attempt == self._patience.retries or time.monotonic() + wait_s >= deadline:
+            if attempt == self.patience.retries or time.monotonic() + wait_s >= deadline:
                 break
-            what, said = self._service.what, _together(reasons)
-            _logger.warning("%s is away, trying again in %.1f s: %s", what, wait_s, said)
+            what, why = self._service.what, _together(reasons)
+            _logger.warning("%s is unavailable, trying again in %.1f s: %s", what, wait_s, why)
             time.sleep(wait_s)
-        if broken:
-            raise broken[-1]
+        if server_errors:
+            raise server_errors[-1]
         raise RewardUnavailable(
             f"no endpoint of {self._service.what} answered ({_together(reasons)}). "
-            f"{self._service.start}, or say where it is: `endpoints` of the reward's parameters, "
+            f"{self._service.start}, or say where it runs: `endpoints` in the reward's parameters, "
             f"or the environment variable {self._service.variable}"
         )
 
-    def others(
-        self, first: str, ask: Callable[[str, float], Found], *, each_s: float
-    ) -> Iterator[tuple[str, Found]]:
-        """Ask all endpoints but one, once; those that do not answer are passed over.
+    def other_answers(
+        self, first: str, ask: Callable[[str, float], Answer], *, each_s: float
+    ) -> Iterator[tuple[str, Answer]]:
+        """Ask every endpoint but one, once; skip those that give no answer.
 
         Yields:
-            An endpoint, and what ``ask`` (as of `in_turn`, within ``each_s`` seconds) returned.
+            An endpoint, and what ``ask`` (as in `first_answer`) returned within ``each_s`` seconds.
         """
         for endpoint in self.addresses:
             if endpoint == first:
                 continue
             try:
-                found = ask(endpoint, each_s)
-            except (Away, NoAnswer) as error:
-                self._note_away(endpoint)
-                _logger.warning("%s of %s is away: %s", endpoint, self._service.what, error)
+                answer = ask(endpoint, each_s)
+            except (Unavailable, NoAnswer) as error:
+                self._avoid(endpoint)
+                _logger.warning("%s of %s is unavailable: %s", endpoint, self._service.what, error)
                 continue
-            yield endpoint, found
+            yield endpoint, answer
 
     def request(
         self, endpoint: str, path: str, seconds: float, body: bytes | Files | None = None
     ) -> Reply:
-        """Ask one endpoint once.
+        """Make one request to one endpoint.
 
         Args:
             endpoint: Its address.
-            path: What is asked, below the address.
-            seconds: In which the whole answer must be there.
-            body: Of a POST: JSON, or the parts of a form; None for a GET.
+            path: Path below the address.
+            seconds: Time limit for the whole response.
+            body: Body of a POST: JSON, or the parts of a form; None for a GET.
 
         Raises:
-            Away: It does not answer, or asks to come again later.
-            NoAnswer: It answers without end.
+            Unavailable: It does not respond, or asks to be tried again later.
+            NoAnswer: The response exceeds the size limit.
         """
         deadline = time.monotonic() + seconds
-        connect_s = min(self._patience.connect_timeout_s, seconds)
-        sent: dict[str, Any] = {"timeout": httpx.Timeout(seconds, connect=connect_s)}
+        connect_s = min(self.patience.connect_timeout_s, seconds)
+        arguments: dict[str, Any] = {"timeout": httpx.Timeout(seconds, connect=connect_s)}
         if isinstance(body, bytes):
-            sent |= {"content": body, "headers": {"Content-Type": "application/json"}}
+            arguments |= {"content": body, "headers": {"Content-Type": "application/json"}}
         elif body is not None:
-            sent["files"] = body
+            arguments["files"] = body
         method = "GET" if body is None else "POST"
         data = bytearray()
         try:
-            with self._client.stream(method, endpoint + path, **sent) as response:
+            with self._client.stream(method, endpoint + path, **arguments) as response:
                 for piece in response.iter_raw():
                     data += piece
                     if len(data) > _ANSWER_LIMIT_BYTES:
-                        raise NoAnswer(f"{endpoint} answered more than {_ANSWER_LIMIT_BYTES} bytes")
-                    if time.monotonic() > deadline:  # a timeout of httpx's is one for each piece
-                        raise Away(f"its answer was not whole after {seconds:.0f} s")
+                        raise NoAnswer(f"{endpoint} sent more than {_ANSWER_LIMIT_BYTES} bytes")
+                    if time.monotonic() > deadline:  # httpx's timeout is per read
+                        raise Unavailable(f"its response was incomplete after {seconds:.0f} s")
         except httpx.TransportError as error:
-            raise Away(self.clean(f"{type(error).__name__} {error}".strip())) from error
-        # Cleaned before it is cut: half a token would not be found.
+            raise Unavailable(self.clean(f"{type(error).__name__} {error}".strip())) from error
+        # Clean before cutting: half a token would not be recognised.
         status = response.status_code
         detail = "" if status == httpx.codes.OK else _detail(bytes(data))
-        said = self.clean(f"{status} {detail}")[:_SAID_LIMIT].strip()
-        if status in _AWAY_STATUS:
-            raise Away(said, _retry_after_s(response.headers.get("Retry-After", "")))
-        return Reply(status, bytes(data), said)
+        summary = self.clean(f"{status} {detail}")[:_DETAIL_LIMIT].strip()
+        if status in _UNAVAILABLE_STATUS:
+            raise Unavailable(summary, _retry_after_s(response.headers.get("Retry-After", "")))
+        return Reply(status, bytes(data), summary)
 
     def error(self, text: str) -> RewardError:
-        """Return an error that says what an endpoint said, without the token."""
+        """Return an error that may quote an endpoint, with the token removed."""
         return RewardError(self.clean(text))
 
     def clean(self, text: str) -> str:
-        """Take the token out of a text: a service may repeat whatever it was sent."""
+        """Remove the token from a text: a service may echo whatever it was sent."""
         return hide_credentials(text.replace(self._token, HIDDEN) if self._token else text)
 
     def _order(self) -> list[str]:
-        """Return all endpoints, another one first each time; those lately away come last."""
+        """Return all endpoints, rotated by one each time; recently unavailable ones come last."""
         first = next(self._turns) % len(self.addresses)
         order = (*self.addresses[first:], *self.addresses[:first])
         now = time.monotonic()
-        return sorted(order, key=lambda endpoint: self._away_until.get(endpoint, 0.0) > now)
+        return sorted(order, key=lambda endpoint: self._avoided_until.get(endpoint, 0.0) > now)
 
-    def _note_away(self, endpoint: str) -> None:
-        self._away_until[endpoint] = time.monotonic() + _AVOIDED_S
+    def _avoid(self, endpoint: str) -> None:
+        self._avoided_until[endpoint] = time.monotonic() + _AVOIDED_S
 
 
 def _addresses(given: Sequence[str], service: Service) -> tuple[str, ...]:
     variable = service.variable
-    told = [part.strip() for part in os.environ.get(variable, "").split(",") if part.strip()]
-    addresses = tuple(address.rstrip("/") for address in told or given)
-    where = f"the environment variable {variable}" if told else "`endpoints`"
+    override = [part.strip() for part in os.environ.get(variable, "").split(",") if part.strip()]
+    addresses = tuple(address.rstrip("/") for address in override or given)
+    where = f"the environment variable {variable}" if override else "`endpoints`"
     if not addresses:
         raise ConfigError(
-            f"{service.what} has no endpoint; set `endpoints` under the reward's `parameters`, "
-            f"such as [{service.example}], or the environment variable {variable}"
+            f"{service.what} has no endpoint; set `endpoints` in the reward's `parameters`, such "
+            f"as [{service.example}], or the environment variable {variable}"
         )
     for number, address in enumerate(addresses):
         try:
@@ -294,10 +292,10 @@ def _addresses(given: Sequence[str], service: Service) -> tuple[str, ...]:
             plain = plain and not (url.userinfo or url.query or url.fragment)
         except httpx.InvalidURL:
             plain = False
-        if not plain:  # not quoted: a password may stand in it
+        if not plain:  # not quoted: it may contain a password
             raise ConfigError(
-                f"endpoint {number} of {where} is no plain address; expected http://host:port or "
-                "https://host:port/path, without user, password, query or fragment"
+                f"endpoint {number} of {where} is not a plain address; expected http://host:port "
+                "or https://host:port/path, without user, password, query or fragment"
             )
     if len(set(addresses)) != len(addresses):
         raise ConfigError(f"{where} names an endpoint twice: {', '.join(addresses)}")
@@ -309,19 +307,19 @@ def _together(reasons: dict[str, str]) -> str:
 
 
 def _detail(data: bytes) -> str:
-    """Return what an answer says of an error: FastAPI's, OpenAI's or vLLM's way."""
+    """Return the error detail of a response, in the form of FastAPI, OpenAI or vLLM."""
     text = data.decode("utf-8", "replace")
     try:
-        told = json.loads(text)
+        body = json.loads(text)
     except (ValueError, RecursionError):
         return text
-    if not isinstance(told, dict):
+    if not isinstance(body, dict):
         return text
-    error = told.get("error")
-    told = error if isinstance(error, dict) else told
-    return str(told.get("message") or told.get("detail") or error or text)
+    error = body.get("error")
+    body = error if isinstance(error, dict) else body
+    return str(body.get("message") or body.get("detail") or error or text)
 
 
 def _retry_after_s(header: str) -> float:
-    """Return the seconds that a service asks to wait, as far as they are waited for."""
+    """Return the seconds that a service asks to wait, up to the longest wait."""
     return min(float(header), _LONGEST_WAIT_S) if re.fullmatch(r"\d{1,9}", header) else 0.0

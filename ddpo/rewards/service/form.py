@@ -14,7 +14,7 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 from ddpo.errors import ConfigError
 from ddpo.prompts.base import Prompt
 from ddpo.rewards.service.limits import Limits, refusal
-from ddpo.rewards.service.wire import PromptMessage, what_is_wrong
+from ddpo.rewards.service.wire import PromptMessage, describe_problems
 
 _LONGEST_BOUNDARY = 70  # RFC 2046
 _PROMPTS: TypeAdapter[list[PromptMessage]] = TypeAdapter(list[PromptMessage])
@@ -171,7 +171,7 @@ def _read_prompts(data: bytes) -> list[Prompt]:
     try:
         told = _PROMPTS.validate_json(data)
     except ValidationError as error:
-        wrong = what_is_wrong(error, "the part")
+        wrong = describe_problems(error, "the part")
         raise refusal(
             422, f"'prompts' is no JSON array of {{text, metadata}} objects: {wrong}"
         ) from error

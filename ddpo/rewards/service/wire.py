@@ -1,4 +1,4 @@
-"""What both ends of a served reward agree on: the JSON that passes, and the token."""
+"""What both ends of a served reward agree on: the JSON messages and the token."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ _SHOWN = 3  # problems of one message
 
 
 class PromptMessage(BaseModel):
-    """What the picture of the same index was asked for."""
+    """The prompt of the image with the same index."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
 
     text: str = Field(min_length=1)
-    """The words; not blank."""
+    """The text; not blank."""
     metadata: dict[str, JsonValue] = {}
-    """What a reward knows about them beside the words."""
+    """What a reward knows about the prompt besides its text."""
 
 
 class IdentityMessage(BaseModel):
-    """A reward's identity, as a service tells it."""
+    """A reward's identity, as a service reports it."""
 
     model_config = ConfigDict(strict=True)
 
@@ -36,11 +36,11 @@ class IdentityMessage(BaseModel):
     revisions: dict[str, str] = {}
     version: str
     digest: str = ""
-    """The sha256 of the other four, for people; a client computes its own."""
+    """The sha256 of the other four fields, for people; a client computes its own."""
 
     @classmethod
     def of(cls, identity: RewardIdentity) -> IdentityMessage:
-        """Return what a service tells of an identity."""
+        """Return the message for an identity."""
         return cls(
             name=identity.name,
             parameters=dict(identity.parameters),
@@ -51,26 +51,26 @@ class IdentityMessage(BaseModel):
 
 
 class ScoresMessage(BaseModel):
-    """The scores of B pictures, as a service tells them. JSON has no nan: null stands for it."""
+    """The scores of B images, as a service reports them. JSON has no nan; null stands for it."""
 
     model_config = ConfigDict(strict=True)
 
     values: list[FiniteFloat | None]
-    """Rewards [B], float32 written out in full; null where the sample failed."""
+    """Rewards [B], float32 in full precision; null where the sample failed."""
     failed: list[bool]
     """Samples that could not be scored, [B]."""
     columns: dict[str, list[JsonValue]] = {}
-    """The reward's own findings by name, [B] each; null is nan."""
+    """The reward's own columns by name, [B] each; null is nan."""
     identity: IdentityMessage
-    """What scored them."""
+    """The reward that computed them."""
 
 
-def what_is_wrong(error: ValidationError, whole: str = "the body") -> str:
-    """Say what is wrong with a message, without repeating any of it: a token may stand there.
+def describe_problems(error: ValidationError, whole: str = "the body") -> str:
+    """Describe what is wrong with a message without quoting it, since it may contain a token.
 
     Args:
-        error: What its validation raised.
-        whole: What the message is called, where all of it is wrong.
+        error: What validating the message raised.
+        whole: What the message is called if all of it is wrong.
     """
     return "; ".join(
         f"{'.'.join(map(str, item['loc'])) or whole}: {item['msg']}"
@@ -79,28 +79,28 @@ def what_is_wrong(error: ValidationError, whole: str = "the body") -> str:
 
 
 def read_token(variable: str, parameter: str = "token_variable") -> str | None:
-    """Return the bearer token that an environment variable holds.
+    """Return the bearer token in an environment variable.
 
     Args:
-        variable: Its name.
-        parameter: Name of the parameter that it comes from.
+        variable: Name of the variable.
+        parameter: Name of the parameter that names the variable, for messages.
 
     Returns:
-        The token without white space around it, or None where the variable is unset or empty.
+        The token without surrounding whitespace; None if the variable is unset or empty.
 
     Raises:
-        ConfigError: No name of a variable, or no bearer token (RFC 6750). Neither is quoted: a
-            token may have been put in the place of a name.
+        ConfigError: The name or the token (RFC 6750) is malformed. Neither is quoted: someone may
+            have written the token in place of the name.
     """
     if not re.fullmatch(r"[A-Z_][A-Z0-9_]*", variable):
         raise ConfigError(
-            f"{parameter} is no name of an environment variable (capitals, digits, '_'); name "
+            f"{parameter} is not the name of an environment variable (capitals, digits, '_'); name "
             "the variable that holds the token, and never write the token itself into a config"
         )
     token = os.environ.get(variable, "").strip()
     if token and not re.fullmatch(r"[A-Za-z0-9._~+/-]+=*", token):
         raise ConfigError(
-            f"the environment variable {variable} holds what is no bearer token; expected letters, "
+            f"the environment variable {variable} does not hold a bearer token; expected letters, "
             "digits and - . _ ~ + /, with = at the end only"
         )
     return token or None
