@@ -5,17 +5,14 @@ This package is the library: it knows neither Prefect nor MLflow. ``tasks/`` and
 
 from __future__ import annotations
 
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
+
+from ddpo.basics.version import VERSION as __version__
 
 if TYPE_CHECKING:
     from ddpo.analysis.history import open_run
 
-try:
-    __version__ = version("ddpo")  # pyproject.toml has the only number
-except PackageNotFoundError:  # a checkout on the path, without `pip install -e .`
-    __version__ = "0+not.installed"
-__all__ = ["open_run"]
+__all__ = ["__version__", "open_run"]
 
 
 def __getattr__(name: str) -> Any:

@@ -12,8 +12,8 @@ from typing import Any
 
 from pydantic import JsonValue
 
-import ddpo
 from ddpo.basics.digests import json_digest
+from ddpo.basics.version import VERSION
 from ddpo.config import NumericsConfig, RunConfig
 from ddpo.config.files import parse_config
 from ddpo.errors import ConfigError, RewardError, RunIdentityMismatch
@@ -216,7 +216,7 @@ def start_run(config: RunConfig, run_id: str) -> Run:
         run_id,
         identity=_pinned_identity(config),
         numerics=numerics.model_dump(mode="json"),
-        code={"ddpo": ddpo.__version__},
+        code={"ddpo": VERSION},
     )
     runs.append_operation(store, run_id, config.operation())
     if changed := changed_versions(numerics):

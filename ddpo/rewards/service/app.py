@@ -12,7 +12,7 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from pydantic import BaseModel
 from starlette.requests import ClientDisconnect
 
-import ddpo
+from ddpo.basics.version import VERSION
 from ddpo.rewards.base import Reward
 from ddpo.rewards.service.drain import ReadToTheEnd
 from ddpo.rewards.service.form import read_batch
@@ -76,7 +76,7 @@ def create_app(
 
     app = FastAPI(
         title="ddpo reward service",
-        version=ddpo.__version__,
+        version=VERSION,
         lifespan=lifespan,
         separate_input_output_schemas=False,
     )
