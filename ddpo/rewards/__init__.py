@@ -1,4 +1,4 @@
-"""Rewards: by name or import path, with an identity; images and prompts in, `Scores` out."""
+"""Rewards: functions from images and prompts to `Scores`, found by name or import path."""
 
 from ddpo.rewards.base import Reward, Scores
 from ddpo.rewards.identity import RewardIdentity, source_digest

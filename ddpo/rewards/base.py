@@ -14,28 +14,26 @@ from ddpo.prompts.base import Prompt
 from ddpo.rewards.identity import RewardIdentity
 
 RESERVED_COLUMNS = frozenset({"sample_id", "reward", "status", "reward_name", "run_id", "epoch"})
-"""Columns and partition keys of the stored reward table; a reward's own go by other names."""
+"""Columns and partition keys of the stored reward table, which a reward's columns cannot have."""
 
 
 @dataclass(frozen=True, eq=False)
 class Scores:
-    """What a reward says of B pictures; higher is better.
-
-    Attributes:
-        values: Rewards, float32 [B], in the reward's own unit. Anything that NumPy can convert is
-            taken. Finite, except where ``failed``: there it is nan, whatever was given.
-        failed: Samples that could not be scored, bool [B]; by default none.
-        columns: The reward's own findings by name (a caption, a component), B plain Python values
-            each; kept beside the reward.
+    """A reward's scores of B images; higher is better.
 
     Raises:
-        RewardError: Shapes that do not agree, values that are no numbers, a non-finite value of a
-            sample that is not marked as failed, or a reserved column name.
+        RewardError: Shapes disagree, values are not numbers, a sample that is not marked as failed
+            has a non-finite value, or a column has a reserved name.
     """
 
     values: np.ndarray
+    """Rewards, float32 [B], in the reward's own unit; given as anything NumPy converts. Finite,
+    except where ``failed``: there it becomes nan, whatever was given."""
     failed: np.ndarray = field(default=None)  # pyright: ignore[reportAssignmentType]  # set below
+    """Samples that could not be scored, bool [B]; by default none."""
     columns: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    """What else the reward reports (a caption, a component), by name: B plain Python values each,
+    stored beside the reward."""
 
     def __post_init__(self) -> None:
         values = _array("values", self.values, np.float32)
@@ -43,7 +41,7 @@ class Scores:
         failed = np.zeros(count, bool) if self.failed is None else _array("failed", self.failed)
         if failed.dtype != bool or failed.shape != (count,):
             raise RewardError(
-                f"failed must be bool [{count}], as values are, not {failed.dtype} "
+                f"failed must be bool [{count}], like values, not {failed.dtype} "
                 f"{list(failed.shape)}"
             )
         values[failed] = np.nan
@@ -68,33 +66,35 @@ class Scores:
 
 @runtime_checkable
 class Reward(Protocol):
-    """Scores pictures. Higher is better; what is scored together changes no score."""
+    """Scores images. Higher is better; a score does not depend on the rest of its batch."""
 
     @property
     def identity(self) -> RewardIdentity:
-        """What makes its scores the same scores."""
+        """Two rewards of equal identity give equal scores."""
         ...
 
     def __call__(self, images: Sequence[Image.Image], prompts: Sequence[Prompt]) -> Scores:
-        """Score B images, each drawn for the prompt of its own index."""
+        """Score B images, each generated for the prompt with the same index."""
         ...
 
 
 def _array(name: str, given: Any, dtype: type | None = None) -> np.ndarray:
     try:
-        with np.errstate(over="ignore"):  # becomes inf, which is refused by sample
+        with np.errstate(over="ignore"):  # becomes inf, which is rejected by sample
             array = np.array(given, dtype=dtype)
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-        raise RewardError(f"{name} cannot be made an array of numbers: {error}") from error
+        raise RewardError(f"cannot convert {name} to an array of numbers: {error}") from error
     if array.ndim != 1:
-        raise RewardError(f"{name} must have the shape [B], one a sample, not {list(array.shape)}")
+        raise RewardError(
+            f"{name} must have the shape [B], one per sample, not {list(array.shape)}"
+        )
     return array
 
 
 def _column(name: str, given: Any, count: int) -> list[Any]:
     if name in RESERVED_COLUMNS:
-        raise RewardError(f"a column cannot be called {name!r}, which the table itself has; rename")
+        raise RewardError(f"a column cannot be named {name!r}: that name is reserved; rename it")
     if isinstance(given, str) or not hasattr(given, "__len__") or len(given) != count:
         found = f"{len(given)} values" if hasattr(given, "__len__") else type(given).__name__
-        raise RewardError(f"column {name!r} needs {count} values, one a sample, not {found}")
+        raise RewardError(f"column {name!r} needs {count} values, one per sample, not {found}")
     return given.tolist() if hasattr(given, "tolist") else list(given)

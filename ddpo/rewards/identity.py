@@ -1,4 +1,4 @@
-"""What makes two rewards the same one."""
+"""The identity of a reward: what decides its scores."""
 
 from __future__ import annotations
 
@@ -19,60 +19,56 @@ from pydantic import JsonValue
 from ddpo.basics.digests import json_digest
 from ddpo.errors import ConfigError
 
-_LONGEST_NAME = 80  # of reward_id, which becomes part of one path segment
+_LONGEST_NAME = 80  # reward_id is part of one path segment
 
 
 @dataclass(frozen=True)
 class RewardIdentity:
-    """Name, parameters, model revisions and version of a reward. Equal identity, equal scores.
-
-    Attributes:
-        name: As the config has it: a registered name or an import path.
-        parameters: Those in force, defaults among them, as plain JSON.
-        revisions: Revision of each model that it runs, by the model's name.
-        version: Raised by hand where the project (or a user's ``version`` attribute) has one;
-            otherwise ``source-`` and a digest of the source.
-    """
+    """Name, parameters, model revisions and version of a reward. Equal identity, equal scores."""
 
     name: str
+    """As in the config: a registered name or an import path."""
     parameters: Mapping[str, JsonValue] = field(default_factory=dict, hash=False)
+    """All parameters in force, including defaults, as plain JSON."""
     revisions: Mapping[str, str] = field(default_factory=dict, hash=False)
+    """Revision of each model that it runs, by the model's name."""
     version: str = "1"
+    """The reward's attribute ``version``, incremented by hand; without one, ``source-`` and a
+    digest of the source."""
 
     @functools.cached_property
     def digest(self) -> str:
-        """The sha256 (hex) of all four, over canonical JSON."""
+        """The sha256 (hex) of all four fields as canonical JSON."""
         return json_digest(asdict(self))
 
     @property
     def reward_id(self) -> str:
-        """Name and digest, fit for a storage key: ``[A-Za-z0-9_.-]``, at most 89 characters."""
+        """Name and digest as part of a storage key: ``[A-Za-z0-9_.-]``, at most 89 characters."""
         return reward_id_of(self.name, self.digest)
 
 
 def reward_id_of(name: str, digest: str) -> str:
-    """Return the id of a reward of this name and digest."""
+    """Return the id of a reward with this name and digest."""
     return f"{name_in_keys(name)}-{digest[:8]}"
 
 
 def name_in_keys(name: str) -> str:
-    """Return a reward's name as keys of the store have it: ``[A-Za-z0-9_.-]``, 80 characters."""
+    """Return a reward's name as it appears in storage keys: ``[A-Za-z0-9_.-]``, 80 characters."""
     return re.sub(r"[^A-Za-z0-9_.-]", "-", name)[:_LONGEST_NAME]
 
 
 def source_digest(target: Any, modules: Iterable[str] = ()) -> str:
-    """Return the sha256 over the source of the modules that something was written in.
+    """Return the sha256 of the source of the module that defines something.
+
+    The digest is that of the code as loaded: an edit shows once the module is imported again or
+    reloaded. What the module imports is not included.
 
     Args:
-        target: A class, a function, or an instance (its class counts).
-        modules: Names of further imported modules to take in.
-
-    Returns:
-        The digest. It is that of the code as it was loaded: an edit shows once the module is
-        imported anew or reloaded. What those modules import is not in it.
+        target: A class, a function, or an instance (whose class counts).
+        modules: Names of further imported modules to include.
 
     Raises:
-        ConfigError: A module has no source to read.
+        ConfigError: A module's source cannot be read.
     """
     while isinstance(target, functools.partial):
         target = target.func
@@ -90,18 +86,18 @@ _SOURCES: weakref.WeakKeyDictionary[ModuleType, tuple[ModuleSpec | None, str]] =
 
 def _module_source(module: ModuleType) -> str:
     spec, source = _SOURCES.get(module, (None, None))
-    if source is not None and spec is module.__spec__:  # a reload makes a new spec
+    if source is not None and spec is module.__spec__:  # reloading creates a new spec
         return source
     try:
         path = inspect.getsourcefile(module)
         if path is None:
-            raise OSError("it has no Python source")
-        with tokenize.open(path) as file:  # any encoding and line ends read alike
+            raise OSError("there is no Python source")
+        with tokenize.open(path) as file:  # normalises encoding and line ends
             source = file.read()
     except (OSError, TypeError, SyntaxError) as error:
         raise ConfigError(
-            f"the source of {module.__name__} cannot be read ({error}), so nothing says which "
-            "version of the reward it is; give the reward an attribute `version`, a string"
+            f"cannot read the source of {module.__name__} ({error}), which would identify the "
+            "reward's version; give the reward an attribute `version`, a string"
         ) from error
     _SOURCES[module] = (module.__spec__, source)
     return source

@@ -1,4 +1,4 @@
-"""Rewards by name."""
+"""Find and build rewards by name, entry point or import path."""
 
 from __future__ import annotations
 
@@ -44,25 +44,22 @@ _SCORED = ("images", "prompts")  # first parameters of a plain function that is 
 
 
 def available_rewards() -> tuple[str, ...]:
-    """Return the names of rewards, sorted, entry points among them."""
+    """Return the names of all rewards, including those of entry points, sorted."""
     return plugins.available(BUILTIN, ENTRY_POINT_GROUP)
 
 
 def find_reward(name: str) -> tuple[Any, list[inspect.Parameter]]:
-    """Find what a name stands for, without building it.
-
-    Args:
-        name: One of ``available_rewards()``, or an import path.
+    """Import what a reward's name stands for, without building it.
 
     Returns:
-        What `load_reward` would build or call, and the parameters that a config may give it.
+        What `load_reward` would build or call, and the parameters that a config may set.
 
     Raises:
-        ConfigError: No such reward, or it cannot be imported.
+        ConfigError: There is no such reward, or it cannot be imported.
     """
     target = plugins.resolve("reward", name, BUILTIN, ENTRY_POINT_GROUP).target
     if not (inspect.isclass(target) or inspect.isroutine(target)):
-        return target, []  # built already: it takes none
+        return target, []  # already built: it takes none
     parameters = list(inspect.signature(target).parameters.values())
     if not inspect.isclass(target) and _scores_itself(target):
         parameters = parameters[len(_SCORED) :]
@@ -72,36 +69,33 @@ def find_reward(name: str) -> tuple[Any, list[inspect.Parameter]]:
 def load_reward(name: str, parameters: Mapping[str, Any]) -> Reward:
     """Build a reward.
 
-    What a name or import path stands for may be
+    A name or import path may refer to
 
-    - a class: built with the parameters, then called with ``(images, prompts)``;
-    - a function whose first parameters are ``images, prompts``: the reward itself, further
-      parameters of it come from the config;
-    - any other function: called with the parameters, returns the reward;
-    - another callable object: the reward itself; it takes no parameters.
+    - a class, which is instantiated with the parameters and then called with ``(images, prompts)``;
+    - a function whose first parameters are ``images, prompts``, which is the reward itself; its
+      further parameters come from the config;
+    - any other function, which is called with the parameters and returns the reward;
+    - any other callable object, which is the reward itself and takes no parameters.
 
-    A reward returns `Scores`, or B numbers as a list or array. Its ``identity`` is its own where it
-    has one (a `RewardIdentity`). Otherwise it is made of name, parameters, its attribute
-    ``revisions`` (model name to revision) and its attribute ``version``, which defaults to a digest
-    of the source of its module.
+    A reward returns `Scores`, or B numbers as a list or array. Its identity is its attribute
+    ``identity`` (a `RewardIdentity`) if it has one. Otherwise it consists of name, parameters, the
+    reward's attribute ``revisions`` (model name to revision) and its attribute ``version``, which
+    defaults to a digest of its module's source.
 
     Args:
         name: One of ``available_rewards()``, or an import path ``my_package.my_module:MyReward``.
-        parameters: From the config; checked for names and types before anything is called.
-
-    Returns:
-        The reward.
+        parameters: From the config; names and types are checked before anything is called.
 
     Raises:
-        ConfigError: No such reward, parameters that do not fit it, or something that is no reward.
+        ConfigError: There is no such reward, the parameters do not fit, or it is not a reward.
         RewardError: Building it failed.
     """
     plugin = plugins.resolve("reward", name, BUILTIN, ENTRY_POINT_GROUP)
     what = f"reward {name!r}"
     score, in_force = _build(what, plugin.target, parameters)
-    own = getattr(score, "identity", None)
-    if isinstance(own, RewardIdentity):
-        return _Identified(score, own)
+    identity = getattr(score, "identity", None)
+    if isinstance(identity, RewardIdentity):
+        return _Identified(score, identity)
     described = score if not isinstance(score, functools.partial) else plugin.target
     version = getattr(described, "version", None)
     if version is None:
@@ -109,8 +103,8 @@ def load_reward(name: str, parameters: Mapping[str, Any]) -> Reward:
     revisions = getattr(described, "revisions", {})
     if not isinstance(version, str) or not _is_text_by_text(revisions):
         raise ConfigError(
-            f"{what}: its `version` must be a string and its `revisions` map model names to "
-            f"strings; they are {version!r} and {revisions!r}"
+            f"{what}: `version` must be a string and `revisions` must map model names to strings; "
+            f"they are {version!r} and {revisions!r}"
         )
     return _Identified(score, RewardIdentity(name, in_force, dict(revisions), version))
 
@@ -135,8 +129,8 @@ def _build(
     if not (inspect.isclass(target) or inspect.isroutine(target)):
         if parameters:
             raise ConfigError(
-                f"{what} is an object that is built already, and takes no parameters; "
-                "name its class instead"
+                f"{what} is an object that takes no parameters, since it is already built; name "
+                "its class instead"
             )
         return target, {}
     if not inspect.isclass(target) and _scores_itself(target):
@@ -151,8 +145,8 @@ def _build(
         raise RewardError(f"{what} could not be built: {type(error).__name__}: {error}") from error
     if not callable(score):
         raise ConfigError(
-            f"{what} makes a {type(score).__name__}, which cannot be called with (images, "
-            "prompts); a function that is itself the reward names its first parameters so"
+            f"{what} returns {score!r}, which cannot be called with (images, prompts); if the "
+            "function itself is the reward, name its first parameters `images, prompts`"
         )
     return score, checked.identity
 

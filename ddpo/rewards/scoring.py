@@ -1,4 +1,4 @@
-"""Calling a reward, with what it returns and what it raises made uniform."""
+"""Call a reward, with uniform results and errors."""
 
 from __future__ import annotations
 
@@ -22,22 +22,16 @@ _LONGEST_REASON = 300
 def score_images(
     reward: Reward, images: Sequence[Image.Image], prompts: Sequence[Prompt]
 ) -> Scores:
-    """Score pictures.
-
-    Args:
-        reward: What to score them with.
-        images: B pictures.
-        prompts: B prompts; prompt i is the one that image i was drawn for.
-
-    Returns:
-        The scores of all B.
+    """Score B images, each generated for the prompt with the same index.
 
     Raises:
-        RewardError: The reward raised (its exception is the cause), returned another number of
-            scores, or scores that `Scores` refuses. Says which reward.
+        RewardError: The reward raised (its exception is the cause), or returned invalid scores or
+            not B of them. Names the reward.
     """
     if len(images) != len(prompts):
-        raise RewardError(f"{len(images)} images with {len(prompts)} prompts; give one for each")
+        raise RewardError(
+            f"{len(images)} images with {len(prompts)} prompts; give one prompt per image"
+        )
     who = f"reward {reward.identity.reward_id}"
     try:
         scores = as_scores(reward(images, prompts))
@@ -48,46 +42,42 @@ def score_images(
     if len(scores) != len(images):
         raise RewardError(
             f"{who} returned {len(scores)} scores for {len(images)} images; return one for each, "
-            "and mark those that failed in Scores.failed"
+            "and mark samples that failed in Scores.failed"
         )
     return scores
 
 
 @dataclass(frozen=True)
 class SampleScore:
-    """What became of one sample.
-
-    Attributes:
-        value: Its reward, None where it could not be scored.
-        status: 'ok', or why it could not be scored.
-        columns: The reward's own findings.
-    """
+    """The outcome of scoring one sample."""
 
     value: float | None
+    """Its reward; None if it could not be scored."""
     status: str
+    """'ok', or why it could not be scored."""
     columns: Mapping[str, Any]
+    """The values of the reward's own columns."""
 
 
 def score_samples(
     reward: Reward, images: Sequence[Image.Image], prompts: Sequence[Prompt], *, tries: int
 ) -> list[SampleScore]:
-    """Score pictures so that one which cannot be scored never stops the others.
+    """Score B images so that one that cannot be scored does not affect the others.
 
-    Where a batch raises, each of its pictures is scored by itself: what is scored together changes
-    no score.
+    If a batch raises, its images are scored one by one; a score does not depend on its batch.
 
     Args:
-        reward: What to score them with.
-        images: B pictures.
+        reward: The reward.
+        images: B images.
         prompts: B prompts.
-        tries: How often a picture is scored before it counts as failed.
+        tries: How often an image is scored before it counts as failed.
 
     Returns:
         B outcomes.
 
     Raises:
         RewardUnavailable: The reward cannot be reached.
-        RewardError: It raised for every single picture: the reward is broken, not a picture.
+        RewardError: It raised for every single image, so that the reward itself must be broken.
     """
     first: RewardError | None = None
     try:
@@ -135,5 +125,5 @@ def _failed(error: RewardError) -> SampleScore:
 
 
 def as_scores(result: Any) -> Scores:
-    """Return what a reward returned (`Scores`, or B numbers in a list or array) as `Scores`."""
+    """Convert what a reward returned, `Scores` or B numbers in a list or array, to `Scores`."""
     return result if isinstance(result, Scores) else Scores(values=result)

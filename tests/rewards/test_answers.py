@@ -89,12 +89,12 @@ def test_answers_may_be_numbers():
 @pytest.mark.parametrize(
     ("metadata", "message"),
     [
-        ({}, "has no questions; give it `questions` and `answers`"),
+        ({}, "has no questions; add `questions` and `answers`"),
         ({"questions": [], "answers": []}, "has no questions"),
         ({"questions": ["Who?", "Why?"], "answers": ["a cat"]}, "2 questions and 1 answers"),
         ({"questions": "Who?", "answers": ["a cat"]}, "`questions` .* must be a list of texts"),
         ({"questions": ["Who?"]}, "`answers` .* must be a list"),
-        ({"questions": ["Who?"], "answers": [" ?"]}, "`answers` .* with words in them"),
+        ({"questions": ["Who?"], "answers": [" ?"]}, "`answers` .* that contain words"),
         ({"questions": ["Who?"], "answers": [True]}, "`answers` .* list of texts"),
     ],
 )

@@ -211,7 +211,7 @@ def test_positions_that_old_releases_saved_are_left_out():
 
 def test_a_layer_that_the_model_lacks_is_named(folder):
     bert = BertRecall(str(folder), None, LAYERS + 1, "cpu")
-    with pytest.raises(RewardError, match=r"bert_layer is 5, and .* has 4 layers; .* 0 to 4"):
+    with pytest.raises(RewardError, match=r"bert_layer is 5, but .* has 4 layers; .* 0 to 4"):
         bert.compare("a", "b")
 
 

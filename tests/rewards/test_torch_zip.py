@@ -77,13 +77,13 @@ def test_objects_of_other_kinds_do_not_hide_the_tensors_beside_them(tmp_path):
 
 def test_the_format_before_1_6_is_refused_with_a_way_out(tmp_path):
     torch.save({"w": torch.ones(2)}, tmp_path / "a.pt", _use_new_zipfile_serialization=False)
-    with pytest.raises(RewardError, match=r"(?s)a\.pt is not the zip.*safetensors"):
+    with pytest.raises(RewardError, match=r"(?s)a\.pt is not a zip.*safetensors"):
         read_torch_zip(tmp_path / "a.pt")
 
 
 def test_a_tensor_alone_is_refused(tmp_path):
     torch.save(torch.ones(2), tmp_path / "a.pt")
-    with pytest.raises(RewardError, match="no mapping of tensors"):
+    with pytest.raises(RewardError, match="not contain a mapping of tensors"):
         read_torch_zip(tmp_path / "a.pt")
 
 
@@ -111,7 +111,7 @@ def rewritten(path: Path, change, compression=zipfile.ZIP_STORED) -> Path:
 )
 def test_damaged_files_are_refused_by_name(tmp_path, change, reason):
     torch.save({"w": torch.ones(4)}, tmp_path / "a.pt")
-    with pytest.raises(RewardError, match=rf"(?s)changed\.pt cannot be read.*{reason}"):
+    with pytest.raises(RewardError, match=rf"(?s)cannot read .*changed\.pt.*{reason}"):
         read_torch_zip(rewritten(tmp_path / "a.pt", change))
 
 

@@ -217,7 +217,9 @@ def test_a_model_that_cannot_be_had_is_named_with_the_way_out(monkeypatch):
 
     monkeypatch.setattr(pinned, "snapshot_download", refuse)
     reward = load_reward("vlm_alignment", {})
-    with pytest.raises(RewardError, match=r"llava-1.5-7b-hf.* cannot be had from the hub: no netw"):
+    with pytest.raises(
+        RewardError, match=r"cannot download .*llava-1.5-7b-hf.* from the Hub: no netw"
+    ):
         reward(PICTURES[:1], PROMPTS[:1])
 
 
@@ -225,8 +227,8 @@ def test_a_model_that_cannot_be_had_is_named_with_the_way_out(monkeypatch):
     ("file", "message"),
     [
         ("chat_template.jinja", "has no chat template"),
-        ("model.safetensors", r"the vision-language model of .* cannot be loaded"),
-        ("tokenizer.json", "the processor of .* cannot be loaded"),
+        ("model.safetensors", r"cannot load the vision-language model of "),
+        ("tokenizer.json", "cannot load the processor of "),
     ],
 )
 def test_what_is_missing_is_named(file, message, tmp_path):

@@ -198,7 +198,7 @@ def test_all_columns_can_be_stored(own):
 
 
 def test_a_reward_that_has_itself_in_it_is_refused(own):
-    with pytest.raises(ConfigError, match=r"within itself more than 4 deep"):
+    with pytest.raises(ConfigError, match=r"nested more than 4 levels deep: .*contains itself"):
         load_reward(f"{own}:endless", {})
     # and that is not remembered
     nested = {"name": "colorfulness"}

@@ -1,4 +1,4 @@
-"""Several rewards in one: a weighted sum, each standardised by constants from the config."""
+"""A weighted sum of rewards, each standardised by constants from the config."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from ddpo.rewards.scoring import score_images
 
 VERSION = "1"
 DEEPEST = 4
-"""So many sums may lie within each other; more is a reward that has itself among its parts."""
+"""Maximum nesting of sums; deeper means that a reward contains itself."""
 
 FAILED_COLUMN = "failed_components"
 
@@ -40,34 +40,34 @@ class Component(BaseModel):
     name: str
     """A registered name, or an import path."""
     parameters: dict[str, JsonValue] = Field(default_factory=dict)
-    """Of that reward."""
+    """Parameters of that reward."""
     weight: FiniteFloat = 1.0
-    """Below 0 it is a penalty; 0 only shows the component."""
+    """Negative for a penalty; 0 only reports the component."""
     mean: FiniteFloat = 0.0
-    """Taken off its value first; `ddpo score NAME --run R` measures it."""
+    """Subtracted from its value; `ddpo score NAME --run R` measures it."""
     std: Annotated[FiniteFloat, Field(gt=0)] = 1.0
-    """Divides what is left; likewise."""
+    """Divides the difference; measured likewise."""
     label: Annotated[str, Field(pattern=f"^{_LABEL}$")] | None = None
-    """What its columns are called; by default its name."""
+    """Name of its columns; by default the reward's name."""
 
 
 class Weighted:
     """Reward = sum over the components of weight * (value - mean) / std.
 
-    Means and standard deviations are constants, since a shard cannot know the whole. Column
-    ``<label>`` is a component's own value, ``<label>.<column>`` each of its columns: labels differ,
-    so no two columns collide. Where names repeat, labels are numbered: ``starter_vqa_1``,
-    ``starter_vqa_2``. A sample that any component failed on has failed; ``failed_components`` says
+    Means and standard deviations are constants, because one shard does not see the whole epoch. The
+    column ``<label>`` is a component's own value, and ``<label>.<column>`` are its columns; labels
+    are unique, so columns never collide. Repeated names are numbered: ``starter_vqa_1``,
+    ``starter_vqa_2``. A sample fails if any component fails on it; ``failed_components`` lists
     which.
 
-    Its identity holds those of all components.
+    The identity contains those of all components.
 
     Args:
-        rewards: The components: each a ``name``, and where wanted ``parameters``, ``weight`` (1),
+        rewards: The components: each a ``name``, and optionally ``parameters``, ``weight`` (1),
             ``mean`` (0), ``std`` (1) and ``label``.
 
     Raises:
-        ConfigError: A component cannot be had, two share a label, or one has itself in it.
+        ConfigError: A component cannot be loaded, two share a label, or one contains itself.
     """
 
     needs: ClassVar[str] = "what its components need"
@@ -76,7 +76,7 @@ class Weighted:
         self._components = rewards
         self._labels = _labels(rewards)
         with _one_deeper():
-            self._rewards = [load_reward(each.name, each.parameters) for each in rewards]
+            self._rewards = [load_reward(part.name, part.parameters) for part in rewards]
         parts: list[JsonValue] = [
             {
                 "label": label,
@@ -93,7 +93,7 @@ class Weighted:
         """Score B images with each component.
 
         Raises:
-            RewardError: A component raised, or gave something that is no score.
+            RewardError: A component raised, or returned invalid scores.
         """
         total = np.zeros(len(images), np.float64)
         failures: list[list[str]] = [[] for _ in images]
@@ -102,8 +102,8 @@ class Weighted:
             scores = score_images(reward, images, prompts)
             values = scores.values.astype(np.float64)
             total += component.weight * (values - component.mean) / component.std
-            for place in np.flatnonzero(scores.failed):
-                failures[place].append(label)
+            for index in np.flatnonzero(scores.failed):
+                failures[index].append(label)
             columns[label] = values.tolist()
             columns |= {f"{label}.{name}": column for name, column in scores.columns.items()}
         columns[FAILED_COLUMN] = [", ".join(labels) for labels in failures]
@@ -118,8 +118,8 @@ def _one_deeper() -> Iterator[None]:
     depth = _depth.get() + 1
     if depth > DEEPEST:
         raise ConfigError(
-            f"reward 'weighted' lies within itself more than {DEEPEST} deep: one of its components "
-            "has itself among its own; name the components of the inner sums directly"
+            f"reward 'weighted' is nested more than {DEEPEST} levels deep: one of its components "
+            "contains itself; list the components of the inner sums directly"
         )
     token = _depth.set(depth)
     try:
@@ -129,20 +129,20 @@ def _one_deeper() -> Iterator[None]:
 
 
 def _labels(components: Sequence[Component]) -> list[str]:
-    """Return a label for each component, no two alike and none that a table has already."""
-    chosen = [each.label for each in components if each.label is not None]
+    """Return a unique label per component that no reserved column has."""
+    chosen = [part.label for part in components if part.label is not None]
     reserved = {*RESERVED_COLUMNS, FAILED_COLUMN}
     for label in chosen:
         if label in reserved or chosen.count(label) > 1:
             raise ConfigError(
-                f"reward 'weighted': the label {label!r} is given to two components, or is a "
-                "column that every table has; give each component one of its own"
+                f"reward 'weighted': the label {label!r} is used by two components, or is the name "
+                "of a column that every table has; give each component a unique label"
             )
     taken = {*reserved, *chosen}
-    names = [_label_of(each.name) for each in components if each.label is None]
+    names = [_label_of(part.name) for part in components if part.label is None]
     labels: list[str] = []
-    for each in components:
-        label = each.label or _unused(_label_of(each.name), names, taken)
+    for part in components:
+        label = part.label or _unused(_label_of(part.name), names, taken)
         taken.add(label)
         labels.append(label)
     return labels
@@ -155,6 +155,6 @@ def _unused(name: str, names: Sequence[str], taken: Set[str]) -> str:
 
 
 def _label_of(name: str) -> str:
-    """Return a name, or an import path's last part, with the characters that labels may have."""
+    """Return a name, or the last part of an import path, in the characters allowed in labels."""
     plain = _OTHER_CHARACTERS.sub("_", re.split(r"[:.]", name)[-1])[:36]
     return plain if re.match(r"[A-Za-z_]", plain) else f"_{plain}"

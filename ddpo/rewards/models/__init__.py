@@ -1,1 +1,1 @@
-"""What built-in rewards are made of: CLIP, vision-language models, pinned weights."""
+"""Building blocks of the built-in rewards: CLIP, vision-language models, pinned weights."""

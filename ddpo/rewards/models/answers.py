@@ -1,8 +1,8 @@
-"""Whether an answer in free words is the expected one.
+"""Decide whether a free-form answer is the expected one.
 
-An answer is right where it contains the expected one as whole words, in a row. Case does not count,
-nor does punctuation. '3' and 'three' are one word, up to ninety-nine; 'a cat' does not say 'one'.
-The expected answer may stand in its plural: a picture of three cats is of the animal 'cat'.
+An answer is right if it contains the expected one as consecutive whole words. Case and punctuation
+are ignored. '3' and 'three' are the same word, up to ninety-nine; 'a cat' does not count as 'one'.
+The expected answer may appear in its plural: an image of three cats shows the animal 'cat'.
 """
 
 from __future__ import annotations
@@ -38,57 +38,54 @@ _TENS = {
 
 @dataclass(frozen=True)
 class Question:
-    """A question about a picture.
-
-    Attributes:
-        text: As it is asked.
-        expected: What a right answer contains.
-    """
+    """A question about an image."""
 
     text: str
+    """As it is asked."""
     expected: str
+    """What a right answer contains."""
 
 
 def questions_of(prompt: Prompt) -> tuple[Question, ...]:
-    """Return the questions of a prompt: its metadata ``questions`` and ``answers``.
+    """Return a prompt's questions, from its metadata ``questions`` and ``answers``.
 
     Raises:
-        RewardError: It has none, or not one answer for each.
+        RewardError: It has none, or their numbers differ.
     """
     questions, answers = prompt.metadata.get("questions"), prompt.metadata.get("answers")
     if not questions and not answers:
         raise RewardError(
-            "the prompt has no questions; give it `questions` and `answers` in its metadata, as "
-            "the prompt set `counting` does"
+            "the prompt has no questions; add `questions` and `answers` to its metadata, as the "
+            "prompt set `counting` does"
         )
-    asked, expected = _texts("questions", questions), _texts("answers", answers)
-    if len(asked) != len(expected):
-        raise RewardError(f"the prompt has {len(asked)} questions and {len(expected)} answers")
-    return tuple(map(Question, asked, expected))
+    texts, expected = _texts("questions", questions), _texts("answers", answers)
+    if len(texts) != len(expected):
+        raise RewardError(f"the prompt has {len(texts)} questions and {len(expected)} answers")
+    return tuple(map(Question, texts, expected))
 
 
 def is_right(answer: str, expected: str) -> bool:
-    """Return whether an answer contains what is expected, as this module's head says."""
-    said = _words(answer)
+    """Return whether an answer contains the expected one, as the module's docstring defines it."""
+    words = _words(answer)
     return any(
-        said[start : start + len(form)] == form
+        words[start : start + len(form)] == form
         for form in _forms(expected)
-        for start in range(len(said) - len(form) + 1)
+        for start in range(len(words) - len(form) + 1)
     )
 
 
 def share_of_right(questions: Sequence[Question], answers: Sequence[str]) -> tuple[float, str]:
-    """Compare the answers to a picture's questions with the expected ones.
+    """Compare the answers to an image's questions with the expected ones.
 
     Args:
-        questions: Q of them, at least 1.
-        answers: Q answers.
+        questions: At least one.
+        answers: One per question.
 
     Returns:
-        The share of right ones in 0..1, and all of it as JSON text: a list of objects with
+        The share of right answers in 0..1, and the details as JSON text: a list of objects with
         ``question``, ``answer``, ``expected`` and ``right``.
     """
-    found = [
+    details = [
         {
             "question": question.text,
             "answer": answer,
@@ -97,22 +94,22 @@ def share_of_right(questions: Sequence[Question], answers: Sequence[str]) -> tup
         }
         for question, answer in zip(questions, answers, strict=True)
     ]
-    share = sum(bool(each["right"]) for each in found) / len(found)
-    return share, json.dumps(found, ensure_ascii=False)
+    share = sum(bool(detail["right"]) for detail in details) / len(details)
+    return share, json.dumps(details, ensure_ascii=False)
 
 
 def _texts(name: str, given: object) -> list[str]:
-    """Return a list of the metadata as texts; an answer may be written as a number."""
-    found = [
-        str(each) if isinstance(each, str | int) and not isinstance(each, bool) else ""
-        for each in (given if isinstance(given, list) else [None])
+    """Return a list in the metadata as texts; an answer may be given as a number."""
+    texts = [
+        str(item) if isinstance(item, str | int) and not isinstance(item, bool) else ""
+        for item in (given if isinstance(given, list) else [None])
     ]
-    if not all(_WORD.search(each) for each in found):
+    if not all(_WORD.search(text) for text in texts):
         raise RewardError(
-            f"`{name}` in the prompt's metadata must be a list of texts with words in them, not "
+            f"`{name}` in the prompt's metadata must be a list of texts that contain words, not "
             f"{given!r}"
         )
-    return found
+    return texts
 
 
 @functools.lru_cache(maxsize=4096)
@@ -124,10 +121,10 @@ def _forms(expected: str) -> tuple[list[str], ...]:
 
 
 def _words(text: str) -> list[str]:
-    """Return the words of a text, numbers as digits."""
+    """Return the words of a text, with numbers as digits."""
     plain = unicodedata.normalize("NFKC", text).casefold()
     words: list[str] = []
-    tens = 0  # of the word before, where it may go on: twenty-
+    tens = 0  # of the previous word, if a unit may follow: twenty-
     for word in _WORD.findall(plain):
         unit = _NUMBERS.get(word)
         if tens and unit is not None and 1 <= unit <= 9:
@@ -149,6 +146,6 @@ def _digits(word: str) -> str:
 
 @functools.cache
 def _english() -> inflect.engine:
-    import inflect  # here, since importing it takes about a second
+    import inflect  # takes about a second
 
     return inflect.engine()

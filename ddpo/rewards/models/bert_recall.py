@@ -1,4 +1,4 @@
-"""BERTScore: how much of a reference another sentence says (arXiv 1904.09675), by torchmetrics."""
+"""BERTScore by torchmetrics: how much of a reference a sentence covers (arXiv 1904.09675)."""
 
 from __future__ import annotations
 
@@ -16,29 +16,26 @@ from ddpo.rewards.models.pinned import ModelFolder, WeightsFile, find_model, fin
 from ddpo.rewards.models.pretrained import Device, LoadedOnce, build_model, pick_device, place
 
 BERT = "microsoft/deberta-xlarge-mnli"
-"""The model that the DDPO paper's code compares sentences with."""
+"""The model with which the DDPO paper's code compares sentences."""
 
 BERT_REVISION = "5b07a9086c1dbb79981ff7b05b4d1ad83b3af51c"
 
 BERT_LAYER = 40
-"""The hidden layer that bert-score picks for it; torchmetrics would take the last, 48."""
+"""The hidden layer that bert-score selects for it; torchmetrics would use the last, 48."""
 
-_PICKLED = "pytorch_model.bin"  # the default model is published in this form only
+_PICKLED = "pytorch_model.bin"  # the only form in which the default model is published
 
 
 @dataclass(frozen=True)
 class SentenceMatch:
-    """BERTScore of a candidate against a reference, each in 0..1, without idf or rescaling.
-
-    Attributes:
-        recall: Mean over the reference's tokens of the cosine of the candidate's nearest token.
-        precision: The same the other way round.
-        f1: Their harmonic mean.
-    """
+    """BERTScore of a candidate against a reference, each in 0..1, without idf or rescaling."""
 
     recall: float
+    """Mean over the reference's tokens of the cosine to the candidate's nearest token."""
     precision: float
+    """The same with candidate and reference exchanged."""
     f1: float
+    """Their harmonic mean."""
 
 
 @dataclass(frozen=True)
@@ -48,14 +45,14 @@ class _Bert:
 
 
 class BertRecall:
-    """Compares sentences; loads its model when it first does.
+    """Compares sentences; its model is loaded by the first comparison.
 
     Args:
-        model: A hub id or a folder: any encoder of transformers. Its weights are safetensors, or
-            for a folder without them (and for the default) the ``pytorch_model.bin`` of
-            ``torch.save``, which is read without unpickling.
-        revision: Commit of a hub id; that of the default is pinned.
-        layer: The hidden layer whose states are compared; 0 are the embeddings.
+        model: A Hub id or a folder: any encoder of transformers. Its weights are safetensors; for
+            the default, and for a folder without safetensors, they are a ``pytorch_model.bin``
+            written by ``torch.save``, which is read without unpickling.
+        revision: Commit of a Hub id; that of the default is pinned.
+        layer: The hidden layer whose states are compared; 0 is the embeddings.
         device: Where it runs.
 
     Raises:
@@ -78,23 +75,23 @@ class BertRecall:
 
     @property
     def revisions(self) -> dict[str, str]:
-        """Revisions of the model and, where it is a file by itself, of its weights."""
-        found = {self._folder.name: self._folder.revision}
+        """Revisions of the model and, if they are a separate file, of its weights."""
+        revisions = {self._folder.name: self._folder.revision}
         if self._pickled is not None:
-            found[self._pickled.name] = self._pickled.revision
-        return found
+            revisions[self._pickled.name] = self._pickled.revision
+        return revisions
 
     def compare(self, candidate: str, reference: str) -> SentenceMatch:
         """Compare one pair of sentences.
 
-        One at a time: torchmetrics 1.9 sorts a batch by length, and then sorts it once more where
-        it should undo that, so that sentences of a batch are compared with those of others. What
-        goes beyond the model's context is cut. A candidate without words has the recall 0.
+        One at a time, because torchmetrics 1.9 sorts a batch by length and then sorts it again
+        instead of undoing that, which compares sentences with those of other samples. Text beyond
+        the model's context is cut. A candidate without words has recall 0.
         """
-        from torchmetrics.functional.text.bert import bert_score  # here: it takes seconds
+        from torchmetrics.functional.text.bert import bert_score  # takes seconds to import
 
         bert = self._loaded.get()
-        found = bert_score(
+        scores = bert_score(
             [candidate],
             [reference],
             model=bert.model,
@@ -105,10 +102,10 @@ class BertRecall:
             batch_size=1,
             device=bert.model.device,
         )
-        return SentenceMatch(*(_number(found[name]) for name in ("recall", "precision", "f1")))
+        return SentenceMatch(*(_number(scores[name]) for name in ("recall", "precision", "f1")))
 
     def _load(self) -> _Bert:
-        where = pick_device(self._device)
+        device = pick_device(self._device)
         tokenizer = load_part("the tokenizer", AutoTokenizer.from_pretrained, self._folder)
         if self._pickled is None:
             model = load_part(
@@ -127,22 +124,22 @@ class BertRecall:
         layers = model.config.num_hidden_layers
         if not 0 <= self._layer <= layers:
             raise RewardError(
-                f"bert_layer is {self._layer}, and {self._folder.name!r} has {layers} layers; "
+                f"bert_layer is {self._layer}, but {self._folder.name!r} has {layers} layers; "
                 f"choose one of 0 to {layers}"
             )
-        return _Bert(place(model, where), tokenizer)
+        return _Bert(place(model, device), tokenizer)
 
 
 def encoder_tensors(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """Pick an encoder's tensors from those of a model with a head on it.
+    """Extract an encoder's tensors from those of a model with a head.
 
     Args:
         tensors: By name, as saved.
-        prefix: What the encoder is called there, such as ``deberta``.
+        prefix: Name of the encoder in the model, such as ``deberta``.
 
     Returns:
-        Those of the encoder under its own names; all, where it was saved by itself. Buffers of
-        positions, which older releases saved along, are left out.
+        The encoder's tensors under its own names; all tensors, if it was saved by itself. Position
+        buffers, which older releases saved too, are dropped.
     """
     start = f"{prefix}."
     inside = {name.removeprefix(start): t for name, t in tensors.items() if name.startswith(start)}
@@ -150,7 +147,7 @@ def encoder_tensors(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Ten
 
 
 def _find_pickled(model: ModelFolder) -> WeightsFile | None:
-    """Return the weights of a model that come as a zip of torch.save; None for safetensors."""
+    """Return a model's weights if they are a file of torch.save; None for safetensors."""
     if model.local is None:
         if model.name != BERT:
             return None
@@ -161,7 +158,7 @@ def _find_pickled(model: ModelFolder) -> WeightsFile | None:
     return find_weights(str(file), None, None)
 
 
-def _number(found: object) -> float:
-    """Return the only number of what torchmetrics returns, nan (no words) as 0."""
-    number = float(torch.as_tensor(found).reshape(-1)[0])
+def _number(value: object) -> float:
+    """Return the single number that torchmetrics returned; nan (no words) as 0."""
+    number = float(torch.as_tensor(value).reshape(-1)[0])
     return 0.0 if number != number else number

@@ -1,4 +1,4 @@
-"""A CLIP model, ready to compare pictures with texts."""
+"""A CLIP model, ready to compare images with texts."""
 
 from __future__ import annotations
 
@@ -17,33 +17,31 @@ from ddpo.rewards.models.pretrained import Device, pick_device, place
 
 @dataclass(frozen=True)
 class Clip:
-    """A CLIP model with what prepares its inputs. Float32, inference only.
+    """A CLIP model with its preprocessing. Float32, inference only.
 
-    Attributes:
-        model: The model; D is the width of the space that pictures and texts share.
-        tokenizer: Of its texts.
-        processor: Of its pictures. Pillow resizes them, as it does where torchvision is given one.
+    D is the width of the embedding space that images and texts share.
     """
 
     model: CLIPModel
     tokenizer: CLIPTokenizer
     processor: CLIPImageProcessorPil
+    """Resizes with Pillow, as torchvision does for a PIL image."""
 
     def see(self, images: Sequence[Image.Image]) -> Tensor:
-        """Turn b RGB pictures of any sizes into features [b, D], not normalised."""
+        """Embed b RGB images of any size; [b, D], not normalised."""
         pixels = self.processor(list(images), return_tensors="pt")["pixel_values"]
         return self.see_pixels(pixels)
 
     def see_pixels(self, pixels: Tensor) -> Tensor:
-        """Turn b prepared pictures [b, 3, height, width] into features [b, D], not normalised."""
+        """Embed b preprocessed images [b, 3, height, width]; [b, D], not normalised."""
         pooled = self.model.vision_model(pixels.to(self.model.device)).pooler_output
         return self.model.visual_projection(pooled)
 
     def read(self, texts: Sequence[str]) -> Tensor:
-        """Turn b texts, cut where the model's context ends, into features [b, D], not normalised.
+        """Embed b texts, cut where the model's context ends; [b, D], not normalised.
 
-        Padding goes to the same length always. It comes after the end of the text, where attention
-        that looks back only, pooled at that end, does not see it: a mask would change nothing.
+        Texts are always padded to the full context. Attention is causal and pooling is at the end
+        of the text, before the padding, so an attention mask would change nothing.
         """
         length = self.model.text_model.config.max_position_embeddings
         tokens = self.tokenizer(
@@ -58,24 +56,21 @@ class Clip:
 
 
 def cosines(some: Tensor, others: Tensor) -> Tensor:
-    """Compare features [b, D] row by row; [b] in -1..1."""
+    """Return the cosines of features [b, D], row by row; [b] in -1..1."""
     unit = torch.nn.functional.normalize
     return (unit(some, dim=-1) * unit(others, dim=-1)).sum(-1)
 
 
 def load_clip(model: ModelFolder, device: Device, processor: ModelFolder | None = None) -> Clip:
-    """Load a CLIP model.
+    """Load a CLIP model with tokenizer and image processor.
 
     Args:
         model: The model.
         device: Where it will run.
-        processor: Where its tokenizer and image processor are from, if not from the same folder.
-
-    Returns:
-        All three.
+        processor: Source of tokenizer and image processor, if they are not beside the model.
 
     Raises:
-        RewardError: A part is missing, or there is no such device.
+        RewardError: A part is missing, or the device is not available.
     """
     where = pick_device(device)
     tokenizer = load_tokenizer(processor or model)
@@ -92,5 +87,5 @@ def load_tokenizer(model: ModelFolder) -> CLIPTokenizer:
 
 
 def load_processor(model: ModelFolder) -> CLIPImageProcessorPil:
-    """Load the image processor of a CLIP model, the one that needs no torchvision."""
+    """Load the image processor of a CLIP model, in the version that needs no torchvision."""
     return load_part("the image processor", CLIPImageProcessorPil.from_pretrained, model)

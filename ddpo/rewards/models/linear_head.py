@@ -1,4 +1,4 @@
-"""The head 768-1024-128-64-16-1, all linear, that LAION's predictor and ImageReward share."""
+"""The linear head 768-1024-128-64-16-1 that LAION's predictor and ImageReward share."""
 
 from __future__ import annotations
 
@@ -10,21 +10,18 @@ from ddpo.rewards.models.pretrained import check_tensors
 
 
 def build_head(what: str, width: int, tensors: Mapping[str, Tensor]) -> nn.Sequential:
-    """Build the head.
+    """Build the head, a module from features [b, width] to scores [b, 1] in float32.
 
-    Dropout follows the first three layers in training; what scores has nothing in its places, but
-    its layers keep their published numbers 0, 2, 4, 6, 7.
+    In training, dropout follows the first three layers. Identities stand in for it, so that the
+    layers keep their published numbers 0, 2, 4, 6, 7.
 
     Args:
-        what: Whose it is, for messages.
-        width: Of the features that it scores.
+        what: What the head belongs to, for messages.
+        width: Width of the features.
         tensors: Its weights under their published names, ``layers.0.weight`` and so on.
 
-    Returns:
-        From features [b, width] to scores [b, 1], float32.
-
     Raises:
-        RewardError: Names or shapes do not fit.
+        RewardError: Names or shapes do not match.
     """
     layers = nn.Sequential(
         *(nn.Linear(width, 1024), nn.Identity()),
@@ -34,5 +31,5 @@ def build_head(what: str, width: int, tensors: Mapping[str, Tensor]) -> nn.Seque
     )
     head = nn.ModuleDict({"layers": layers})
     check_tensors(what, tensors, {n: t.shape for n, t in head.state_dict().items()})
-    head.load_state_dict(dict(tensors))  # copies into float32 whatever they are stored in
+    head.load_state_dict(dict(tensors))  # copies into float32, whatever the stored dtype
     return layers

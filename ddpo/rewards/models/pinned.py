@@ -1,7 +1,7 @@
 """Models and weights that rewards name: pinned when a reward is built, fetched when it scores.
 
-Building a reward must be cheap, since every check of a config does it: nothing is fetched then, and
-the only files that are read are local ones whose sha256 was not given.
+Building a reward must be cheap, since every check of a config does it: nothing is fetched, and only
+local files whose sha256 was not given are read.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ PINNED = {
     "xswu/HPSv2": "697403c78157020a1ae59d23f111aa58ced35b0a",
     "THUDM/ImageReward": "5736be03b2652728fb87788c9797b0570450ab72",
 }
-"""Commits of the hub's models that rewards name by default."""
+"""Commits of the Hub models that rewards use by default."""
 
 _CONFIGS = ("*.json", "*.jinja", "merges.txt", "vocab.txt")
 _SAFETENSORS = ("model.safetensors", "model-*.safetensors")
@@ -53,26 +53,23 @@ Part = TypeVar("Part")
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """A model as transformers saves it: a folder on disk, or a hub id at a commit.
-
-    Attributes:
-        name: Path or hub id, as the config has it.
-        revision: The commit, or ``sha256:`` and a digest of the folder's files.
-        local: The folder, where it is one on disk.
-    """
+    """A model as transformers saves it: a local folder, or a Hub id at a commit."""
 
     name: str
+    """Path or Hub id, as in the config."""
     revision: str
+    """The commit; for a folder, ``sha256:`` and a digest of its files."""
     local: Path | None = None
+    """The folder, if it is local."""
 
     def fetch(self, weights: bool = True) -> Path:
-        """Return the folder of its files, fetching them from the hub where needed.
+        """Return the folder with its files, downloading them from the Hub if necessary.
 
         Args:
-            weights: Whether the weights are needed too, beside configs and tokenizer.
+            weights: Whether the weights are needed as well as configs and tokenizer.
 
         Raises:
-            RewardError: The hub has no such model, or cannot be reached.
+            RewardError: The Hub has no such model, or cannot be reached.
         """
         if self.local is not None:
             return self.local
@@ -83,44 +80,43 @@ class ModelFolder:
 
 @dataclass(frozen=True)
 class WeightsFile:
-    """One file of weights: on disk, at a URL, or in a hub repository at a commit.
-
-    Attributes:
-        name: Path, URL or ``owner/name/file``, as the config has it.
-        revision: The commit, or ``sha256:`` and the file's.
-        sha256: What the file must hash to; None where the commit says it.
-        local: The file, where it is one on disk.
-    """
+    """A file of weights: local, at a URL, or in a Hub repository at a commit."""
 
     name: str
+    """Path, URL or ``owner/name/file``, as in the config."""
     revision: str
+    """The commit, or ``sha256:`` and the digest of the file."""
     sha256: str | None = None
+    """Expected digest of the file; None if the commit pins it."""
     local: Path | None = None
+    """The file, if it is local."""
 
     def tensors(self, inside: str | None = None) -> dict[str, Tensor]:
-        """Fetch and read it.
+        """Download the file if necessary, and read it.
 
         Args:
-            inside: Key of the mapping of tensors, where what was saved is a larger whole.
+            inside: Key of the mapping of tensors, if the file contains more than that.
 
         Returns:
-            Tensors by name, on the CPU, in the type that they are stored in.
+            Tensors by name, on the CPU, in the stored dtype.
 
         Raises:
-            RewardError: It cannot be had, has another sha256, or holds something else.
+            RewardError: It cannot be downloaded, has another sha256, or contains something else.
         """
         path = self._fetch()
         if path.suffix == ".safetensors":
             try:
                 return load_file(path)
             except (SafetensorError, OSError) as error:
-                raise RewardError(f"{path} cannot be read as safetensors: {error}") from error
+                raise RewardError(f"cannot read {path} as safetensors: {error}") from error
         tree = read_torch_zip(path)
-        found = tree.get(inside) if inside in tree else tree
-        if not isinstance(found, dict) or not all(isinstance(v, Tensor) for v in found.values()):
+        tensors = tree.get(inside) if inside in tree else tree
+        if not isinstance(tensors, dict) or not all(
+            isinstance(tensor, Tensor) for tensor in tensors.values()
+        ):
             where = f" under {inside!r}" if inside in tree else ""
-            raise RewardError(f"{path} holds more than tensors by name{where}: {few(tree)}")
-        return found
+            raise RewardError(f"{path} contains more than named tensors{where}: {few(tree)}")
+        return tensors
 
     def _fetch(self) -> Path:
         if self.local is not None:
@@ -135,8 +131,8 @@ class WeightsFile:
             found = _file_sha256(path)
             if found != self.sha256:
                 raise RewardError(
-                    f"{path} has the sha256 {found}, expected {self.sha256}. Fetch it again; or, "
-                    "if it is the file that you mean, give its sha256 in the reward's parameters"
+                    f"{path} has the sha256 {found}, expected {self.sha256}. Download it again; "
+                    "or, if it is the intended file, set its sha256 in the reward's parameters"
                 )
         return path
 
@@ -160,32 +156,31 @@ class WeightsFile:
                     return target
         except (OSError, HTTPException) as error:
             raise RewardError(
-                f"{self.name} cannot be fetched ({error}); fetch it by hand, and give its path "
+                f"cannot download {self.name} ({error}); download it by hand and give its path "
                 "instead of the address"
             ) from error
         raise RewardError(
-            f"{self.name} has the sha256 {found}, expected {self.sha256}: what is served there is "
-            "another file. Give the path of a copy"
+            f"{self.name} has the sha256 {found}, expected {self.sha256}: the file there has "
+            "changed. Give the path of a copy of the original"
         )
 
 
 def find_model(name: str, revision: str | None) -> ModelFolder:
-    """Pin a model that a config names; nothing is fetched.
+    """Pin a model that a config names, without downloading anything.
+
+    The files of a folder are read for their digest, once per process.
 
     Args:
-        name: A folder as ``save_pretrained`` writes it, or a hub id.
-        revision: Commit of a hub id; None for those of `PINNED` and for folders.
-
-    Returns:
-        The model. Of a folder, the files that are loaded are read for their digest, once a process.
+        name: A folder written by ``save_pretrained``, or a Hub id.
+        revision: Commit of a Hub id; None for those in `PINNED` and for folders.
 
     Raises:
-        ConfigError: Neither a folder nor a hub id, or a hub id without a commit.
+        ConfigError: The name is neither a folder nor a Hub id, or a Hub id has no commit.
     """
     folder = Path(name).expanduser()
     if folder.is_dir():
         if revision is not None:
-            raise ConfigError(f"model {name!r} is a folder, which has no revision; leave it out")
+            raise ConfigError(f"model {name!r} is a folder, which has no revision; remove it")
         files = sorted({f for p in (*_CONFIGS, *_SAFETENSORS) for f in folder.glob(p)})
         digest = hashlib.sha256()
         for file in files:
@@ -193,44 +188,43 @@ def find_model(name: str, revision: str | None) -> ModelFolder:
         return ModelFolder(name, f"sha256:{digest.hexdigest()}", folder)
     if not _HUB_ID.fullmatch(name):
         raise ConfigError(
-            f"model {name!r} is no folder here and no hub id; expected a folder as save_pretrained "
-            "writes it, or `owner/name`"
+            f"model {name!r} is neither a local folder nor a Hub id; expected a folder written by "
+            "save_pretrained, or `owner/name`"
         )
     return ModelFolder(name, _commit(name, revision))
 
 
 def find_weights(name: str, revision: str | None, sha256: str | None) -> WeightsFile:
-    """Pin a file of weights that a config names; nothing is fetched.
+    """Pin a file of weights that a config names, without downloading anything.
 
     Args:
-        name: A path, an address https://..., or ``owner/name/file`` of the hub; safetensors, or a
-            zip of ``torch.save``, which is read without unpickling.
-        revision: Commit of a hub file; None for those of `PINNED`, paths and addresses.
-        sha256: The file's. Must be given for an address. Of a path it is made here otherwise, once
-            a process.
-
-    Returns:
-        The file.
+        name: A path, an address https://..., or ``owner/name/file`` on the Hub; safetensors, or a
+            file of ``torch.save``, which is read without unpickling.
+        revision: Commit of a Hub file; None for those in `PINNED`, for paths and for addresses.
+        sha256: Digest of the file; required for an address. That of a local file is computed if it
+            is not given, once per process.
 
     Raises:
-        ConfigError: No such file, no commit, or no sha256 where one is needed.
+        ConfigError: There is no such file, or commit or sha256 are missing.
     """
     if sha256 is not None and not _SHA256.fullmatch(sha256):
-        raise ConfigError(f"{sha256!r} is no sha256; expected 64 hex digits (`sha256sum FILE`)")
+        raise ConfigError(f"{sha256!r} is not a sha256; expected 64 hex digits (`sha256sum FILE`)")
     path = Path(name).expanduser()
     hub = _HUB_FILE.fullmatch(name)
     if revision is not None and (path.is_file() or not hub):
-        raise ConfigError(f"weights {name!r} are no file of the hub, and have no revision; drop it")
+        raise ConfigError(
+            f"weights {name!r} are not on the Hub, so they have no revision; remove it"
+        )
     if path.is_file():
         return WeightsFile(name, f"sha256:{sha256 or _file_sha256(path)}", sha256, path)
     if name.startswith("https://"):
         if sha256 is None:
-            raise ConfigError(f"weights {name!r} need their sha256: an address may serve anything")
+            raise ConfigError(f"weights {name!r} need a sha256: an address may serve anything")
         return WeightsFile(name, f"sha256:{sha256}", sha256)
     if not hub:
         raise ConfigError(
             f"there is no file {name!r}; expected the path of the weights, https://..., or "
-            "`owner/name/file` of the hub"
+            "`owner/name/file` on the Hub"
         )
     return WeightsFile(name, _commit(hub[1], revision), sha256)
 
@@ -243,21 +237,18 @@ def load_part(
     weights: bool = False,
     **arguments: Any,
 ) -> Part:
-    """Load something of a model, fetched where needed: no pickles, no code that comes along.
+    """Load a part of a model, downloading it if necessary; no pickles, no remote code.
 
     Args:
-        what: What is loaded, for the message.
+        what: What is loaded, for messages.
         from_pretrained: That of its class, or of one of transformers' auto classes.
-        model: Where from.
-        weights: Whether the model's weights are part of it.
-        arguments: Further arguments of it.
-
-    Returns:
-        What was loaded.
+        model: The model.
+        weights: Whether the part needs the model's weights.
+        arguments: Further arguments of ``from_pretrained``.
 
     Raises:
-        RewardError: The hub has no such model or cannot be reached; a file is missing, or does not
-            hold it.
+        RewardError: The Hub has no such model or cannot be reached; or a file is missing or
+            invalid.
     """
     folder = model.fetch(weights)
     try:
@@ -270,7 +261,7 @@ def load_part(
         )
     except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
         raise RewardError(
-            f"{what} of {model.name!r} ({model.revision}) cannot be loaded: "
+            f"cannot load {what} of {model.name!r} ({model.revision}): "
             f"{type(error).__name__}: {_first_line(error)}. Expected config.json, "
             "model.safetensors, the tokenizer's files and preprocessor_config.json, as "
             "save_pretrained writes them; pickles (.bin) are not read"
@@ -279,14 +270,14 @@ def load_part(
 
 @contextlib.contextmanager
 def _naming_the_hub(repository: str, revision: str) -> Iterator[None]:
-    """Turn what the hub's client raises into a `RewardError` with the way out."""
+    """Convert errors of the Hub's client to a `RewardError` with the way out."""
     try:
         yield
     except (HfHubHTTPError, OSError, ValueError) as error:  # a wrong id is a ValueError
         raise RewardError(
-            f"{repository!r} ({revision}) cannot be had from the hub: {_first_line(error)}. Check "
-            "the spelling and the network, log in with `hf auth login` if it is gated, or fetch it "
-            "elsewhere and give its path"
+            f"cannot download {repository!r} ({revision}) from the Hub: {_first_line(error)}. "
+            "Check the spelling and the network, log in with `hf auth login` if it is gated, or "
+            "download it elsewhere and give its path"
         ) from error
 
 
@@ -294,7 +285,7 @@ def _commit(repository: str, revision: str | None) -> str:
     revision = revision or PINNED.get(repository)
     if revision is None or not _COMMIT.fullmatch(revision):
         raise ConfigError(
-            f"hub model {repository!r} has the revision {revision!r}; pin a commit (40 hex digits, "
+            f"Hub model {repository!r} has the revision {revision!r}; pin a commit (40 hex digits, "
             "under `Files` on its page): a branch may move, and the scores with it"
         )
     return revision

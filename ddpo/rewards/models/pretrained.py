@@ -1,4 +1,4 @@
-"""Reward models: their weights checked, loaded when first needed, run some pictures at a time."""
+"""Reward models: weights checked, loaded on first use, run on some images at a time."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from ddpo.errors import RewardError
 from ddpo.prompts.base import Prompt
 
 Device = Literal["auto", "cpu", "cuda"]
-"""Where a reward model runs; ``auto`` is CUDA where there is a GPU."""
+"""Where a reward model runs; ``auto`` is CUDA if there is a GPU."""
 
 SCORED_AT_ONCE = 16
-"""Pictures in one forward pass."""
+"""Images in one forward pass."""
 
 _SHOWN = 3  # names in a message
 
@@ -29,7 +29,7 @@ Placed = TypeVar("Placed", bound=nn.Module)
 
 
 class LoadedOnce(Generic[Loaded]):
-    """Something that the first of any number of threads to ask for it loads."""
+    """A value that is loaded by whichever thread first needs it."""
 
     def __init__(self, load: Callable[[], Loaded]) -> None:
         self._load = load
@@ -37,7 +37,7 @@ class LoadedOnce(Generic[Loaded]):
         self._loaded: list[Loaded] = []
 
     def get(self) -> Loaded:
-        """Return it; a load that failed is tried again by the next call."""
+        """Return the value; a load that failed is tried again by the next call."""
         with self._lock:
             if not self._loaded:
                 self._loaded.append(self._load())
@@ -45,14 +45,14 @@ class LoadedOnce(Generic[Loaded]):
 
 
 def pick_device(wanted: Device) -> torch.device:
-    """Return the device that a parameter stands for, on this machine.
+    """Return the device that a parameter means on this machine.
 
     Raises:
-        RewardError: CUDA is asked for and absent.
+        RewardError: CUDA is requested but not available.
     """
     if wanted == "cuda" and not torch.cuda.is_available():
         raise RewardError(
-            "the reward's `device` is 'cuda' and no GPU can be used here; set it to 'auto' or 'cpu'"
+            "the reward's `device` is 'cuda', but no GPU is available; set it to 'auto' or 'cpu'"
         )
     if wanted == "auto":
         wanted = "cuda" if torch.cuda.is_available() else "cpu"
@@ -64,12 +64,12 @@ def in_batches(
     prompts: Sequence[Prompt],
     score: Callable[[list[Image.Image], list[str]], Tensor],
 ) -> np.ndarray:
-    """Score B pictures, some at a time, without gradients.
+    """Score B images, some at a time, without gradients.
 
     Args:
-        images: B pictures of any size and mode; ``score`` sees them in RGB (alpha is dropped).
+        images: B images of any size and mode; converted to RGB (alpha is dropped).
         prompts: B prompts.
-        score: From b pictures and their b texts to [b] numbers, on any device.
+        score: From b images and their b texts to scores [b], on any device.
 
     Returns:
         float32 [B].
@@ -87,15 +87,15 @@ def in_batches(
 def check_tensors(
     what: str, found: Mapping[str, Tensor], expected: Mapping[str, Sequence[int]]
 ) -> None:
-    """Check that tensors are those of a model, no fewer and no more.
+    """Check that tensors are exactly those of a model.
 
     Args:
-        what: Whose they are, for the message.
+        what: What they belong to, for messages.
         found: Tensors by name.
         expected: Shapes by name.
 
     Raises:
-        RewardError: Says what is missing, unexpected, or of another shape.
+        RewardError: Some are missing, unexpected, or of another shape.
     """
     missing = [name for name in expected if name not in found]
     unexpected = [name for name in found if name not in expected]
@@ -108,7 +108,7 @@ def check_tensors(
     wrong = "; ".join(f"{kind}: {few(names)}" for kind, names in parts.items() if names)
     if wrong:
         raise RewardError(
-            f"the weights of {what} do not fit its architecture ({wrong}). Check that it is the "
+            f"the weights of {what} do not match its architecture ({wrong}). Check that it is the "
             "published file of this model, and not of another version"
         )
 
@@ -120,20 +120,17 @@ def build_model(
     tensors: Mapping[str, Tensor],
     **arguments: Any,
 ) -> Model:
-    """Build a model of transformers from tensors under its own names.
+    """Build a model of transformers from its tensors, in float32 on the CPU.
 
     Args:
-        what: Whose they are, for messages.
+        what: What the tensors belong to, for messages.
         kind: Class of the model.
         config: Its architecture.
-        tensors: Its weights, all of them and nothing else.
+        tensors: Exactly its weights, under its own names.
         arguments: Further arguments of the class.
 
-    Returns:
-        The model in float32, on the CPU.
-
     Raises:
-        RewardError: Names or shapes do not fit.
+        RewardError: Names or shapes do not match.
     """
     with torch.device("meta"):
         shapes = {n: t.shape for n, t in kind(config, **arguments).state_dict().items()}
@@ -149,15 +146,15 @@ def build_model(
     )
 
 
-def place(model: Placed, where: torch.device) -> Placed:
-    """Move a model to a device and make it ready for inference, in place."""
+def place(model: Placed, device: torch.device) -> Placed:
+    """Move a model to a device and prepare it for inference, in place."""
     module: nn.Module = model
-    module.to(where).eval().requires_grad_(False)
+    module.to(device).eval().requires_grad_(False)
     return model
 
 
 def few(names: Iterable[str]) -> str:
-    """Return names for a message: the first three, and how many more there are."""
+    """Format names for a message: the first three, and how many more there are."""
     names = list(names)
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     return ", ".join(map(str, names[:_SHOWN])) + more

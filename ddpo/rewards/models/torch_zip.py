@@ -1,11 +1,11 @@
-"""Tensors out of a file that ``torch.save`` wrote, without running what is in it.
+"""Read tensors from a file written by ``torch.save``, without running what is in it.
 
-Such a file (torch 1.6 and later) is a zip: an entry of raw bytes for each storage, and `data.pkl`,
-a program for a small stack machine that says which tensor is which part of which storage.
-Unpickling runs that program, and it may call whatever it names. Here it is only read: `pickletools`
-takes it apart into instructions, and the few that build a table of tensors are followed. A name in
-it stays a string, which is compared and neither imported nor called; what an unknown name would
-have made is an empty placeholder.
+Such a file (torch 1.6 and later) is a zip with an entry of raw bytes per storage, and `data.pkl`, a
+program for a small stack machine that says which tensor is which part of which storage. Unpickling
+runs that program, which may call anything it names. Here it is only read: `pickletools` decodes it
+into instructions, and the few that build a table of tensors are followed. A name in it remains a
+string, which is compared and neither imported nor called; a call of an unknown name yields an empty
+placeholder.
 """
 
 from __future__ import annotations
@@ -37,38 +37,38 @@ _DTYPES = {
     "torch BoolStorage": torch.bool,
 }
 _SAFETENSORS = (
-    "Have it saved as safetensors (safetensors.torch.save_file), by someone who trusts the file or "
-    "in a sandbox, and name that"
+    "Have someone who trusts the file, or a sandbox, convert it to safetensors "
+    "(safetensors.torch.save_file), and name that"
 )
 
 
 @dataclass(frozen=True)
 class _Name:
-    """A module and a name in it, as the program has them. Never looked up."""
+    """A module and a name in it, as written in the program. Never looked up."""
 
     text: str
 
 
 class _Unknown:
-    """What a call of an unknown name would have returned."""
+    """Stands for the result of calling an unknown name."""
 
 
 def read_torch_zip(path: Path) -> dict[str, Any]:
-    """Read the tensors of a file that ``torch.save`` wrote.
+    """Read the tensors in a file written by ``torch.save``.
 
     Args:
-        path: The file; by custom `.pt`, `.pth` or `.bin`.
+        path: The file; usually `.pt`, `.pth` or `.bin`.
 
     Returns:
-        The mapping that was saved, on the CPU: tensors and mappings of them by name; beside them
-        plain values, and placeholders for objects of other kinds.
+        The saved mapping, on the CPU: tensors and nested mappings by name, plain values, and
+        placeholders for other objects.
 
     Raises:
-        RewardError: The file is of the format before torch 1.6, is damaged, or holds no mapping.
+        RewardError: The file has the format before torch 1.6, is damaged, or contains no mapping.
     """
     if not zipfile.is_zipfile(path):
         raise RewardError(
-            f"{path} is not the zip that torch.save writes since 1.6; what is older can only be "
+            f"{path} is not a zip as written by torch.save since 1.6; an older file can only be "
             f"unpickled, which may run anything. {_SAFETENSORS}"
         )
     try:
@@ -79,11 +79,11 @@ def read_torch_zip(path: Path) -> dict[str, Any]:
         *(ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError),
     ) as error:
         raise RewardError(
-            f"{path} cannot be read as a file of torch.save ({type(error).__name__}: {error}); "
-            f"it is damaged, or holds more than tensors. Fetch it again. Or: {_SAFETENSORS}"
+            f"cannot read {path} as a file of torch.save ({type(error).__name__}: {error}); it is "
+            f"damaged, or contains more than tensors. Download it again. Or: {_SAFETENSORS}"
         ) from error
     if not isinstance(tree, dict):
-        raise RewardError(f"{path} holds no mapping of tensors by name. {_SAFETENSORS}")
+        raise RewardError(f"{path} does not contain a mapping of tensors by name. {_SAFETENSORS}")
     return tree
 
 
@@ -99,7 +99,7 @@ def _read(archive: zipfile.ZipFile) -> Any:
     def storage(kind: str, key: str) -> Tensor:
         if key not in storages:
             entry = archive.getinfo(f"{root}data/{key}")
-            if entry.compress_type != zipfile.ZIP_STORED:  # torch never compresses; a bomb would
+            if entry.compress_type != zipfile.ZIP_STORED:  # torch never compresses; a zip bomb does
                 raise ValueError(f"its storage {key} is compressed")
             data = bytearray(archive.read(entry))
             dtype = _DTYPES[kind]
@@ -124,7 +124,7 @@ def _follow(program: bytes, storage: Callable[[str, str], Tensor]) -> Any:
         return items
 
     for operation, argument, _ in pickletools.genops(program):
-        place: Any = argument  # in the memo, where the instruction is about it
+        slot: Any = argument  # in the memo, for instructions that use it
         match operation.name:
             case "PROTO" | "FRAME":
                 pass
@@ -148,11 +148,11 @@ def _follow(program: bytes, storage: Callable[[str, str], Tensor]) -> Any:
                 count = int(operation.name[-1])
                 stack[-count:] = [tuple(stack[-count:])]
             case "BINPUT" | "LONG_BINPUT":
-                memo[place] = stack[-1]
+                memo[slot] = stack[-1]
             case "MEMOIZE":
                 memo[len(memo)] = stack[-1]
             case "BINGET" | "LONG_BINGET":
-                stack.append(memo[place])
+                stack.append(memo[slot])
             case "GLOBAL":
                 stack.append(_Name(str(argument)))
             case "STACK_GLOBAL":
@@ -162,9 +162,9 @@ def _follow(program: bytes, storage: Callable[[str, str], Tensor]) -> Any:
                 _, kind, key, *_ = stack.pop()
                 stack.append(storage(kind.text, key))
             case "REDUCE" | "NEWOBJ":
-                arguments, made_by = stack.pop(), stack.pop()
-                stack.append(_made(made_by, arguments))
-            case "BUILD":  # attributes of an object; those of a table of tensors hold no tensor
+                arguments, callee = stack.pop(), stack.pop()
+                stack.append(_call(callee, arguments))
+            case "BUILD":  # attributes of an object, which never hold tensors in a state dict
                 stack.pop()
             case "APPEND" | "APPENDS":
                 items = since_mark() if operation.name == "APPENDS" else [stack.pop()]
@@ -179,15 +179,16 @@ def _follow(program: bytes, storage: Callable[[str, str], Tensor]) -> Any:
             case name if name.removeprefix("SHORT_").startswith(_LITERALS):
                 stack.append(argument)
             case name:
-                raise ValueError(f"its table of contents has the instruction {name}")
-    raise ValueError("its table of contents has no end")
+                raise ValueError(f"its index contains the instruction {name}")
+    raise ValueError("its index has no end")
 
 
 _LITERALS = ("BININT", "LONG1", "LONG4", "BINFLOAT", "BINUNICODE", "BINSTRING", "BINBYTES")
 
 
-def _made(made_by: Any, arguments: Any) -> Any:
-    match made_by:
+def _call(callee: Any, arguments: Any) -> Any:
+    """Return what a known name would return for these arguments, without calling it."""
+    match callee:
         case _Name("collections OrderedDict"):
             return dict(*arguments)
         case _Name("torch._utils _rebuild_tensor_v2"):

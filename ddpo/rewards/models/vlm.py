@@ -1,4 +1,4 @@
-"""A vision-language model of transformers that answers questions about pictures."""
+"""A vision-language model of transformers that answers questions about images."""
 
 from __future__ import annotations
 
@@ -25,25 +25,25 @@ _PINNED = {
 }
 
 Dtype = Literal["float16", "bfloat16", "float32"]
-"""What a model computes in."""
+"""The precision in which a model computes."""
 
 
 @dataclass(frozen=True)
 class _Vlm:
-    model: Any  # a PreTrainedModel with generate(); the auto class does not say which
+    model: Any  # a PreTrainedModel with generate(), which the auto class does not declare
     processor: ProcessorMixin
     lock: threading.Lock = field(default_factory=threading.Lock)
 
 
 class VisionLanguageModel:
-    """Answers questions, greedily; loads when it is first asked.
+    """Answers questions by greedy decoding; loaded by the first question.
 
     Args:
-        model: A hub id or a folder: any model of transformers that `AutoModelForImageTextToText`
+        model: A Hub id or a folder: any model of transformers that `AutoModelForImageTextToText`
             and `AutoProcessor` load, with a chat template.
-        revision: Commit of a hub id; those of LLaVA 1.5 (7b, 13b) are pinned.
-        dtype: What it computes in.
-        max_new_tokens: Tokens after which an answer is cut.
+        revision: Commit of a Hub id; those of LLaVA 1.5 (7b, 13b) are pinned.
+        dtype: The precision in which it computes.
+        max_new_tokens: Length of an answer at which it is cut.
         device: Where it runs.
 
     Raises:
@@ -70,7 +70,7 @@ class VisionLanguageModel:
         return {self._folder.name: self._folder.revision}
 
     def ask(self, images: Sequence[Image.Image], questions: Sequence[str]) -> list[Answer]:
-        """Ask N questions, each about the picture of its own index."""
+        """Ask N questions, each about the image with the same index."""
         answers: list[Answer] = []
         for start in range(0, len(images), SCORED_AT_ONCE):
             part = slice(start, start + SCORED_AT_ONCE)
@@ -94,8 +94,8 @@ class VisionLanguageModel:
             ]
             for image, question in zip(images, questions, strict=True)
         ]
-        # One thread at a time: a fast tokenizer keeps its padding in itself, and the memory of two
-        # generations may not be there.
+        # One thread at a time: a fast tokenizer keeps its padding settings as state, and two
+        # generations may not fit into memory.
         with vlm.lock, torch.no_grad():
             inputs: Any = vlm.processor.apply_chat_template(
                 chats,
@@ -109,29 +109,31 @@ class VisionLanguageModel:
             tokens = vlm.model.generate(
                 **inputs, do_sample=False, num_beams=1, max_new_tokens=self._max_new_tokens
             )
-        said = tokens[:, inputs["input_ids"].shape[1] :]
+        new_tokens = tokens[:, inputs["input_ids"].shape[1] :]
         return [
             text.strip()
-            for text in vlm.processor.tokenizer.batch_decode(said, skip_special_tokens=True)
+            for text in vlm.processor.tokenizer.batch_decode(new_tokens, skip_special_tokens=True)
         ]
 
     def _load(self) -> _Vlm:
-        where = pick_device(self._device)
+        device = pick_device(self._device)
         try:
-            # Pillow resizes the pictures, torchvision or not.
+            # Always resize with Pillow, whether or not torchvision is installed.
             processor: ProcessorMixin = load_part(
                 "the processor", AutoProcessor.from_pretrained, self._folder, backend="pil"
             )
         except ImportError as error:
             raise RewardError(
-                f"the processor of {self._folder.name!r} needs what is not installed: {error}"
+                f"the processor of {self._folder.name!r} needs a package that is missing: {error}"
             ) from error
         if processor.chat_template is None:
             raise RewardError(
-                f"{self._folder.name!r} ({self._folder.revision}) has no chat template, so nothing "
-                "says how it is asked; choose a model that was trained on conversations"
+                f"{self._folder.name!r} ({self._folder.revision}) has no chat template, without "
+                "which it cannot be asked; choose a model that was trained on conversations"
             )
-        processor.tokenizer.padding_side = "left"  # answers begin where the questions end
+        processor.tokenizer.padding_side = (
+            "left"  # so that generation starts right after the question
+        )
         if processor.tokenizer.pad_token is None:
             processor.tokenizer.pad_token = processor.tokenizer.eos_token
         model = load_part(
@@ -142,4 +144,4 @@ class VisionLanguageModel:
             dtype=self._dtype,
         )
         model.generation_config.pad_token_id = processor.tokenizer.pad_token_id
-        return _Vlm(place(model, where), processor)
+        return _Vlm(place(model, device), processor)

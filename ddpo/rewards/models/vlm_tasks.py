@@ -1,4 +1,4 @@
-"""The two tasks that a vision-language model scores, whoever asks it: alignment, and questions."""
+"""Two tasks scored by a vision-language model, wherever it runs: alignment and VQA."""
 
 from __future__ import annotations
 
@@ -16,43 +16,40 @@ from ddpo.rewards.models.answers import Question, questions_of, share_of_right
 from ddpo.rewards.models.bert_recall import BertRecall
 
 QUESTION = "Answer concisely: what is going on in this image?"
-"""As the DDPO paper asks (arXiv 2305.13301)."""
+"""The DDPO paper's question (arXiv 2305.13301)."""
 
 TEMPLATE = "The image contains {prompt}"
-"""What its answer is compared with."""
+"""What the answer is compared with."""
 
 _PROMPT = "{prompt}"
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model said to a question.
-
-    Attributes:
-        text: Its words, without white space around them; empty where there are none.
-        error: Why there are none; empty where there are.
-    """
+    """A model's answer to a question."""
 
     text: str
+    """Without surrounding whitespace; empty if there is no answer."""
     error: str = ""
+    """Why there is no answer; empty if there is one."""
 
 
 Ask = Callable[[Sequence[Image.Image], Sequence[str]], Sequence[Answer]]
-"""Asks N questions, each about the picture of its own index; N answers."""
+"""Asks N questions, each about the image with the same index; returns N answers."""
 
 EMPTY_ANSWER = "the model's answer is empty"
 
 
 def check_template(template: str) -> str:
-    """Return a template that has room for the prompt.
+    """Return a template, checked to have a placeholder for the prompt.
 
     Raises:
         ConfigError: It has none.
     """
     if _PROMPT not in template:
         raise ConfigError(
-            f"template is {template!r}, without {_PROMPT}; every picture would be compared with "
-            f"the same words. Write it as in {TEMPLATE!r}"
+            f"template is {template!r}, without {_PROMPT}; every image would be compared with the "
+            f"same words. Write it as in {TEMPLATE!r}"
         )
     return template
 
@@ -65,19 +62,19 @@ def score_alignment(
     question: str,
     template: str,
 ) -> Scores:
-    """Score what the model sees in B pictures against their prompts.
+    """Score the model's descriptions of B images against their prompts.
 
     Args:
-        images: B pictures.
+        images: B images.
         prompts: B prompts.
         ask: Asks the model.
         bert: Compares its answers.
-        question: What is asked about every picture.
+        question: What is asked about every image.
         template: What an answer is compared with; ``{prompt}`` stands for the prompt's text.
 
     Returns:
         BERTScore's recall, with the columns ``caption``, ``bert_precision``, ``bert_f1`` and
-        ``vlm_error``. A sample without an answer has failed.
+        ``vlm_error``. A sample without an answer fails.
     """
     answers = ask(images, [question] * len(images))
     values, precisions, f1s = (np.full(len(images), math.nan, np.float32) for _ in range(3))
@@ -98,41 +95,41 @@ def score_alignment(
 
 
 def score_questions(images: Sequence[Image.Image], prompts: Sequence[Prompt], ask: Ask) -> Scores:
-    """Score B pictures by the questions that their prompts ask.
+    """Score B images by the questions of their prompts.
 
     Args:
-        images: B pictures.
+        images: B images.
         prompts: B prompts, with ``questions`` and ``answers`` in their metadata.
         ask: Asks the model.
 
     Returns:
         The share of right answers, with the columns ``vqa_answers`` (JSON text) and ``vqa_error``.
-        A sample has failed where its prompt has no questions, or one has no answer.
+        A sample fails if its prompt has no questions, or if one of them gets no answer.
     """
     errors: list[str] = []
-    asked: list[tuple[Question, ...]] = []
+    per_image: list[tuple[Question, ...]] = []
     for prompt in prompts:
         try:
-            asked.append(questions_of(prompt))
+            per_image.append(questions_of(prompt))
             errors.append("")
         except RewardError as error:
-            asked.append(())
+            per_image.append(())
             errors.append(str(error))
     pairs = [
         (image, question.text)
-        for image, questions in zip(images, asked, strict=True)
+        for image, questions in zip(images, per_image, strict=True)
         for question in questions
     ]
     answers = iter(ask([image for image, _ in pairs], [text for _, text in pairs]))
     values = np.full(len(images), math.nan, np.float32)
     texts = [""] * len(images)
-    for index, questions in enumerate(asked):
+    for index, questions in enumerate(per_image):
         if not questions:
             continue
-        said: list[Answer] = [next(answers) for _ in questions]
-        errors[index] = "; ".join(dict.fromkeys(each.error for each in said if each.error))
+        replies: list[Answer] = [next(answers) for _ in questions]
+        errors[index] = "; ".join(dict.fromkeys(reply.error for reply in replies if reply.error))
         if not errors[index]:
-            values[index], texts[index] = share_of_right(questions, [each.text for each in said])
+            values[index], texts[index] = share_of_right(questions, [r.text for r in replies])
     return Scores(
         values,
         failed=np.array([bool(error) for error in errors], bool),
