@@ -32,11 +32,11 @@ from ddpo.runs.run import Run, start_run
 from ddpo.store import keys, manifests
 from ddpo.store.checkpoints import load_document
 from ddpo.store.tables import RolloutRow, encode_rollouts
-from ddpo_workflow.flows.cli.quiet import hide_loading_bars, set_defaults, without_heartbeats
+from ddpo_workflow.flows.cli.quiet import hide_loading_bars, set_defaults
+from ddpo_workflow.flows.flow import without_heartbeats
 from ddpo_workflow.flows.rescore import rescore
 from ddpo_workflow.tasks.start import start
 from ddpo_workflow.tasks.tracking.connection import connect
-from ddpo_workflow.tasks.worker import RunHandle
 
 SHARDS, SHARD_SIZE = 16, 64
 
@@ -60,7 +60,7 @@ def save_epoch(config: RunConfig, side: int) -> Run:
         The run.
     """
     run = start_run(config, "saved")
-    checkpoint = start.fn(RunHandle(root=run.store.root, s3=run.store.s3, run_id=run.run_id))
+    checkpoint = start.fn(run.handle)
     digests = load_document(run.store, manifests.load(run.store, checkpoint), "digests")
     draw = np.random.default_rng(0)
     shards = []

@@ -3,35 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 
-from prefect import flow
 from prefect.artifacts import create_markdown_artifact
 from prefect.runtime import flow_run
 
 from ddpo.analysis.comparison.plan import Comparison, comparison_name, read_comparison
 from ddpo.analysis.comparison.report import PLOT, markdown, write_report
 from ddpo.analysis.comparison.result import Result, read_result
-from ddpo.config import StorageConfig
 from ddpo.errors import ConfigError, RunIdentityMismatch
 from ddpo.runs.run import Run, check_run, start_run
 from ddpo.store import keys
 from ddpo.store.objects import Store
-from ddpo_workflow.flows.cli.quiet import without_heartbeats
-from ddpo_workflow.flows.epoch import artifact_key
-from ddpo_workflow.flows.stopping import AbandoningThreads, mark_stopped, note_begun, notice
+from ddpo_workflow.flows.epoch import submit_shards
+from ddpo_workflow.flows.flow import artifact_key, ddpo_flow, without_heartbeats
 from ddpo_workflow.flows.train import Text, outputs_folder, train_run
 from ddpo_workflow.tasks.advantages import advantages_of
 from ddpo_workflow.tasks.commit import commit_epoch
 from ddpo_workflow.tasks.progress import as_part, finished_epoch
-from ddpo_workflow.tasks.sample import sample_shard
-from ddpo_workflow.tasks.score import score_shard
 from ddpo_workflow.tasks.start import start
 from ddpo_workflow.tasks.tracking.connection import connect, find_or_create_experiment, find_run
-from ddpo_workflow.tasks.tracking.epochs import TrackingHandle, track_scores
+from ddpo_workflow.tasks.tracking.metrics import track_scores
 from ddpo_workflow.tasks.tracking.page import open_comparison_page, open_page
-from ddpo_workflow.tasks.tracking.tracker import TrackingError
+from ddpo_workflow.tasks.tracking.tracker import TrackingHandle
 from ddpo_workflow.tasks.worker import RunHandle, opened
 
 
@@ -40,13 +34,7 @@ def _comparison_name() -> str:
     return asked.get("name") or comparison_name(asked["config_file"])
 
 
-@flow(
-    name="ddpo-compare",
-    flow_run_name=_comparison_name,
-    on_running=[note_begun],
-    on_crashed=[mark_stopped],
-    on_failure=[mark_stopped],
-)
+@ddpo_flow(name="ddpo-compare", run_name=_comparison_name)
 def compare(
     config_file: str = "configs/starter_compare.yaml",
     name: Text = None,
@@ -72,56 +60,34 @@ def compare(
     named = [f"{key}={value}" for key, value in form.items() if value is not None]
     comparison = read_comparison(config_file, name, [*overrides, *named])
     check_comparison(comparison)
-    base = comparison.members[0].config
-    page = open_comparison_page(
-        comparison,
-        uri=base.tracking.uri,
-        experiment=base.tracking.experiment,
-        flow_run_id=flow_run.get_id() or "",
-    )
-    try:
+    with open_comparison_page(comparison) as page:
         store = _run_members(comparison)
         result = read_result(comparison, store)
         folder = comparison_folder(comparison)
         for file in write_report(comparison, result, folder):
             page.log_file(file)
         _show(comparison, result)
-    except BaseException as error:
-        killed = notice(error)
-        with suppress(TrackingError):  # the first error is the one to tell
-            page.finish("KILLED" if killed or not isinstance(error, Exception) else "FAILED")
-        raise
-    page.finish("FINISHED")
     return str(folder)
 
 
-@flow(  # pyright: ignore[reportCallIssue]  # task runners are typed by what tasks return
-    name="ddpo-shared-samples",
-    flow_run_name="{handle.run_id}",
-    task_runner=AbandoningThreads(max_workers=4),  # pyright: ignore[reportArgumentType]
-    on_running=[note_begun],
-    on_crashed=[mark_stopped],
-    on_failure=[mark_stopped],
-)
-def draw_shared(handle: RunHandle, tracking: TrackingHandle) -> None:
-    """Draw and score all epochs of a run with its first checkpoint, and learn nothing from them.
+@ddpo_flow(name="ddpo-shared-samples", run_name="{handle.run_id}")
+def sample_shared(handle: RunHandle, tracking: TrackingHandle) -> None:
+    """Sample and score all epochs of a run with its first checkpoint, without any training.
 
-    Each epoch is committed as any other, with that checkpoint as the one after it.
+    Each epoch is committed like any other, with the first checkpoint as its next one too.
 
     Args:
         handle: The run.
-        tracking: Its MLflow run.
+        tracking: Its page in MLflow.
     """
     run = opened(handle)
     checkpoint = before = start(handle)
     for epoch in range(run.config.epochs):
-        rollouts, scoring = [], []
-        for shard in range(run.shards):
-            rollouts.append(sample_shard(handle, checkpoint, epoch, shard))
-            scoring.append(score_shard.submit(handle, rollouts[-1], epoch, shard))
-        scores = [scored.result() for scored in scoring]
+        sampling, scoring = submit_shards(handle, checkpoint, epoch)
+        rollouts = [shard.result() for shard in sampling]
+        scores = [shard.result() for shard in scoring]
         before = advantages_of(handle, before, rollouts, scores, epoch)
-        commit_epoch(handle, rollouts, scores, before, checkpoint, StorageConfig(), epoch)
+        commit_epoch(handle, rollouts, scores, before, checkpoint, epoch)
         metrics = track_scores(handle, tracking, scores, epoch)
         finished_epoch(epoch + 1, run.config.epochs, metrics)
 
@@ -182,23 +148,8 @@ def _run_members(comparison: Comparison) -> Store:
 
 def _draw_run(run: Run) -> None:
     """Draw the samples that the variants of a seed share, shown in MLflow as a run."""
-    opened.cache_clear()  # the operation half may be another than at an earlier start
-    handle = RunHandle(root=run.store.root, s3=run.store.s3, run_id=run.run_id)
-    page = open_page(run, flow_run_id=flow_run.get_id(), flow_run_name=flow_run.get_name())
-    tracking = TrackingHandle(
-        uri=run.config.tracking.uri,
-        experiment_id=page.experiment_id,
-        mlflow_run_id=page.mlflow_run_id,
-    )
-    try:
-        with without_heartbeats():  # the flow around it has its own
-            draw_shared(handle, tracking)
-    except BaseException as error:
-        killed = notice(error)
-        with suppress(TrackingError):
-            page.finish("KILLED" if killed or not isinstance(error, Exception) else "FAILED")
-        raise
-    page.finish("FINISHED")
+    with open_page(run) as page, without_heartbeats():  # the flow around it has its own
+        sample_shared(run.handle, page.handle)
 
 
 def _is_whole(run: Run) -> bool:

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from prefect import flow
-
 from ddpo.config import RunConfig
 from ddpo.config.files import apply_overrides, parse_config
 from ddpo.config.s3 import S3Options
@@ -16,19 +14,13 @@ from ddpo.runs.forks.checks import check_kept, check_on_policy, check_sampler, c
 from ddpo.runs.run import Run, open_run, start_run, storage_root
 from ddpo.store import keys
 from ddpo.store.objects import Store
-from ddpo_workflow.flows.stopping import mark_stopped, note_begun
+from ddpo_workflow.flows.flow import ddpo_flow
 from ddpo_workflow.flows.train import Parameters, Text, Whole, train_run
 
 Statistics = Literal["rebuild", "reset"]
 
 
-@flow(
-    name="ddpo-fork",
-    flow_run_name="{run_id} from epoch {epoch}",
-    on_running=[note_begun],
-    on_crashed=[mark_stopped],
-    on_failure=[mark_stopped],
-)
+@ddpo_flow(name="ddpo-fork", run_name="{run_id} from epoch {epoch}")
 def fork(
     run_id: str,
     epoch: int,

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import suppress
 
-from prefect import flow, get_run_logger
-from prefect.runtime import flow_run
+from prefect import get_run_logger
 
 from ddpo.analysis.history import History
 from ddpo.config import RewardConfig
@@ -18,26 +16,18 @@ from ddpo.store import keys, manifests
 from ddpo.store.checkpoints import find_checkpoint
 from ddpo.store.manifests import Ref
 from ddpo.store.objects import Store
+from ddpo_workflow.flows.flow import ddpo_flow
 from ddpo_workflow.flows.start import scores_before
-from ddpo_workflow.flows.stopping import mark_stopped, note_begun
 from ddpo_workflow.flows.train import Parameters, Text
 from ddpo_workflow.tasks.advantages import advantages_of
 from ddpo_workflow.tasks.score import score_shard
 from ddpo_workflow.tasks.statistics import rebuild_statistics
-from ddpo_workflow.tasks.tracking.epochs import TrackingHandle
 from ddpo_workflow.tasks.tracking.page import open_rescored_page
 from ddpo_workflow.tasks.tracking.rescored import track_disagreement, track_rescored
-from ddpo_workflow.tasks.tracking.tracker import TrackingError
 from ddpo_workflow.tasks.worker import RunHandle, opened
 
 
-@flow(
-    name="ddpo-rescore",
-    flow_run_name="{run_id} by {reward}",
-    on_running=[note_begun],
-    on_crashed=[mark_stopped],
-    on_failure=[mark_stopped],
-)
+@ddpo_flow(name="ddpo-rescore", run_name="{run_id} by {reward}")
 def rescore(
     run_id: str,
     reward: str,
@@ -71,34 +61,19 @@ def rescore(
     reward_id = load_reward(config.name, config.parameters).identity.reward_id
     if reward_id == run.reward_id:
         raise ConfigError(f"{reward_id} is the run's own reward: its samples have these scores")
-    handle = RunHandle(
-        root=run.store.root, s3=run.store.s3, run_id=run_id, reward=config.model_dump_json()
-    )
+    handle = run.handle.model_copy(update={"reward": config.model_dump_json()})
     rescored = opened(handle)
-    page = open_rescored_page(
-        run, config, reward_id, uri=tracking, flow_run_id=flow_run.get_id() or ""
-    )
-    shown = TrackingHandle(
-        uri=tracking or run.config.tracking.uri,
-        experiment_id=page.experiment_id,
-        mlflow_run_id=page.mlflow_run_id,
-    )
-    try:
+    with open_rescored_page(run, config, reward_id, uri=tracking) as page:
         for epoch in chosen:
             rollouts = saved_rollouts(run, epoch)
             scores = [score_shard(handle, ref, epoch, shard) for shard, ref in enumerate(rollouts)]
-            metrics = track_rescored(handle, shown, scores, epoch)
-            without = "not one of its samples could be scored"
+            metrics = track_rescored(handle, page.handle, scores, epoch)
+            reason = "not one of its samples could be scored"
             if "reward/mean" in metrics:
-                without = _advantages(rescored, handle, rollouts, scores, epoch)
-            if without:
-                get_run_logger().warning("epoch %d has no advantages: %s", epoch, without)
-        track_disagreement(handle, shown, chosen)
-    except BaseException as error:
-        with suppress(TrackingError):  # the first error is the one to tell
-            page.finish("FAILED" if isinstance(error, Exception) else "KILLED")
-        raise
-    page.finish("FINISHED")
+                reason = _advantages(rescored, handle, rollouts, scores, epoch)
+            if reason:
+                get_run_logger().warning("epoch %d has no advantages: %s", epoch, reason)
+        track_disagreement(handle, page.handle, chosen)
     return reward_id
 
 
@@ -157,7 +132,7 @@ def _statistics_before(run: Run, handle: RunHandle, epoch: int) -> Ref | None:
         key = keys.statistics_manifest_key(reward_id, run.run_id, epoch - 1)
         found = manifests.find(run.store, key)
         if found is None:
-            return rebuild_statistics(handle, scores_before(run, handle), epoch)
+            return rebuild_statistics(handle, scores_before(run), epoch)
     else:
         found = find_checkpoint(run.store, run.run_id, epoch)
     return found.ref if found else None

@@ -8,10 +8,9 @@ from ddpo.store.checkpoints import find_checkpoint
 from ddpo.store.manifests import Ref
 from ddpo_workflow.tasks.score import score_shard
 from ddpo_workflow.tasks.start import check_fork, start
-from ddpo_workflow.tasks.worker import RunHandle
 
 
-def first_checkpoint(run: Run, handle: RunHandle) -> Ref:
+def first_checkpoint(run: Run) -> Ref:
     """Commit a run's first checkpoint, or find it.
 
     A fork's prompt statistics are on the scale of its own reward: the epochs before it are scored
@@ -19,7 +18,6 @@ def first_checkpoint(run: Run, handle: RunHandle) -> Ref:
 
     Args:
         run: The run.
-        handle: The same, for tasks.
 
     Returns:
         The checkpoint's manifest.
@@ -27,17 +25,16 @@ def first_checkpoint(run: Run, handle: RunHandle) -> Ref:
     if done := find_checkpoint(run.store, run.run_id, run.first_epoch):
         return done.ref  # the epochs before it may be retired by now
     if not rebuilds_statistics(run.config):
-        return start(handle)
-    check_fork(handle)
-    return start(handle, scores_before(run, handle))
+        return start(run.handle)
+    check_fork(run.handle)
+    return start(run.handle, scores_before(run))
 
 
-def scores_before(run: Run, handle: RunHandle) -> list[Ref]:
+def scores_before(run: Run) -> list[Ref]:
     """Score the epochs whose rewards a fork's prompt statistics are rebuilt from, a task a shard.
 
     Args:
         run: The fork, of whose reward the scores are.
-        handle: The same, for tasks.
 
     Returns:
         The scores' manifests, in order.
@@ -49,9 +46,7 @@ def scores_before(run: Run, handle: RunHandle) -> list[Ref]:
     assert fork is not None
     reward = run.config.reward.model_dump_json()
     return [
-        score_shard(
-            handle.model_copy(update={"run_id": owner.run_id, "reward": reward}), ref, epoch, shard
-        )
+        score_shard(owner.handle.model_copy(update={"reward": reward}), ref, epoch, shard)
         for owner, epoch in epochs_before(run, fork)
         for shard, ref in enumerate(saved_rollouts(owner, epoch))
     ]

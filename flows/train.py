@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
 
-from prefect import flow, get_run_logger
+from prefect import get_run_logger
 from prefect.artifacts import (
     create_progress_artifact,
     create_table_artifact,
@@ -29,17 +29,16 @@ from ddpo.store import keys
 from ddpo.store.checkpoints import find_checkpoint
 from ddpo.store.manifests import Ref
 from ddpo.store.objects import Store
-from ddpo_workflow.flows.cli.quiet import without_heartbeats
-from ddpo_workflow.flows.epoch import EpochPlan, artifact_key, run_epoch
+from ddpo_workflow.flows.epoch import EpochPlan, run_epoch
+from ddpo_workflow.flows.flow import artifact_key, ddpo_flow, without_heartbeats
+from ddpo_workflow.flows.messages import resume_command
 from ddpo_workflow.flows.start import first_checkpoint
-from ddpo_workflow.flows.stopping import mark_stopped, note_begun, notice, resume_command
 from ddpo_workflow.tasks.export_weights import export_weights
 from ddpo_workflow.tasks.pictures import draw_pictures, picture_set
 from ddpo_workflow.tasks.progress import finished_epoch
-from ddpo_workflow.tasks.tracking.epochs import TrackingHandle, track_pictures
-from ddpo_workflow.tasks.tracking.page import open_page
-from ddpo_workflow.tasks.tracking.tracker import TrackingError
-from ddpo_workflow.tasks.worker import RunHandle, opened
+from ddpo_workflow.tasks.stops import recognise_stop
+from ddpo_workflow.tasks.tracking.metrics import track_pictures
+from ddpo_workflow.tasks.tracking.page import log_samples, open_page
 
 # In Prefect's form, one field that may stay empty; of `str | None` it makes a switch of types.
 Text = Annotated[str | None, WithJsonSchema({"type": "string"})]
@@ -58,13 +57,7 @@ def _run_name() -> str:
     return asked.get("run_id") or f"{_stem(asked['config_file'])}-{(flow_run.get_id() or '')[:8]}"
 
 
-@flow(
-    name="ddpo-train",
-    flow_run_name=_run_name,
-    on_running=[note_begun],
-    on_crashed=[mark_stopped],
-    on_failure=[mark_stopped],
-)
+@ddpo_flow(name="ddpo-train", run_name=_run_name)
 def train(
     config_file: str = "configs/starter.yaml",
     run_id: Text = None,
@@ -105,13 +98,7 @@ def train(
     return run_id
 
 
-@flow(
-    name="ddpo-resume",
-    flow_run_name="{run_id}",
-    on_running=[note_begun],
-    on_crashed=[mark_stopped],
-    on_failure=[mark_stopped],
-)
+@ddpo_flow(name="ddpo-resume", run_name="{run_id}")
 def resume(run_id: str, storage: Text = None, epochs: Whole = None) -> str:
     """Go on with a run as its last start operated it.
 
@@ -155,74 +142,68 @@ def outputs_folder(config: RunConfig, run_id: str) -> Path:
 
 
 def train_run(run: Run) -> None:
-    """Start a run or go on with it, epoch by epoch, and hand over what was learnt.
+    """Train a run epoch by epoch, from where it stands, and export the result.
 
     Args:
         run: The run, as this start operates it.
     """
-    opened.cache_clear()  # the operation half may be another than at an earlier start
-    record_fork(run)  # here, so that a resume of one that was killed before it does, too
-    handle = RunHandle(root=run.store.root, s3=run.store.s3, run_id=run.run_id)
+    record_fork(run)  # also on a resume, in case an earlier start was killed before it
+    epochs = run.config.epochs
+    outputs = outputs_folder(run.config, run.run_id)
     pictures = picture_set(run, run.config.tracking.pictures)
-    shown = create_progress_artifact(
+    progress = create_progress_artifact(
         key=f"{artifact_key(run.run_id)}-progress",
         progress=0.0,
-        description=f"{run.run_id}: {run.config.epochs} epochs",
+        description=f"{run.run_id}: {epochs} epochs",
     )
-    page = open_page(run, flow_run_id=flow_run.get_id(), flow_run_name=flow_run.get_name())
-    tracking = TrackingHandle(
-        uri=run.config.tracking.uri,
-        experiment_id=page.experiment_id,
-        mlflow_run_id=page.mlflow_run_id,
-    )
-    plan = EpochPlan(run=handle, tracking=tracking, pictures=pictures, storage=run.config.storage)
-    epochs = run.config.epochs
-    outputs = str(outputs_folder(run.config, run.run_id))
-    try:
+    with open_page(run) as page, _saying_how_to_resume(run):
+        plan = EpochPlan(run=run.handle, tracking=page.handle, pictures=pictures)
         rows: list[dict[str, str]] = []
-        first = _first_epoch(run)
-        begun = first > run.first_epoch
-        checkpoint = committed_checkpoint(run, first) if begun else first_checkpoint(run, handle)
+        first = first_unfinished_epoch(run)
+        resumed = first > run.first_epoch
+        checkpoint = committed_checkpoint(run, first) if resumed else first_checkpoint(run)
         for epoch in range(first, epochs):
             with without_heartbeats():  # this flow has its own
                 outcome = run_epoch(plan, checkpoint, epoch)
             checkpoint = outcome.checkpoint
             finished_epoch(epoch + 1, epochs, outcome.metrics)
             rows.append({"epoch": str(epoch), **_row(outcome.metrics)})
-            update_progress_artifact(shown, progress=100.0 * (epoch + 1) / epochs)  # pyright: ignore
+            update_progress_artifact(progress, progress=100.0 * (epoch + 1) / epochs)  # pyright: ignore
             if (epoch + 1) % run.config.tracking.adapter_every == 0 and epoch + 1 < epochs:
-                export_weights(handle, tracking, checkpoint, None, epoch + 1)
-        last = draw_pictures(handle, checkpoint, pictures, epochs)
-        track_pictures(handle, tracking, last, epochs)
-        export_weights(handle, tracking, checkpoint, outputs, epochs)
-        page.log_file(write_report(run, pictures.pictures_id, Path(outputs) / "report.png"))
+                export_weights(run.handle, page.handle, checkpoint, None, epoch + 1)
+        last = draw_pictures(run.handle, checkpoint, pictures, epochs)
+        track_pictures(run.handle, page.handle, last, epochs)
+        export_weights(run.handle, page.handle, checkpoint, str(outputs), epochs)
+        page.log_file(write_report(run, pictures.pictures_id, outputs / "report.png"))
+        log_samples(page, run)
         create_table_artifact(
             key=f"{artifact_key(run.run_id)}-epochs",
             table=rows,
-            description=f"Mean reward: {_mean(rows[0])}, in the end {_mean(rows[-1])}",
+            description=f"Mean reward: {_mean(rows[0])} at first, {_mean(rows[-1])} at the end",
         )
+
+
+@contextmanager
+def _saying_how_to_resume(run: Run) -> Iterator[None]:
+    try:
+        yield
     except BaseException as error:
-        killed = notice(error)
-        if killed:
-            again = resume_command(run.store, run.run_id)
-            get_run_logger().warning("Stopped; what is committed is kept. Go on with: %s", again)
-        # MLflow may be what failed; the first error is the one to tell.
-        with suppress(TrackingError):
-            page.finish("KILLED" if killed or not isinstance(error, Exception) else "FAILED")
+        if recognise_stop(error):
+            command = resume_command(run.store, run.run_id)
+            get_run_logger().warning("Stopped. Committed work is kept. Resume with: %s", command)
         raise
-    page.finish("FINISHED")
 
 
 def committed_checkpoint(run: Run, epoch: int) -> Ref:
-    """Return a checkpoint that must be there, since a later epoch is committed."""
-    found = find_checkpoint(run.store, run.run_id, epoch)
-    if found is None:
+    """Return a checkpoint that must exist, since a later epoch is committed."""
+    checkpoint = find_checkpoint(run.store, run.run_id, epoch)
+    if checkpoint is None:
         raise MissingObject(keys.checkpoint_manifest_key(run.run_id, epoch), run.store.root)
-    return found.ref
+    return checkpoint.ref
 
 
-def _first_epoch(run: Run) -> int:
-    """Return the last committed epoch, which may lack its tracking; all before it are whole."""
+def first_unfinished_epoch(run: Run) -> int:
+    """Return the last committed epoch, whose tracking may be incomplete; else the first epoch."""
     committed = run.first_epoch
     while run.store.exists(keys.epoch_manifest_key(run.run_id, committed)):
         committed += 1

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from ddpo.config import StorageConfig
 from ddpo.store import keys, manifests
 from ddpo.store.manifests import Ref
 from ddpo.store.upkeep.epoch_retention import retire_epochs
@@ -22,8 +21,7 @@ def commit_epoch(
     rollouts: Sequence[Ref],
     scores: Sequence[Ref],
     advantages: Ref,
-    following: Ref,
-    storage: StorageConfig,
+    next_checkpoint: Ref,
     epoch: int,
 ) -> Ref:
     """Commit the epoch, then retire the checkpoints and epochs that the config does not keep.
@@ -33,8 +31,7 @@ def commit_epoch(
         rollouts: The epoch's shards, in order.
         scores: Their scores, in order.
         advantages: The epoch's advantages.
-        following: Checkpoint ``epoch + 1``.
-        storage: What to keep.
+        next_checkpoint: Checkpoint ``epoch + 1``.
         epoch: The epoch.
 
     Returns:
@@ -45,10 +42,11 @@ def commit_epoch(
         "rollouts": [ref.model_dump() for ref in rollouts],
         "rewards": [ref.model_dump() for ref in scores],
         "advantages": advantages.model_dump(),
-        "checkpoint": following.model_dump(),
+        "checkpoint": next_checkpoint.model_dump(),
     }
     key = keys.epoch_manifest_key(run.run_id, epoch)
     ref = manifests.commit(run.store, key, kind="epoch", inputs=inputs, objects={}).ref
+    storage = run.config.storage
     if storage.keep_newest_checkpoints is not None:
         retire_checkpoints(
             run.store,

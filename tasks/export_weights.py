@@ -14,7 +14,7 @@ from ddpo.store import manifests
 from ddpo.store.checkpoints import load_document
 from ddpo.store.manifests import Ref
 from ddpo_workflow.tasks.retries import STORAGE
-from ddpo_workflow.tasks.tracking.epochs import TrackingHandle, tracker
+from ddpo_workflow.tasks.tracking.tracker import TrackingHandle, tracker
 from ddpo_workflow.tasks.worker import RunHandle, opened, policy_at
 
 ADAPTER_FOLDER = "lora"

@@ -23,12 +23,13 @@ from ddpo.store.tensors import encode_tensors
 from ddpo_workflow.tasks.adopt import adopt_shard
 from ddpo_workflow.tasks.progress import report
 from ddpo_workflow.tasks.retries import STORAGE
-from ddpo_workflow.tasks.worker import RunHandle, opened, policy_at
+from ddpo_workflow.tasks.worker import ON_DEVICE, RunHandle, opened, policy_at
 
 
 @task(
     name="sample",
     task_run_name="sample epoch {epoch} shard {shard}",
+    tags=[ON_DEVICE],
     cache_policy=NO_CACHE,
     **STORAGE,
 )

@@ -8,37 +8,20 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from pydantic import BaseModel, ConfigDict
-
 from ddpo.config import RewardConfig
-from ddpo.config.s3 import S3Options
 from ddpo.errors import PolicyMismatch
 from ddpo.models import Policy
-from ddpo.runs.run import Run, open_run
+from ddpo.runs.run import Run, RunHandle
 from ddpo.store import manifests
 from ddpo.store.checkpoints import load_checkpoint, load_document
 from ddpo.store.manifests import Ref
-from ddpo.store.objects import Store
 from ddpo.training.state import TrainState
+
+ON_DEVICE = "device"
+"""Tag of the tasks that compute on the device; flows run them one at a time, in order."""
 
 _device = threading.Lock()
 _loaded: _Loaded | None = None
-
-
-class RunHandle(BaseModel, frozen=True):
-    """All that a task needs to find its run: small, and safe to show in a UI."""
-
-    model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
-
-    root: str
-    """The store's address."""
-    s3: S3Options | None = None
-    """How its bucket is reached."""
-    run_id: str
-    """The run's name."""
-    reward: str | None = None
-    """A `RewardConfig` as JSON that stands in for the run's own, when its samples are scored again.
-    Text, since a handle is a key of caches."""
 
 
 @dataclass
@@ -71,7 +54,7 @@ class Lease:
 @lru_cache(maxsize=8)
 def opened(handle: RunHandle) -> Run:
     """Open a run, once a process."""
-    run = open_run(Store.open(handle.root, handle.s3), handle.run_id)
+    run = handle.open()
     if handle.reward is None:
         return run
     reward = RewardConfig.model_validate_json(handle.reward)

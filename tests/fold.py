@@ -11,37 +11,30 @@ from ddpo_workflow.tasks.pictures import draw_pictures, picture_set
 from ddpo_workflow.tasks.sample import sample_shard
 from ddpo_workflow.tasks.score import score_shard
 from ddpo_workflow.tasks.start import start
-from ddpo_workflow.tasks.tracking import epochs as track
-from ddpo_workflow.tasks.tracking.epochs import TrackingHandle, track_epoch, track_pictures
+from ddpo_workflow.tasks.tracking.metrics import track_epoch, track_pictures
+from ddpo_workflow.tasks.tracking.tracker import TrackingHandle, tracker
 from ddpo_workflow.tasks.update import update_policy
-from ddpo_workflow.tasks.worker import RunHandle
 
 
 def as_in_a_new_process() -> None:
     """Forget all that a process keeps between tasks."""
     worker.opened.cache_clear()
-    track.tracker.cache_clear()
+    tracker.cache_clear()
     prompts._remembered.clear()
     worker._loaded = None
 
 
 def run_epochs(run: Run, epochs: int) -> Ref:
     """Run a run's epochs up to ``epochs - 1``; returns the last checkpoint."""
-    handle = RunHandle(root=run.store.root, s3=run.store.s3, run_id=run.run_id)
-    checkpoint = start.fn(handle)
+    checkpoint = start.fn(run.handle)
     for epoch in range(run.first_epoch, epochs):
-        checkpoint = run_epoch(handle, run, checkpoint, epoch)
+        checkpoint = run_epoch(run, checkpoint, epoch)
     return checkpoint
 
 
-def run_epoch(
-    handle: RunHandle,
-    run: Run,
-    checkpoint: Ref,
-    epoch: int,
-    tracking: TrackingHandle | None = None,
-) -> Ref:
+def run_epoch(run: Run, checkpoint: Ref, epoch: int, tracking: TrackingHandle | None = None) -> Ref:
     """Run one epoch, shown in MLflow if `tracking` is given; returns the checkpoint after it."""
+    handle = run.handle
     if tracking:
         pictures = picture_set(run, run.config.tracking.pictures)
         drawn = draw_pictures.fn(handle, checkpoint, pictures, epoch)
@@ -49,9 +42,8 @@ def run_epoch(
     rollouts = [sample_shard.fn(handle, checkpoint, epoch, shard) for shard in range(run.shards)]
     scores = [score_shard.fn(handle, ref, epoch, shard) for shard, ref in enumerate(rollouts)]
     advantages = advantages_of.fn(handle, checkpoint, rollouts, scores, epoch)
-    following = update_policy.fn(handle, checkpoint, rollouts, advantages, epoch)
-    kept = run.config.storage
-    commit_epoch.fn(handle, rollouts, scores, advantages, following, kept, epoch)
+    next_checkpoint = update_policy.fn(handle, checkpoint, rollouts, advantages, epoch)
+    commit_epoch.fn(handle, rollouts, scores, advantages, next_checkpoint, epoch)
     if tracking:
-        track_epoch.fn(handle, tracking, scores, advantages, following, {}, epoch)
-    return following
+        track_epoch.fn(handle, tracking, scores, advantages, next_checkpoint, {}, epoch)
+    return next_checkpoint

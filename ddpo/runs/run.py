@@ -10,12 +10,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from pydantic import JsonValue
+from pydantic import BaseModel, ConfigDict, JsonValue
 
 from ddpo.basics.digests import json_digest
 from ddpo.basics.version import VERSION
 from ddpo.config import NumericsConfig, RunConfig
 from ddpo.config.files import parse_config
+from ddpo.config.s3 import S3Options
 from ddpo.errors import ConfigError, RewardError, RunIdentityMismatch
 from ddpo.models import check_model
 from ddpo.models.numerics import Numerics, changed_versions, settle_again, settle_numerics
@@ -36,24 +37,56 @@ DEFAULT_ROOT = "ddpo-data/store"
 _ROOM = 2**20  # a report and the weights of a small adapter
 
 
+class RunHandle(BaseModel):
+    """The address of a run at one of its starts: small, and safe to show in a UI."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
+
+    root: str
+    """The store's address."""
+    s3: S3Options | None = None
+    """How to connect to its bucket."""
+    run_id: str
+    """The run's name."""
+    start: int | None = None
+    """Which start of the run, from 1; its operation settings apply. By default the last."""
+    reward: str | None = None
+    """A `RewardConfig` as JSON that stands in for the run's own, when its samples are scored again.
+    Text, since a handle is a key of caches."""
+
+    def open(self) -> Run:
+        """Open the run.
+
+        Raises:
+            RunNotFound: The store has no such run.
+        """
+        return open_run(Store.open(self.root, self.s3), self.run_id, start=self.start)
+
+
 @dataclass(frozen=True)
 class Run:
-    """One run, as its record in the store has it.
-
-    Attributes:
-        store: Where it is remembered.
-        run_id: Its name.
-        config: Identity and numerics as frozen; the operation half as of this start.
-        numerics: What its bytes depend on, frozen at the first start.
-        pinned_reward: Digest of the reward's identity at the first start; None where another
-            reward stands in for the run's own.
-    """
+    """A run, as recorded in a store."""
 
     store: Store
+    """The store."""
     run_id: str
+    """The run's name."""
     config: RunConfig
+    """Its config: identity and numerics as frozen by the first start, operation as of `start`."""
     numerics: Numerics
+    """What its bytes depend on, frozen by the first start."""
     pinned_reward: str | None
+    """Digest of the reward's identity at the first start; None where another reward stands in for
+    the run's own."""
+    start: int | None = None
+    """The number of the start that operates it, from 1; None before the first."""
+
+    @property
+    def handle(self) -> RunHandle:
+        """The run's address, for tasks."""
+        return RunHandle(
+            root=self.store.root, s3=self.store.s3, run_id=self.run_id, start=self.start
+        )
 
     @cached_property
     def prompts(self) -> tuple[Prompt, ...]:
@@ -218,33 +251,32 @@ def start_run(config: RunConfig, run_id: str) -> Run:
         numerics=numerics.model_dump(mode="json"),
         code={"ddpo": VERSION},
     )
-    runs.append_operation(store, run_id, config.operation())
+    start = runs.append_operation(store, run_id, config.operation())
     if changed := changed_versions(numerics):
         _logger.warning(
             "run %s was started with %s: results from here on may differ by rounding",
             run_id,
             "; ".join(changed),
         )
-    return _from_record(store, record, config.operation())
+    return _from_record(store, record, config.operation(), start)
 
 
-def open_run(store: Store, run_id: str) -> Run:
-    """Open a run as its record and its last start have it.
+def open_run(store: Store, run_id: str, *, start: int | None = None) -> Run:
+    """Open a run.
 
     Args:
         store: The store.
         run_id: The run's name.
-
-    Returns:
-        The run.
+        start: The start whose operation settings apply, from 1; by default the last.
 
     Raises:
         RunNotFound: The store has no such run.
     """
     record = runs.load_run(store, run_id)
-    starts = runs.list_operations(store, run_id)
-    operation = starts[-1] if starts else {}
-    return _from_record(store, record, operation if isinstance(operation, dict) else {})
+    operations = runs.list_operations(store, run_id)
+    start = start or len(operations) or None
+    operation = operations[start - 1] if start else {}
+    return _from_record(store, record, operation if isinstance(operation, dict) else {}, start)
 
 
 def _pinned_identity(config: RunConfig) -> dict[str, JsonValue]:
@@ -258,13 +290,15 @@ def _pinned_identity(config: RunConfig) -> dict[str, JsonValue]:
     return {**config.identity(), "digests": digests}
 
 
-def _from_record(store: Store, record: RunRecord, operation: dict[str, Any]) -> Run:
+def _from_record(
+    store: Store, record: RunRecord, operation: dict[str, Any], start: int | None
+) -> Run:
     numerics = Numerics.model_validate(record.numerics)
     identity = {name: value for name, value in record.identity.items() if name != "digests"}
     frozen = numerics.model_dump(include=set(NumericsConfig.model_fields))
     source = str(Path(keys.run_key(record.run_id)))
     config = parse_config({**identity, **operation, "numerics": frozen}, source)
-    return Run(store, record.run_id, config, numerics, _pinned_reward(record))
+    return Run(store, record.run_id, config, numerics, _pinned_reward(record), start)
 
 
 def _pinned_reward(record: RunRecord) -> str | None:

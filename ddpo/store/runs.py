@@ -105,18 +105,22 @@ def list_runs(store: Store) -> list[str]:
     return sorted(part[1] for part in parts if len(part) == 3 and part[2] == "run.json")
 
 
-def append_operation(store: Store, run_id: str, operation: JsonValue) -> None:
+def append_operation(store: Store, run_id: str, operation: JsonValue) -> int:
     """Records how a start of the run is operated, after those before it.
 
     Args:
         store: The store.
         run_id: The run.
         operation: Half of the config that may change from start to start.
+
+    Returns:
+        The number of the start, from 1.
     """
     data = seal({"schema_version": SCHEMA_VERSION, "operation": operation})
     number = len(store.list(keys.starts_prefix(run_id))) + 1
     while not store.put_if_absent(keys.start_key(run_id, number), data):
         number += 1
+    return number
 
 
 def list_operations(store: Store, run_id: str) -> list[JsonValue]:

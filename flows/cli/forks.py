@@ -21,7 +21,7 @@ from ddpo_workflow.flows.cli.common import (
     saved_run,
     say,
 )
-from ddpo_workflow.flows.cli.quiet import hide_loading_bars, without_heartbeats
+from ddpo_workflow.flows.cli.quiet import hide_loading_bars
 from ddpo_workflow.flows.cli.running import show_run
 
 if TYPE_CHECKING:
@@ -43,9 +43,10 @@ def rescore(
     """Score a run's saved samples with another reward; nothing is drawn again."""
     from ddpo.rewards import load_reward
     from ddpo.runs.run import storage_root
+    from ddpo_workflow.flows.cli.signals import StopHandler, start_server
+    from ddpo_workflow.flows.flow import without_heartbeats
     from ddpo_workflow.flows.rescore import chosen_epochs
     from ddpo_workflow.flows.rescore import rescore as rescore_flow
-    from ddpo_workflow.flows.stopping import Stop, start_server
 
     place = storage_root(root)
     run = saved_run(run_id, root)
@@ -56,7 +57,7 @@ def rescore(
     scored = "every shard that was scored is kept; the same command goes on"
     try:
         with (
-            Stop(lambda: say(f"stopped; {scored}")),
+            StopHandler(lambda: say(f"stopped; {scored}")),
             without_heartbeats(),
             console.status(f"scoring {len(chosen)} epochs"),
         ):
@@ -146,9 +147,10 @@ def compare(
     from ddpo.runs.run import storage_root
     from ddpo.store.objects import Store
     from ddpo_workflow.flows.cli.bars import Bars
+    from ddpo_workflow.flows.cli.signals import StopHandler, start_server
     from ddpo_workflow.flows.compare import check_comparison, total_epochs
     from ddpo_workflow.flows.compare import compare as compare_flow
-    from ddpo_workflow.flows.stopping import Stop, start_server
+    from ddpo_workflow.flows.flow import without_heartbeats
     from ddpo_workflow.tasks.progress import shown_by
 
     changes = overrides(set_, root)
@@ -159,7 +161,12 @@ def compare(
     kept = "what is committed is kept; the same command goes on"
     bars = Bars(console, comparison.name, total_epochs(comparison))
     try:
-        with Stop(lambda: say(f"stopped; {kept}")), without_heartbeats(), bars, shown_by(bars):
+        with (
+            StopHandler(lambda: say(f"stopped; {kept}")),
+            without_heartbeats(),
+            bars,
+            shown_by(bars),
+        ):
             start_server()
             compare_flow(config, name, overrides=changes)
     except Exception as error:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 _DEFAULTS = {
     # The console shows ours; Prefect's own lines stay in its database and UI.
@@ -38,15 +36,3 @@ def hide_loading_bars() -> None:
     from diffusers.utils import logging
 
     logging.disable_progress_bar()
-
-
-@contextmanager
-def without_heartbeats() -> Iterator[None]:
-    """Let flows end at once: by default each waits up to 1 s for the thread of its heartbeats.
-
-    They are for servers that watch for runs whose process died. Whoever sets a frequency keeps it.
-    """
-    from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
-
-    with temporary_settings(set_defaults={PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}):
-        yield

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 
 from ddpo_workflow.flows.cli.common import console, say
-from ddpo_workflow.flows.cli.quiet import hide_loading_bars, without_heartbeats
+from ddpo_workflow.flows.cli.quiet import hide_loading_bars
 
 if TYPE_CHECKING:
     from ddpo.runs.run import Run
@@ -27,7 +27,9 @@ def show_run(run_id: str, epochs: int, run: Callable[[], object], store: Store) 
     """
     from ddpo.runs.run import open_run
     from ddpo_workflow.flows.cli.bars import Bars
-    from ddpo_workflow.flows.stopping import Stop, resume_command, start_server
+    from ddpo_workflow.flows.cli.signals import StopHandler, start_server
+    from ddpo_workflow.flows.flow import without_heartbeats
+    from ddpo_workflow.flows.messages import resume_command
     from ddpo_workflow.tasks.progress import shown_by
 
     hide_loading_bars()
@@ -35,17 +37,17 @@ def show_run(run_id: str, epochs: int, run: Callable[[], object], store: Store) 
 
     def tell() -> None:
         console.show_cursor()  # hidden by bars that may not have come to their end
-        say(f"stopped; what is committed is kept. Go on with: {again}")
+        say(f"stopped; what is committed is kept. Resume with: {again}")
 
     bars = Bars(console, run_id, epochs)
     try:
-        with Stop(tell), without_heartbeats(), bars, shown_by(bars):
+        with StopHandler(tell), without_heartbeats(), bars, shown_by(bars):
             start_server()
             run()
     except Exception as error:
         console.print(f"[bold red]the run failed: {type(error).__name__}[/]", highlight=False)
         say(str(error))
-        say(f"What is committed is kept. Go on with: {again}")
+        say(f"What is committed is kept. Resume with: {again}")
         sys.exit(1)
     _summarise(open_run(store, run_id))
 

@@ -1,4 +1,4 @@
-"""LoRA adapters as MLflow models: logged once each, with a page of their own in the UI."""
+"""LoRA adapters as MLflow models: each is logged once and has its own page in the UI."""
 
 import importlib.metadata
 import tempfile
@@ -12,8 +12,10 @@ from mlflow.models.model import MLMODEL_FILE_NAME
 from mlflow.tracking import MlflowClient
 from mlflow.utils.mlflow_tags import MLFLOW_RUN_NOTE
 
+from ddpo_workflow.tasks.tracking.connection import latest_metrics
+
 STEP_TAG = "ddpo.step"
-"""The tag that says which step of the run an adapter belongs to."""
+"""The tag that names the step of the run that an adapter belongs to."""
 
 _REQUIRED = ("diffusers", "transformers", "torch", "peft", "safetensors", "accelerate")
 
@@ -29,20 +31,20 @@ def log_adapter(
     step: int,
     metadata: Mapping[str, str],
 ) -> str:
-    """Logs an adapter as a model of `run`, or finds it logged.
+    """Log an adapter as a model of `run`, or find it.
 
-    This is `mlflow.diffusers.log_model` by way of the client: that function needs the fluent API's
-    active run and looks the base model up on the Hub at each call.
+    Does what `mlflow.diffusers.log_model` does, through the client: that function needs the fluent
+    API's active run, and queries the Hub for the base model at each call.
 
     Args:
         client: The tracking store.
-        run: The MLflow run, as read just now.
-        folder_or_file: The adapter as diffusers wrote it.
+        run: The MLflow run, freshly read.
+        folder_or_file: The adapter in diffusers' format.
         base_model: Hub id, or absolute path, of the model that the adapter belongs to.
         base_model_revision: The Hub commit that the adapter was trained on.
         name: The model's name in MLflow.
-        step: After how many steps; an adapter is one by name and step.
-        metadata: More about it, shown on the model's page.
+        step: The step; name and step identify an adapter.
+        metadata: Further entries for the model's page.
 
     Returns:
         The model's URI, `models:/<id>`.
@@ -51,7 +53,7 @@ def log_adapter(
     if model is not None and str(model.status) == "READY":
         return model.model_uri
     if model is None:
-        # What a kill leaves behind here is a pending model, which the resumed run completes.
+        # A kill after this leaves a pending model, which the resumed run completes.
         model = client.create_logged_model(
             run.info.experiment_id,
             name=name,
@@ -96,8 +98,8 @@ def _save(
         model_uuid=model.model_id,
         model_id=model.model_id,
     )
-    # `save_model` asks the Hub for the newest revision of whatever is no absolute path: a network
-    # call, and possibly not the revision that was trained on. So the reference goes in afterwards.
+    # Unless the path is absolute, `save_model` asks the Hub for the newest revision, a network call
+    # and maybe not the revision that was trained on. So the reference is filled in afterwards.
     mlflow.diffusers.save_model(
         str(folder_or_file),
         str(folder),
@@ -122,14 +124,14 @@ def _description(base_model: str, revision: str | None, run: Run, step: int, uri
 
 
 def _pinned(package: str) -> str:
-    # Without the label of a local build (`+cpu`), which no index has.
+    # Without the label of a local build (`+cpu`), which no package index has.
     return f"{package}=={importlib.metadata.version(package).partition('+')[0]}"
 
 
 def _metrics_of(run: Run, step: int, model_id: str) -> list[Metric]:
-    # With time stamp and value unchanged these are the run's own entries, now also the model's.
+    # With timestamp and value unchanged, these link the run's entries to the model.
     return [
         Metric(metric.key, metric.value, metric.timestamp, metric.step, model_id=model_id)
-        for metric in run.data._metric_objs
+        for metric in latest_metrics(run)
         if metric.step == step and not metric.key.startswith("system/")
     ]

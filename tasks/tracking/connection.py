@@ -1,17 +1,17 @@
-"""Finding the tracking store, the experiment and the run that a `run_id` belongs to.
+"""Connect to MLflow; find or create the experiment and the MLflow run of a `run_id`.
 
-Everything here goes through `MlflowClient`: MLflow's fluent API keeps the active run in globals and
-is not thread-safe, while scoring and updating report from threads of one process.
+All calls go through `MlflowClient`: MLflow's fluent API keeps the active run in globals, and tasks
+log from several threads of a process.
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import requests
-from mlflow.entities import Param, Run, RunTag
+from mlflow.entities import Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 from mlflow.utils.mlflow_tags import MLFLOW_RUN_NAME
@@ -21,10 +21,10 @@ from ddpo.basics.redaction import HIDDEN, USER_INFO, hide_credentials
 from ddpo.errors import DdpoError
 
 RUN_ID_TAG = "ddpo.run_id"
-"""The tag by which a resumed run finds its MLflow run again."""
+"""The tag by which a resumed run finds its MLflow run."""
 
 _REACH_TIMEOUT_S = 5.0
-_PARAM_LIMIT = 500  # MLflow takes 6,000, but its pages print a parameter in full, whatever it is.
+_PARAM_LIMIT = 500  # MLflow accepts 6,000, but its pages print parameters in full.
 _TAG_LIMIT = 8000
 _BATCH_LIMIT = 100
 _EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
@@ -37,19 +37,18 @@ _SECRET_NAME = re.compile(
 
 
 class TrackingError(DdpoError):
-    """MLflow cannot be used as asked: the message says what was found and the way out."""
+    """MLflow cannot be reached or refuses a call; the message says how to fix it."""
 
 
 @contextmanager
 def named_errors(action: str) -> Iterator[None]:
-    """Turns whatever MLflow raises while doing `action` into a `TrackingError`.
+    """Turn whatever MLflow raises during `action` into a `TrackingError`.
 
     Args:
-        action: What was tried, such as `log the metrics of step 3`.
+        action: The action in words, such as `log the metrics of step 3`.
 
     Raises:
-        TrackingError: If MLflow, the network or the disk refused; credentials are taken out of
-            the message.
+        TrackingError: MLflow, the network or the disk failed; the message has no credentials.
     """
     try:
         yield
@@ -58,10 +57,10 @@ def named_errors(action: str) -> Iterator[None]:
 
 
 def loggable(values: Mapping[str, str | int | float | bool]) -> dict[str, str]:
-    """`values` as MLflow stores them: text, without secrets.
+    """Return `values` as text without secrets.
 
-    A value is hidden if its name ends or starts in one of password, secret, token, credentials or
-    a kind of key (`s3.secret_key`, `judge/token`); credentials inside URLs are hidden too.
+    A value is hidden if a part of its name is password, secret, token, credentials or a kind of key
+    (`s3.secret_key`, `judge/token`); credentials inside URLs are hidden too.
     """
     return {
         key: HIDDEN if _SECRET_NAME.search(key) else hide_credentials(str(value))
@@ -70,15 +69,15 @@ def loggable(values: Mapping[str, str | int | float | bool]) -> dict[str, str]:
 
 
 def connect(tracking_uri: str) -> MlflowClient:
-    """Opens a tracking store, within seconds or not at all.
+    """Open a tracking store, or fail within seconds.
 
     Args:
-        tracking_uri: `sqlite:///path/to/mlflow.db` (its folder is made if need be), another
+        tracking_uri: `sqlite:///path/to/mlflow.db` (missing folders are created), another
             database, or the `http(s)://` address of an MLflow server.
 
     Raises:
-        TrackingError: If it is a plain folder, if nobody answers at that address within 5 seconds,
-            or if the database cannot be opened.
+        TrackingError: The address is a plain folder, no server answers within 5 seconds, or the
+            database cannot be opened.
     """
     scheme = urlsplit(tracking_uri).scheme
     if scheme == "file" or (not scheme and tracking_uri not in _DATABRICKS):
@@ -98,7 +97,7 @@ def connect(tracking_uri: str) -> MlflowClient:
 
 
 def sqlite_file(tracking_uri: str) -> Path | None:
-    """The absolute path of the database file, or None for any other kind of tracking address."""
+    """Return the absolute path of the database file; None for any other kind of address."""
     if not urlsplit(tracking_uri).scheme.startswith("sqlite"):
         return None
     database = make_url(tracking_uri).database
@@ -106,13 +105,13 @@ def sqlite_file(tracking_uri: str) -> Path | None:
 
 
 def find_or_create_experiment(client: MlflowClient, name: str) -> str:
-    """The id of the experiment `name`, created if there is none.
+    """Return the id of the experiment `name`, created if it does not exist.
 
-    Artifacts of an experiment that is created in a SQLite file lie in `mlartifacts` beside that
-    file, wherever the process was started; servers decide for themselves.
+    With a SQLite file, artifacts are kept in `mlartifacts` next to it, wherever the process was
+    started; a server chooses its own location.
 
     Raises:
-        TrackingError: If the experiment was deleted, or MLflow refuses.
+        TrackingError: The experiment was deleted, or MLflow refuses.
     """
     with named_errors(f"open the experiment {name!r}"):
         experiment = client.get_experiment_by_name(name)
@@ -134,19 +133,19 @@ def find_or_create_experiment(client: MlflowClient, name: str) -> str:
 
 
 def find_run(client: MlflowClient, experiment_id: str, run_id: str) -> Run | None:
-    """The MLflow run of `run_id`, None where it has none in the experiment.
+    """Return the MLflow run of `run_id`; None if the experiment has none.
 
     Raises:
-        TrackingError: If MLflow refuses.
+        TrackingError: MLflow refuses.
     """
     with named_errors(f"look for the run {run_id!r}"):
-        found = client.search_runs(
+        runs = client.search_runs(
             [experiment_id],
             filter_string=f"tags.`{RUN_ID_TAG}` = '{run_id}'",
             order_by=["attributes.start_time ASC"],
             max_results=1,
         )
-        return found[0] if found else None
+        return runs[0] if runs else None
 
 
 def find_or_create_run(
@@ -156,18 +155,18 @@ def find_or_create_run(
     params: Mapping[str, str | int | float | bool],
     tags: Mapping[str, str],
 ) -> Run:
-    """The MLflow run of `run_id`, running, with its parameters and tags.
+    """Return the MLflow run of `run_id`, marked as running, with its parameters and tags.
 
-    A parameter that was logged before keeps its value, as MLflow's parameters do; tags take the
-    new one. What is too long to show is cut, and a cut parameter is attached to the run in full,
-    as `parameters/<name>.txt`.
+    A parameter that was logged before keeps its value, as MLflow's parameters do; a tag takes the
+    new one. Values that are too long to show are cut, and a cut parameter is attached in full, as
+    `parameters/<name>.txt`.
 
     Raises:
-        TrackingError: If MLflow refuses.
+        TrackingError: MLflow refuses.
     """
     with named_errors(f"open the run {run_id!r}"):
-        found = find_run(client, experiment_id, run_id)
-        run = found or client.create_run(experiment_id, tags={RUN_ID_TAG: run_id})
+        run = find_run(client, experiment_id, run_id)
+        run = run or client.create_run(experiment_id, tags={RUN_ID_TAG: run_id})
         mlflow_run_id = run.info.run_id
         if run.info.status != "RUNNING":
             client.update_run(mlflow_run_id, status="RUNNING")
@@ -175,15 +174,20 @@ def find_or_create_run(
         for key, value in fresh.items():
             if len(value) > _PARAM_LIMIT:
                 client.log_text(mlflow_run_id, value, f"parameters/{key}.txt")
-        entries = [Param(key, _cut(value, _PARAM_LIMIT)) for key, value in fresh.items()]
-        marks = [
+        new_params = [Param(key, _cut(value, _PARAM_LIMIT)) for key, value in fresh.items()]
+        new_tags = [
             RunTag(key, _cut(value, _TAG_LIMIT))
             for key, value in {**loggable(tags), MLFLOW_RUN_NAME: run_id}.items()
         ]
-        for start in range(0, max(len(entries), len(marks)), _BATCH_LIMIT):
+        for start in range(0, max(len(new_params), len(new_tags)), _BATCH_LIMIT):
             part = slice(start, start + _BATCH_LIMIT)
-            client.log_batch(mlflow_run_id, params=entries[part], tags=marks[part])
+            client.log_batch(mlflow_run_id, params=new_params[part], tags=new_tags[part])
         return client.get_run(mlflow_run_id)
+
+
+def latest_metrics(run: Run) -> Sequence[Metric]:
+    """Return the newest entry of each metric of an MLflow run, with its step and timestamp."""
+    return [Metric.from_proto(entry) for entry in run.data.to_proto().metrics]
 
 
 def _require_answer(address: str) -> None:
@@ -191,16 +195,16 @@ def _require_answer(address: str) -> None:
     try:
         status = requests.get(health, timeout=_REACH_TIMEOUT_S, allow_redirects=False).status_code
     except requests.exceptions.SSLError:
-        return  # Somebody answers; whether to trust the certificate is for MLflow's settings.
+        return  # A server answers; MLflow's own settings say whether to trust its certificate.
     except requests.RequestException as error:
-        found = type(error).__name__
+        reason = type(error).__name__
     else:
         if status < 500:
             return
-        found = f"status {status}"
+        reason = f"status {status}"
     raise TrackingError(
         f"No MLflow server answers at {hide_credentials(address)} within {_REACH_TIMEOUT_S:g} s "
-        f"({found}). Start one (`mlflow server --backend-store-uri sqlite:///mlflow.db`), correct "
+        f"({reason}). Start one (`mlflow server --backend-store-uri sqlite:///mlflow.db`), correct "
         "the address, or track into a file: sqlite:///mlflow.db."
     )
 

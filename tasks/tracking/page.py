@@ -1,4 +1,4 @@
-"""A run's page in MLflow, as each start of the run opens it."""
+"""Open a page in MLflow: of a run, of a rescoring, of a comparison."""
 
 from __future__ import annotations
 
@@ -9,31 +9,29 @@ import tempfile
 from pathlib import Path
 
 import yaml
+from prefect.runtime import flow_run
 
 from ddpo.analysis.comparison.plan import Comparison
+from ddpo.basics.digests import json_digest
 from ddpo.config import Regression, RewardConfig
 from ddpo.runs.run import Run
-from ddpo.store import keys
+from ddpo.store import keys, manifests
+from ddpo.store.tables import ROLLOUT_SCHEMA
 from ddpo_workflow.tasks.tracking.tracker import RunTracker
 
 
-def open_page(run: Run, *, flow_run_id: str | None, flow_run_name: str | None) -> RunTracker:
-    """Open a run's page in MLflow: parameters, tags, the config, the rollouts as a dataset.
-
-    Args:
-        run: The run.
-        flow_run_id: Prefect's id of the flow run that asks.
-        flow_run_name: Its name.
+def open_page(run: Run) -> RunTracker:
+    """Open a run's page in MLflow, with its parameters, tags and config.
 
     Returns:
-        The page; system metrics run if the config wants them.
+        The page, with system metrics running if the config asks for them.
 
     Raises:
-        TrackingError: MLflow refuses or is gone.
+        TrackingError: MLflow refuses or cannot be reached.
     """
     tracking = run.config.tracking
     fork = run.config.fork
-    lineage = {"ddpo.forked_from": fork.run_id, "ddpo.forked_at": str(fork.epoch)} if fork else {}
+    parent = {"ddpo.forked_from": fork.run_id, "ddpo.forked_at": str(fork.epoch)} if fork else {}
     page = RunTracker.open(
         tracking_uri=tracking.uri,
         experiment=tracking.experiment,
@@ -42,18 +40,11 @@ def open_page(run: Run, *, flow_run_id: str | None, flow_run_name: str | None) -
         tags={
             "ddpo.storage_root": run.store.root,
             "ddpo.git_commit": _git_commit(),
-            "prefect.flow_run_id": flow_run_id or "",
-            "prefect.flow_run_name": flow_run_name or "",
-            **lineage,
+            "prefect.flow_run_id": flow_run.get_id() or "",
+            "prefect.flow_run_name": flow_run.get_name() or "",
+            **parent,
         },
         parent=tracking.parent or (fork.run_id if fork else None),
-    )
-    page.log_rollouts(
-        name=f"rollouts-{run.run_id}",
-        source_url=run.store.url(keys.rollouts_prefix(run.run_id)),
-        digest=run.identity_digest,
-        rows=run.config.epochs * run.config.rollouts.samples_per_epoch,
-        columns={"sample_id": "string", "prompt": "string", "seed": "int64", "image": "binary"},
     )
     _attach_config(page, run)
     if tracking.system_metrics:
@@ -62,22 +53,18 @@ def open_page(run: Run, *, flow_run_id: str | None, flow_run_name: str | None) -
 
 
 def open_rescored_page(
-    run: Run, reward: RewardConfig, reward_id: str, *, uri: str | None, flow_run_id: str
+    run: Run, reward: RewardConfig, reward_id: str, *, uri: str | None
 ) -> RunTracker:
-    """Open the page of a run's samples under another reward, below the run's own page.
+    """Open the page of a run's samples under another reward, nested below the run's own page.
 
     Args:
         run: The run.
         reward: The new reward.
         reward_id: Its id.
         uri: MLflow's tracking URI; by default the run's.
-        flow_run_id: Prefect's id of the flow run that asks.
-
-    Returns:
-        The page.
 
     Raises:
-        TrackingError: MLflow refuses or is gone.
+        TrackingError: MLflow refuses or cannot be reached.
     """
     return RunTracker.open(
         tracking_uri=uri or run.config.tracking.uri,
@@ -91,33 +78,22 @@ def open_rescored_page(
         tags={
             "ddpo.storage_root": run.store.root,
             "ddpo.rescored_run": run.run_id,
-            "prefect.flow_run_id": flow_run_id,
+            "prefect.flow_run_id": flow_run.get_id() or "",
         },
         parent=run.run_id,
     )
 
 
-def open_comparison_page(
-    comparison: Comparison, *, uri: str, experiment: str, flow_run_id: str
-) -> RunTracker:
-    """Open a comparison's page, below which those of its runs are shown.
-
-    Args:
-        comparison: The comparison.
-        uri: MLflow's tracking URI.
-        experiment: The experiment of its runs.
-        flow_run_id: Prefect's id of the flow run that asks.
-
-    Returns:
-        The page.
+def open_comparison_page(comparison: Comparison) -> RunTracker:
+    """Open a comparison's page, below which the pages of its runs are nested.
 
     Raises:
-        TrackingError: MLflow refuses or is gone.
+        TrackingError: MLflow refuses or cannot be reached.
     """
     base = comparison.members[0].config
     return RunTracker.open(
-        tracking_uri=uri,
-        experiment=experiment,
+        tracking_uri=base.tracking.uri,
+        experiment=base.tracking.experiment,
         run_id=comparison.name,
         params={
             "model": base.model.path,
@@ -128,18 +104,38 @@ def open_comparison_page(
             "offline": comparison.config.offline,
         },
         tags={
-            # What may grow when the comparison is repeated; a parameter keeps its first value.
+            # Tags, since a repeated comparison may have more, and parameters cannot change.
             "ddpo.seeds": ", ".join(map(str, comparison.config.seeds)),
             "ddpo.epochs": str(comparison.epochs),
-            "prefect.flow_run_id": flow_run_id,
+            "prefect.flow_run_id": flow_run.get_id() or "",
         },
     )
 
 
-def _parameters(run: Run) -> dict[str, str | int | float | bool]:
-    """Return what tells runs apart at a glance; the whole config is attached as a file.
+def log_samples(page: RunTracker, run: Run) -> None:
+    """Log the samples of a run that has finished as a dataset of its page.
 
-    MLflow prints every parameter above every picture, so there are few and they are short.
+    Args:
+        page: The run's page.
+        run: The run, with all of its epochs committed.
+    """
+    epochs = range(run.first_epoch, run.config.epochs)
+    commits = [
+        manifests.find(run.store, keys.epoch_manifest_key(run.run_id, epoch)) for epoch in epochs
+    ]
+    page.log_rollouts(
+        name=f"rollouts-{run.run_id}",
+        source_url=run.store.url(keys.rollouts_prefix(run.run_id)),
+        digest=json_digest([commit.ref.sha256 for commit in commits if commit]),
+        rows=len(epochs) * run.config.rollouts.samples_per_epoch,
+        columns={field.name: str(field.type) for field in ROLLOUT_SCHEMA},
+    )
+
+
+def _parameters(run: Run) -> dict[str, str | int | float | bool]:
+    """Return what distinguishes runs at a glance; the full config is attached as a file.
+
+    MLflow prints all parameters above the images, so there are only a few short ones.
     """
     config = run.config
     by_advantages = not isinstance(config.algorithm, Regression)
@@ -159,23 +155,23 @@ def _parameters(run: Run) -> dict[str, str | int | float | bool]:
 
 
 def _attach_config(page: RunTracker, run: Run) -> None:
-    # Not the operation half: its addresses may hold credentials.
-    whole = {**run.config.identity(), "numerics": run.numerics.model_dump(mode="json")}
+    # Without the operation half, whose addresses may contain credentials.
+    frozen = {**run.config.identity(), "numerics": run.numerics.model_dump(mode="json")}
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "config.yaml"
-        file.write_text(yaml.safe_dump(whole, sort_keys=False))
+        file.write_text(yaml.safe_dump(frozen, sort_keys=False))
         page.log_file(file)
 
 
 def _git_commit() -> str:
-    """Return the commit of the code that runs, empty outside a checkout or without git."""
+    """Return the commit of the running code; empty outside a checkout or without git."""
     if shutil.which("git") is None:
         return ""
-    found = subprocess.run(
+    git = subprocess.run(
         ["git", "rev-parse", "HEAD"],
         cwd=Path(__file__).parent,
         capture_output=True,
         text=True,
         check=False,
     )
-    return found.stdout.strip()
+    return git.stdout.strip()

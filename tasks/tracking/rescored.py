@@ -1,4 +1,4 @@
-"""The tasks that show a run's samples under another reward, beside the run in MLflow."""
+"""The tasks that log a rescoring to MLflow: how the new reward agrees with the run's own."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from ddpo.store import keys, manifests
 from ddpo.store.manifests import Ref
 from ddpo.store.tables import RewardRow, RolloutRow, decode_rewards, decode_rollouts
 from ddpo_workflow.tasks.retries import STORAGE
-from ddpo_workflow.tasks.tracking.epochs import TrackingHandle, reward_metrics, tracker
+from ddpo_workflow.tasks.tracking.metrics import reward_metrics
+from ddpo_workflow.tasks.tracking.tracker import TrackingHandle, tracker
 from ddpo_workflow.tasks.worker import RunHandle, opened
 
 _MOST_DISAGREEMENTS = 8
@@ -33,17 +34,17 @@ _MOST_DISAGREEMENTS = 8
 def track_rescored(
     handle: RunHandle, tracking: TrackingHandle, scores: Sequence[Ref], epoch: int
 ) -> dict[str, float]:
-    """Log an epoch's new rewards, and how they go with the run's own.
+    """Log an epoch's new rewards, and their correlation with the run's own.
 
     Args:
         handle: The run, under the new reward.
-        tracking: The MLflow run of the rescoring.
+        tracking: The rescoring's page in MLflow.
         scores: The epoch's new scores.
         epoch: The epoch.
 
     Returns:
-        The metrics by name: those of a run's rewards; `agreement/pearson` and `agreement/spearman`,
-        the correlation with the run's own rewards and with their ranks.
+        The metrics by name: reward metrics, and `agreement/pearson` and `agreement/spearman`, the
+        correlations with the run's own rewards and between ranks.
     """
     run = opened(handle)
     new = _rewards(run, scores)
@@ -61,17 +62,17 @@ def track_rescored(
 def track_disagreement(
     handle: RunHandle, tracking: TrackingHandle, epochs: Sequence[int]
 ) -> list[str]:
-    """Show the samples on which the two rewards disagree most.
+    """Log images of the samples on which the two rewards disagree most.
 
     Each reward is standardised over all epochs; disagreement is the difference of the two.
 
     Args:
         handle: The run, under the new reward.
-        tracking: The MLflow run of the rescoring.
-        epochs: The epochs that were scored.
+        tracking: The rescoring's page in MLflow.
+        epochs: The rescored epochs.
 
     Returns:
-        The ids of the samples that are shown, those first that the new reward likes better.
+        The ids of the logged samples, first those that the new reward ranks higher.
     """
     run = opened(handle)
     new: dict[str, float] = {}
@@ -86,27 +87,28 @@ def track_disagreement(
     order = np.argsort(-difference, kind="stable")
     count = min(_MOST_DISAGREEMENTS, len(ids) // 2)
     names = {
-        ids[int(row)]: f"disagreement/{side}-{place}"
+        ids[int(row)]: f"disagreement/{side}-{rank}"
         for side, rows in (("new-higher", order[:count]), ("own-higher", order[::-1][:count]))
-        for place, row in enumerate(rows)
+        for rank, row in enumerate(rows)
     }
     for row in _samples(run, names):
         caption = f"new {new[row.sample_id]:.4g}, own {own[row.sample_id]:.4g}"
-        # A longer history's are shown beside a shorter one's: a step's picture is never replaced.
-        picture = _captioned(row, caption)
-        tracker(tracking).log_picture(names[row.sample_id], picture, step=max(epochs))
+        # The images of a step are never replaced, so rescoring more epochs logs to a later step.
+        image = _captioned(row, caption)
+        tracker(tracking).log_image(names[row.sample_id], image, step=max(epochs))
     return list(names)
 
 
 def correlations(some: NDArray[np.float64], others: NDArray[np.float64]) -> dict[str, float]:
-    """Return Pearson's correlation of two rewards [N], and Spearman's; without one of no spread.
+    """Return the Pearson and Spearman correlations of two rewards.
 
     Args:
-        some: Rewards.
-        others: Rewards of the same samples.
+        some: Rewards [N].
+        others: Rewards of the same samples [N].
 
     Returns:
-        `agreement/pearson`, `agreement/spearman`; in -1..1.
+        `agreement/pearson` and `agreement/spearman`, in [-1, 1]; empty if either reward is
+        constant.
     """
     if not (some.std() and others.std()):
         return {}
@@ -135,20 +137,20 @@ def _own_rewards(run: Run, epoch: int) -> dict[str, float]:
 
 def _scores(run: Run, epoch: int) -> list[Ref]:
     reward_id = run.reward_id
-    found = [
+    commits = [
         manifests.find(run.store, keys.reward_manifest_key(reward_id, run.run_id, epoch, shard))
         for shard in range(run.shards)
     ]
-    return [each.ref for each in found if each]
+    return [commit.ref for commit in commits if commit]
 
 
 def _samples(run: Run, ids: Collection[str]) -> Iterator[RolloutRow]:
-    """Yield samples, each shard read once."""
+    """Yield samples by id; each shard is read once."""
     shards: dict[tuple[int, int], set[str]] = {}
     for sample in ids:
         _, epoch, index = sample.rsplit("/", 2)
-        place = int(epoch), int(index) // run.config.rollouts.shard_size
-        shards.setdefault(place, set()).add(sample)
+        position = int(epoch), int(index) // run.config.rollouts.shard_size
+        shards.setdefault(position, set()).add(sample)
     for (epoch, shard), wanted in sorted(shards.items()):
         manifest = manifests.load(run.store, saved_rollouts(run, epoch)[shard])
         rows = decode_rollouts(run.store.get(manifest.objects["rollouts"]))
@@ -156,15 +158,15 @@ def _samples(run: Run, ids: Collection[str]) -> Iterator[RolloutRow]:
 
 
 def _captioned(row: RolloutRow, caption: str) -> Image.Image:
-    """Return a sample's picture with its prompt and both rewards below it."""
-    picture = decode_image(row.image_png)
-    width = max(picture.width, 256)
-    picture = picture.resize(
-        (width, round(picture.height * width / picture.width)), Image.Resampling.NEAREST
+    """Return a sample's image with its prompt and both rewards below it."""
+    image = decode_image(row.image_png)
+    width = max(image.width, 256)
+    image = image.resize(
+        (width, round(image.height * width / image.width)), Image.Resampling.NEAREST
     )
-    page = Image.new("RGB", (width, picture.height + 34), "white")
-    page.paste(picture, (0, 0))
-    draw = ImageDraw.Draw(page)
-    draw.text((4, picture.height + 3), row.prompt[:40], fill="black")
-    draw.text((4, picture.height + 18), caption, fill="black")
-    return page
+    canvas = Image.new("RGB", (width, image.height + 34), "white")
+    canvas.paste(image, (0, 0))
+    draw = ImageDraw.Draw(canvas)
+    draw.text((4, image.height + 3), row.prompt[:40], fill="black")
+    draw.text((4, image.height + 18), caption, fill="black")
+    return canvas

@@ -1,7 +1,7 @@
-"""What a run shows in MLflow: parameters, curves, pictures, rollouts, adapters.
+"""One run's page in MLflow: parameters, metrics, images, datasets, adapters.
 
-MLflow shows, the store remembers: nothing here is read back to compute with. A run that was killed
-and resumed continues its MLflow run, and what was logged for a step is not logged again.
+The store is the record and MLflow the display: nothing logged here is read back by a computation. A
+resumed run continues its MLflow run, and nothing is logged twice for one step.
 """
 
 import json
@@ -9,8 +9,10 @@ import logging
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import lru_cache
 from pathlib import Path
+from types import TracebackType
 from typing import Literal, Self
 from urllib.parse import urlsplit
 
@@ -20,7 +22,9 @@ from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 from mlflow.tracking import MlflowClient
 from mlflow.tracking.multimedia import compress_image_size
 from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT, MLFLOW_PARENT_RUN_ID
+from pydantic import BaseModel, ConfigDict
 
+from ddpo_workflow.tasks.stops import recognise_stop
 from ddpo_workflow.tasks.tracking import adapters as mlflow_adapters
 from ddpo_workflow.tasks.tracking.connection import (
     TrackingError,
@@ -29,11 +33,12 @@ from ddpo_workflow.tasks.tracking.connection import (
     find_or_create_run,
     find_run,
     hide_credentials,
+    latest_metrics,
     loggable,
     named_errors,
 )
 
-__all__ = ["RunTracker", "TrackingError"]
+__all__ = ["RunTracker", "TrackingError", "TrackingHandle", "tracker"]
 
 _METRICS_PER_BATCH = 1000
 _DATASET_DIGEST_LENGTH = 36
@@ -42,11 +47,24 @@ _COLUMN_TYPES = {"int32": "integer", "int64": "long", "bool": "boolean", "large_
 _logger = logging.getLogger(__name__)
 
 
-class RunTracker:
-    """One run's page in MLflow. Its methods may be called from several threads.
+class TrackingHandle(BaseModel):
+    """The address of an MLflow run, as tasks take it."""
 
-    Each raises `TrackingError` where MLflow refuses or is gone; the two for system metrics warn
-    instead.
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    uri: str
+    """MLflow's tracking URI."""
+    experiment_id: str
+    """MLflow's id of the experiment."""
+    mlflow_run_id: str
+    """MLflow's id of the run."""
+
+
+class RunTracker:
+    """One run's page in MLflow, open while used as a context.
+
+    Methods may be called from several threads. Each raises `TrackingError` if MLflow refuses the
+    call or cannot be reached; the two for system metrics log a warning instead.
     """
 
     def __init__(self, client: MlflowClient, experiment_id: str, mlflow_run_id: str) -> None:
@@ -56,7 +74,7 @@ class RunTracker:
         """MLflow's id of the run, which MLflow chose: our `run_id` is the run's name."""
         self._client = client
         self._lock = threading.Lock()
-        self._picture_files: set[str] | None = None
+        self._image_files: set[str] | None = None
         self._monitor: SystemMetricsMonitor | None = None
 
     @classmethod
@@ -70,46 +88,68 @@ class RunTracker:
         tags: Mapping[str, str],
         parent: str | None = None,
     ) -> Self:
-        """Finds the MLflow run of `run_id`, or creates it, and sets it running.
+        """Find the MLflow run of `run_id`, or create it, and mark it as running.
 
         Args:
             tracking_uri: `sqlite:///path/to/mlflow.db`, another database, or an MLflow server's
                 `http(s)://` address.
-            experiment: The experiment's name; created if there is none.
+            experiment: The experiment's name; created if it does not exist.
             run_id: The run's id, kept as the tag `ddpo.run_id` and as the name of the MLflow run.
-            params: The resolved config, flat. A parameter is logged once, and keeps its first
-                value; secrets are hidden; beyond 500 characters it is cut, and attached in full.
-            tags: What may differ from start to start (engine, host); the newest wins.
-            parent: Id of the run below whose page this one is shown, if that has a page here.
+            params: Parameters by name. A parameter keeps the value it was first logged with.
+                Secrets are hidden; a value over 500 characters is cut and attached in full.
+            tags: Tags by name; a resumed run replaces their values.
+            parent: Id of the run below which MLflow nests this one, if that run has a page here.
 
         Raises:
-            TrackingError: If the address is a plain folder, if no server answers within 5 seconds,
-                or if MLflow refuses.
+            TrackingError: The address is a plain folder, no server answers within 5 seconds, or
+                MLflow refuses.
         """
         client = connect(tracking_uri)
         experiment_id = find_or_create_experiment(client, experiment)
-        above = find_run(client, experiment_id, parent) if parent else None
-        marks = {**tags, MLFLOW_PARENT_RUN_ID: above.info.run_id} if above else tags
-        run = find_or_create_run(client, experiment_id, run_id, params, marks)
+        parent_run = find_run(client, experiment_id, parent) if parent else None
+        if parent_run:
+            tags = {**tags, MLFLOW_PARENT_RUN_ID: parent_run.info.run_id}
+        run = find_or_create_run(client, experiment_id, run_id, params, tags)
         return cls(client, experiment_id, run.info.run_id)
 
-    def run_url(self, ui_address: str) -> str:
-        """The address of the run's page, given the UI's (`http://127.0.0.1:5000`)."""
-        run = f"experiments/{self.experiment_id}/runs/{self.mlflow_run_id}"
-        return f"{ui_address.rstrip('/')}/#/{run}?workflowType=machine_learning"
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """End the MLflow run: as finished, as failed, or as killed where a signal stopped it."""
+        if error is None:
+            self.finish("FINISHED")
+            return
+        killed = recognise_stop(error) or not isinstance(error, Exception)
+        with suppress(TrackingError):  # MLflow may be what failed; the first error is the one shown
+            self.finish("KILLED" if killed else "FAILED")
+
+    @property
+    def handle(self) -> TrackingHandle:
+        """The page's address, for tasks."""
+        return TrackingHandle(
+            uri=self._client.tracking_uri,
+            experiment_id=self.experiment_id,
+            mlflow_run_id=self.mlflow_run_id,
+        )
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
-        """Logs those of `metrics` that have no value at `step` yet.
+        """Log those of `metrics` that have no value at `step` yet.
 
         Args:
-            metrics: Values by name; `/` groups charts by what stands before it (`reward/mean`).
-            step: The epoch, or whatever the curves' horizontal axis counts.
+            metrics: Values by name; MLflow groups charts by the part before `/` (`reward/mean`).
+            step: The epoch.
         """
         with self._exclusive(f"log the metrics of step {step}"):
             run = self._client.get_run(self.mlflow_run_id)
-            # MLflow keeps the entry of the largest step beside each run (the public `data.metrics`
-            # drops its step), so whole histories are read only for a step that lies in the past.
-            latest_steps = {metric.key: metric.step for metric in run.data._metric_objs}
+            # MLflow keeps the newest entry of each metric with the run, so a whole history is read
+            # only for a step in the past.
+            latest_steps = {metric.key: metric.step for metric in latest_metrics(run)}
             now_ms = int(time.time() * 1000)
             missing = [
                 Metric(key, float(value), now_ms, step)
@@ -120,44 +160,45 @@ class RunTracker:
                 batch = missing[start : start + _METRICS_PER_BATCH]
                 self._client.log_batch(self.mlflow_run_id, metrics=batch)
 
-    def log_picture(self, key: str, image: PIL.Image.Image, step: int) -> None:
-        """Adds a picture to the UI's image grid, whose slider runs over the steps; once a step.
+    def log_image(self, key: str, image: PIL.Image.Image, step: int) -> None:
+        """Add an image to the UI's grid, which has a slider over steps; once a step.
 
         Args:
-            key: The picture's name at every step: letters, digits, `_`, `-`, `.`, `/` and spaces.
-            image: Any size and mode.
+            key: The image's name at every step: letters, digits, `_`, `-`, `.`, `/` and spaces.
+            image: The image, of any size and mode.
             step: The epoch.
         """
-        # MLflow finds steps in file names: images/<key>+step+<step>+timestamp+<ms>+<id>.png, and
-        # beside it <the same>+compressed.webp, which the grid shows.
+        # MLflow reads steps from file names: images/<key>+step+<step>+timestamp+<ms>+<id>.png, and
+        # <the same>+compressed.webp, which the grid shows.
         prefix = f"images/{key.replace('/', '~')}+step+{step}+"
-        with self._exclusive(f"log the picture {key!r} of step {step}"):
-            if self._picture_files is None:
+        with self._exclusive(f"log the image {key!r} of step {step}"):
+            if self._image_files is None:
                 listed = self._client.list_artifacts(self.mlflow_run_id, "images")
-                self._picture_files = {file.path for file in listed}
-            found = [path for path in self._picture_files if path.startswith(prefix)]
-            originals = [path for path in found if path.endswith(".png")]
+                self._image_files = {file.path for file in listed}
+            files = [path for path in self._image_files if path.startswith(prefix)]
+            originals = [path for path in files if path.endswith(".png")]
             if not originals:
                 self._client.log_image(
                     self.mlflow_run_id, image, key=key, step=step, synchronous=True
                 )
-            elif len(found) == len(originals):
-                small = compress_image_size(image)
-                shown = f"{originals[0].removesuffix('.png')}+compressed.webp"
-                self._client.log_image(self.mlflow_run_id, small, artifact_file=shown)
-            self._picture_files |= {f"{prefix}.png", f"{prefix}.webp"}
+            elif len(files) == len(originals):
+                compressed = f"{originals[0].removesuffix('.png')}+compressed.webp"
+                self._client.log_image(
+                    self.mlflow_run_id, compress_image_size(image), artifact_file=compressed
+                )
+            self._image_files |= {f"{prefix}.png", f"{prefix}.webp"}
 
     def log_rollouts(
         self, *, name: str, source_url: str, digest: str, rows: int, columns: Mapping[str, str]
     ) -> None:
-        """Names the rollouts as a dataset that the run used; once a name.
+        """Log the run's samples as a dataset of the run; once a name and digest.
 
         Args:
-            name: Such as `rollouts-epoch-00003`.
-            source_url: Where they lie in the object store; shown without credentials.
-            digest: Their digest; MLflow keeps its first 36 characters.
-            rows: How many samples.
-            columns: Type by column, as Arrow writes types.
+            name: The dataset's name.
+            source_url: Address of the samples in the object store; shown without credentials.
+            digest: Digest of the samples; MLflow keeps its first 36 characters.
+            rows: Number of samples.
+            columns: Type by column, in Arrow's notation.
         """
         scheme = urlsplit(source_url).scheme
         colspec = [
@@ -174,8 +215,8 @@ class RunTracker:
         )
         with self._exclusive(f"log the rollouts {name!r}"):
             inputs = self._client.get_run(self.mlflow_run_id).inputs
-            known = {entry.dataset.name for entry in inputs.dataset_inputs} if inputs else set()
-            if name not in known:
+            logged = [entry.dataset for entry in inputs.dataset_inputs] if inputs else []
+            if (name, dataset.digest) not in [(entry.name, entry.digest) for entry in logged]:
                 context = InputTag(MLFLOW_DATASET_CONTEXT, "rollouts")
                 self._client.log_inputs(self.mlflow_run_id, [DatasetInput(dataset, [context])])
 
@@ -189,16 +230,16 @@ class RunTracker:
         metadata: Mapping[str, str | int | float | bool] | None = None,
         base_model_revision: str | None = None,
     ) -> str:
-        """Logs a LoRA adapter as an MLflow model with a page of its own; once a name and step.
+        """Log a LoRA adapter as an MLflow model with its own page; once a name and step.
 
         The model carries the run's metrics of the same step, if they are the newest.
 
         Args:
-            folder_or_file: `pytorch_lora_weights.safetensors`, or the folder that has it.
+            folder_or_file: `pytorch_lora_weights.safetensors`, or the folder that contains it.
             base_model: The Hub id, or the absolute path, of the model it adapts.
-            name: The model's name: no `/`, `:`, `.`, `%` or quotes.
+            name: The model's name, without `/`, `:`, `.`, `%` or quotes.
             step: The epoch whose metrics belong to it.
-            metadata: More to show on the model's page; secrets are hidden.
+            metadata: Further entries for the model's page; secrets are hidden.
             base_model_revision: The Hub commit of `base_model`.
 
         Returns:
@@ -217,19 +258,19 @@ class RunTracker:
             )
 
     def log_folder(self, path: Path, artifact_path: str) -> None:
-        """Attaches the files in `path` to the run, in `artifact_path` of its artifacts."""
+        """Attach the files in `path` to the run, in the folder `artifact_path` of its artifacts."""
         with self._exclusive(f"attach {path}"):
             self._client.log_artifacts(self.mlflow_run_id, str(path), artifact_path)
 
     def log_file(self, path: Path, artifact_path: str | None = None) -> None:
-        """Attaches one file to the run, in the folder `artifact_path` of its artifacts."""
+        """Attach one file to the run, in the folder `artifact_path` of its artifacts."""
         with self._exclusive(f"attach {path}"):
             self._client.log_artifact(self.mlflow_run_id, str(path), artifact_path)
 
     def start_system_metrics(self, interval_s: int = 10) -> None:
-        """Samples CPU, memory, disk, network and GPU (with `nvidia-ml-py` installed) in a thread.
+        """Log CPU, memory, disk, network and GPU use (with `nvidia-ml-py` installed) from a thread.
 
-        Continues the curves of a resumed run. Warns if it cannot start.
+        A resumed run continues its curves. Logs a warning if monitoring cannot start.
 
         Args:
             interval_s: Seconds between samples.
@@ -246,7 +287,7 @@ class RunTracker:
             _logger.warning("System metrics are not logged: %s", error)
 
     def stop_system_metrics(self) -> None:
-        """Stops sampling and logs the rest, so that even a short run has some; warns at worst."""
+        """Stop monitoring and log the last values, so that even a short run has some."""
         monitor, self._monitor = self._monitor, None
         if monitor is None:
             return
@@ -260,7 +301,7 @@ class RunTracker:
             _logger.warning("The last system metrics were not logged: %s", error)
 
     def finish(self, status: Literal["FINISHED", "FAILED", "KILLED"]) -> None:
-        """Stops the system metrics and ends the MLflow run; `open` sets it running again."""
+        """Stop the system metrics and end the MLflow run; `open` marks it as running again."""
         self.stop_system_metrics()
         with self._exclusive(f"end the run as {status}"):
             self._client.set_terminated(self.mlflow_run_id, status)
@@ -275,6 +316,12 @@ class RunTracker:
 
     @contextmanager
     def _exclusive(self, action: str) -> Iterator[None]:
-        # One thread at a time: "is it there already?" and the logging belong together.
+        # One thread at a time: looking for an entry and logging it must not be interleaved.
         with self._lock, named_errors(action):
             yield
+
+
+@lru_cache(maxsize=8)
+def tracker(handle: TrackingHandle) -> RunTracker:
+    """Open a run's page in MLflow, once a process."""
+    return RunTracker(connect(handle.uri), handle.experiment_id, handle.mlflow_run_id)

@@ -243,7 +243,7 @@ def test_a_runs_samples_and_updates_have_noise_in_the_same_window_in_every_epoch
         tensors, _ = decode_tensors(run.store.get(shard.objects["trajectories"]))
         noisy = (tensors["log_probs"] != 0).all(dim=0).nonzero().flatten().tolist()
         assert noisy == [first, first + 1], epoch
-        checkpoint = run_epoch(handle, run, checkpoint, epoch)
+        checkpoint = run_epoch(run, checkpoint, epoch)
         metrics = load_document(run.store, manifests.load(run.store, checkpoint), "metrics")
         trained = metrics["initial_ratio_deviation_by_timestep"]
         assert sorted(map(int, trained), reverse=True) == list(TIMESTEPS[first : first + 2])
@@ -271,7 +271,7 @@ def test_a_fork_of_another_seed_may_not_train_samples_whose_noise_is_elsewhere(
 ) -> None:
     parent, handle = moving_run(tiny_model, tmp_path / "store")
     checkpoint = start.fn(handle)
-    run_epoch(handle, parent, checkpoint, 0)
+    run_epoch(parent, checkpoint, 0)
     refusal = "seed 13 placed, and a fork with seed 14 would train"
     with pytest.raises(PolicyMismatch, match=refusal):  # before there is such a run
         forked_config(parent, 0, overrides=[f"seed={MOVING_SEED + 1}"])

@@ -35,7 +35,7 @@ def uri(tmp_path: Path) -> str:
     for step in range(LAST_STEP + 1):
         tracker.log_metrics({"reward/mean": step**2, "update/loss": 1 / (step + 1)}, step)
         picture = PIL.Image.new("RGB", (64, 64), (80 * step, 40, 40))
-        tracker.log_picture("samples/a_cat", picture, step)
+        tracker.log_image("samples/a_cat", picture, step)
     lora = tmp_path / "pytorch_lora_weights.safetensors"
     safetensors.numpy.save_file({"unet.x.lora_A.weight": np.ones((4, 8), np.float32)}, lora)
     tracker.log_adapter(lora, base_model=BASE_MODEL, name="adapter", step=LAST_STEP)
@@ -46,7 +46,7 @@ def uri(tmp_path: Path) -> str:
     )  # fmt: skip
     for step in range(LAST_STEP + 1):
         rescored.log_metrics({"agreement/pearson": 0.5 * step - 1}, step)
-    rescored.log_picture("disagreement/new-higher-0", PIL.Image.new("RGB", (64, 64)), 0)
+    rescored.log_image("disagreement/new-higher-0", PIL.Image.new("RGB", (64, 64)), 0)
     rescored.finish("FINISHED")
     return address
 

@@ -13,8 +13,7 @@ from PIL import Image
 
 import ddpo_workflow.tasks.sample
 from ddpo_workflow.flows.train import train
-from ddpo_workflow.tasks.tracking.epochs import tracker
-from ddpo_workflow.tasks.tracking.tracker import RunTracker
+from ddpo_workflow.tasks.tracking.tracker import RunTracker, tracker
 from tests.tiny import tiny_config
 
 SHARDS = 10

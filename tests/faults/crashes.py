@@ -22,12 +22,10 @@ from ddpo.runs.run import start_run
 from ddpo.store import keys
 from ddpo.store.backends import LocalBackend, MemoryBackend, S3Backend
 from ddpo.store.objects import Store
-from ddpo_workflow.flows.train import _first_epoch, committed_checkpoint
+from ddpo_workflow.flows.train import committed_checkpoint, first_unfinished_epoch
 from ddpo_workflow.tasks.start import start
-from ddpo_workflow.tasks.tracking.epochs import TrackingHandle
 from ddpo_workflow.tasks.tracking.page import open_page
 from ddpo_workflow.tasks.tracking.tracker import RunTracker
-from ddpo_workflow.tasks.worker import RunHandle
 from tests.fold import as_in_a_new_process, run_epoch
 from tests.tiny import tiny_config
 
@@ -42,7 +40,7 @@ WRITES: tuple[tuple[type, str], ...] = (
     (S3Backend, "create"),
     (Store, "delete"),
     (RunTracker, "log_metrics"),
-    (RunTracker, "log_picture"),
+    (RunTracker, "log_image"),
 )
 """All that a run changes outside of its process: objects, and what MLflow shows."""
 
@@ -142,17 +140,11 @@ class Night:
         """Start the run or go on with it, in a new process as far as it can tell."""
         as_in_a_new_process()
         run = start_run(self.config, RUN)
-        handle = RunHandle(root=run.store.root, s3=run.store.s3, run_id=RUN)
-        page = open_page(run, flow_run_id=None, flow_run_name=None)
-        tracking = TrackingHandle(
-            uri=run.config.tracking.uri,
-            experiment_id=page.experiment_id,
-            mlflow_run_id=page.mlflow_run_id,
-        )
-        first = _first_epoch(run)
-        checkpoint = committed_checkpoint(run, first) if first else start.fn(handle)
+        page = open_page(run)
+        first = first_unfinished_epoch(run)
+        checkpoint = committed_checkpoint(run, first) if first else start.fn(run.handle)
         for epoch in range(first, run.config.epochs):
-            checkpoint = run_epoch(handle, run, checkpoint, epoch, tracking)
+            checkpoint = run_epoch(run, checkpoint, epoch, page.handle)
         page.finish("FINISHED")
 
     def crash(self, at: int, moment: Moment) -> str:

@@ -19,7 +19,8 @@ from prefect import flow
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import FlowRun, State
 
-from ddpo_workflow.flows.stopping import is_stop, mark_stopped
+from ddpo_workflow.flows.hooks import mark_cancelled
+from ddpo_workflow.tasks.stops import is_stop
 
 START_LIMIT_S = 240.0
 STOP_LIMIT_S = 10.0
@@ -164,7 +165,7 @@ def test_a_run_is_cancelled_and_goes_on_as_the_screen_says(
     assert stopped in ("CANCELLED", "COMPLETED")  # the signal may fall between two epochs
     assert run.mlflow_states() == ["KILLED"]
 
-    told = run.screen.partition("Go on with: ")[2].splitlines()[0]
+    told = run.screen.partition("Resume with: ")[2].splitlines()[0]
     ddpo, *words = shlex.split(told)
     assert ddpo == "ddpo"
     done = subprocess.run(
@@ -234,7 +235,7 @@ def test_only_a_stop_cancels(error: type[BaseException], state: str):
     def note(flow: object, flow_run: FlowRun, state: State) -> None:
         ended.append(flow_run)
 
-    @flow(on_crashed=[mark_stopped, note], on_failure=[mark_stopped, note])
+    @flow(on_crashed=[mark_cancelled, note], on_failure=[mark_cancelled, note])
     def ends() -> None:
         raise error
 

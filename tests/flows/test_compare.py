@@ -30,13 +30,11 @@ from ddpo.store.objects import Store
 from ddpo.store.tables import decode_rollouts
 from ddpo.store.upkeep.verify import verify_run
 from ddpo_workflow.flows.cli import app as cli
-from ddpo_workflow.flows.compare import check_comparison, draw_shared
+from ddpo_workflow.flows.compare import check_comparison, sample_shared
 from ddpo_workflow.flows.train import resume, train
 from ddpo_workflow.tasks.repair import repair
 from ddpo_workflow.tasks.tracking.connection import connect, find_or_create_experiment, find_run
-from ddpo_workflow.tasks.tracking.epochs import TrackingHandle
 from ddpo_workflow.tasks.tracking.page import open_page
-from ddpo_workflow.tasks.worker import RunHandle
 from tests.fold import as_in_a_new_process, run_epochs
 
 pytestmark = pytest.mark.slow
@@ -238,13 +236,7 @@ def test_offline_all_learn_from_what_the_first_checkpoint_drew(tiny_model: Path,
     comparison = read_comparison(file)
     shared = comparison.shared[0]
     run = start_run(shared.config, shared.run_id)
-    page = open_page(run, flow_run_id=None, flow_run_name=None)
-    tracking = TrackingHandle(
-        uri=run.config.tracking.uri,
-        experiment_id=page.experiment_id,
-        mlflow_run_id=page.mlflow_run_id,
-    )
-    draw_shared(RunHandle(root=run.store.root, run_id=run.run_id), tracking)
+    sample_shared(run.handle, open_page(run).handle)
     first = find_checkpoint(run.store, run.run_id, 0)
     assert first is not None and find_checkpoint(run.store, run.run_id, 1) is None
     untrained = load_document(run.store, first.manifest, "digests")["policy_digest"]

@@ -22,7 +22,7 @@ from ddpo_workflow.tasks.repair import repair
 from ddpo_workflow.tasks.sample import sample_shard
 from ddpo_workflow.tasks.score import score_shard
 from ddpo_workflow.tasks.start import start
-from ddpo_workflow.tasks.tracking.epochs import _update_metrics
+from ddpo_workflow.tasks.tracking.metrics import _update_metrics
 from ddpo_workflow.tasks.tracking.page import _parameters
 from ddpo_workflow.tasks.update import update_policy
 from ddpo_workflow.tasks.worker import RunHandle

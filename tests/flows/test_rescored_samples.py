@@ -20,8 +20,8 @@ from ddpo.store.manifests import Ref
 from ddpo.store.tables import decode_rewards, decode_rollouts
 from ddpo_workflow.tasks.score import score_shard
 from ddpo_workflow.tasks.tracking import rescored as module
-from ddpo_workflow.tasks.tracking.epochs import TrackingHandle
 from ddpo_workflow.tasks.tracking.rescored import track_disagreement, track_rescored
+from ddpo_workflow.tasks.tracking.tracker import TrackingHandle
 from ddpo_workflow.tasks.worker import RunHandle
 from tests.fold import as_in_a_new_process, run_epochs
 from tests.tiny import tiny_config
@@ -46,7 +46,7 @@ class Page:
     def log_metrics(self, metrics: dict[str, float], step: int) -> None:
         self.metrics[step] = metrics
 
-    def log_picture(self, key: str, image: Image.Image, step: int) -> None:
+    def log_image(self, key: str, image: Image.Image, step: int) -> None:
         self.pictures[key] = image
         self.steps.add(step)
 

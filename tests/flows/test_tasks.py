@@ -35,7 +35,7 @@ from ddpo_workflow.tasks.sample import sample_shard
 from ddpo_workflow.tasks.score import score_shard
 from ddpo_workflow.tasks.start import start
 from ddpo_workflow.tasks.update import update_policy
-from ddpo_workflow.tasks.worker import RunHandle
+from ddpo_workflow.tasks.worker import RunHandle, opened
 from tests.fold import as_in_a_new_process, run_epoch, run_epochs
 from tests.tiny import tiny_config
 
@@ -70,7 +70,7 @@ def a_run(model: Path, root: Path, run_id: str = "r", **changes: Any) -> Run:
 
 
 def handle_of(run: Run) -> RunHandle:
-    return RunHandle(root=run.store.root, run_id=run.run_id)
+    return run.handle
 
 
 def nothing() -> None:
@@ -83,7 +83,6 @@ def do_epoch(
     epoch: int,
     *,
     between: Callable[[], None] = nothing,
-    storage: StorageConfig | None = None,
 ) -> Epoch:
     """Call the tasks of an epoch in turn, with something between each two."""
     handle = handle_of(run)
@@ -97,8 +96,7 @@ def do_epoch(
     scores = [then(score_shard.fn(handle, ref, epoch, s)) for s, ref in enumerate(rollouts)]
     advantages = then(advantages_of.fn(handle, checkpoint, rollouts, scores, epoch))
     following = then(update_policy.fn(handle, checkpoint, rollouts, advantages, epoch))
-    kept = storage or StorageConfig()
-    commit = then(commit_epoch.fn(handle, rollouts, scores, advantages, following, kept, epoch))
+    commit = then(commit_epoch.fn(handle, rollouts, scores, advantages, following, epoch))
     return Epoch(pictures, rollouts, scores, advantages, following, commit)
 
 
@@ -229,7 +227,7 @@ def test_retention_keeps_the_newest_checkpoints_and_every_manifest(tiny_model: P
     checkpoint = start.fn(handle_of(run))
     refs = [checkpoint]
     for epoch in range(4):
-        refs.append(do_epoch(run, refs[-1], epoch, storage=storage).following)
+        refs.append(do_epoch(run, refs[-1], epoch).following)
     kept = [epoch for epoch in range(5) if not is_retired(run.store, "r", epoch)]
     assert kept == [0, 2, 4]
     for epoch, ref in enumerate(refs):
@@ -253,9 +251,9 @@ def policy_digest(run: Run, checkpoint: Ref) -> str:
 
 def test_pictures_of_a_retired_checkpoint_are_left_out(tiny_model: Path, root: Path):
     """Another picture set may be asked for on resume, of a checkpoint that is gone by then."""
-    run = a_run(tiny_model, root)
+    run = a_run(tiny_model, root, storage={"root": str(root), "keep_newest_checkpoints": 1})
     first = start.fn(handle_of(run))
-    do_epoch(run, first, 0, storage=StorageConfig(keep_newest_checkpoints=1))
+    do_epoch(run, first, 0)
     as_in_a_new_process()
     other = PictureSet(prompts=("a dog",), seeds=(0,))
     assert draw_pictures.fn(handle_of(run), first, other, 0) is None
@@ -355,9 +353,21 @@ def test_an_off_policy_fork_is_checked_again_once_it_draws_itself(tiny_model: Pa
     run = start_run(tiny_config(tiny_model, **storage, fork=branch), "branch")
     handle = RunHandle(root=run.store.root, run_id=run.run_id)
     first = start.fn(handle)
-    second = run_epoch(handle, run, first, 0)
+    second = run_epoch(run, first, 0)
     drawn = [sample_shard.fn(handle, first, 1, shard) for shard in range(run.shards)]  # by another
     scores = [score_shard.fn(handle, ref, 1, shard) for shard, ref in enumerate(drawn)]
     advantages = advantages_of.fn(handle, second, drawn, scores, 1)
     with pytest.raises(PolicyMismatch, match="drawn by another policy"):
         update_policy.fn(handle, second, drawn, advantages, 1)
+
+
+def test_a_later_start_operates_a_run_in_a_process_that_knows_an_earlier_one(
+    tiny_model: Path, root: Path
+):
+    first = a_run(tiny_model, root)
+    assert opened(first.handle).config.storage.keep_newest_checkpoints is None
+    kept = {"root": str(root), "keep_newest_checkpoints": 1}
+    second = a_run(tiny_model, root, storage=kept)
+    assert (first.handle.start, second.handle.start) == (1, 2)
+    assert opened(second.handle).config.storage.keep_newest_checkpoints == 1
+    assert opened(first.handle).config.storage.keep_newest_checkpoints is None

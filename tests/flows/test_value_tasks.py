@@ -158,7 +158,7 @@ def test_a_run_that_loads_its_state_anew_for_every_epoch_ends_in_the_same_bytes(
     checkpoint = start.fn(handle)
     for epoch in range(3):
         as_in_a_new_process()
-        checkpoint = run_epoch(handle, resumed, checkpoint, epoch)
+        checkpoint = run_epoch(resumed, checkpoint, epoch)
     one, many = bytes_of(whole), bytes_of(resumed)
     assert one == many
     # There is none before the first training.
@@ -256,8 +256,7 @@ def test_a_fork_takes_v_over_where_it_foretells_the_forks_own_reward(
     (own,) = [key for key in parent.store.list("checkpoints") if "epoch=00001/value-" in key]
     fork, first = forked(parent, "same", overrides=["optimizer.learning_rate=1e-3"])
     assert value_of(fork, first) == own
-    run_handle = RunHandle(root=fork.store.root, run_id="same")
-    following = run_epoch(run_handle, fork, first, 1)
+    following = run_epoch(fork, first, 1)
     state = load_checkpoint(fork.store, following)
     assert {float(v) for name, v in state.value.items() if name.startswith("step/")} == {20.0}
     other = build_tiny_model(tmp_path / "other", seed=5)
@@ -273,6 +272,6 @@ def test_a_fork_takes_v_over_where_it_foretells_the_forks_own_reward(
         exchanged.setattr(Brightness, "version", "2")  # another reward of the same name
         assert value_of(*forked(parent, "exchanged")) is None
     fork, first = forked(parent, "other", reward="jpeg_incompressibility")
-    following = run_epoch(RunHandle(root=fork.store.root, run_id="other"), fork, first, 1)
+    following = run_epoch(fork, first, 1)
     state = load_checkpoint(fork.store, following)
     assert {float(v) for name, v in state.value.items() if name.startswith("step/")} == {10.0}

@@ -109,7 +109,7 @@ def test_a_fork_that_was_stopped_between_two_epochs_finds_the_others_after_reten
 ) -> None:
     fork = forked(history, tiny_model)
     handle = RunHandle(root=fork.store.root, run_id="fork")
-    run_epoch(handle, fork, start.fn(handle), 0)
+    run_epoch(fork, start.fn(handle), 0)
     retire_epochs(fork.store, "history", keep="checkpoints", older_than=1)
     as_in_a_new_process()
     run_epochs(fork, ADOPTED + 1)
@@ -262,4 +262,4 @@ def test_a_fork_that_has_its_statistics_does_not_ask_for_the_epochs_before_it_ag
     ]
     first = start.fn(handle, scores)
     assert retire_epochs(fork.store, "history", keep="checkpoints", older_than=1) == [0, 1, 3]
-    assert first_checkpoint(fork, handle) == first
+    assert first_checkpoint(fork) == first

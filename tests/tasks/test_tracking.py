@@ -127,10 +127,10 @@ def test_a_step_that_was_left_out_can_be_logged_later(uri: str):
 def test_pictures_have_steps_and_are_logged_once_a_step(uri: str):
     tracker = open_tracker(uri)
     for step in range(2):
-        tracker.log_picture("samples/a_cat", picture(step), step)
+        tracker.log_image("samples/a_cat", picture(step), step)
     resumed = open_tracker(uri)
     for step in range(3):
-        resumed.log_picture("samples/a_cat", picture(step), step)
+        resumed.log_image("samples/a_cat", picture(step), step)
     files = MlflowClient(uri).list_artifacts(tracker.mlflow_run_id, "images")
     steps = sorted(
         (int(Path(file.path).name.split("+")[2]), Path(file.path).suffix) for file in files
@@ -140,12 +140,12 @@ def test_pictures_have_steps_and_are_logged_once_a_step(uri: str):
 
 def test_a_picture_that_a_kill_cut_in_half_is_completed(uri: str):
     tracker = open_tracker(uri)
-    tracker.log_picture("samples/a_cat", picture(1), 0)
+    tracker.log_image("samples/a_cat", picture(1), 0)
     client = MlflowClient(uri)
     root = Path(client.get_run(tracker.mlflow_run_id).info.artifact_uri.removeprefix("file://"))
     (shown,) = (root / "images").glob("*.webp")
     shown.unlink()
-    open_tracker(uri).log_picture("samples/a_cat", picture(1), 0)
+    open_tracker(uri).log_image("samples/a_cat", picture(1), 0)
     assert shown.exists()
     assert len(list((root / "images").iterdir())) == 2
 
@@ -260,9 +260,8 @@ def test_a_logged_adapter_loads_into_a_diffusers_pipeline(
 
 
 def test_a_new_database_is_made_with_its_folder(tmp_path: Path):
-    tracker = open_tracker(f"sqlite:///{tmp_path}/some/where/mlflow.db")
+    open_tracker(f"sqlite:///{tmp_path}/some/where/mlflow.db")
     assert (tmp_path / "some" / "where" / "mlflow.db").exists()
-    assert tracker.run_url("http://ui:5000/").startswith("http://ui:5000/#/experiments/")
 
 
 def test_artifacts_lie_beside_the_database(uri: str, tmp_path: Path):

@@ -39,7 +39,7 @@ from ddpo_workflow.tasks.pictures import PictureSet, draw_pictures
 from ddpo_workflow.tasks.sample import sample_shard
 from ddpo_workflow.tasks.score import score_shard
 from ddpo_workflow.tasks.start import start
-from ddpo_workflow.tasks.tracking.epochs import TrackingHandle
+from ddpo_workflow.tasks.tracking.tracker import TrackingHandle
 from ddpo_workflow.tasks.update import update_policy
 from ddpo_workflow.tasks.worker import RunHandle, policy_at
 from tests.fold import as_in_a_new_process, run_epoch, run_epochs
@@ -171,7 +171,7 @@ def test_a_run_that_loads_its_state_anew_for_every_epoch_ends_in_the_same_bytes(
     for epoch in range(3):
         as_in_a_new_process()
         draw_pictures.fn(handle, checkpoint, CAT, epoch)
-        checkpoint = run_epoch(handle, resumed, checkpoint, epoch)
+        checkpoint = run_epoch(resumed, checkpoint, epoch)
     one, many = bytes_of(whole), bytes_of(resumed)
     assert one == many
     assert sum("/ema-" in key for key in one) == 4

@@ -1,16 +1,14 @@
-"""The tasks that show a run in MLflow. They read the store; nothing reads them."""
+"""The tasks that log a run's metrics and images to MLflow, from what is in the store."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
 from prefect import task
 from prefect.cache_policies import NO_CACHE
-from pydantic import BaseModel, ConfigDict
 
 from ddpo.basics.images import decode_image
 from ddpo.store import manifests
@@ -19,28 +17,8 @@ from ddpo.store.manifests import Ref
 from ddpo.store.objects import Store
 from ddpo.store.tables import decode_advantages, decode_rewards, decode_rollouts
 from ddpo_workflow.tasks.retries import STORAGE
-from ddpo_workflow.tasks.tracking.connection import connect
-from ddpo_workflow.tasks.tracking.tracker import RunTracker
+from ddpo_workflow.tasks.tracking.tracker import TrackingHandle, tracker
 from ddpo_workflow.tasks.worker import RunHandle, opened
-
-
-class TrackingHandle(BaseModel, frozen=True):
-    """All that a task needs to find its MLflow run."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    uri: str
-    """MLflow's tracking URI."""
-    experiment_id: str
-    """MLflow's id of the experiment."""
-    mlflow_run_id: str
-    """MLflow's id of the run."""
-
-
-@lru_cache(maxsize=8)
-def tracker(handle: TrackingHandle) -> RunTracker:
-    """Open a run's page in MLflow, once a process."""
-    return RunTracker(connect(handle.uri), handle.experiment_id, handle.mlflow_run_id)
 
 
 @task(name="track", task_run_name="track epoch {epoch}", cache_policy=NO_CACHE, **STORAGE)
@@ -49,7 +27,7 @@ def track_epoch(
     tracking: TrackingHandle,
     scores: Sequence[Ref],
     advantages: Ref,
-    following: Ref,
+    next_checkpoint: Ref,
     timings: Mapping[str, float],
     epoch: int,
 ) -> dict[str, float]:
@@ -57,11 +35,11 @@ def track_epoch(
 
     Args:
         handle: The run.
-        tracking: Its MLflow run.
+        tracking: Its page in MLflow.
         scores: The epoch's scores.
         advantages: The epoch's advantages.
-        following: Checkpoint ``epoch + 1``, which holds the update's metrics.
-        timings: Seconds and rates by name.
+        next_checkpoint: Checkpoint ``epoch + 1``, which holds the update's metrics.
+        timings: Seconds and rates by name; logged as ``time/<name>``.
         epoch: The epoch.
 
     Returns:
@@ -76,7 +54,7 @@ def track_epoch(
     normalised = [row.advantage for row in rows if row.advantage is not None]
     if normalised:
         metrics["reward/advantage_std"] = float(np.std(normalised))
-    checkpoint = manifests.load(run.store, following)
+    checkpoint = manifests.load(run.store, next_checkpoint)
     metrics |= _update_metrics(load_document(run.store, checkpoint, "metrics"))
     progress = load_document(run.store, checkpoint, "progress")
     metrics |= {"total/samples": progress["samples"], "total/updates": progress["updates"]}
@@ -88,11 +66,11 @@ def track_epoch(
 def track_scores(
     handle: RunHandle, tracking: TrackingHandle, scores: Sequence[Ref], epoch: int
 ) -> dict[str, float]:
-    """Log an epoch's rewards at step ``epoch``, where nothing was trained.
+    """Log the rewards of an epoch without training at step ``epoch``.
 
     Args:
         handle: The run.
-        tracking: Its MLflow run.
+        tracking: Its page in MLflow.
         scores: The epoch's scores.
         epoch: The epoch.
 
@@ -113,12 +91,12 @@ def track_scores(
 def track_pictures(
     handle: RunHandle, tracking: TrackingHandle, pictures: Ref | None, epoch: int
 ) -> None:
-    """Log a checkpoint's pictures at step ``epoch``.
+    """Log the images of a checkpoint at step ``epoch``.
 
     Args:
         handle: The run.
-        tracking: Its MLflow run.
-        pictures: The pictures' manifest, if there is one.
+        tracking: Its page in MLflow.
+        pictures: The images' manifest, if there is one.
         epoch: The checkpoint's epoch.
     """
     if pictures is None:
@@ -128,11 +106,11 @@ def track_pictures(
     for row in decode_rollouts(table):
         name = re.sub(r"[^A-Za-z0-9_.-]+", "_", row.prompt)[:60]
         key = f"samples/{name}-seed-{row.prompt_metadata['seed']}"
-        tracker(tracking).log_picture(key, decode_image(row.image_png), step=epoch)
+        tracker(tracking).log_image(key, decode_image(row.image_png), step=epoch)
 
 
 def reward_metrics(store: Store, scores: Sequence[Ref]) -> dict[str, float]:
-    """Return what MLflow shows of an epoch's rewards: mean, std, min, max, and how many failed.
+    """Return an epoch's reward metrics: mean, std, min, max, and the number of failures.
 
     Args:
         store: The store.

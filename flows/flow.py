@@ -1,0 +1,52 @@
+"""The decorator of every flow here, and the settings that its runs share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import ParamSpec, TypeVar
+
+from prefect import Flow, flow
+from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
+
+from ddpo_workflow.flows.hooks import mark_cancelled, remember_flow_run
+from ddpo_workflow.flows.threads import WorkerThreads
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_THREADS = 4
+
+
+def ddpo_flow(
+    *, name: str, run_name: str | Callable[[], str]
+) -> Callable[[Callable[P, R]], Flow[P, R]]:
+    """Make a flow that ends as cancelled when it is stopped, and whose tasks may run in threads.
+
+    Args:
+        name: The flow's name.
+        run_name: The name of its runs, or a template of one over the flow's parameters.
+    """
+    return flow(  # pyright: ignore[reportCallIssue]  # task runners are typed by what tasks return
+        name=name,
+        flow_run_name=run_name,
+        task_runner=WorkerThreads(max_workers=_THREADS),  # pyright: ignore[reportArgumentType]
+        on_running=[remember_flow_run],
+        on_crashed=[mark_cancelled],
+        on_failure=[mark_cancelled],
+    )
+
+
+@contextmanager
+def without_heartbeats() -> Iterator[None]:
+    """Run flows without heartbeats, whose threads delay the end of each by up to 1 s.
+
+    Heartbeats tell a server that a flow's process is alive. A frequency set by the user is kept.
+    """
+    with temporary_settings(set_defaults={PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}):
+        yield
+
+
+def artifact_key(name: str) -> str:
+    """Return a name as Prefect's artifact keys allow it: lower case, digits, dashes."""
+    return "".join(c if c.isalnum() else "-" for c in name.lower()).strip("-")

@@ -1,0 +1,74 @@
+"""The threads that a flow's tasks run in."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Any
+
+from prefect import Task
+from prefect.futures import PrefectConcurrentFuture
+from prefect.task_runners import ThreadPoolTaskRunner
+
+from ddpo_workflow.tasks.stops import is_stop
+from ddpo_workflow.tasks.worker import ON_DEVICE
+
+
+class AbandoningThreads(ThreadPoolTaskRunner[Any]):
+    """A thread pool that abandons its tasks once their flow is stopped.
+
+    Prefect's own waits for them without a limit, for a reward that takes minutes, say. A task may
+    be abandoned at any instant, since it commits all of its work at once.
+    """
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc_value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._executor is not None and is_stop(exc_value):
+            self._executor.shutdown(wait=False, cancel_futures=True)
+            self._executor = None
+        super().__exit__(exc_type, exc_value, traceback)
+
+
+class WorkerThreads(AbandoningThreads):
+    """A thread pool with one more thread for tasks that compute on the device.
+
+    Those run one at a time, in the order in which they were submitted. All others, such as scoring,
+    run beside them.
+    """
+
+    def __init__(self, max_workers: int | None = None) -> None:
+        super().__init__(max_workers)
+        self._device = AbandoningThreads(max_workers=1)
+
+    def submit(  # pyright: ignore[reportIncompatibleMethodOverride]  # its overloads are of async tasks
+        self, task: Task[..., Any], parameters: dict[str, Any], *rest: Any, **named: Any
+    ) -> PrefectConcurrentFuture[Any]:
+        """Submit a task to the thread pool or, if it is tagged `ON_DEVICE`, to the device's thread.
+
+        Args:
+            task: The task.
+            parameters: Its arguments by name.
+            rest: As in the base class.
+            named: As in the base class.
+        """
+        if ON_DEVICE in task.tags:
+            return self._device.submit(task, parameters, *rest, **named)
+        return super().submit(task, parameters, *rest, **named)
+
+    def __enter__(self) -> WorkerThreads:
+        self._device.__enter__()
+        super().__enter__()
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc_value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        # The device's thread first: scoring may be waiting for samples of its queue.
+        self._device.__exit__(exc_type, exc_value, traceback)
+        super().__exit__(exc_type, exc_value, traceback)
