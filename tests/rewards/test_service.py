@@ -208,7 +208,7 @@ def test_requests_that_wait_hold_a_bounded_memory(reward):
         first = pool.submit(score, url)
         while not reward.at_once:
             time.sleep(0.01)
-        assert "fill the memory" in score(url).text
+        assert "filled the memory" in score(url).text
         reward.go.set()
         assert first.result().json()["values"] == expected(2)
         assert score(url).json()["values"] == expected(2)

@@ -92,7 +92,7 @@ def test_a_prompt_without_a_scene_fails_alone(rendered):
     prompts = [Prompt("five cats"), prompts_of(rendered)[0], Prompt("a city at night")]
     scores = score([image] * 3, prompts)
     assert scores.failed.tolist() == [True, False, True]
-    assert "names no scene" in scores.columns["vqa_error"][0]
+    assert "is not a scene" in scores.columns["vqa_error"][0]
     assert scores.columns["vqa_error"][1] == ""
     assert np.isnan(scores.columns["p_count"][0])
     assert scores.columns["seen_species"] == [rendered[0].scene.name] * 3
@@ -181,7 +181,7 @@ def test_other_weights_or_questions_are_another_reward(tmp_path, monkeypatch):
     [
         ([], "at least 1 item"),
         (["colour"], "'species', 'activity' or 'count'"),
-        (["count", "count"], "names one twice"),
+        (["count", "count"], "lists one twice"),
     ],
 )
 def test_questions_that_do_not_fit_are_refused(questions, message):

@@ -1,4 +1,4 @@
-"""CLIPScore: how well a picture fits its prompt, by CLIP (arXiv 2104.08718)."""
+"""CLIPScore: how well an image matches its prompt according to CLIP (arXiv 2104.08718)."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from ddpo.rewards.models.pretrained import Device, LoadedOnce, in_batches
 from ddpo.starter import JUDGE_PATH
 
 STARTER_JUDGE = "starter-judge"
-"""Short for the folder of the judge that ships with the project."""
+"""Short name for the judge that ships with the package."""
 
 WEIGHT = 2.5
 
 
 class ClipScore:
-    """Reward = 2.5 * max(cosine, 0) of picture and prompt; column ``cosine`` is the cosine.
+    """Reward = 2.5 * max(cosine, 0) of image and prompt; the column ``cosine`` is the cosine.
 
-    As published (github.com/jmhessel/clipscore), but for two defaults: there the model is ViT-B/32,
-    and ``A photo depicts `` goes before every text.
+    As published (github.com/jmhessel/clipscore), except for two defaults: there the model is
+    ViT-B/32, and every text starts with ``A photo depicts ``.
 
     Args:
-        model: A CLIP model: a hub id, a folder, or ``starter-judge``.
-        revision: Commit of a hub id; that of the default is pinned.
-        formula: ``clipscore`` as above, or ``cosine``: the cosine itself, which tells pictures
-            apart below 0 too.
-        prefix: What goes before every prompt, its space included.
+        model: A CLIP model: a Hub id, a folder, or ``starter-judge``.
+        revision: Commit of a Hub id; that of the default is pinned.
+        formula: ``clipscore`` as above, or ``cosine``: the cosine itself, which distinguishes
+            images below 0 too.
+        prefix: Put before every prompt, including its trailing space.
         device: Where the model runs.
     """
 
@@ -58,10 +58,10 @@ class ClipScore:
         self._loaded = LoadedOnce(lambda: load_clip(pinned, device))
 
     def __call__(self, images: Sequence[Image.Image], prompts: Sequence[Prompt]) -> Scores:
-        """Score B images against their prompts; what a prompt has beyond the context is cut."""
-        found = in_batches(images, prompts, self._compare)
-        values = found if self._formula == "cosine" else WEIGHT * np.maximum(found, 0)
-        return Scores(values, columns={"cosine": found.tolist()})
+        """Score B images against their prompts; a prompt is cut where the context ends."""
+        cosine = in_batches(images, prompts, self._compare)
+        values = cosine if self._formula == "cosine" else WEIGHT * np.maximum(cosine, 0)
+        return Scores(values, columns={"cosine": cosine.tolist()})
 
     def _compare(self, images: list[Image.Image], texts: list[str]) -> Tensor:
         clip = self._loaded.get()

@@ -1,4 +1,4 @@
-"""JPEG (in)compressibility: how many bytes a picture takes (arXiv 2305.13301, section 5.1)."""
+"""JPEG (in)compressibility: how many bytes an image takes (arXiv 2305.13301, section 5.1)."""
 
 from __future__ import annotations
 
@@ -17,11 +17,10 @@ BYTES_PER_KB = 1000
 
 
 def jpeg_kb(image: Image.Image) -> float:
-    """Return the size of a picture as a JPEG of quality 95, in kB of 1000 bytes.
+    """Return the size of an image as a JPEG of quality 95, in kB of 1000 bytes.
 
-    Pillow's encoder with its other settings left alone, as the published code has it. The picture
-    is made RGB (alpha is dropped); what it carries beside its pixels (comments, profiles) does not
-    count.
+    Pillow's encoder with default settings otherwise, as in the published code. The image is
+    converted to RGB (alpha is dropped); its metadata (comments, profiles) does not count.
     """
     pixels = Image.fromarray(np.asarray(image.convert("RGB")))
     buffer = io.BytesIO()
@@ -32,13 +31,13 @@ def jpeg_kb(image: Image.Image) -> float:
 class JpegIncompressibility:
     """Reward = size as a JPEG of quality 95, in kB; column ``jpeg_kb`` is the same.
 
-    A 512 px picture of Stable Diffusion is some 100 kB.
+    A 512 px image of Stable Diffusion takes about 100 kB.
     """
 
     version: ClassVar[str] = "1"
 
     def __call__(self, images: Sequence[Image.Image], prompts: Sequence[Prompt]) -> Scores:
-        """Score B images; prompts play no part."""
+        """Score B images; prompts are ignored."""
         sizes = [jpeg_kb(image) for image in images]
         return Scores(np.array(sizes, np.float32), columns={"jpeg_kb": sizes})
 
@@ -49,6 +48,6 @@ class JpegCompressibility:
     version: ClassVar[str] = "1"
 
     def __call__(self, images: Sequence[Image.Image], prompts: Sequence[Prompt]) -> Scores:
-        """Score B images; prompts play no part."""
+        """Score B images; prompts are ignored."""
         sizes = [jpeg_kb(image) for image in images]
         return Scores(-np.array(sizes, np.float32), columns={"jpeg_kb": sizes})

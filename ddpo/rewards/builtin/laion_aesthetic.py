@@ -1,4 +1,4 @@
-"""LAION's aesthetic predictor: how well a picture would be rated, whatever it shows."""
+"""LAION's aesthetic predictor: how people would rate an image, whatever it shows."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ HEAD = (
     "https://raw.githubusercontent.com/christophschuhmann/improved-aesthetic-predictor/"
     "6934dd81792f086e613a121dbce43082cb8be85e/sac%2Blogos%2Bava1-l14-linearMSE.pth"
 )
-"""The head that the DDPO paper's code uses, trained on SAC, LAION-Logos and AVA."""
+"""The head used by the DDPO paper's code, trained on SAC, LAION-Logos and AVA."""
 
 HEAD_SHA256 = "21dd590f3ccdc646f0d53120778b296013b096a035a2718c9cb0d511bff0f1e0"
 
@@ -32,17 +32,17 @@ class _Loaded:
 
 
 class LaionAesthetic:
-    """Reward = LAION's aesthetic score, on a scale of about 1 to 10; prompts play no part.
+    """Reward = LAION's aesthetic score, on a scale of about 1 to 10; prompts are ignored.
 
-    CLIP's image features, divided by their L2 norm, through the head; float32
+    CLIP's image features, divided by their L2 norm, are passed through the head in float32
     (github.com/christophschuhmann/improved-aesthetic-predictor, simple_inference.py).
 
     Args:
-        model: CLIP ViT-L/14 of OpenAI, whose features the head knows: a hub id or a folder.
-        revision: Commit of a hub id; that of the default is pinned.
-        head: The head's weights: an address, a path, or ``owner/name/file`` of the hub.
-        head_sha256: Its sha256. By default that of the published file for its address, and of
-            whatever lies there for a path.
+        model: OpenAI's CLIP ViT-L/14, on whose features the head was trained: a Hub id or a folder.
+        revision: Commit of a Hub id; that of the default is pinned.
+        head: The head's weights: an address, a path, or ``owner/name/file`` on the Hub.
+        head_sha256: Digest of the head's file; by default the published one for the default
+            address, and that of the file itself for a path.
         device: Where CLIP runs.
     """
 

@@ -1,8 +1,8 @@
-"""Text in pictures: whether the words that a prompt asks for can be read (Tesseract).
+"""Text in images: whether the text that a prompt asks for is legible to Tesseract.
 
 As published for text rendering (Flow-GRPO, arXiv 2505.05470): one minus the number of edits between
-what is read and what was asked for, over the length of the latter, and never below 0. The reader
-there is PaddleOCR; Tesseract is one small program without a Python package of its own.
+the recognised and the requested text over the length of the latter, and never below 0. The OCR
+there is PaddleOCR; Tesseract is a single small program without a Python package of its own.
 """
 
 from __future__ import annotations
@@ -31,51 +31,44 @@ from ddpo.rewards.base import Scores
 
 PROGRAM = "tesseract"
 DOTS_PER_INCH = 300
-"""What Tesseract is told of every picture; otherwise it guesses from what it sees."""
+"""Resolution given to Tesseract, which would otherwise estimate it from the image."""
 
 _PAGE_MODES = {"sparse": 11, "page": 3, "block": 6, "line": 7}
 _INSTALL = (
     "Install it (Debian, Ubuntu: apt-get install tesseract-ocr; macOS: brew install tesseract) on "
-    "every machine that scores, and see that it is on the PATH"
+    "every machine that scores, and check that it is on the PATH"
 )
-# Single quotes are apostrophes too: they count where no letter or digit touches them outside.
+# A single quote may be an apostrophe: it counts only without a letter or digit on its outer side.
 _QUOTED = re.compile(
     r'"([^"]+)"|“([^”]+)”|„([^“”]+)[“”]|«([^»]+)»|‘([^’]+)’(?!\w)|' r"(?<!\w)'([^']+)'(?!\w)"
 )
 
 
 def asked_text(prompt: Prompt) -> str | None:
-    """Return the text that a picture should show.
+    """Return the text that an image should show, or None if its prompt asks for none.
 
-    Args:
-        prompt: Its metadata's ``text`` goes before its words; of those, what stands in quotes
-            counts ("...", “...”, '...', «...»), several joined by a space.
-
-    Returns:
-        The text; None where the prompt asks for none.
+    That is the metadata ``text`` if there is one, otherwise what the prompt has in quotes ("...",
+    “...”, '...', «...»); several quotes are joined by a space.
     """
-    told = prompt.metadata.get("text")
-    if isinstance(told, str):
-        return told if fold(told) else None
-    quoted = ["".join(found) for found in _QUOTED.findall(prompt.text)]
+    explicit = prompt.metadata.get("text")
+    if isinstance(explicit, str):
+        return explicit if fold(explicit) else None
+    quoted = ["".join(groups) for groups in _QUOTED.findall(prompt.text)]
     text = " ".join(quoted)
     return text if fold(text) else None
 
 
 def fold(text: str) -> str:
-    """Return a text as it is compared: without white space, case and Unicode's look-alikes.
+    """Normalise a text for comparison: ignore whitespace, case and Unicode look-alikes.
 
-    NFKC, then case folding, then all white space is dropped: what lies apart in a picture has no
-    certain number of spaces between. Punctuation counts.
+    NFKC, then case folding, then all whitespace is removed, since the number of spaces between
+    words of an image is undefined. Punctuation counts.
     """
     return "".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
 def edit_distance(first: str, second: str) -> int:
-    """Return how many insertions, deletions and substitutions of characters lie between two texts.
-
-    Levenshtein's distance, over code points.
-    """
+    """Return the Levenshtein distance of two texts, over code points."""
     above = list(range(len(second) + 1))
     for row, left in enumerate(first, start=1):
         here = [row]
@@ -93,25 +86,25 @@ class _Reading:
 
 
 class OcrText:
-    """Reward = 1 - edits between the text read and the text asked for / its length; at least 0.
+    """Reward = 1 - edits between recognised and requested text / length of the latter; at least 0.
 
-    The text asked for is the prompt's metadata ``text``, else what the prompt has in quotes. Case
-    and white space do not count (`fold`). Columns: ``ocr_text`` as it was read, ``ocr_asked``,
-    ``ocr_distance`` (edits; nan where failed), and ``ocr_error``, which says why a sample failed: a
-    prompt that asks for no text, or a picture that Tesseract could not work on. A picture without
-    readable text does not fail: its reward is 0.
+    The requested text is the prompt's metadata ``text``, otherwise what the prompt has in quotes.
+    Case and whitespace are ignored (`fold`). Columns: ``ocr_text`` as recognised, ``ocr_asked``,
+    ``ocr_distance`` (edits; nan if failed), and ``ocr_error``, which says why a sample failed: its
+    prompt asks for no text, or Tesseract could not process the image. An image without legible text
+    does not fail: its reward is 0.
 
-    One Tesseract a picture, each with a single thread: the same picture always reads the same, and
-    what is scored together plays no part.
+    Each image is read by one Tesseract process with a single thread, so that the same image always
+    gives the same text, whatever it is scored with.
 
     Args:
-        language: Tesseract's name of it (``eng``, ``deu``); several as ``eng+deu``.
+        language: Tesseract's name of the language (``eng``, ``deu``); several as ``eng+deu``.
         page_mode: ``sparse`` looks for text anywhere; ``page``, ``block`` and ``line`` expect a
-            page, one block or one line that fills the picture.
-        timeout_s: Seconds that a picture may take.
+            page, one block or one line that fills the image.
+        timeout_s: Time limit per image, in seconds.
 
     Raises:
-        ConfigError: There is no Tesseract, or it lacks the language.
+        ConfigError: Tesseract or the language is not installed.
     """
 
     version: ClassVar[str] = "1"
@@ -135,10 +128,10 @@ class OcrText:
         """Score B images.
 
         Raises:
-            RewardError: Tesseract cannot be started at all.
+            RewardError: Tesseract cannot be started.
         """
         asked = [asked_text(prompt) for prompt in prompts]
-        # Threads only wait here: each picture is a process of its own.
+        # The threads only wait: each image is a process of its own.
         with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
             readings = list(pool.map(self._read, images))
         errors = [
@@ -166,8 +159,8 @@ class OcrText:
         try:
             buffer = io.BytesIO()
             image.convert("RGB").save(buffer, format="PPM")
-        except (OSError, ValueError) as error:  # a damaged or empty picture
-            return _Reading(error=f"the picture cannot be decoded: {error}")
+        except (OSError, ValueError) as error:  # a damaged or empty image
+            return _Reading(error=f"cannot decode the image: {error}")
         command = [self._program, "stdin", "stdout", "--dpi", str(DOTS_PER_INCH), *self._options]
         try:
             done = subprocess.run(
@@ -181,22 +174,22 @@ class OcrText:
         except subprocess.TimeoutExpired:
             return _Reading(error=f"{PROGRAM} took more than {self._timeout_s:g} s")
         except OSError as error:
-            raise RewardError(f"{command[0]} cannot be started: {error}. {_INSTALL}") from error
+            raise RewardError(f"cannot start {command[0]}: {error}. {_INSTALL}") from error
         if done.returncode != 0:
             return _Reading(error=f"{PROGRAM} ended with {done.returncode}: {_last(done.stderr)}")
         return _Reading(text=" ".join(done.stdout.decode("utf-8", "replace").split()))
 
 
 def _revisions(program: str, languages: Sequence[str]) -> dict[str, str]:
-    """Return what decides a reading: Tesseract's version, and a digest of each language's data."""
+    """Return what decides the result: Tesseract's version and a digest per language's data."""
     version = _ask(program, "--version").split("\n")[0].removeprefix(PROGRAM).strip()
     head, *installed = _ask(program, "--list-langs").splitlines()
-    lacking = sorted(set(languages) - set(installed))
-    if lacking:
+    missing = sorted(set(languages) - set(installed))
+    if missing:
         raise ConfigError(
-            f"{program} does not know the language {', '.join(lacking)}; it has "
+            f"{program} does not have the language {', '.join(missing)}; it has "
             f"{', '.join(sorted(installed))}. On Debian and Ubuntu: apt-get install "
-            f"tesseract-ocr-{lacking[0].replace('_', '-')}"
+            f"tesseract-ocr-{missing[0].replace('_', '-')}"
         )
     revisions = {PROGRAM: version}
     folder = re.search(r'"(.+)"', head)
@@ -223,4 +216,4 @@ def _one_thread() -> Mapping[str, str]:
 
 def _last(output: bytes) -> str:
     lines = output.decode("utf-8", "replace").strip().splitlines()
-    return lines[-1] if lines else "it said nothing"
+    return lines[-1] if lines else "no message"

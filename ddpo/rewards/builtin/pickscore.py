@@ -1,4 +1,4 @@
-"""PickScore: which picture people would pick for a prompt (arXiv 2305.01569)."""
+"""PickScore: which image people would pick for a prompt (arXiv 2305.01569)."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from ddpo.rewards.models.pretrained import Device, LoadedOnce, in_batches
 
 
 class PickScore:
-    """Reward = exp(logit scale) * cosine of picture and prompt; some 18 to 24.
+    """Reward = exp(logit scale) * cosine of image and prompt; roughly 18 to 24.
 
-    CLIP ViT-H/14, trained further on choices between pairs of pictures
-    (github.com/yuvalkirstain/PickScore, README). A difference d between two pictures of one prompt
-    says that the better one is picked with probability sigmoid(d).
+    CLIP ViT-H/14, fine-tuned on choices between pairs of images
+    (github.com/yuvalkirstain/PickScore, README). A difference d between two images of one prompt
+    means that the better one is picked with probability sigmoid(d).
 
     Args:
-        model: The model: a hub id or a folder.
-        revision: Commit of a hub id; that of the default is pinned.
-        processor: Where tokenizer and image processor are from: a hub id or a folder.
+        model: The model: a Hub id or a folder.
+        revision: Commit of a Hub id; that of the default is pinned.
+        processor: Source of tokenizer and image processor: a Hub id or a folder.
         processor_revision: Its commit; that of the default is pinned.
         device: Where the model runs.
     """
@@ -42,12 +42,12 @@ class PickScore:
         device: Device = "auto",
     ) -> None:
         pinned = find_model(model, revision)
-        prepares = find_model(processor, processor_revision)
-        self.revisions = {processor: prepares.revision, model: pinned.revision}
-        self._loaded = LoadedOnce(lambda: load_clip(pinned, device, prepares))
+        pinned_processor = find_model(processor, processor_revision)
+        self.revisions = {processor: pinned_processor.revision, model: pinned.revision}
+        self._loaded = LoadedOnce(lambda: load_clip(pinned, device, pinned_processor))
 
     def __call__(self, images: Sequence[Image.Image], prompts: Sequence[Prompt]) -> Scores:
-        """Score B images for their prompts; what a prompt has beyond 77 tokens is cut."""
+        """Score B images for their prompts; a prompt is cut after 77 tokens."""
         return Scores(in_batches(images, prompts, self._score))
 
     def _score(self, images: list[Image.Image], texts: list[str]) -> Tensor:

@@ -1,16 +1,16 @@
-"""Questions about a picture, answered by the starter's judge: does it show the scene asked for?
+"""VQA by the starter's judge: does an image show the scene that its prompt describes?
 
 The embedded counterpart of asking a vision-language model (arXiv 2305.13301, section 5.2): the
-judge has a head for each question, and knows the animals, activities and numbers of the starter's
+judge has a head per question, and knows the animals, activities and numbers of the starter's
 prompts.
 
-The reward is the mean probability of the right answers, which is the share of right answers to be
-expected. Compared with its alternatives:
+The reward is the mean probability of the right answers, which is the expected share of right
+answers. Compared with its alternatives:
 
-- The share of *likeliest* answers that are right takes few values, so pictures of one prompt are
-  mostly alike and nothing tells them apart.
-- The mean log-probability has no floor: one hopeless picture sets a prompt's standard deviation,
-  and it goes on paying for confidence where the answer is right already.
+- The share of *most likely* answers that are right takes few values, so images of one prompt mostly
+  score alike and nothing tells them apart.
+- The mean log-probability has no lower bound: one hopeless image dominates a prompt's standard
+  deviation, and confidence is still rewarded where the answer is already right.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ if TYPE_CHECKING:
     from ddpo.starter.judge import Judge
     from ddpo.starter.scenes import Scene
 
-# Importing the judge or its scenes imports transformers: that waits for the first call.
+# The judge and its scenes import transformers, so they are imported by the first call.
 
 Question = Literal["species", "activity", "count"]
 
 QUESTIONS: tuple[Question, ...] = ("species", "activity", "count")
-"""What the judge is asked: which animal (or other word), doing what, how many."""
+"""The judge's questions: which animal (or other word), doing what, how many."""
 
 _HEADS: Mapping[Question, str] = {"species": "name", "activity": "activity", "count": "count"}
-_SEES_WITH = (
+_JUDGE_FILES = (
     "config.json",
     "heads.safetensors",
     "labels.json",
@@ -53,26 +53,26 @@ _SEES_WITH = (
 )
 _NO_ACTIVITY = "none"
 _NO_SCENE = (
-    "the prompt names no scene of the starter, such as 'a cat', 'a cat riding a bike', 'two cats'"
+    "the prompt is not a scene of the starter, such as 'a cat', 'a cat riding a bike', 'two cats'"
 )
 
 
 class StarterVqa:
-    """Reward = mean probability, over the questions, of the answer that the prompt's scene has.
+    """Reward = mean probability of the right answers to the questions about the prompt's scene.
 
-    What a prompt does not mention is asked too: of 'a cat' one cat without an activity. In 0..1.
-    Columns: ``p_<question>``, the probability of the right answer; ``seen_<question>``, the
-    likeliest answer (an activity is ``none`` where there is none); ``vqa_error``, which says why a
-    sample failed: its prompt names no scene. All three questions are shown, whichever count.
+    In 0..1. What a prompt does not mention is asked too: 'a cat' means one cat without an activity.
+    Columns: ``p_<question>``, the probability of the right answer; ``seen_<question>``, the most
+    likely answer (the activity may be ``none``); ``vqa_error``, which says why a sample failed: its
+    prompt is not a scene. There are columns for all three questions, whichever count.
 
-    A scene is one of ``ddpo.starter.scenes.SCENES``, named as its prompt names it, with or without
-    the article, whatever the case.
+    A scene is one of ``ddpo.starter.scenes.SCENES``, identified by its prompt, with or without the
+    article, in any case.
 
     Args:
-        questions: Those that count.
+        questions: The questions that count.
 
     Raises:
-        ConfigError: A question is named twice.
+        ConfigError: A question is listed twice.
     """
 
     version: ClassVar[str] = "1"
@@ -82,14 +82,14 @@ class StarterVqa:
         self, questions: Annotated[tuple[Question, ...], Field(min_length=1)] = QUESTIONS
     ) -> None:
         if len(set(questions)) != len(questions):
-            raise ConfigError(f"questions names one twice: {', '.join(questions)}")
+            raise ConfigError(f"questions lists one twice: {', '.join(questions)}")
         self._questions = questions
         self.revisions = {"starter judge": judge_digest()}
 
     def __call__(self, images: Sequence[Image.Image], prompts: Sequence[Prompt]) -> Scores:
         """Score B images, resized to 64x64 px."""
         scenes = [scene_of(prompt.text) for prompt in prompts]
-        # One by one: in a batch, company would show in the last digits.
+        # One at a time: in a batch, the last digits would depend on the other images.
         answers = [_answer(image, scene) for image, scene in zip(images, scenes, strict=True)]
         columns: dict[str, Sequence[object]] = {}
         for question in QUESTIONS:
@@ -105,40 +105,40 @@ class StarterVqa:
 
 
 def scene_of(text: str) -> Scene | None:
-    """Return the scene that a prompt names; None where it names none that the judge knows."""
+    """Return the scene that a prompt describes; None if the judge knows no such scene."""
     return _scene_by_words().get(" ".join(text.casefold().split()))
 
 
 def judge_digest() -> str:
-    """Return the sha256 over what the judge sees with: other weights are another reward."""
-    digests = {name: sha256_bytes((JUDGE_PATH / name).read_bytes()) for name in _SEES_WITH}
+    """Return the sha256 of the judge's files: other weights are another reward."""
+    digests = {name: sha256_bytes((JUDGE_PATH / name).read_bytes()) for name in _JUDGE_FILES}
     return json_digest(digests)
 
 
 @dataclass(frozen=True)
 class _Answer:
-    right: Mapping[Question, float]  # probability of the scene's own answer; nan without a scene
-    seen: Mapping[Question, str | int]  # the likeliest answer
+    right: Mapping[Question, float]  # probability of the right answer; nan without a scene
+    seen: Mapping[Question, str | int]  # the most likely answer
 
 
 def _answer(image: Image.Image, scene: Scene | None) -> _Answer:
     from ddpo.starter.judge import ACTIVITY_LABELS, COUNT_LABELS, NAME_LABELS
 
-    found = _judge().look([image])
+    verdicts = _judge().look([image])
     seen: dict[Question, str | int] = {
-        "species": found.names[0],
-        "activity": found.activities[0] or _NO_ACTIVITY,
-        "count": found.counts[0],
+        "species": verdicts.names[0],
+        "activity": verdicts.activities[0] or _NO_ACTIVITY,
+        "count": verdicts.counts[0],
     }
     if scene is None:
         return _Answer(dict.fromkeys(QUESTIONS, math.nan), seen)
-    asked: dict[Question, int] = {
+    right: dict[Question, int] = {
         "species": NAME_LABELS.index(scene.name),
         "activity": ACTIVITY_LABELS.index(scene.activity or ""),
         "count": COUNT_LABELS.index(scene.count),
     }
-    heads = found.probabilities
-    return _Answer({each: float(heads[_HEADS[each]][0, asked[each]]) for each in QUESTIONS}, seen)
+    heads = verdicts.probabilities
+    return _Answer({q: float(heads[_HEADS[q]][0, right[q]]) for q in QUESTIONS}, seen)
 
 
 @functools.cache
@@ -146,22 +146,22 @@ def _scene_by_words() -> Mapping[str, Scene]:
     from ddpo.starter.scenes import SCENES
     from ddpo.starter.text import number_word
 
-    found: dict[str, Scene] = {}
+    scenes: dict[str, Scene] = {}
     for scene in SCENES:
         words = scene.prompt
-        found[words.casefold()] = scene
+        scenes[words.casefold()] = scene
         if scene.count == 1:
             without_article = words.split(" ", 1)[1]
-            found[without_article] = scene
-            found[f"{number_word(1)} {without_article}"] = scene
-    return found
+            scenes[without_article] = scene
+            scenes[f"{number_word(1)} {without_article}"] = scene
+    return scenes
 
 
 _LOADING = threading.Lock()
 
 
 def _judge() -> Judge:
-    with _LOADING:  # threads that score at the same time wait for the one that loads
+    with _LOADING:  # concurrent threads wait for the one that loads
         return _loaded_judge()
 
 

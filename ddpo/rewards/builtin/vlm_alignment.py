@@ -1,4 +1,4 @@
-"""Alignment as the DDPO paper has it: does a vision-language model see what the prompt says?"""
+"""The DDPO paper's alignment: does a vision-language model see what the prompt says?"""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ from ddpo.rewards.models.vlm_tasks import QUESTION, TEMPLATE, check_template, sc
 class VlmAlignment:
     """Reward = BERTScore recall of a vision-language model's caption against the prompt, in 0..1.
 
-    The model is asked what is going on in the picture; its answer, decoded greedily, is compared
-    with 'The image contains <prompt>' (arXiv 2305.13301, section 5.2). Columns: ``caption``,
-    ``bert_precision``, ``bert_f1``, and ``vlm_error``, which says why a sample failed: an empty
-    answer.
+    The model is asked what is going on in the image; its answer, decoded greedily, is compared with
+    'The image contains <prompt>' (arXiv 2305.13301, section 5.2). Columns: ``caption``,
+    ``bert_precision``, ``bert_f1``, and ``vlm_error``, which says why a sample failed: the answer
+    is empty.
 
     Args:
-        model: The model that looks: a hub id or a folder. The paper's is LLaVA of 13b.
-        revision: Commit of a hub id; those of LLaVA 1.5 (7b, 13b) are pinned.
+        model: The vision-language model: a Hub id or a folder. The paper's is LLaVA 13b.
+        revision: Commit of a Hub id; those of LLaVA 1.5 (7b, 13b) are pinned.
         question: What it is asked.
         template: What its answer is compared with; ``{prompt}`` stands for the prompt.
-        max_new_tokens: Tokens after which its answer is cut.
-        dtype: What it computes in; BERTScore is in float32 always.
-        bert_model: The model that compares: a hub id or a folder.
+        max_new_tokens: Length of an answer, in tokens, at which it is cut.
+        dtype: The precision in which it computes; BERTScore is always in float32.
+        bert_model: The model that compares sentences: a Hub id or a folder.
         bert_revision: Its commit; that of the default is pinned.
         bert_layer: The hidden layer that is compared.
         device: Where both run.
 
     Raises:
-        ConfigError: A model is not pinned, or the template has no room for the prompt.
+        ConfigError: A model is not pinned, or the template has no placeholder for the prompt.
         RewardError: torchmetrics is not installed.
     """
 

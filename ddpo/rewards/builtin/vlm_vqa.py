@@ -1,4 +1,4 @@
-"""Strict satisfaction: the prompt's own questions, answered by a vision-language model."""
+"""VQA: the prompt's own questions, answered by a vision-language model."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from ddpo.rewards.models.vlm_tasks import score_questions
 class VlmVqa:
     """Reward = share of the prompt's questions that a vision-language model answers as expected.
 
-    Questions and answers are the prompt's metadata ``questions`` and ``answers``, as the prompt set
-    ``counting`` has them. An answer is right where it contains the expected one as whole words;
-    case does not count, '3' and 'three' are the same, and so are 'cat' and 'cats'. Columns:
-    ``vqa_answers``, JSON text of question, answer, expected answer and whether it was right; and
-    ``vqa_error``, which says why a sample failed: no questions, or an empty answer.
+    Questions and answers are the prompt's metadata ``questions`` and ``answers``, as in the prompt
+    set ``counting``. An answer is right if it contains the expected one as whole words; case is
+    ignored, '3' and 'three' are the same, and so are 'cat' and 'cats'. Columns: ``vqa_answers``,
+    JSON text of each question, answer, expected answer and whether it is right; and ``vqa_error``,
+    which says why a sample failed: it has no questions, or an answer is empty.
 
     Args:
-        model: The model that looks: a hub id or a folder.
-        revision: Commit of a hub id; those of LLaVA 1.5 (7b, 13b) are pinned.
-        max_new_tokens: Tokens after which an answer is cut.
-        dtype: What it computes in.
+        model: The vision-language model: a Hub id or a folder.
+        revision: Commit of a Hub id; those of LLaVA 1.5 (7b, 13b) are pinned.
+        max_new_tokens: Length of an answer, in tokens, at which it is cut.
+        dtype: The precision in which it computes.
         device: Where it runs.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The service as an application: its routes, its token and its OpenAPI page."""
+"""The service as an ASGI application: routes, token and OpenAPI page."""
 
 from __future__ import annotations
 
@@ -22,49 +22,46 @@ from ddpo.rewards.service.wire import TOKEN_VARIABLE, IdentityMessage, PromptMes
 
 
 class Problem(BaseModel):
-    """Why a request was refused."""
+    """Why a request was rejected."""
 
     detail: str
 
 
 class Alive(BaseModel):
-    """That the service answers."""
+    """The service is running."""
 
     alive: bool = True
 
 
 class Ready(BaseModel):
-    """That the reward is loaded."""
+    """The reward is loaded."""
 
     ready: bool = True
 
 
-_bearer = HTTPBearer(auto_error=False, description=f"What {TOKEN_VARIABLE} holds.")
+_bearer = HTTPBearer(auto_error=False, description=f"The value of {TOKEN_VARIABLE}.")
 
 _PROBLEMS = {
-    400: "The body is no multipart form.",
+    400: "The body is not a multipart form.",
     401: "The token is missing or wrong.",
-    408: "The body did not come in in time.",
-    413: "A bound is exceeded: pictures, bytes or pixels.",
-    415: "The body is of another type than multipart/form-data.",
-    422: "Prompts or pictures that cannot be read, or not one prompt for each picture.",
+    408: "The body did not arrive in time.",
+    413: "A limit is exceeded: images, bytes or pixels.",
+    415: "The body is not multipart/form-data.",
+    422: "Prompts or images cannot be read, or their numbers differ.",
     500: "The reward failed.",
-    503: "The reward is being loaded, or the queue is full; come again after Retry-After.",
+    503: "The reward is being loaded, or the queue is full; retry after Retry-After.",
 }
 
 
 def create_app(
     load: Callable[[], Reward], *, token: str | None = None, limits: Limits | None = None
 ) -> FastAPI:
-    """Build the service.
+    """Build the service. `/health` answers at once, the other routes once the reward is loaded.
 
     Args:
-        load: Makes the reward; called once, in the thread that will score, when the service starts.
-        token: The bearer token that `/identity` and `/score` want; None lets everyone in.
-        limits: What is taken in.
-
-    Returns:
-        The application. `/health` answers at once, the others once the reward is loaded.
+        load: Builds the reward; called once, when the service starts, in the thread that scores.
+        token: The bearer token required by `/identity` and `/score`; None admits everyone.
+        limits: Bounds of a request.
     """
     limits = limits or Limits()
     scorer = Scorer(load, limits)
@@ -80,25 +77,25 @@ def create_app(
         lifespan=lifespan,
         separate_input_output_schemas=False,
     )
-    # A body that claims too much is refused unread: up to twice as much, its client is told so.
+    # An oversized body is rejected unread; up to twice the limit, the client still gets the answer.
     app.add_middleware(ReadToTheEnd, limit_bytes=2 * limits.body_bytes)
-    app.add_exception_handler(ClientDisconnect, _nobody_listens)
+    app.add_exception_handler(ClientDisconnect, _client_gone)
     guard = [Depends(_guard(token))] if token else []
 
     @app.get("/health")
     async def health() -> Alive:
-        """Tell that the service is alive."""
+        """Say that the service is running."""
         return Alive()
 
     @app.get("/ready", responses=_problems(503))
     async def ready() -> Ready:
-        """Tell whether the reward is loaded."""
+        """Say whether the reward is loaded."""
         scorer.reward()
         return Ready()
 
     @app.get("/identity", dependencies=guard, responses=_problems(401, 503))
     async def identity() -> IdentityMessage:
-        """Tell what makes the scores the same scores."""
+        """Return the reward's identity: what decides its scores."""
         return IdentityMessage.of(scorer.reward().identity)
 
     @app.post(
@@ -109,7 +106,7 @@ def create_app(
         openapi_extra={"requestBody": _request_body(limits)},
     )
     async def score(request: Request) -> Response:
-        """Score pictures, each drawn for the prompt of its own index."""
+        """Score images, each generated for the prompt with the same index."""
         scorer.reward()
         with scorer.slot() as held:
             batch = await read_batch(request, limits, held)
@@ -118,8 +115,8 @@ def create_app(
     return app
 
 
-async def _nobody_listens(request: Request, error: Exception) -> Response:
-    """End a request whose client has gone, without a traceback in the log."""
+async def _client_gone(request: Request, error: Exception) -> Response:
+    """End a request whose client has disconnected, without a traceback in the log."""
     return Response(status_code=400)
 
 
@@ -144,9 +141,9 @@ def _problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 
 def _request_body(limits: Limits) -> dict[str, Any]:
-    """Return what OpenAPI says of a request, whose body is read here and not by FastAPI."""
+    """Return the OpenAPI description of a request, whose body FastAPI does not parse itself."""
     count = {"type": "array", "minItems": 1, "maxItems": limits.images}
-    # What it refers to, any JSON value, is among the page's components by way of the answer.
+    # Its reference, any JSON value, is among the page's components because the answer has it.
     prompt = PromptMessage.model_json_schema(ref_template="#/components/schemas/{model}")
     del prompt["$defs"]
     schema = {
@@ -158,8 +155,8 @@ def _request_body(limits: Limits) -> dict[str, Any]:
             "images": {
                 **count,
                 "items": {"type": "string", "format": "binary"},
-                "description": f"A part each: PNG or JPEG, at most {limits.image_bytes} bytes and "
-                f"{limits.image_pixels} pixels; {limits.batch_pixels} pixels together.",
+                "description": f"One part each: PNG or JPEG, at most {limits.image_bytes} bytes "
+                f"and {limits.image_pixels} pixels; {limits.batch_pixels} pixels in total.",
             },
         },
     }

@@ -1,4 +1,4 @@
-"""Answers that reach a client which is still sending."""
+"""Deliver a response to a client that is still sending its request."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _logger = logging.getLogger(__name__)
 
 
 class ReadToTheEnd:
-    """Reads what is left of a body, bounded, before an answer that did not wait for it is sent.
+    """Reads the rest of a body, up to a limit, before sending a response that did not wait for it.
 
-    A server that closes a connection on which bytes are still coming in resets it, and its client
-    then sees a broken connection in place of the answer.
+    A server that closes a connection with unread bytes resets it, and the client sees a broken
+    connection instead of the response.
     """
 
     def __init__(self, app: ASGIApp, limit_bytes: int) -> None:
@@ -24,7 +24,7 @@ class ReadToTheEnd:
         self._limit_bytes = limit_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Let the application answer a request, and send the answer once its body is read."""
+        """Let the application handle a request, and send its response once the body is read."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -46,7 +46,7 @@ class ReadToTheEnd:
                 try:
                     await asyncio.wait_for(drain(), _DRAIN_S)
                 except TimeoutError:
-                    _logger.debug("a client was still sending %.0f s after its answer", _DRAIN_S)
+                    _logger.debug("a client was still sending %.0f s after the response", _DRAIN_S)
             await send(message)
 
         await self._app(scope, watched, answer)

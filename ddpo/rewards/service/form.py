@@ -1,4 +1,4 @@
-"""A request's body, read and counted while it comes in."""
+"""Read a request's body, counting it as it arrives."""
 
 from __future__ import annotations
 
@@ -22,23 +22,20 @@ _PROMPTS: TypeAdapter[list[PromptMessage]] = TypeAdapter(list[PromptMessage])
 
 @dataclass(frozen=True)
 class Batch:
-    """A request as it was read.
-
-    Attributes:
-        images: B encoded pictures.
-        prompts: B prompts.
-    """
+    """The content of a request."""
 
     images: Sequence[bytes | bytearray]
+    """B encoded images."""
     prompts: Sequence[Prompt]
+    """B prompts."""
 
 
 class Form:
-    """The parts of a multipart body, taken in by the piece and refused once they are too much.
+    """The parts of a multipart body, parsed as it arrives and rejected as soon as it is too large.
 
     Args:
-        boundary: What parts them, as the request's header says.
-        limits: What is too much.
+        boundary: The separator of the parts, from the request's header.
+        limits: Bounds of a request.
     """
 
     def __init__(self, boundary: bytes, limits: Limits) -> None:
@@ -64,11 +61,11 @@ class Form:
         )
 
     def write(self, piece: bytes) -> None:
-        """Take in the next bytes of the body."""
+        """Parse the next bytes of the body."""
         try:
             self._parser.write(piece)
         except FormParserError as error:
-            raise refusal(400, f"the body is no multipart form: {error}") from error
+            raise refusal(400, f"the body is not a multipart form: {error}") from error
 
     def _on_part_begin(self) -> None:
         self._field = self._value = self._disposition = b""
@@ -100,12 +97,14 @@ class Form:
             self.images.append(self._part)
         elif name == "prompts":
             if self.prompts is not None:
-                raise refusal(422, "there are two parts 'prompts'; expected one JSON array of all")
+                raise refusal(
+                    422, "there are two parts 'prompts'; expected one JSON array with all prompts"
+                )
             self._part_name, self._part_limit = "'prompts'", self._limits.prompts_bytes
             self.prompts = self._part
         else:
             raise refusal(
-                422, f"a part is called {name!r}; expected one 'prompts', and an 'images' for each"
+                422, f"a part is named {name!r}; expected one 'prompts', and one 'images' per image"
             )
 
     def _on_part_data(self, data: bytes, start: int, end: int) -> None:
@@ -118,18 +117,18 @@ class Form:
 
 
 async def read_batch(request: Request, limits: Limits, hold: Callable[[int], None]) -> Batch:
-    """Read a request, counting while it comes in.
+    """Read a request, counting its bytes as they arrive.
 
     Args:
         request: The request; its body is consumed.
-        limits: What is taken in.
-        hold: Told of the bytes of each piece; may refuse.
+        limits: Bounds of a request.
+        hold: Called with the number of bytes of each chunk; may reject the request.
 
     Returns:
-        Encoded pictures, one or more, and a prompt for each.
+        One or more encoded images, and a prompt for each.
 
     Raises:
-        HTTPException: It is no such form, is over a limit, or came in too slowly.
+        HTTPException: The body is malformed, exceeds a limit, or arrived too slowly.
     """
     kind, options = parse_options_header(request.headers.get("content-type"))
     boundary = options.get(b"boundary", b"")
@@ -154,29 +153,29 @@ async def read_batch(request: Request, limits: Limits, hold: Callable[[int], Non
                 hold(len(piece))
                 form.write(piece)
     except TimeoutError as error:
-        raise refusal(408, f"the body did not come in within {limits.body_seconds:g} s") from error
+        raise refusal(408, f"the body did not arrive within {limits.body_seconds:g} s") from error
     if not form.complete:
         raise refusal(400, "the body ends before its last boundary")
     if form.prompts is None or not form.images:
-        raise refusal(422, "expected a part 'prompts', and a part 'images' for each picture")
+        raise refusal(422, "expected a part 'prompts', and a part 'images' for each image")
     prompts = _read_prompts(bytes(form.prompts))
     if len(prompts) != len(form.images):
         raise refusal(
-            422, f"{len(form.images)} images with {len(prompts)} prompts; give one for each"
+            422, f"{len(form.images)} images with {len(prompts)} prompts; give one prompt per image"
         )
     return Batch(form.images, prompts)
 
 
 def _read_prompts(data: bytes) -> list[Prompt]:
     try:
-        told = _PROMPTS.validate_json(data)
+        messages = _PROMPTS.validate_json(data)
     except ValidationError as error:
-        wrong = describe_problems(error, "the part")
+        problems = describe_problems(error, "the part")
         raise refusal(
-            422, f"'prompts' is no JSON array of {{text, metadata}} objects: {wrong}"
+            422, f"'prompts' is not a JSON array of {{text, metadata}} objects: {problems}"
         ) from error
     prompts = []
-    for index, message in enumerate(told):
+    for index, message in enumerate(messages):
         try:
             prompts.append(Prompt(message.text, message.metadata))
         except ConfigError as error:

@@ -1,4 +1,4 @@
-"""What a service takes in, and how it refuses the rest."""
+"""What a service accepts, and how it rejects the rest."""
 
 from __future__ import annotations
 
@@ -13,41 +13,38 @@ _MIB = 1024**2
 
 @dataclass(frozen=True)
 class Limits:
-    """What a service takes in.
-
-    Attributes:
-        images: Pictures in one request.
-        image_bytes: Bytes of one encoded picture.
-        image_pixels: Pixels of one picture.
-        batch_pixels: Pixels of all pictures of one request.
-        prompts_bytes: Bytes of a request's prompts with their metadata.
-        body_bytes: Bytes of a request.
-        body_seconds: Seconds in which a request must have come in.
-        held_bytes: Bytes of all requests that are read, waiting or being scored.
-        workers: Requests that are scored at the same time.
-        queue: Requests that wait for it.
-    """
+    """Bounds of what a service accepts."""
 
     images: int = 64
+    """Images in one request."""
     image_bytes: int = 16 * _MIB
+    """Bytes of one encoded image."""
     image_pixels: int = PIXEL_LIMIT
+    """Pixels of one image."""
     batch_pixels: int = 64 * _MIB
+    """Pixels of all images in one request."""
     prompts_bytes: int = 4 * _MIB
+    """Bytes of a request's prompts, including their metadata."""
     body_bytes: int = 64 * _MIB
+    """Bytes of a request."""
     body_seconds: float = 60.0
+    """Seconds in which a request must arrive."""
     held_bytes: int = 1024 * _MIB
+    """Bytes of all requests that are being read, waiting or being scored."""
     workers: int = 1
+    """Requests that are scored at the same time."""
     queue: int = 64
+    """Requests that wait for a worker."""
 
 
 def refusal(status: int, detail: str, *, retry_after_s: int | None = None) -> HTTPException:
-    """Return what is raised to refuse a request.
+    """Return the exception that rejects a request.
 
     Args:
         status: The HTTP status.
-        detail: Why, for people.
-        retry_after_s: Seconds after which it may come again, if it may.
+        detail: The reason, for people.
+        retry_after_s: Seconds after which the client may retry; None if retrying is pointless.
     """
-    sayable = detail.encode("utf-8", "replace").decode()  # a reward's message may not be Unicode
+    encodable = detail.encode("utf-8", "replace").decode()  # a reward's message may have surrogates
     headers = {} if retry_after_s is None else {"Retry-After": str(retry_after_s)}
-    return HTTPException(status, sayable, headers)
+    return HTTPException(status, encodable, headers)

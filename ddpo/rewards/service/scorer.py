@@ -1,4 +1,4 @@
-"""The reward behind a service: its queue, and a batch from encoded pictures to an answer."""
+"""The reward behind a service: its queue, and scoring a batch of encoded images."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ _logger = logging.getLogger(__name__)
 
 
 class Scorer:
-    """The reward and its queue: so many requests are scored at once, so many more are held.
+    """The reward and its queue, both bounded.
 
     Args:
-        load: Makes the reward; called once, in the thread that will score.
-        limits: How many requests, and how many bytes of them.
+        load: Builds the reward; called once, in the thread that scores.
+        limits: How many requests are scored and queued, and how many bytes they may take.
     """
 
     def __init__(self, load: Callable[[], Reward], limits: Limits) -> None:
@@ -48,7 +48,7 @@ class Scorer:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Load the reward and score until the block ends."""
+        """Load the reward, and accept batches until the block ends."""
         self._executor = ThreadPoolExecutor(self._limits.workers, thread_name_prefix="reward")
         self._loading = self._executor.submit(self._load)
         try:
@@ -57,7 +57,7 @@ class Scorer:
             self._executor.shutdown(wait=False, cancel_futures=True)
 
     def reward(self) -> Reward:
-        """Return the reward; a request that comes before it is loaded is told to come again."""
+        """Return the reward; until it is loaded, requests are rejected with a time to retry."""
         if not self._loading.done():
             raise refusal(503, "the reward is being loaded", retry_after_s=1)
         error = self._loading.exception()
@@ -67,27 +67,27 @@ class Scorer:
 
     @contextmanager
     def slot(self) -> Iterator[Callable[[int], None]]:
-        """Hold a place in the queue; the callable that it gives counts the bytes held there."""
+        """Occupy a place in the queue; the yielded callable counts the bytes held there."""
         if self._admitted >= self._limits.workers + self._limits.queue:
             raise refusal(503, f"{self._admitted} requests are waiting already", retry_after_s=1)
         self._admitted += 1
-        mine = 0
+        held = 0
 
         def hold(count: int) -> None:
-            nonlocal mine
+            nonlocal held
             if self._held_bytes + count > self._limits.held_bytes:
-                raise refusal(503, "the requests that wait fill the memory", retry_after_s=1)
-            mine += count
+                raise refusal(503, "waiting requests have filled the memory", retry_after_s=1)
+            held += count
             self._held_bytes += count
 
         try:
             yield hold
         finally:
             self._admitted -= 1
-            self._held_bytes -= mine
+            self._held_bytes -= held
 
     async def score(self, batch: Batch, request: Request) -> bytes:
-        """Score a batch when its turn comes, unless its client has gone by then."""
+        """Score a batch when its turn comes, unless its client has disconnected by then."""
         job = self._executor.submit(_score, self.reward(), batch, self._limits)
         scored = asyncio.wrap_future(job)
         gone = asyncio.ensure_future(_disconnected(request.receive))
@@ -101,7 +101,7 @@ class Scorer:
 
 
 def _score(reward: Reward, batch: Batch, limits: Limits) -> bytes:
-    """Decode and score a batch; return the answer's body. Runs in a thread."""
+    """Decode and score a batch; return the body of the response. Runs in a thread."""
     images = _decode(batch.images, limits)
     try:
         scores = score_images(reward, images, batch.prompts)
@@ -109,13 +109,13 @@ def _score(reward: Reward, batch: Batch, limits: Limits) -> bytes:
     except RewardError as error:
         _logger.warning("%s", error, exc_info=True)
         raise refusal(500, str(error)) from error
-    except SystemExit as error:  # would end the service, not the request
+    except SystemExit as error:  # would stop the service, not the request
         _logger.warning("the reward called exit", exc_info=True)
         raise refusal(500, f"the reward called exit: {error}") from error
 
 
 def _decode(files: Sequence[bytes | bytearray], limits: Limits) -> list[Image.Image]:
-    """Decode pictures, once the sizes that all of them claim are known to be within bounds."""
+    """Decode images, after checking that the sizes in all their headers are within the limits."""
     images: list[Image.Image] = []
     pixels = 0
     for index, data in enumerate(files):
@@ -131,7 +131,7 @@ def _decode(files: Sequence[bytes | bytearray], limits: Limits) -> list[Image.Im
     if pixels > limits.batch_pixels:
         raise refusal(
             413,
-            f"the images have {pixels} pixels together, more than {limits.batch_pixels}; send "
+            f"the images have {pixels} pixels in total, more than {limits.batch_pixels}; send "
             "fewer at once",
         )
     for index, image in enumerate(images):
@@ -142,19 +142,19 @@ def _decode(files: Sequence[bytes | bytearray], limits: Limits) -> list[Image.Im
 
 @contextmanager
 def _readable(index: int) -> Iterator[None]:
-    """Make of whatever a decoder raises on damaged bytes one refusal that names the picture."""
+    """Turn whatever a decoder raises on damaged bytes into a rejection that names the image."""
     try:
         yield
     except Image.DecompressionBombError as error:
         raise refusal(413, f"image {index} has far too many pixels: {error}") from error
-    except UnidentifiedImageError as error:  # its own text is an address in memory
+    except UnidentifiedImageError as error:  # its message is an address in memory
         raise refusal(422, f"image {index} is neither PNG nor JPEG") from error
     except Exception as error:
-        raise refusal(422, f"image {index} cannot be decoded: {error}") from error
+        raise refusal(422, f"cannot decode image {index}: {error}") from error
 
 
 def _answer(scores: Scores, identity: RewardIdentity) -> bytes:
-    """Return scores as JSON. A float32 is written out in full, so it comes back as it was."""
+    """Encode scores as JSON. float32 is written in full precision, so it survives the trip."""
     message = {
         "values": [None if math.isnan(value) else value for value in scores.values.tolist()],
         "failed": scores.failed.tolist(),
@@ -167,13 +167,13 @@ def _answer(scores: Scores, identity: RewardIdentity) -> bytes:
         return json.dumps(message, allow_nan=False).encode()
     except (TypeError, ValueError) as error:
         raise RewardError(
-            f"a column of reward {identity.reward_id} holds what JSON cannot say ({error}); "
-            "expected numbers or text"
+            f"a column of reward {identity.reward_id} contains values that JSON does not have "
+            f"({error}); expected numbers or text"
         ) from error
 
 
 def _plain(value: Any) -> Any:
-    """Return a number of NumPy's or torch's as Python's; nan as None, which JSON has."""
+    """Convert a number of NumPy or torch to Python's, and nan to None, for JSON."""
     value = value.item() if hasattr(value, "item") else value
     return None if isinstance(value, float) and math.isnan(value) else value
 

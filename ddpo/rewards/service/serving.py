@@ -1,4 +1,4 @@
-"""A service that listens: `ddpo serve-reward`."""
+"""The process of a reward service: `ddpo serve-reward`."""
 
 from __future__ import annotations
 
@@ -32,25 +32,25 @@ def serve(
     limits: Limits | None = None,
     say: Callable[[str], None] = _logger.info,
 ) -> None:
-    """Serve a reward until the process is told to stop.
+    """Serve a reward until the process is asked to stop.
 
     Args:
         name: A registered reward or an import path.
         parameters: Its parameters.
-        host: Address to listen on. One that other machines reach needs a token.
-        port: Port to listen on; 0 takes a free one.
-        limits: What is taken in.
-        say: Gets a line when the service listens, and one when the reward is loaded.
+        host: Address to listen on. One that other machines can reach requires a token.
+        port: Port to listen on; 0 selects a free one.
+        limits: Bounds of a request.
+        say: Called with a line when the service listens, and with one when the reward is loaded.
 
     Raises:
-        ConfigError: The reward cannot be named so, the address cannot be listened on, or other
-            machines reach it and there is no token.
+        ConfigError: There is no such reward, the address is not available, or other machines can
+            reach it and there is no token.
         RewardError: The reward could not be built.
     """
     token = read_token(TOKEN_VARIABLE)
     if token is None and not _is_loopback(host):
         raise ConfigError(
-            f"{host!r} can be reached from other machines, and there is no token; set the "
+            f"{host!r} can be reached from other machines, but there is no token; set the "
             f"environment variable {TOKEN_VARIABLE} here and for the run, or listen on 127.0.0.1"
         )
     failures: list[Exception] = []
@@ -100,6 +100,6 @@ def _listen(host: str, port: int) -> socket.socket:
         return socket.create_server((host, port), family=family)
     except OSError as error:
         raise ConfigError(
-            f"cannot listen on port {port} of {host}: {error.strerror}; give another with --port "
+            f"cannot listen on port {port} of {host}: {error.strerror}; choose another with --port "
             "or --host"
         ) from error
