@@ -111,7 +111,7 @@ def test_a_prompt_without_text_and_a_damaged_picture_fail_alone(tmp_path):
     assert scores.values[0] == 1
     whole, damaged, untold = scores.columns["ocr_error"]
     assert whole == ""
-    assert "cannot be decoded" in damaged
+    assert "cannot decode the image" in damaged
     assert "asks for no text" in untold
     assert np.isnan(scores.columns["ocr_distance"][1:]).all()
 
