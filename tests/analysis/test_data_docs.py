@@ -78,7 +78,7 @@ def read(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 def test_every_snippet_stands_under_a_heading_that_is_tested():
     assert {heading for heading, language, _ in SNIPPETS if language != "text"} == {
         "In a notebook", "In SQL", "As a Hugging Face dataset", "DuckDB", "Polars",
-        "Hugging Face datasets", "pyarrow", "Committed objects alone",
+        "Hugging Face datasets", "pyarrow", "Committed objects only",
     }  # fmt: skip
     assert {language for _, language, _ in SNIPPETS} == {"text", "bash", "python"}
 
@@ -94,7 +94,7 @@ def test_the_notebook(read, history: History):
     names = read("In a notebook")
     rows = history.samples().to_pylist()
     assert names["best"] == max(rows, key=lambda row: row["reward"])["sample_id"]
-    assert names["picture"].tobytes() == history.image(names["best"]).tobytes()
+    assert names["image"].tobytes() == history.image(names["best"]).tobytes()
     assert torch.equal(names["latents"], history.latents(names["best"]))
     assert torch.equal(names["log_probs"], history.log_probs(names["best"]))
     assert names["prompts"]["prompt"].to_pylist() == [row["prompt"] for row in rows]
@@ -137,7 +137,7 @@ def test_polars(read, history: History):
 def test_hugging_face_datasets(read, history: History):
     names = read("Hugging Face datasets")
     ids = history.samples()["sample_id"].to_pylist()
-    assert names["drawn"]["sample_id"][:] == ids
+    assert names["samples"]["sample_id"][:] == ids
     assert names["first"].tobytes() == history.image(ids[0]).tobytes()
 
 
@@ -147,8 +147,8 @@ def test_pyarrow_and_what_a_glob_sees_beside_the_committed(read, store: Path, tm
     shutil.copy(some, some.with_name("shard-00000-0123456789ab.parquet"))
     history = open_run(copied, "mine")
     rows = history.samples().select(["sample_id", "epoch", "prompt"]).to_pylist()
-    assert read("pyarrow")["seen"].to_pylist() == rows
-    assert len(read("pyarrow", copied)["seen"]) == len(rows) + 2
-    table = read("Committed objects alone", copied)["table"]
+    assert read("pyarrow")["table"].to_pylist() == rows
+    assert len(read("pyarrow", copied)["table"]) == len(rows) + 2
+    table = read("Committed objects only", copied)["table"]
     assert table["sample_id"].to_pylist() == [row["sample_id"] for row in rows]
     assert set(table["epoch"].to_pylist()) == {0, 1}
