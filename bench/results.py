@@ -176,7 +176,7 @@ def table(task: str, folder: Path, beyond: str = "") -> str:
         f"### {task}{', ' + beyond if beyond else ''}",
         "",
         "| run | base reward | trained | gain | standard error | gain / s.e. | diversity "
-        "| recognised |",
+        "| recognized |",
         "|---|---|---|---|---|---|---|---|",
     ]
     gains: dict[bool, list[float]] = {False: [], True: []}
@@ -201,8 +201,8 @@ def table(task: str, folder: Path, beyond: str = "") -> str:
         f"Mean gain over seeds: real {real:+.4f} (spread between seeds "
         f"{np.std(gains[False], ddof=1):.4f}), shuffled {shuffled:+.4f} (spread "
         f"{np.std(gains[True], ddof=1):.4f}), which is {shuffled / real:+.0%} of the real one. "
-        f"Of the base, diversity is {bases[0].diversity:.1f} grey levels, and "
-        f"{bases[0].recognised:.1%} of its pictures show what the prompt names.",
+        f"For the base, diversity is {bases[0].diversity:.1f} grey levels, and "
+        f"{bases[0].recognised:.1%} of its images show what the prompt names.",
         "",
     ]
     return "\n".join(lines)
