@@ -85,7 +85,7 @@ def train(trial: Trial, folder: Path, threads: int) -> None:
     """
     settings = {
         "seed": trial.seed,
-        "advantages.shuffle": str(trial.control).lower(),
+        "algorithm.advantages.shuffle": str(trial.control).lower(),
         "numerics.threads": threads,
         "tracking.uri": f"sqlite:///{folder}/mlflow-{trial.run_id}.db",
         "tracking.system_metrics": "false",

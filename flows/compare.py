@@ -18,8 +18,8 @@ from ddpo.store.objects import Store
 from ddpo_workflow.flows.epoch import submit_shards
 from ddpo_workflow.flows.flow import artifact_key, ddpo_flow, without_heartbeats
 from ddpo_workflow.flows.train import Text, outputs_folder, train_run
-from ddpo_workflow.tasks.advantages import advantages_of
 from ddpo_workflow.tasks.commit import commit_epoch
+from ddpo_workflow.tasks.credit import credit_of
 from ddpo_workflow.tasks.progress import as_part, finished_epoch
 from ddpo_workflow.tasks.start import start
 from ddpo_workflow.tasks.tracking.connection import connect, find_or_create_experiment, find_run
@@ -86,7 +86,7 @@ def sample_shared(handle: RunHandle, tracking: TrackingHandle) -> None:
         sampling, scoring = submit_shards(handle, checkpoint, epoch)
         rollouts = [shard.result() for shard in sampling]
         scores = [shard.result() for shard in scoring]
-        before = advantages_of(handle, before, rollouts, scores, epoch)
+        before = credit_of(handle, before, rollouts, scores, epoch)
         commit_epoch(handle, rollouts, scores, before, checkpoint, epoch)
         metrics = track_scores(handle, tracking, scores, epoch)
         finished_epoch(epoch + 1, run.config.epochs, metrics)

@@ -10,8 +10,8 @@ from ddpo.store import keys
 from ddpo.store.manifests import Ref
 from ddpo_workflow.flows.flow import artifact_key, ddpo_flow
 from ddpo_workflow.flows.laps import Laps
-from ddpo_workflow.tasks.advantages import advantages_of
 from ddpo_workflow.tasks.commit import commit_epoch
+from ddpo_workflow.tasks.credit import credit_of
 from ddpo_workflow.tasks.pictures import PictureSet, draw_pictures
 from ddpo_workflow.tasks.sample import sample_shard
 from ddpo_workflow.tasks.score import score_shard
@@ -69,7 +69,7 @@ def run_epoch(plan: EpochPlan, checkpoint: Ref, epoch: int) -> EpochOutcome:
             rollouts = [shard.result() for shard in sampling]
         with laps("score_wait"):
             scores = [shard.result() for shard in scoring]
-            advantages = advantages_of(plan.run, checkpoint, rollouts, scores, epoch)
+            advantages = credit_of(plan.run, checkpoint, rollouts, scores, epoch)
         with laps("update"):
             next_checkpoint = update_policy(plan.run, checkpoint, rollouts, advantages, epoch)
         commit_epoch(plan.run, rollouts, scores, advantages, next_checkpoint, epoch)

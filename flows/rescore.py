@@ -19,7 +19,7 @@ from ddpo.store.objects import Store
 from ddpo_workflow.flows.flow import ddpo_flow
 from ddpo_workflow.flows.start import scores_before
 from ddpo_workflow.flows.train import Parameters, Text
-from ddpo_workflow.tasks.advantages import advantages_of
+from ddpo_workflow.tasks.credit import credit_of
 from ddpo_workflow.tasks.score import score_shard
 from ddpo_workflow.tasks.statistics import rebuild_statistics
 from ddpo_workflow.tasks.tracking.page import open_rescored_page
@@ -115,7 +115,7 @@ def _advantages(
         return str(error)
     if before is None:
         return f"there are no prompt statistics before it by {run.reward_id}"
-    advantages_of(handle, before, rollouts, scores, epoch)
+    credit_of(handle, before, rollouts, scores, epoch)
     return ""
 
 

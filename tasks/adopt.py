@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ddpo.basics.digests import canonical_json
-from ddpo.config import ForkConfig, ValueAdvantages
+from ddpo.config import ForkConfig
 from ddpo.diffusion.sampling import sampler_digest
 from ddpo.errors import ConfigError, RetiredObject
 from ddpo.models import Policy, policy_digest
@@ -158,7 +158,7 @@ def _value_holds(
 
     It foretells one reward from one text encoder's embeddings. Else the fork starts with a new one.
     """
-    if not isinstance(run.config.advantages, ValueAdvantages) or fork.statistics == "reset":
+    if not run.config.algorithm.has_value_function or fork.statistics == "reset":
         return False
     # By digest: the code, the weights or the service behind a name may have been exchanged.
     theirs = open_run(run.store, fork.run_id).pinned_reward

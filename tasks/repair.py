@@ -13,7 +13,7 @@ from ddpo.store.manifests import Ref
 from ddpo.store.upkeep.scratch import ScratchStore
 from ddpo.store.upkeep.verify import Damage
 from ddpo_workflow.tasks.adopt import adopt_shard
-from ddpo_workflow.tasks.advantages import normalise
+from ddpo_workflow.tasks.credit import compute_credit
 from ddpo_workflow.tasks.sample import draw_shard
 from ddpo_workflow.tasks.score import score_rollouts
 
@@ -99,7 +99,7 @@ def _make_again(
         shards = range(run.shards)
         rollouts = [_rollouts(aside, epoch, number) for number in shards]
         rewards = [_rewards(aside, epoch, number) for number in shards]
-        normalise(aside, _made_with(aside, manifest, epoch), rollouts, rewards, epoch)
+        compute_credit(aside, _made_with(aside, manifest, epoch), rollouts, rewards, epoch)
     keys_of_damage = {damage.key for damage in damages}
     # A manifest that nothing refers to has no digest known; what it would list must be there, too.
     otherwise = any(

@@ -107,8 +107,9 @@ def draw_shard(run: Run, checkpoint: Ref, epoch: int, shard: int) -> Committed:
 
 
 def prompt_of(run: Run, epoch: int, index: int) -> Prompt:
-    """Return the prompt that a sample draws; it depends on seed, epoch and index alone."""
-    return draw_prompt(run.prompts, generator(derive_seed(run.config.seed, "prompt", epoch, index)))
+    """Return the prompt of a sample, its group's; it depends on seed, epoch and group alone."""
+    group = index // run.config.rollouts.samples_per_prompt
+    return draw_prompt(run.prompts, generator(derive_seed(run.config.seed, "prompt", epoch, group)))
 
 
 def _tensors(run: Run, drawn: Trajectories) -> dict[str, Tensor]:

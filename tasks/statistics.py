@@ -8,14 +8,13 @@ import numpy as np
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from ddpo.algorithms.advantages import compute_advantages
+from ddpo.algorithms.base import PromptStatistics, Scored
 from ddpo.basics.digests import canonical_json
 from ddpo.errors import RewardError
 from ddpo.runs.run import Run
 from ddpo.store import keys, manifests
 from ddpo.store.manifests import Ref
 from ddpo.store.tables import decode_rewards
-from ddpo.training.state import PromptStatistics
 from ddpo_workflow.tasks.prompts import prompts_of
 from ddpo_workflow.tasks.retries import STORAGE
 from ddpo_workflow.tasks.worker import RunHandle, opened
@@ -70,10 +69,10 @@ def statistics_of(run: Run, scores: Sequence[Ref]) -> PromptStatistics:
     for refs in by_epoch.values():
         prompts, rewards = _scored_samples(run, refs)
         try:
-            batch = compute_advantages(run.config.advantages, statistics, prompts, rewards)
+            credit = run.config.algorithm.credit(Scored(prompts, rewards), statistics)
         except RewardError:  # not one sample of that epoch could be scored
             continue
-        statistics = batch.statistics
+        statistics = credit.statistics
     return statistics
 
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from prefect import task
 from prefect.cache_policies import NO_CACHE
+from torch import Tensor
 
-from ddpo.config import Regression
 from ddpo.errors import PolicyMismatch
 from ddpo.models import policy_digest
 from ddpo.runs.run import Run
@@ -18,13 +18,11 @@ from ddpo.store.checkpoints import commit_checkpoint, load_document
 from ddpo.store.manifests import Ref
 from ddpo.store.tables import AdvantageRow, decode_advantages, decode_rollouts
 from ddpo.store.tensors import decode_tensors
-from ddpo.training.denoising import FinalLatents, RegressionMetrics, regress
-from ddpo.training.loop import UpdateMetrics, update
-from ddpo.training.pairs import Rollouts
-from ddpo.training.state import TrainState
+from ddpo.training.loop import update
+from ddpo.training.samples import samples_of
 from ddpo_workflow.tasks.progress import report
 from ddpo_workflow.tasks.retries import STORAGE
-from ddpo_workflow.tasks.worker import Lease, RunHandle, opened, policy_at
+from ddpo_workflow.tasks.worker import RunHandle, opened, policy_at
 
 
 @task(name="update", task_run_name="update epoch {epoch}", cache_policy=NO_CACHE, **STORAGE)
@@ -64,7 +62,15 @@ def update_policy(
     statistics = load_document(run.store, scored, "statistics")
     report("update", 0.0, 1.0)
     with policy_at(run, checkpoint, training=True) as lease:
-        state, metrics = _updated(run, lease, drawn, rows, statistics)
+        state, metrics = update(
+            lease.policy,
+            lease.state,
+            samples_of(drawn.prompts, drawn.tensors),
+            _credit_table(rows, drawn.sample_ids),
+            {prompt: tuple(rewards) for prompt, rewards in statistics.items()},
+            run.config,
+            on_progress=lambda share: report("update", share, 1.0),
+        )
         digests["policy_digest"] = policy_digest(lease.policy.base_digest, state.weights)
         if state.ema:
             digests["ema_digest"] = policy_digest(lease.policy.base_digest, state.ema)
@@ -73,7 +79,7 @@ def update_policy(
             run.run_id,
             state,
             inputs=inputs,
-            documents={"digests": digests, "metrics": metrics.document()},
+            documents={"digests": digests, "metrics": metrics},
         )
         if not committed.diverged:
             lease.hold(committed.ref, state)
@@ -86,52 +92,18 @@ class _Drawn:
 
     sample_ids: list[str]
     prompts: list[str]
-    tensors: dict[str, torch.Tensor]
+    tensors: dict[str, Tensor]
 
 
-def _updated(
-    run: Run,
-    lease: Lease,
-    drawn: _Drawn,
-    rows: Sequence[AdvantageRow],
-    statistics: dict[str, list[float]],
-) -> tuple[TrainState, UpdateMetrics | RegressionMetrics]:
-    """Update the leased policy by the run's algorithm."""
+def _credit_table(rows: Sequence[AdvantageRow], sample_ids: Sequence[str]) -> dict[str, Tensor]:
+    """Return the credit's columns, float32 each, in the order of the samples."""
     by_id = {row.sample_id: row for row in rows}
-    after = {prompt: tuple(rewards) for prompt, rewards in statistics.items()}
-    own = [by_id[sample_id] for sample_id in drawn.sample_ids]
-
-    def on_progress(share: float) -> None:
-        report("update", share, 1.0)
-
-    if isinstance(run.config.algorithm, Regression):
-        finals = FinalLatents(drawn.prompts, drawn.tensors["latents"][:, -1])
-        weights = torch.tensor([row.weight for row in own], dtype=torch.float32)
-        return regress(
-            lease.policy,
-            lease.state,
-            finals,
-            weights,
-            after,
-            run.config,
-            on_progress=on_progress,
-        )
-    rollouts = Rollouts(
-        prompts=drawn.prompts,
-        latents=drawn.tensors["latents"],
-        log_probs=drawn.tensors["log_probs"],
-        timesteps=drawn.tensors["timesteps"],
-    )
-    return update(
-        lease.policy,
-        lease.state,
-        rollouts,
-        torch.tensor([row.advantage for row in own], dtype=torch.float32),
-        after,
-        run.config,
-        scored=torch.tensor([row.reward is not None for row in own]),
-        on_progress=on_progress,
-    )
+    ordered = [by_id[sample_id] for sample_id in sample_ids]
+    columns = {
+        "reward": [float("nan") if row.reward is None else row.reward for row in ordered],
+        **{name: [row.columns[name] for row in ordered] for name in ordered[0].columns},
+    }
+    return {name: torch.tensor(values, dtype=torch.float32) for name, values in columns.items()}
 
 
 def _read_rollouts(run: Run, refs: Sequence[Ref], digests: dict[str, str], epoch: int) -> _Drawn:

@@ -17,16 +17,19 @@ from diffusers import DDIMScheduler
 from safetensors import safe_open
 from torch import Tensor
 
-from ddpo.algorithms import advantages as advantages_module
-from ddpo.algorithms.rwr import compute_weights
-from ddpo.config import PerPromptAdvantages, RunConfig, RwrConfig
+from ddpo.algorithms import Rwr
+from ddpo.algorithms.advantages import PerPromptAdvantages
+from ddpo.algorithms.base import PromptStatistics
+from ddpo.config import RunConfig
 from ddpo.diffusion.ddim import NoiseSchedule, ddim_transition
 from ddpo.diffusion.sampling import sample
 from ddpo.models import Policy
-from ddpo.training.denoising import DenoisingGradient, FinalLatents, Noising
+from ddpo.training.denoising import DenoisingGradient, Noising
 from ddpo.training.loop import initial_state, update
-from ddpo.training.pairs import PolicyGradient, Rollouts
-from tests.tiny import alternating_advantages, flat
+from ddpo.training.samples import FinalLatents, Rollouts
+from ddpo.training.trajectories import TrajectoryGradient
+from tests.scored import compute_advantages, compute_weights
+from tests.tiny import alternating_advantages, as_credit, flat
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -86,10 +89,10 @@ def check_advantages_are_golden() -> None:
     config = PerPromptAdvantages(
         buffer_size=golden["buffer_size"], min_count=golden["min_count"], clip=1e9
     )
-    statistics: advantages_module.PromptStatistics = {}
+    statistics: PromptStatistics = {}
     assert len(golden["epochs"]) == 6
     for epoch in golden["epochs"]:
-        batch = advantages_module.compute_advantages(
+        batch = compute_advantages(
             config, statistics, epoch["prompts"], np.asarray(epoch["rewards"])
         )
         difference = np.abs(batch.advantages - np.asarray(epoch["advantages"])).max()
@@ -104,12 +107,12 @@ def check_initial_ratio_is_one(policy: Policy, config: RunConfig) -> None:
     drawn = sample(policy, prompts, list(range(count)), config.sampler)
     rollouts = Rollouts(prompts, drawn.latents, drawn.log_probs, drawn.timesteps)
     advantages = torch.linspace(-2, 2, count)
-    _, metrics = update(policy, initial_state(policy), rollouts, advantages, {}, config)
-    deviations = metrics.initial_ratio_deviation_by_timestep
+    _, metrics = update(policy, initial_state(policy), rollouts, as_credit(advantages), {}, config)
+    deviations = metrics["initial_ratio_deviation_by_timestep"]
     assert len(deviations) == config.sampler.steps
-    worst = metrics.initial_ratio_deviation.max
+    worst = metrics["initial_ratio_deviation"]["max"]
     assert worst == 0.0, f"initial ratio off by {worst}"
-    assert all(deviation.max == 0.0 for deviation in deviations.values())
+    assert all(deviation["max"] == 0.0 for deviation in deviations.values())
 
 
 def check_gradient_is_each_samples_own(
@@ -123,7 +126,7 @@ def check_gradient_is_each_samples_own(
         rollouts: In float64, drawn by the policy.
         advantages: One a sample, no two alike.
     """
-    gradient = PolicyGradient(policy, config.sampler, config.algorithm)
+    gradient = TrajectoryGradient(policy, config.sampler, config.algorithm)
     count, steps = rollouts.log_probs.shape
     old = gradient.recompute(rollouts, range(count))
     gradient.accumulate(rollouts, advantages, range(count), old)
@@ -205,7 +208,7 @@ def accumulated(
 ) -> tuple[float, Tensor]:
     """Return the loss of eight alternating advantages and its gradient, all parameters in one."""
     policy.numerics = policy.numerics.model_copy(update={"micro_batch_size": micro})
-    gradient = PolicyGradient(policy, config.sampler, config.algorithm)
+    gradient = TrajectoryGradient(policy, config.sampler, config.algorithm)
     done = gradient.accumulate(rollouts, alternating_advantages(8), range(8), old)
     return done.loss, flat(take_gradients(policy))
 
@@ -228,7 +231,7 @@ def check_weights_are_a_softmax() -> None:
                 for p, others in zip(powers, shared, strict=True)
             ]
             found = compute_weights(
-                RwrConfig(type="rwr", beta=0.2, weights_over=weights_over),
+                Rwr(type="rwr", beta=0.2, weights_over=weights_over),
                 prompts,
                 np.asarray(rewards, dtype=np.float64),
             )
@@ -248,7 +251,8 @@ def check_regression_is_each_samples_own(
         noising: Of all samples.
     """
     count = len(finals.prompts)
-    found_loss = DenoisingGradient(policy).accumulate(finals, weights, range(count), noising)
+    gradient = DenoisingGradient(policy, Rwr(type="rwr"))
+    found_loss = gradient.accumulate(finals, weights, range(count), noising)
     found = take_gradients(policy)
 
     scheduler = policy.pipeline.scheduler

@@ -5,8 +5,8 @@ from __future__ import annotations
 from ddpo.runs.run import Run
 from ddpo.store.manifests import Ref
 from ddpo_workflow.tasks import prompts, worker
-from ddpo_workflow.tasks.advantages import advantages_of
 from ddpo_workflow.tasks.commit import commit_epoch
+from ddpo_workflow.tasks.credit import credit_of
 from ddpo_workflow.tasks.pictures import draw_pictures, picture_set
 from ddpo_workflow.tasks.sample import sample_shard
 from ddpo_workflow.tasks.score import score_shard
@@ -41,7 +41,7 @@ def run_epoch(run: Run, checkpoint: Ref, epoch: int, tracking: TrackingHandle | 
         track_pictures.fn(handle, tracking, drawn, epoch)
     rollouts = [sample_shard.fn(handle, checkpoint, epoch, shard) for shard in range(run.shards)]
     scores = [score_shard.fn(handle, ref, epoch, shard) for shard, ref in enumerate(rollouts)]
-    advantages = advantages_of.fn(handle, checkpoint, rollouts, scores, epoch)
+    advantages = credit_of.fn(handle, checkpoint, rollouts, scores, epoch)
     next_checkpoint = update_policy.fn(handle, checkpoint, rollouts, advantages, epoch)
     commit_epoch.fn(handle, rollouts, scores, advantages, next_checkpoint, epoch)
     if tracking:

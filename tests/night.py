@@ -62,7 +62,7 @@ def record_night(model: Path, database: Path, folder: Path) -> Place:
         prompts={"name": "prompt_list", "parameters": {"prompts": ["a cat", "a dog"]}},
         sampler={"steps": 2},
         rollouts={"samples_per_epoch": 8, "shard_size": 4},
-        advantages={"type": "per_prompt", "buffer_size": 16, "min_count": 4},
+        algorithm={"advantages": {"type": "per_prompt", "buffer_size": 16, "min_count": 4}},
         optimizer={"learning_rate": 1e-2},
         storage={"root": str(folder / "store")},
         tracking={

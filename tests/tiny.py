@@ -25,7 +25,9 @@ from ddpo.diffusion.sampling import Trajectories, sample
 from ddpo.models import Policy
 from ddpo.models.numerics import settle_numerics
 from ddpo.starter.text import build_tokenizer
-from ddpo.training.pairs import Rollouts
+from ddpo.training.samples import Rollouts
+
+Credit = dict[str, torch.Tensor]
 
 PROMPTS = ("a cat", "a dog", "a horse", "two cats", "a fox", "a bee")
 
@@ -150,6 +152,14 @@ def rollouts_of(drawn: Trajectories, prompts: Sequence[str] | None = None) -> Ro
 def alternating_advantages(count: int) -> torch.Tensor:
     """Return advantages of both signs, no two alike."""
     return torch.tensor([(0.5 + 0.25 * i) * (-1.0) ** i for i in range(count)])
+
+
+def as_credit(advantages: torch.Tensor, scored: torch.Tensor | None = None) -> Credit:
+    """Return a credit table of these advantages; by default of samples that all have a reward."""
+    rewards = torch.zeros(len(advantages))
+    if scored is not None:
+        rewards[~scored] = torch.nan
+    return {"reward": rewards, "advantage": advantages}
 
 
 def grow_adapter(policy: Policy, scale: float = 0.3, seed: int = 7) -> None:

@@ -1,1 +1,22 @@
-"""How rewards become advantages, and advantages gradients: pure tensors, one algorithm a file."""
+"""Algorithms, one file each: config, credit and loss. `base.py` says what one has to provide."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Union
+
+from pydantic import Field
+
+from ddpo.algorithms.base import Algorithm
+from ddpo.algorithms.ddpo_is import DdpoIs
+from ddpo.algorithms.ddpo_sf import DdpoSf
+from ddpo.algorithms.rwr import Rwr, RwrSparse
+
+ALGORITHMS = (DdpoIs, DdpoSf, Rwr, RwrSparse)
+"""The registry: a new algorithm is a file and an entry here."""
+
+if TYPE_CHECKING:
+    AnyAlgorithm = Algorithm
+else:
+    AnyAlgorithm = Annotated[Union[ALGORITHMS], Field(discriminator="type")]  # noqa: UP007
+
+__all__ = ["ALGORITHMS", "Algorithm", "AnyAlgorithm", "DdpoIs", "DdpoSf", "Rwr", "RwrSparse"]

@@ -2,17 +2,34 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import field_validator
+
+from ddpo.algorithms.policy_gradient import PairBatch, PolicyGradient
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
-def ddpo_sf_loss(log_probs: Tensor, advantages: Tensor) -> Tensor:
-    """Return -A log p, whose gradient is the policy gradient at the sampling policy only.
+class DdpoSf(PolicyGradient):
+    """DDPO-SF: the score function estimator, exactly one update per round of samples."""
 
-    Args:
-        log_probs: [N], of the policy that sampled and is being updated.
-        advantages: [N].
+    type: Literal["ddpo_sf"]
+    updates_per_epoch: int = 1
+    """Always 1: the estimator holds only for samples of the policy being updated."""
 
-    Returns:
-        [N], one loss a (sample, timestep) pair.
-    """
-    return -advantages * log_probs
+    @field_validator("updates_per_epoch")
+    @classmethod
+    def _one_update(cls, value: int) -> int:
+        if value != 1:
+            raise ValueError(
+                f"ddpo_sf takes exactly one update per sampling round, not {value}: after the "
+                "first, the samples are no longer the policy's own and nothing corrects for it; "
+                "set it to 1, or use `type: ddpo_is`"
+            )
+        return value
+
+    def policy_losses(self, batch: PairBatch) -> Tensor:
+        """Return -A log p, whose gradient is the policy gradient at the sampling policy only."""
+        return -batch.advantages * batch.log_probs

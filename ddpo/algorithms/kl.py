@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def gaussian_kl(mean: Tensor, base_mean: Tensor, std: Tensor) -> Tensor:
@@ -11,11 +14,11 @@ def gaussian_kl(mean: Tensor, base_mean: Tensor, std: Tensor) -> Tensor:
     Averaged over latent dimensions, as log-densities are.
 
     Args:
-        mean: [N, C, h, w], of the policy.
-        base_mean: [N, C, h, w], of the base model in the same states.
-        std: [N, 1, 1, 1], of both; above 0.
+        mean: [N, ...], of the policy.
+        base_mean: [N, ...], of the base model in the same states.
+        std: [N, 1, ...], of both; above 0.
 
     Returns:
         [N], not negative.
     """
-    return ((mean - base_mean) ** 2 / (2 * std**2)).mean(dim=(1, 2, 3))
+    return ((mean - base_mean) ** 2 / (2 * std**2)).mean(dim=tuple(range(1, mean.ndim)))

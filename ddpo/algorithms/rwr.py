@@ -1,93 +1,229 @@
-"""Rewards to weights of the denoising loss: RWR and RWR-sparse (arXiv 2305.13301, section 4.1).
+"""Reward-weighted regression: RWR and RWR-sparse (arXiv 2305.13301, section 4.1).
 
-A sample of weight 0 is no part of what is trained on. Failed samples (reward NaN) have it; or,
-imputed, they count as their prompt's mean.
+The loss that diffusion models are trained with, on the model's own final latents, weighted by their
+rewards. As published: 10,240 final latents per epoch, 10 epochs; RWR makes 5 passes over them,
+RWR-sparse 50 passes over the best 1,024, which is as many gradient steps.
+
+A sample of weight 0 is not trained on. Failed samples (reward NaN) have weight 0 or, imputed, count
+as their prompt's mean. Shapes: S samples of an epoch, N samples of one forward.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field, PositiveInt, model_validator
 
-from ddpo.algorithms.advantages import imputed_rewards, require_a_reward
-from ddpo.config import Regression, RwrConfig
+from ddpo.algorithms.base import (
+    Algorithm,
+    Credit,
+    Needs,
+    PromptStatistics,
+    RunSettings,
+    Scored,
+    Update,
+    imputed_rewards,
+    require_a_reward,
+)
+from ddpo.basics.part import check_divides
+from ddpo.basics.randomness import derive_seed, generator
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
-class WeightBatch:
-    """Weights of one epoch's samples.
+class DenoisingBatch:
+    """The noised samples of one forward."""
 
-    Attributes:
-        weights: [N] float64, at least 0.
-        count: [N] int64, rewards that a sample's was weighed among, its own one of them.
-        imputed: [N] bool, samples without a reward that count as their prompt's mean.
-    """
-
-    weights: NDArray[np.float64]
-    count: NDArray[np.int64]
-    imputed: NDArray[np.bool_]
+    prediction: Tensor
+    """[N, ...], of the latents' shape, with a gradient."""
+    target: Tensor
+    """[N, ...], what the model should have predicted."""
+    weights: Tensor
+    """[N]."""
 
 
-def compute_weights(
-    config: Regression,
-    prompts: Sequence[str],
-    rewards: NDArray[np.floating],
-    *,
-    impute: bool = False,
-) -> WeightBatch:
-    """Weigh one epoch's samples by their rewards.
+class Regression(Algorithm):
+    """What both algorithms share: the loss, and how often the samples are passed over."""
 
-    Args:
-        config: RWR, whose weights have mean 1 over what shares a softmax; or RWR-sparse, whose
-            weights are 1 or 0.
-        prompts: N texts, in the order of ``sample_id``.
-        rewards: [N]; NaN where scoring failed.
-        impute: Whether failed samples count as their prompt's mean, where it has one.
+    columns: ClassVar[Mapping[str, str]] = {"weight": "float32"}
 
-    Returns:
-        The weights.
+    inner_epochs: PositiveInt
+    """Passes over an epoch's samples, each with its own order, noise and timesteps."""
+    updates_per_epoch: PositiveInt
+    """Optimizer steps per epoch, over all passes together: a multiple of inner_epochs. A pass with
+    fewer samples than steps takes one step per sample."""
 
-    Raises:
-        RewardError: No sample has a reward.
-    """
-    rewards = np.asarray(rewards, dtype=np.float64)
-    require_a_reward(rewards)
-    counted = imputed_rewards(prompts, rewards, {}) if impute else rewards
-    known = np.isfinite(counted)
-    weights = np.zeros(len(rewards))
-    count = np.zeros(len(rewards), dtype=np.int64)
-    whole = isinstance(config, RwrConfig) and config.weights_over == "data_set"
-    for rows in _groups([""] * len(rewards) if whole else prompts, known):
-        if isinstance(config, RwrConfig):
-            weights[rows] = _scaled_softmax(config.beta * counted[rows])
-        else:
-            weights[rows] = _best(config.keep, counted[rows])
-        count[rows] = len(rows)
-    return WeightBatch(weights, count, known & ~np.isfinite(rewards))
+    @model_validator(mode="after")
+    def _passes_are_alike(self) -> Regression:
+        if self.updates_per_epoch % self.inner_epochs:
+            more = (self.updates_per_pass + 1) * self.inner_epochs
+            fewer = max(self.updates_per_pass, 1) * self.inner_epochs
+            raise ValueError(
+                f"updates_per_epoch {self.updates_per_epoch} is not a multiple of inner_epochs "
+                f"{self.inner_epochs}, and every pass takes the same number of steps; set it to "
+                f"{' or '.join(map(str, sorted({fewer, more})))}"
+            )
+        return self
+
+    @property
+    def updates_per_pass(self) -> int:
+        """Optimizer steps of one pass over the samples."""
+        return self.updates_per_epoch // self.inner_epochs
+
+    @property
+    def needs(self) -> Needs:
+        """Final latents only."""
+        return Needs("final_latents")
+
+    def check_run(self, run: RunSettings) -> None:
+        """Accept any run: deterministic sampling and stored final latents are enough."""
+
+    def credit(self, scored: Scored, statistics: PromptStatistics) -> Credit:
+        """Turn an epoch's rewards into weights; the statistics stay as they are."""
+        rewards = scored.rewards
+        require_a_reward(rewards)
+        counted = imputed_rewards(scored.prompts, rewards, {}) if scored.impute else rewards
+        known = np.isfinite(counted)
+        weights = np.zeros(len(rewards))
+        count = np.zeros(len(rewards), dtype=np.int64)
+        for rows in rows_by_name(self.compared(scored.prompts), known):
+            weights[rows] = self.weights(counted[rows])
+            count[rows] = len(rows)
+        return Credit({"weight": weights}, count, known & ~np.isfinite(rewards), statistics)
+
+    def compared(self, prompts: Sequence[str]) -> Sequence[str]:
+        """Return a name per sample; samples of equal names are weighted among each other."""
+        return prompts
+
+    @abstractmethod
+    def weights(self, rewards: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Return the weights [N], at least 0, of samples that are weighted among each other."""
+
+    def updates(
+        self, credit: Mapping[str, Tensor], *, run_seed: int, epoch: int
+    ) -> Sequence[Update]:
+        """Return shuffled passes over the samples whose weight is above 0."""
+        samples = (credit["weight"] > 0).nonzero().flatten().tolist()
+        return [
+            Update(step, inner)
+            for inner in range(self.inner_epochs)
+            for step in steps_of_pass(run_seed, epoch, inner, samples, self.updates_per_pass)
+        ]
+
+    def losses(self, batch: DenoisingBatch) -> Tensor:
+        """Return w ||prediction - target||² / (number of latent dimensions), [N]."""
+        errors = (batch.prediction - batch.target) ** 2
+        errors = errors.mean(dim=tuple(range(1, errors.ndim)))
+        return batch.weights.to(errors) * errors
+
+    def credit_metrics(
+        self, credit: Mapping[str, Tensor], samples_per_prompt: int
+    ) -> dict[str, float]:
+        """Return how unequal the weights are.
+
+        ``weight_max`` is the largest weight, where the mean over samples that share a softmax is 1;
+        ``trained_samples`` the samples of weight above 0; ``effective_sample_size`` (sum w)² / sum
+        w² (Kish), the number of equally weighted samples that would vary as much: near 1, training
+        collapses onto a single image.
+        """
+        weights = credit["weight"].double()
+        return {
+            "weight_max": float(weights.max()),
+            "trained_samples": int((weights > 0).sum()),
+            "effective_sample_size": float(weights.sum() ** 2 / (weights**2).sum()),
+        }
 
 
-def _groups(names: Sequence[str], known: NDArray[np.bool_]) -> Iterator[NDArray[np.intp]]:
+class Rwr(Regression):
+    """RWR: the denoising loss on the model's own final latents, weighted by N softmax(beta r)."""
+
+    type: Literal["rwr"]
+    beta: float = Field(default=0.2, ge=0.0, allow_inf_nan=False)
+    """Inverse temperature of the softmax, per unit of reward. The higher, the fewer samples count;
+    0 weights all alike, a control that learns nothing of the reward."""
+    weights_over: Literal["data_set", "prompt"] = "data_set"
+    """What shares a softmax: all samples of the epoch, or those of a prompt (as published for the
+    aesthetic task), so that no easy prompt outweighs the others."""
+    inner_epochs: PositiveInt = 5
+    """Passes over an epoch's samples, each with its own order, noise and timesteps."""
+    updates_per_epoch: PositiveInt = 20
+    """Optimizer steps per epoch, over all passes together: each sees
+    samples_per_epoch * inner_epochs / updates_per_epoch samples."""
+
+    def check_run(self, run: RunSettings) -> None:
+        """Check that the steps of a pass are of equal size."""
+        name = f"algorithm.updates_per_epoch / inner_epochs {self.inner_epochs} ="
+        check_divides(name, self.updates_per_pass, "samples_per_epoch", run.samples_per_epoch)
+
+    def compared(self, prompts: Sequence[str]) -> Sequence[str]:
+        """Return the prompts, or one name for all where the whole epoch shares a softmax."""
+        return [""] * len(prompts) if self.weights_over == "data_set" else prompts
+
+    def weights(self, rewards: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Return n softmax(beta r), of mean 1."""
+        return scaled_softmax(self.beta * rewards)
+
+
+class RwrSparse(Regression):
+    """RWR-sparse: the denoising loss on the best final latents of each prompt, unweighted."""
+
+    type: Literal["rwr_sparse"]
+    keep: float = Field(default=0.1, gt=0.0, le=1.0)
+    """Share of each prompt's samples that is kept, rounded down, but at least one sample."""
+    inner_epochs: PositiveInt = 50
+    """Passes over the kept samples, each with its own order, noise and timesteps."""
+    updates_per_epoch: PositiveInt = 50
+    """Optimizer steps per epoch, over all passes together: a multiple of inner_epochs. A pass with
+    fewer samples than steps takes one step per sample."""
+
+    def weights(self, rewards: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Return 1 for the best share, 0 for the rest; of equal rewards the first ones win."""
+        # In decimals, as the config says it: 0.29 of 100 samples are 29, and not 28.999.
+        number = max(int(Fraction(str(self.keep)) * len(rewards)), 1)
+        weights = np.zeros(len(rewards))
+        weights[np.argsort(-rewards, kind="stable")[:number]] = 1.0
+        return weights
+
+
+def rows_by_name(names: Sequence[str], known: NDArray[np.bool_]) -> Iterator[NDArray[np.intp]]:
     """Yield the rows of each name that have a reward, in their order."""
     array = np.asarray(names)
     for name in dict.fromkeys(array[known].tolist()):
         yield np.flatnonzero((array == name) & known)
 
 
-def _scaled_softmax(logits: NDArray[np.float64]) -> NDArray[np.float64]:
+def scaled_softmax(logits: NDArray[np.float64]) -> NDArray[np.float64]:
     """Return n softmax(logits), of mean 1; the largest is subtracted first, so none overflows."""
     weights = np.exp(logits - logits.max())
     return weights / weights.mean()
 
 
-def _best(keep: float, rewards: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return 1 for the best share, 0 for the rest; of equal rewards the first come first."""
-    # As the config has it, in decimals: 0.29 of 100 samples are 29, and not 28.999.
-    number = max(int(Fraction(str(keep)) * len(rewards)), 1)
-    order = np.argsort(-rewards, kind="stable")
-    weights = np.zeros(len(rewards))
-    weights[order[:number]] = 1.0
-    return weights
+def steps_of_pass(
+    run_seed: int, epoch: int, inner_epoch: int, samples: Sequence[int], updates: int
+) -> list[list[int]]:
+    """Shuffle the samples and cut them into the steps of one pass.
+
+    Args:
+        run_seed: The config's ``seed``.
+        epoch: The epoch.
+        inner_epoch: The pass; each has its own order.
+        samples: The rows to pass over.
+        updates: Steps of the pass; one per sample where there are fewer samples.
+
+    Returns:
+        The rows of each step: every row once, in steps whose sizes differ by at most 1.
+    """
+    import torch
+
+    seed = derive_seed(run_seed, "regression order", epoch, inner_epoch)
+    order = torch.randperm(len(samples), generator=generator(seed))
+    steps = order.tensor_split(min(updates, len(samples)))
+    return [[samples[i] for i in step.tolist()] for step in steps]

@@ -29,7 +29,7 @@ from ddpo.runs.run import open_run as open_stored_run
 from ddpo.store import epochs as commits
 from ddpo.store.arrow import join, read_table, union, verified_dataset, with_constants
 from ddpo.store.epochs import Epoch, Shard
-from ddpo.store.objects import Store
+from ddpo.store.objects import Store, StoredObject
 from ddpo.store.tables import ADVANTAGE_SCHEMA, REWARD_SCHEMA, ROLLOUT_SCHEMA
 from ddpo.store.tensors import decode_tensors
 
@@ -217,8 +217,7 @@ class History:
         tables = []
         for epoch in self._chosen(epochs):
             stored = self._epoch(epoch).advantages_by(store, reward_id)
-            wanted = ["sample_id", "advantage"]
-            advantages = _NO_ADVANTAGES if stored is None else read_table(store, stored, wanted)
+            advantages = _NO_ADVANTAGES if stored is None else _advantages(store, stored)
             for shard, scores in self._epoch(epoch).scores(store, reward_id):
                 wanted = ["sample_id", "prompt", "seed"]
                 rows = read_table(store, shard.rollouts, wanted)
@@ -373,3 +372,10 @@ def _ranges(epochs: Sequence[int]) -> str:
         else:
             ranges.append([epoch])
     return ", ".join("-".join(map(str, each)) for each in ranges)
+
+
+def _advantages(store: Store, stored: StoredObject) -> pa.Table:
+    """Return the advantage of each sample; null where the algorithm has none, as regression."""
+    table = read_table(store, stored)
+    wanted = [name for name in _NO_ADVANTAGES.column_names if name in table.column_names]
+    return union([table.select(wanted)], _NO_ADVANTAGES.schema)

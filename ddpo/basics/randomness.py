@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 
 def derive_seed(run_seed: int, *path: int | str) -> int:
@@ -23,4 +25,6 @@ def derive_seed(run_seed: int, *path: int | str) -> int:
 
 def generator(seed: int) -> torch.Generator:
     """Return a CPU generator: the same numbers whatever device they are used on."""
+    import torch  # here: configs, which torch would slow down, import this module
+
     return torch.Generator(device="cpu").manual_seed(seed)

@@ -5,16 +5,6 @@ seed, numerics) makes a run what it is and may not change under a ``run_id``; it
 (number of epochs, storage, tracking) may.
 """
 
-from ddpo.config.algorithm import (
-    Advantages,
-    Algorithm,
-    BatchAdvantages,
-    DdpoIsConfig,
-    DdpoSfConfig,
-    LeaveOneOutAdvantages,
-    PerPromptAdvantages,
-    ValueAdvantages,
-)
 from ddpo.config.compare import CompareConfig
 from ddpo.config.fork import ForkConfig
 from ddpo.config.operation import (
@@ -24,7 +14,6 @@ from ddpo.config.operation import (
     StorageConfig,
     TrackingConfig,
 )
-from ddpo.config.regression import Regression, RwrConfig, RwrSparseConfig
 from ddpo.config.run import (
     OPERATION_FIELDS,
     FullConfig,
@@ -43,34 +32,23 @@ from ddpo.config.run import (
 
 __all__ = [
     "OPERATION_FIELDS",
-    "Advantages",
-    "Algorithm",
-    "BatchAdvantages",
     "CompareConfig",
-    "DdpoIsConfig",
-    "DdpoSfConfig",
     "ForkConfig",
     "FullConfig",
     "Keep",
-    "LeaveOneOutAdvantages",
     "LoraConfig",
     "ModelConfig",
     "NamedConfig",
     "NumericsConfig",
     "OptimizerConfig",
-    "PerPromptAdvantages",
     "PicturesConfig",
-    "Regression",
     "RetentionConfig",
     "RewardConfig",
     "RolloutsConfig",
     "RunConfig",
-    "RwrConfig",
-    "RwrSparseConfig",
     "SamplerConfig",
     "StorageConfig",
     "TrackingConfig",
     "Trainable",
-    "ValueAdvantages",
     "WindowConfig",
 ]

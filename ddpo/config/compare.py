@@ -8,7 +8,7 @@ from pydantic import Field, JsonValue, NonNegativeInt, field_validator, model_va
 
 from ddpo.basics.part import Part
 
-VARIED = ("algorithm", "advantages", "optimizer")
+VARIED = ("algorithm", "optimizer")
 """What variants may differ in; all else decides what is drawn, or how it is scored."""
 
 SHARED = "shared"
@@ -24,12 +24,13 @@ class CompareConfig(Part):
     """A run's config: a YAML file, found from the folder of this one; or its content. Its seed does
     not count, its epochs do where this says none."""
     variants: dict[str, dict[str, JsonValue]]
-    """Name to what differs from the base: `algorithm`, `advantages`, `optimizer`. A part that names
-    a `type` takes the place of the base's, any other changes some of its settings; `advantages:
-    null` takes them out, as regression wants. The first is what the others are compared with."""
+    """Name to what differs from the base: `algorithm`, `optimizer`. A part that names a `type`
+    replaces the base's, any other changes some of its settings; so does `advantages` within
+    `algorithm`. The first variant is what the others are compared with."""
     controls: dict[str, str] = Field(default_factory=dict)
     """Variant to the variant that controls it: trained alike, but blind to the reward, by
-    `advantages: {shuffle: true}` or `beta: 0`. The result says how far above its control it is."""
+    `algorithm: {advantages: {shuffle: true}}` or `algorithm: {beta: 0}`. The result says how far
+    above its control it is."""
     seeds: tuple[NonNegativeInt, ...] = (0, 1, 2)
     """Each variant is run with each of them. The intervals are over seeds: they want at least 2,
     and are narrower with more."""

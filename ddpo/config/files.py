@@ -151,8 +151,12 @@ def _problem(error: dict[str, Any], kind_of_config: type[BaseModel]) -> tuple[st
     kind, found = error["type"], error.get("input")
     if kind == "extra_forbidden":
         known = list(model.model_fields) if model else []
-        near = difflib.get_close_matches(path[-1], known, n=1)
-        hint = f"did you mean `{near[0]}`?" if near else f"expected one of {', '.join(known)}"
+        if near := difflib.get_close_matches(path[-1], known, n=1):
+            hint = f"did you mean `{near[0]}`?"
+        elif parts := _parts_with(model, path[-1]):
+            hint = f"it belongs under {' or '.join(parts)}"
+        else:
+            hint = f"expected one of {', '.join(known)}"
         return f"{name}: there is no such key", hint
     if kind == "missing":
         return f"{name}: missing", "expected a value"
@@ -196,6 +200,16 @@ def _walk(
         choices = {_tag(model): model for model in models} if len(models) > 1 else {}
         plain_union = not models and get_origin(annotation) in (Union, UnionType)
     return path, owner, list(choices)
+
+
+def _parts_with(model: type[BaseModel] | None, key: str) -> list[str]:
+    """Return the parts of a model that have a key which the model itself lacks."""
+    fields = model.model_fields.items() if model else ()
+    return [
+        f"`{name}`"
+        for name, field in fields
+        if any(key in part.model_fields for part in _models(field.annotation))
+    ]
 
 
 def _tag(model: type[BaseModel]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -12,23 +11,15 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
-    SerializerFunctionWrapHandler,
     field_validator,
-    model_serializer,
     model_validator,
 )
 
-from ddpo.basics.part import Part, is_auto, is_off
-from ddpo.config.algorithm import (
-    Advantages,
-    Algorithm,
-    DdpoIsConfig,
-    DdpoSfConfig,
-    PerPromptAdvantages,
-)
+from ddpo.algorithms import AnyAlgorithm, DdpoIs
+from ddpo.algorithms.base import RunSettings
+from ddpo.basics.part import Part, check_divides, is_auto, is_off, is_one
 from ddpo.config.fork import ForkConfig
 from ddpo.config.operation import StorageConfig, TrackingConfig
-from ddpo.config.regression import Regression, RwrConfig
 
 
 class ModelConfig(Part):
@@ -129,6 +120,9 @@ class RolloutsConfig(Part):
 
     samples_per_epoch: PositiveInt = 256
     """Pictures an epoch. More make the gradient truer and the epoch longer."""
+    samples_per_prompt: PositiveInt = Field(default=1, exclude_if=is_one)
+    """Size of a group: this many consecutive samples share a prompt. 1 samples a prompt for each
+    image."""
     shard_size: PositiveInt = 64
     """Pictures a task: what is committed, scored and redone as one."""
     store_trajectories: Literal["auto", "full", "final"] = Field(default="auto", exclude_if=is_auto)
@@ -200,10 +194,8 @@ class RunConfig(Part):
     """How pictures are drawn."""
     reward: RewardConfig
     """What is to be raised."""
-    advantages: Advantages = PerPromptAdvantages()
-    """How rewards become advantages. Regression has none: it weights samples itself."""
-    algorithm: Algorithm = DdpoIsConfig()
-    """How advantages become gradients."""
+    algorithm: AnyAlgorithm = DdpoIs()
+    """How rewards become gradients."""
     optimizer: OptimizerConfig = OptimizerConfig()
     """How gradients become weights."""
     numerics: NumericsConfig = NumericsConfig()
@@ -225,51 +217,22 @@ class RunConfig(Part):
     def _path_alone(cls, value: Any) -> Any:
         return {"path": value} if isinstance(value, str) else value
 
-    @model_validator(mode="before")
-    @classmethod
-    def _null_is_left_out(cls, raw: Any) -> Any:
-        # An override can set a key and not remove one.
-        if isinstance(raw, dict) and raw.get("advantages", raw) is None:
-            return {name: value for name, value in raw.items() if name != "advantages"}
-        return raw
-
     @model_validator(mode="after")
     def _batches_divide(self) -> RunConfig:
         samples = self.rollouts.samples_per_epoch
-        _must_divide("rollouts.shard_size", self.rollouts.shard_size, "samples_per_epoch", samples)
-        _must_divide(
+        check_divides(
+            "rollouts.samples_per_prompt",
+            self.rollouts.samples_per_prompt,
+            "samples_per_epoch",
+            samples,
+        )
+        check_divides("rollouts.shard_size", self.rollouts.shard_size, "samples_per_epoch", samples)
+        check_divides(
             "numerics.sample_batch_size",
             self.numerics.sample_batch_size,
             "rollouts.shard_size",
             self.rollouts.shard_size,
         )
-        if isinstance(self.algorithm, RwrConfig):
-            passed = self.algorithm.updates_per_pass
-            name = f"algorithm.updates_per_epoch / inner_epochs {self.algorithm.inner_epochs} ="
-            _must_divide(name, passed, "samples_per_epoch", samples)
-        elif not isinstance(self.algorithm, Regression):
-            _must_divide(
-                "algorithm.updates_per_epoch",
-                self.algorithm.updates_per_epoch,
-                "samples_per_epoch",
-                samples,
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _something_to_train_on(self) -> RunConfig:
-        if isinstance(self.algorithm, Regression):
-            return self
-        if self.sampler.eta == 0:
-            raise ValueError(
-                "sampler.eta is 0: every step is then deterministic, has no log-prob and no "
-                "gradient; set it above 0 (the paper uses 1.0)"
-            )
-        if self.rollouts.store_trajectories == "final":
-            raise ValueError(
-                f"rollouts.store_trajectories is final, but {self.algorithm.type} trains on every "
-                "step of a trajectory; leave it at auto, or use `type: rwr` or `type: rwr_sparse`"
-            )
         return self
 
     @model_validator(mode="after")
@@ -282,55 +245,25 @@ class RunConfig(Part):
         return self
 
     @model_validator(mode="after")
-    def _off_policy_ratios_are_to_the_policy_that_drew(self) -> RunConfig:
-        recomputed = (
-            isinstance(self.algorithm, DdpoIsConfig) and self.algorithm.old_log_probs == "recompute"
+    def _algorithm_fits(self) -> RunConfig:
+        self.algorithm.check_run(
+            RunSettings(
+                samples_per_epoch=self.rollouts.samples_per_epoch,
+                samples_per_prompt=self.rollouts.samples_per_prompt,
+                stochastic=self.sampler.eta > 0,
+                final_latents_only=self.rollouts.store_trajectories == "final",
+                keeps_base_model=isinstance(self.trainable, LoraConfig),
+                off_policy=self.fork is not None and self.fork.off_policy,
+            )
         )
-        if self.fork and self.fork.off_policy and recomputed:
-            raise ValueError(
-                "algorithm.old_log_probs is recompute with fork.off_policy: the policy that is "
-                "updated cannot compute the log-probs of the one that drew the samples, and every "
-                "ratio would be 1; leave it at auto or stored"
-            )
         return self
-
-    @model_validator(mode="after")
-    def _regression_has_no_advantages(self) -> RunConfig:
-        if isinstance(self.algorithm, Regression) and "advantages" in self.model_fields_set:
-            raise ValueError(
-                f"advantages do not apply to {self.algorithm.type}, which weights samples by its "
-                "own settings; leave `advantages` out (`--set advantages=null`)"
-            )
-        return self
-
-    @model_serializer(mode="wrap")
-    def _without_what_does_not_apply(
-        self, serialize: SerializerFunctionWrapHandler
-    ) -> dict[str, Any]:
-        # What is written down must be a config that can be read again.
-        whole = serialize(self)
-        if isinstance(self.algorithm, Regression):
-            whole.pop("advantages", None)
-        return whole
 
     @property
     def stored_trajectories(self) -> Literal["full", "final"]:
-        """What a trajectory shard holds, `auto` settled."""
-        asked = self.rollouts.store_trajectories
-        if asked == "auto":
-            return "final" if isinstance(self.algorithm, Regression) else "full"
-        return asked
-
-    @model_validator(mode="after")
-    def _a_base_to_stay_near(self) -> RunConfig:
-        asked = isinstance(self.algorithm, DdpoIsConfig | DdpoSfConfig) and self.algorithm.kl_weight
-        if asked and isinstance(self.trainable, FullConfig):
-            raise ValueError(
-                f"algorithm.kl_weight is {asked:g} with `trainable: full`: the base model is what "
-                "is left when the adapter is switched off, and here there is no adapter; set "
-                "`trainable: {type: lora}`, or kl_weight to 0"
-            )
-        return self
+        """What a trajectory shard holds, `auto` resolved."""
+        if self.rollouts.store_trajectories != "auto":
+            return self.rollouts.store_trajectories
+        return "final" if self.algorithm.needs.data == "final_latents" else "full"
 
     def identity(self) -> dict[str, JsonValue]:
         """Return the half that may not change under a run_id, numerics apart, as plain JSON."""
@@ -339,15 +272,3 @@ class RunConfig(Part):
     def operation(self) -> dict[str, JsonValue]:
         """Return the half that may change under a run_id, as plain JSON."""
         return self.model_dump(mode="json", include=set(OPERATION_FIELDS))
-
-
-def _must_divide(name: str, value: int, of_name: str, whole: int) -> None:
-    if whole % value == 0:
-        return
-    divisors = {
-        d for i in range(1, math.isqrt(whole) + 1) if whole % i == 0 for d in (i, whole // i)
-    }
-    nearest = sorted(sorted(divisors, key=lambda d: abs(d - value))[:4])
-    raise ValueError(
-        f"{name} {value} does not divide {of_name} {whole}; {', '.join(map(str, nearest))} would"
-    )

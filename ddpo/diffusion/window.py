@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ddpo.basics.randomness import derive_seed
-from ddpo.config import Regression, RunConfig, SamplerConfig
+from ddpo.config import RunConfig, SamplerConfig
 from ddpo.diffusion.ddim import NoiseSchedule
 from ddpo.errors import ConfigError
 from ddpo.models import Policy
@@ -34,7 +34,8 @@ def sampler_of_epoch(policy: Policy, config: RunConfig, epoch: int) -> SamplerCo
     stochastic = schedule.stochastic()
     every = range(config.sampler.steps - window.steps + 1)
     positions = [first for first in every if stochastic[first : first + window.steps].any()]
-    if isinstance(config.algorithm, Regression) and (window.position != "random" or not positions):
+    steps_are_trained = config.algorithm.needs.data == "trajectories"
+    if not steps_are_trained and (window.position != "random" or not positions):
         positions = list(every)
     position = window.position
     if position == "random":

@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -63,24 +63,17 @@ class RewardRow:
 
 @dataclass(frozen=True)
 class AdvantageRow:
-    """A sample's advantage or weight, and what it was normalised by."""
+    """A sample's credit: its advantage, weight, or whatever the algorithm makes of its reward."""
 
     sample_id: str
     reward: float | None
     """As float32; None where scoring failed."""
     status: str
     """'ok'; or of a sample that could not be scored, 'dropped' or 'imputed'."""
-    advantage: float | None
-    """As float32; 0 of a dropped sample; where there is a value function, before it is subtracted.
-    None in a regression, which has weights."""
-    mean: float | None
-    std: float | None
-    """What the reward was normalised by; None in a regression."""
     count: int
-    """Number of rewards behind `mean` and `std`; in a regression, that the reward was weighed
-    among, 0 of a dropped sample."""
-    weight: float | None = None
-    """As float32, at least 0; 0 of a sample that is not trained on. None but in a regression."""
+    """The number of rewards that the sample's was compared with."""
+    columns: Mapping[str, float]
+    """What the algorithm declares, such as `advantage`, `mean` and `std`, or `weight`."""
 
 
 _IMAGE = pa.struct([pa.field("bytes", pa.binary()), pa.field("path", pa.string())])
@@ -119,14 +112,10 @@ ADVANTAGE_SCHEMA = pa.schema(
         ("sample_id", pa.string()),
         ("reward", pa.float32()),
         ("status", pa.string()),
-        ("advantage", pa.float32()),
-        ("weight", pa.float32()),
-        ("mean", pa.float64()),
-        ("std", pa.float64()),
         ("count", pa.int64()),
     ]
 )
-"""Schema of the advantages table: of `advantage` and `weight`, one column is null."""
+"""Schema of the advantages table, without the columns that an algorithm adds."""
 
 # A dictionary of values that are all different only costs.
 _REPEATED = ("prompt", "policy_digest", "sampler_digest", "status")
@@ -233,23 +222,26 @@ def decode_rewards(data: bytes) -> list[RewardRow]:
     return rows
 
 
-def encode_advantages(rows: Sequence[AdvantageRow]) -> bytes:
-    """Serialises advantage rows.
+def encode_advantages(rows: Sequence[AdvantageRow], columns: Mapping[str, str]) -> bytes:
+    """Serialises an epoch's credit.
 
     Args:
         rows: The rows, in any order.
+        columns: Arrow types of the algorithm's columns, by name.
 
     Returns:
-        A Parquet file.
+        A Parquet file; the algorithm's columns come last, in their order.
 
     Raises:
         InvalidTable: A sample occurs twice.
     """
-    return _encode("advantages", [_fields(row) for row in rows], ADVANTAGE_SCHEMA)
+    extra = [pa.field(name, pa.type_for_alias(kind)) for name, kind in columns.items()]
+    records = [{**_fields(row, "columns"), **row.columns} for row in rows]
+    return _encode("advantages", records, pa.schema([*ADVANTAGE_SCHEMA, *extra]))
 
 
 def decode_advantages(data: bytes) -> list[AdvantageRow]:
-    """Reads advantage rows.
+    """Reads an epoch's credit.
 
     Args:
         data: A Parquet file.
@@ -260,9 +252,11 @@ def decode_advantages(data: bytes) -> list[AdvantageRow]:
     Raises:
         UnreadableData: The bytes are no advantages table, or a page's checksum does not hold.
     """
-    # Tables that were written before there were regressions have no weights.
-    records = _decode("advantages", data, ADVANTAGE_SCHEMA, optional={"weight"})
-    return [AdvantageRow(**record) for record in records]
+    rows = []
+    for record in _decode("advantages", data, ADVANTAGE_SCHEMA):
+        common = {name: record.pop(name) for name in ADVANTAGE_SCHEMA.names}
+        rows.append(AdvantageRow(**common, columns=record))
+    return rows
 
 
 def _fields(row: Any, *without: str) -> dict[str, Any]:
@@ -290,7 +284,6 @@ def _decode(
     table: str,
     data: bytes,
     schema: pa.Schema,
-    optional: Set[str] = frozenset(),
     columns: Sequence[str] | None = None,
 ) -> list[dict[str, Any]]:
     try:
@@ -301,7 +294,7 @@ def _decode(
         raise UnreadableData(f"a {table} table", str(error)) from error
     found = {name: read.schema.field(name).type for name in read.schema.names}
     for name, kind in zip(schema.names, schema.types, strict=True):
-        if found.get(name) != kind and not (name in optional and name not in found):
+        if found.get(name) != kind:
             reason = f"column {name} is {found.get(name, 'absent')}, expected {kind}"
             raise UnreadableData(f"a {table} table", reason)
     return read.to_pylist()

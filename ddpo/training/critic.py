@@ -7,48 +7,34 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ddpo.algorithms.value import (
+from ddpo.algorithms.advantages.base import CriticSettings
+from ddpo.basics.randomness import derive_seed
+from ddpo.config import OptimizerConfig
+from ddpo.errors import NonFiniteError
+from ddpo.models import Policy
+from ddpo.training.optimizer import copies, make_adamw, optimizer_state
+from ddpo.training.samples import Rollouts
+from ddpo.training.value_network import (
     ValueNetwork,
     explained_variance,
     prompt_features,
     timestep_features,
     value_loss,
 )
-from ddpo.basics.randomness import derive_seed
-from ddpo.config import OptimizerConfig, RunConfig, ValueAdvantages
-from ddpo.errors import NonFiniteError
-from ddpo.models import Policy
-from ddpo.training.optimizer import copies, make_adamw, optimizer_state
-from ddpo.training.pairs import Rollouts
-from ddpo.training.state import TrainState
 
 
-@dataclass(frozen=True)
-class ValueMetrics:
-    """How well V knew an epoch's normalised rewards before it was trained on them.
-
-    Attributes:
-        loss: Its mean squared error.
-        explained_variance: 1 - var(r - V) / var(r); None where all rewards are alike.
-    """
-
-    loss: float
-    explained_variance: float | None
-
-
-class ValueBaseline:
+class Critic:
     """V on the rollouts of one epoch.
 
     Args:
         policy: Gives the prompts' embeddings.
         rollouts: All samples of the epoch.
-        kept: V and its AdamW as :meth:`state` gave them; empty before the first training, where V
-            is made from ``seed``.
+        kept: V and its AdamW as :meth:`state` returned them; empty before the first training,
+            when V is initialised from ``seed``.
         settings: How V is trained, and what advantages are clipped to.
         seed: The config's.
     """
@@ -58,7 +44,7 @@ class ValueBaseline:
         policy: Policy,
         rollouts: Rollouts,
         kept: Mapping[str, Tensor],
-        settings: ValueAdvantages,
+        settings: CriticSettings,
         *,
         seed: int,
     ) -> None:
@@ -77,18 +63,9 @@ class ValueBaseline:
         self._parameters = dict(self.network.named_parameters())
         self._adamw = make_adamw(
             self._parameters,
-            OptimizerConfig(learning_rate=settings.value_learning_rate),
+            OptimizerConfig(learning_rate=settings.learning_rate),
             {name: value for name, value in kept.items() if name not in weights},
         )
-
-    @classmethod
-    def of(
-        cls, policy: Policy, state: TrainState, rollouts: Rollouts, config: RunConfig
-    ) -> ValueBaseline | None:
-        """Return the baseline of an epoch, None where the config has no value function."""
-        if not isinstance(config.advantages, ValueAdvantages):
-            return None
-        return cls(policy, rollouts, state.value, config.advantages, seed=config.seed)
 
     def values(self) -> Tensor:
         """Return V of each sample's prompt at each timestep, [S, T], with a gradient."""
@@ -109,15 +86,17 @@ class ValueBaseline:
         differences = (rewards[:, None] - self.values()).clamp(-clip, clip)
         return torch.where(scored[:, None], differences, 0.0)
 
-    def learn(self, rewards: Tensor, scored: Tensor) -> ValueMetrics:
-        """Take ``value_epochs`` steps of AdamW, each on all samples that have a reward.
+    def learn(self, rewards: Tensor, scored: Tensor) -> dict[str, float | None]:
+        """Take the epoch's steps of AdamW, each on all samples that have a reward.
 
         Args:
             rewards: [S], normalised.
             scored: [S] bool.
 
         Returns:
-            What was measured before the first step.
+            How well V predicted the rewards before it was trained on them: ``value_loss``, its mean
+            squared error, and ``value_explained_variance``, 1 - var(r - V) / var(r), None where all
+            rewards are equal.
 
         Raises:
             NonFiniteError: V is NaN or infinite after it.
@@ -125,7 +104,7 @@ class ValueBaseline:
         targets = rewards[scored].float()
         with torch.no_grad():
             before = self.values()[scored]
-        for _ in range(self.settings.value_epochs):
+        for _ in range(self.settings.epochs):
             value_loss(self.values()[scored], targets).backward()
             self._adamw.step()
             self._adamw.zero_grad(set_to_none=True)
@@ -134,10 +113,13 @@ class ValueBaseline:
         if not math.isfinite(loss):
             raise NonFiniteError(
                 f"the value function's loss is {loss} after its training; the weights were left as "
-                "they were. Lower advantages.value_learning_rate, now "
-                f"{self.settings.value_learning_rate:g}"
+                "they were. Lower algorithm.advantages.value_learning_rate, now "
+                f"{self.settings.learning_rate:g}"
             )
-        return ValueMetrics(float(value_loss(before, targets)), explained_variance(before, targets))
+        return {
+            "value_loss": float(value_loss(before, targets)),
+            "value_explained_variance": explained_variance(before, targets),
+        }
 
     def state(self) -> dict[str, Tensor]:
         """Return V's weights as ``weight/name`` and AdamW's state as ``moment/name``, copied."""

@@ -7,8 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-PromptStatistics = Mapping[str, tuple[float, ...]]
-"""The last rewards of each prompt, oldest first."""
+from ddpo.algorithms.base import PromptStatistics
 
 
 @dataclass(frozen=True)

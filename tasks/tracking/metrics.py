@@ -51,7 +51,7 @@ def track_epoch(
     table = run.store.get(manifests.load(run.store, advantages).objects["advantages"])
     rows = decode_advantages(table)
     metrics["reward/imputed"] = float(sum(row.status == "imputed" for row in rows))
-    normalised = [row.advantage for row in rows if row.advantage is not None]
+    normalised = [row.columns["advantage"] for row in rows if "advantage" in row.columns]
     if normalised:
         metrics["reward/advantage_std"] = float(np.std(normalised))
     checkpoint = manifests.load(run.store, next_checkpoint)

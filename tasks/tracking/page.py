@@ -13,7 +13,7 @@ from prefect.runtime import flow_run
 
 from ddpo.analysis.comparison.plan import Comparison
 from ddpo.basics.digests import json_digest
-from ddpo.config import Regression, RewardConfig
+from ddpo.config import RewardConfig
 from ddpo.runs.run import Run
 from ddpo.store import keys, manifests
 from ddpo.store.tables import ROLLOUT_SCHEMA
@@ -138,14 +138,12 @@ def _parameters(run: Run) -> dict[str, str | int | float | bool]:
     MLflow prints all parameters above the images, so there are only a few short ones.
     """
     config = run.config
-    by_advantages = not isinstance(config.algorithm, Regression)
     return {
         "model": config.model.path,
         "trainable": config.trainable.type,
         "prompts": config.prompts.name,
         "reward": config.reward.name,
-        "algorithm": config.algorithm.type,
-        **({"advantages": config.advantages.type} if by_advantages else {}),
+        **config.algorithm.labels,
         "learning_rate": config.optimizer.learning_rate,
         "samples_per_epoch": config.rollouts.samples_per_epoch,
         "steps": config.sampler.steps,

@@ -5,10 +5,10 @@ import math
 import numpy as np
 import pytest
 
-from ddpo.algorithms.advantages import compute_advantages
-from ddpo.config import BatchAdvantages, PerPromptAdvantages
+from ddpo.algorithms.advantages import BatchAdvantages, PerPromptAdvantages
 from ddpo.errors import RewardError
 from tests.checks import check_advantages_are_golden
+from tests.scored import compute_advantages
 
 PER_PROMPT = PerPromptAdvantages(buffer_size=4, min_count=2, clip=5.0)
 BATCH = BatchAdvantages(type="batch")

@@ -5,9 +5,9 @@ import math
 import numpy as np
 import pytest
 
-from ddpo.algorithms.advantages import compute_advantages
-from ddpo.config import LeaveOneOutAdvantages
+from ddpo.algorithms.advantages import LeaveOneOutAdvantages
 from ddpo.errors import RewardError
+from tests.scored import compute_advantages
 
 CONFIG = LeaveOneOutAdvantages(type="leave_one_out")
 NAN = float("nan")

@@ -7,15 +7,15 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from ddpo.algorithms.rwr import compute_weights
-from ddpo.config import Regression, RwrConfig, RwrSparseConfig
+from ddpo.algorithms.rwr import Regression, Rwr, RwrSparse
 from ddpo.errors import RewardError
 from tests.checks import check_weights_are_a_softmax
+from tests.scored import compute_weights
 
-RWR = RwrConfig(type="rwr")
-BY_PROMPT = RwrConfig(type="rwr", weights_over="prompt")
-SPARSE = RwrSparseConfig(type="rwr_sparse")
-HALF = RwrSparseConfig(type="rwr_sparse", keep=0.5)
+RWR = Rwr(type="rwr")
+BY_PROMPT = Rwr(type="rwr", weights_over="prompt")
+SPARSE = RwrSparse(type="rwr_sparse")
+HALF = RwrSparse(type="rwr_sparse", keep=0.5)
 NAN = float("nan")
 
 each_regression = pytest.mark.parametrize(
@@ -28,7 +28,7 @@ def test_weights_are_a_softmax_of_the_rewards() -> None:
 
 
 @pytest.mark.parametrize("config", [RWR, BY_PROMPT], ids=["data set", "prompt"])
-def test_the_mean_weight_is_1(config: RwrConfig) -> None:
+def test_the_mean_weight_is_1(config: Rwr) -> None:
     rewards = np.random.default_rng(0).normal(size=60) * 4
     prompts = [f"prompt {i % 7}" for i in range(60)]
     weights = compute_weights(config, prompts, rewards).weights
@@ -49,7 +49,7 @@ def test_huge_rewards_neither_overflow_nor_lose_the_best(scale: float) -> None:
 
 
 def test_with_beta_0_all_samples_weigh_alike_whatever_their_rewards() -> None:
-    control = RwrConfig(type="rwr", beta=0.0)
+    control = Rwr(type="rwr", beta=0.0)
     weights = compute_weights(control, ["a", "b"] * 2, np.array([5.0, -3e6, 0.0, NAN])).weights
     assert weights.tolist() == [1.0, 1.0, 1.0, 0.0]
 
@@ -126,6 +126,6 @@ def test_sparse_prefers_the_first_of_equal_rewards() -> None:
 )
 def test_sparse_reads_the_share_as_the_config_has_it(keep: float, samples: int, kept: int) -> None:
     """In binary 0.29 * 100 is 28.999 and 0.1 * 30 is more than 3."""
-    config = RwrSparseConfig(type="rwr_sparse", keep=keep)
+    config = RwrSparse(type="rwr_sparse", keep=keep)
     rewards = np.arange(samples, dtype=np.float64)
     assert compute_weights(config, ["a"] * samples, rewards).weights.sum() == kept

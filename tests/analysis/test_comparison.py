@@ -19,7 +19,7 @@ from ddpo.store.objects import Store
 CONFIGS = Path(__file__).parents[2] / "configs"
 SHIPPED = CONFIGS / "starter_compare.yaml"
 RECOMPUTE = {"old_log_probs": "recompute"}
-RWR = {"advantages": None, "algorithm": {"type": "rwr"}}
+RWR = {"algorithm": {"type": "rwr"}}
 
 
 def comparison(folder: Path, **changes: Any) -> Comparison:
@@ -94,15 +94,24 @@ def test_the_shipped_comparison_gives_the_four_algorithms_of_the_paper_equal_ter
 def test_the_shipped_controls_differ_from_what_they_control_by_the_reward_alone() -> None:
     found = read_comparison(SHIPPED)
     blind = {
-        "ddpo_is": ("advantages", {"shuffle": True}),
-        "rwr": ("algorithm", {"beta": 0.0}),
+        "ddpo_is": {"advantages": {"shuffle": True}},
+        "rwr": {"beta": 0.0},
     }
     assert found.config.controls.keys() == blind.keys()
-    for name, (part, change) in blind.items():
+    for name, change in blind.items():
         control = found.config.controls[name]
         for real, without in zip(found.variants[name], found.variants[control], strict=True):
-            changed = getattr(real.config, part).model_copy(update=change)
-            assert without.config == real.config.model_copy(update={part: changed})
+            changed = with_changes(real.config.algorithm, change)
+            assert without.config == real.config.model_copy(update={"algorithm": changed})
+
+
+def with_changes(part: Any, changes: dict[str, Any]) -> Any:
+    """Return a part of a config with some settings changed, in nested parts too."""
+    update = {
+        name: with_changes(getattr(part, name), value) if isinstance(value, dict) else value
+        for name, value in changes.items()
+    }
+    return part.model_copy(update=update)
 
 
 def test_each_variant_forks_its_seeds_shared_run_before_epoch_0(tmp_path: Path) -> None:
@@ -185,7 +194,11 @@ def test_a_part_with_a_type_replaces_and_one_without_changes(tmp_path: Path) -> 
         ({"variants": {"is": {}, "shared": {}}}, "cannot be a variant's name"),
         ({"variants": {"is": {}, "a b": {}}}, "cannot be a variant's name"),
         ({"variants": {"is": {}, "b": 3}}, "variants.b: found 3"),
-        ({"variants": {"is": {}, "b": {"algorithm": {"type": "rwr"}}}}, "advantages do not apply"),
+        (
+            {"variants": {"is": {}, "b": {"algorithm": {"type": "rwr", "advantages": {}}}}},
+            "algorithm.advantages: there is no such key",
+        ),
+        ({"variants": {"is": {}, "b": {"advantages": {}}}}, "variant 'b' changes advantages"),
         ({"variants": {"is": {}, "b": {"optimizer": {"lr": 1}}}}, "there is no such key"),
         ({"seeds": [1, 1]}, "each once"),
         ({"seeds": []}, "expected at least one"),
@@ -203,7 +216,8 @@ def test_a_part_with_a_type_replaces_and_one_without_changes(tmp_path: Path) -> 
         ),
     ],
     ids=[
-        "one_variant", "sampler", "reward", "shared", "name", "no_mapping", "invalid", "unknown",
+        "one_variant", "sampler", "reward", "shared", "name", "no_mapping", "no_advantages",
+        "above_its_place", "unknown",
         "same_seeds", "no_seed", "one_epoch", "misspelt", "no_control", "no_controlled",
         "own_control", "no_base", "bad_base", "fork",
         "recompute",

@@ -243,7 +243,7 @@ def test_a_sample_that_a_fork_adopted_is_read_through_the_fork(
 def test_a_run_by_regression_has_clean_latents_and_says_that_no_log_probs_are_kept(
     tiny_model: Path, tmp_path: Path
 ):
-    rwr = {"algorithm": {"type": "rwr", "inner_epochs": 1}, "advantages": None}
+    rwr = {"algorithm": {"type": "rwr", "inner_epochs": 1}}
     history = History(record_run(tiny_model, tmp_path / "store", **rwr))
     assert history.latents("mine/00000/000000").shape == (1, 4, 8, 8)
     with pytest.raises(NotInHistory, match="rwr trains on clean latents alone"):

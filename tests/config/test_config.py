@@ -11,6 +11,8 @@ import yaml
 from pydantic import BaseModel
 
 from ddpo import config as config_module
+from ddpo.algorithms import ALGORITHMS
+from ddpo.algorithms.advantages import ADVANTAGES
 from ddpo.config import OPERATION_FIELDS, FullConfig, RunConfig
 from ddpo.config.files import parse_config, read_config
 from ddpo.errors import ConfigError
@@ -54,7 +56,7 @@ def test_defaults_are_the_papers() -> None:
 
 
 def all_parts() -> list[type[BaseModel]]:
-    return [
+    parts = [
         value
         for value in vars(config_module).values()
         if isinstance(value, type)
@@ -62,6 +64,7 @@ def all_parts() -> list[type[BaseModel]]:
         and value.__module__.startswith(config_module.__name__)
         and not value.__name__.startswith("_")
     ]
+    return [*parts, *ALGORITHMS, *ADVANTAGES]
 
 
 @pytest.mark.parametrize("part", all_parts(), ids=lambda part: part.__name__)
@@ -85,14 +88,20 @@ def test_options_that_are_off_are_no_part_of_a_runs_identity() -> None:
     assert "window" not in plain["sampler"]
     assert "ema_decay" not in plain["optimizer"]
     assert "kl_weight" not in plain["algorithm"]
+    assert "samples_per_prompt" not in plain["rollouts"]
     off = {
+        "rollouts": {"samples_per_prompt": 1},
         "sampler": {"window": None},
         "optimizer": {"ema_decay": None},
         "algorithm": {"type": "ddpo_is", "kl_weight": 0},
     }
     assert parse(**off).identity() == plain
     score_function: dict[str, Any] = parse(algorithm={"type": "ddpo_sf"}).identity()
-    assert score_function["algorithm"] == {"type": "ddpo_sf", "updates_per_epoch": 1}
+    assert score_function["algorithm"] == {
+        "type": "ddpo_sf",
+        "updates_per_epoch": 1,
+        "advantages": plain["algorithm"]["advantages"],
+    }
 
 
 @pytest.mark.parametrize(
@@ -103,10 +112,11 @@ def test_options_that_are_off_are_no_part_of_a_runs_identity() -> None:
         {"optimizer": {"ema_decay": 0.99}},
         {"algorithm": {"type": "ddpo_is", "kl_weight": 0.1}},
         {"algorithm": {"type": "ddpo_sf", "kl_weight": 0.1}},
-        {"advantages": {"type": "leave_one_out"}},
-        {"advantages": {"type": "value", "value_epochs": 3, "value_learning_rate": 0.01}},
+        {"algorithm": {"type": "ddpo_is", "advantages": {"type": "leave_one_out"}}},
+        {"algorithm": {"type": "ddpo_sf", "advantages": {"type": "value", "value_epochs": 3}}},
+        {"rollouts": {"samples_per_prompt": 4}},
     ],
-    ids=["window", "random window", "ema", "kl, is", "kl, sf", "leave one out", "value"],
+    ids=["window", "random window", "ema", "kl, is", "kl, sf", "leave one out", "value", "groups"],
 )
 def test_options_that_are_on_are_remembered(option: dict[str, Any]) -> None:
     config = parse(**option)
@@ -231,7 +241,8 @@ def test_operation_changes_no_identity_and_everything_else_does() -> None:
         {"prompts": {"name": "simple_animals", "parameters": {"article": False}}},
         {"sampler": {"steps": 20}},
         {"reward": {"name": "jpeg_incompressibility"}},
-        {"advantages": {"type": "batch"}},
+        {"algorithm": {"type": "ddpo_is", "advantages": {"type": "batch"}}},
+        {"rollouts": {"samples_per_prompt": 4}},
         {"algorithm": {"type": "ddpo_sf"}},
         {"optimizer": {"learning_rate": 1e-4}},
     ):

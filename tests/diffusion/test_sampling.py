@@ -13,7 +13,8 @@ from ddpo.config import SamplerConfig
 from ddpo.diffusion.sampling import Trajectories, sample, sampler_digest
 from ddpo.errors import NonFiniteError
 from ddpo.models import Policy
-from ddpo.training.pairs import PolicyGradient, Rollouts
+from ddpo.training.samples import Rollouts
+from ddpo.training.trajectories import TrajectoryGradient
 from tests.tiny import PROMPTS, grow_adapter, load_policy, tiny_config
 
 SAMPLER = SamplerConfig(steps=4, guidance_scale=3.0, eta=1.0)
@@ -121,7 +122,7 @@ def test_stored_latents_reproduce_stored_log_probs(policy: Policy, v_policy: Pol
         drawn = draw(each, PROMPTS[:4], SEEDS)
         config = tiny_config(each.folder)
         each.numerics = each.numerics.model_copy(update={"micro_batch_size": 4})
-        gradient = PolicyGradient(each, config.sampler, config.algorithm)
+        gradient = TrajectoryGradient(each, config.sampler, config.algorithm)
         rollouts = Rollouts(PROMPTS[:4], drawn.latents, drawn.log_probs, drawn.timesteps)
         assert torch.equal(gradient.recompute(rollouts, range(4)), drawn.log_probs)
         assert drawn.log_probs.std() > 0.1

@@ -59,9 +59,10 @@ def test_stable_diffusion_configs_have_the_published_settings(path: Path):
     assert config.algorithm.updates_per_epoch == updates
     assert config.algorithm.type == "ddpo_is"
     assert config.algorithm.clip_range == 1e-4
-    assert config.advantages.clip == (10 if whole else 5)
-    assert config.advantages.type == "per_prompt"
-    assert (config.advantages.buffer_size, config.advantages.min_count) == (buffer_size, 16)
+    advantages = config.algorithm.advantages
+    assert advantages.clip == (10 if whole else 5)
+    assert advantages.type == "per_prompt"
+    assert (advantages.buffer_size, advantages.min_count) == (buffer_size, 16)
     optimizer = config.optimizer
     assert optimizer.learning_rate == (1e-5 if whole else 3e-4)
     assert (optimizer.betas, optimizer.epsilon) == ((0.9, 0.999), 1e-8)

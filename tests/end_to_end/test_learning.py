@@ -35,7 +35,7 @@ def drawn(run: Run, epoch: int) -> Evaluation:
 @pytest.mark.slow
 def test_training_raises_the_reward_and_shuffled_advantages_do_not(tmp_path: Path):
     run = short_run(tmp_path / "real")
-    shuffled = short_run(tmp_path / "control", "advantages.shuffle=true")
+    shuffled = short_run(tmp_path / "control", "algorithm.advantages.shuffle=true")
     base, trained = drawn(run, 0), drawn(run, EPOCHS)
     gain, control = Gain.of(trained, base), Gain.of(drawn(shuffled, EPOCHS), base)
     assert gain.standard_errors > 4

@@ -71,7 +71,9 @@ def test_a_fork_under_another_reward_scores_what_is_saved_and_goes_on(place: Pla
     assert [row.reward for row in new] == pytest.approx([-row.reward for row in own])
     # The statistics behind them hold epochs 0 and 1, scored by the new reward: signs turned.
     assert [row.count for row in new] == [row.count for row in own]
-    assert [row.advantage for row in new] == pytest.approx([-row.advantage for row in own])
+    assert [row.columns["advantage"] for row in new] == pytest.approx(
+        [-row.columns["advantage"] for row in own]
+    )
     assert place.weights(name, 3) != place.weights(NIGHT, 3)
     assert place.weights(name, 2) == place.weights(NIGHT, 2)
 

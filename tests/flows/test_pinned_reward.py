@@ -22,7 +22,7 @@ from ddpo.store import epochs as commits
 from ddpo.store.manifests import Ref
 from ddpo.store.objects import Store
 from ddpo_workflow.flows.cli import app as cli
-from ddpo_workflow.tasks.advantages import advantages_of
+from ddpo_workflow.tasks.credit import credit_of
 from ddpo_workflow.tasks.sample import sample_shard
 from ddpo_workflow.tasks.score import score_shard
 from ddpo_workflow.tasks.start import start
@@ -143,7 +143,7 @@ def test_a_runs_rewards_are_read_while_its_service_is_down(ddpo, tiny_model, tmp
     with deployed(port, 3) as identity:
         run, handle, first, rollouts = started(tiny_model, tmp_path, over(port))
         assert reward_curve(open_run(run.store, "r")) == []
-        advantages_of.fn(handle, first, rollouts, score_all(handle, rollouts), 0)
+        credit_of.fn(handle, first, rollouts, score_all(handle, rollouts), 0)
     with pytest.raises(RewardError, match="no endpoint"):
         _ = open_run(run.store, "r").reward
     assert open_run(run.store, "r").reward_id == identity.reward_id
@@ -157,7 +157,7 @@ def test_runs_of_a_served_reward_are_shown_without_listing_what_was_scored(
     port = free_port()
     with deployed(port, 3):
         run, handle, first, rollouts = started(tiny_model, tmp_path, over(port))
-        advantages_of.fn(handle, first, rollouts, score_all(handle, rollouts), 0)
+        credit_of.fn(handle, first, rollouts, score_all(handle, rollouts), 0)
         start_run(run.config, "unscored")
     calls: dict[str, list[str]] = {"list": [], "folders": []}
     for name, seen in calls.items():
@@ -184,7 +184,7 @@ def test_a_runs_rewards_are_read_when_the_users_code_is_gone(
     monkeypatch.syspath_prepend(tmp_path)
     reward = {"name": "own_pinned_fixture:constant"}
     run, handle, first, rollouts = started(tiny_model, tmp_path / "store", reward)
-    advantages_of.fn(handle, first, rollouts, score_all(handle, rollouts), 0)
+    credit_of.fn(handle, first, rollouts, score_all(handle, rollouts), 0)
     code.unlink()
     monkeypatch.delitem(sys.modules, "own_pinned_fixture")
     with pytest.raises(ConfigError, match="own_pinned_fixture"):

@@ -17,7 +17,7 @@ from ddpo.store.tables import decode_advantages, decode_rollouts
 from ddpo.store.tensors import decode_tensors
 from ddpo.store.upkeep.verify import verify_run
 from ddpo_workflow.flows.fork import forked_config
-from ddpo_workflow.tasks.advantages import advantages_of
+from ddpo_workflow.tasks.credit import credit_of
 from ddpo_workflow.tasks.repair import repair
 from ddpo_workflow.tasks.sample import sample_shard
 from ddpo_workflow.tasks.score import score_shard
@@ -90,7 +90,7 @@ def test_a_new_process_for_every_task_changes_no_byte(
     for epoch in range(2):
         drawn = [alone(sample_shard, checkpoint, epoch, shard) for shard in range(2)]
         scores = [alone(score_shard, ref, epoch, shard) for shard, ref in enumerate(drawn)]
-        weights = alone(advantages_of, checkpoint, drawn, scores, epoch)
+        weights = alone(credit_of, checkpoint, drawn, scores, epoch)
         checkpoint = alone(update_policy, checkpoint, drawn, weights, epoch)
     commits = {key for key in content(straight) if key.startswith("manifests/epochs/")}
     assert {k: v for k, v in content(straight).items() if k not in commits} == content(resumed)
@@ -129,13 +129,13 @@ def test_tables_hold_weights_where_ddpo_has_advantages(tiny_model: Path, tmp_pat
         run = a_run(tiny_model, tmp_path / kind, kind)
         run_epochs(run, 1)
         rows = advantage_table(run)
-        assert all(row.advantage is row.mean is row.std is None for row in rows)
+        assert {tuple(row.columns) for row in rows} == {("weight",)}
         assert all(row.status == "ok" and row.reward is not None for row in rows)
-        weights = [row.weight for row in rows]
+        weights = [row.columns["weight"] for row in rows]
         if kind == "rwr":
             assert sum(weights) / 8 == pytest.approx(1, rel=1e-6)
             best = max(rows, key=lambda row: row.reward)
-            assert best.weight == max(weights) > min(weights)
+            assert best.columns["weight"] == max(weights) > min(weights)
         else:
             prompts = [
                 row.prompt

@@ -56,7 +56,9 @@ def test_a_rescored_fork_has_the_advantages_of_one_that_had_that_reward_from_the
                 )
             )
         )
-        assert [row.advantage for row in rescored] == [row.advantage for row in had]
+        assert [row.columns["advantage"] for row in rescored] == [
+            row.columns["advantage"] for row in had
+        ]
         assert [row.count for row in rescored] == [row.count for row in had]
         assert {row.count for row in had} != {0}
     before = {key: place.store.read(key) for key in place.store.list()}
@@ -78,7 +80,9 @@ def test_rescoring_is_what_the_run_would_have_had_and_happens_once(place: Place)
                 )
             )
         )
-        assert [row.advantage for row in new] == pytest.approx([-row.advantage for row in own])
+        assert [row.columns["advantage"] for row in new] == pytest.approx(
+            [-row.columns["advantage"] for row in own]
+        )
         assert [row.count for row in new] == [row.count for row in own]
     page = place.page(f"{NIGHT}-by-{reward_id}")
     assert page.data.tags["mlflow.parentRunId"] == place.page(NIGHT).info.run_id

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from prefect.states import Failed
 
-import ddpo_workflow.tasks.advantages
+from ddpo.algorithms.advantages import PerPromptAdvantages
 from ddpo.basics.digests import sha256_bytes
 from ddpo.config import StorageConfig
 from ddpo.errors import (
@@ -27,8 +27,8 @@ from ddpo.store.checkpoints import load_checkpoint, load_document
 from ddpo.store.manifests import Ref
 from ddpo.store.tables import decode_advantages, decode_rewards, decode_rollouts
 from ddpo.store.upkeep.retention import is_retired
-from ddpo_workflow.tasks.advantages import advantages_of
 from ddpo_workflow.tasks.commit import commit_epoch
+from ddpo_workflow.tasks.credit import credit_of
 from ddpo_workflow.tasks.pictures import PictureSet, draw_pictures
 from ddpo_workflow.tasks.retries import STORAGE
 from ddpo_workflow.tasks.sample import sample_shard
@@ -94,7 +94,7 @@ def do_epoch(
     pictures = then(draw_pictures.fn(handle, checkpoint, PICTURES, epoch))
     rollouts = [then(sample_shard.fn(handle, checkpoint, epoch, s)) for s in range(run.shards)]
     scores = [then(score_shard.fn(handle, ref, epoch, s)) for s, ref in enumerate(rollouts)]
-    advantages = then(advantages_of.fn(handle, checkpoint, rollouts, scores, epoch))
+    advantages = then(credit_of.fn(handle, checkpoint, rollouts, scores, epoch))
     following = then(update_policy.fn(handle, checkpoint, rollouts, advantages, epoch))
     commit = then(commit_epoch.fn(handle, rollouts, scores, advantages, following, epoch))
     return Epoch(pictures, rollouts, scores, advantages, following, commit)
@@ -182,9 +182,7 @@ def test_tables_are_in_the_order_of_sample_ids_whatever_the_order_of_arrival(
     for shard in (1, 0):
         rollouts[shard] = sample_shard.fn(handle, first, 0, shard)
         scores[shard] = score_shard.fn(handle, rollouts[shard], 0, shard)
-    late_first = advantages_of.fn(
-        handle, first, [rollouts[0], rollouts[1]], [scores[1], scores[0]], 0
-    )
+    late_first = credit_of.fn(handle, first, [rollouts[0], rollouts[1]], [scores[1], scores[0]], 0)
     ids = [f"r/00000/{index:06}" for index in range(8)]
     for shard in (0, 1):
         expected = ids[4 * shard : 4 * shard + 4]
@@ -329,11 +327,9 @@ def run_that_cannot_read_cats(
     (folder / "cannot_read_cats.py").write_text(CANNOT_READ_CATS)
     monkeypatch.syspath_prepend(folder)
     if statistics:
-        right = ddpo_workflow.tasks.advantages.compute_advantages
+        right = PerPromptAdvantages.compute
         monkeypatch.setattr(
-            ddpo_workflow.tasks.advantages,
-            "compute_advantages",
-            lambda config, _, *rest, **named: right(config, statistics, *rest, **named),
+            PerPromptAdvantages, "compute", lambda self, scored, _: right(self, scored, statistics)
         )
     run = a_run(
         model,
@@ -356,7 +352,7 @@ def test_an_off_policy_fork_is_checked_again_once_it_draws_itself(tiny_model: Pa
     second = run_epoch(run, first, 0)
     drawn = [sample_shard.fn(handle, first, 1, shard) for shard in range(run.shards)]  # by another
     scores = [score_shard.fn(handle, ref, 1, shard) for shard, ref in enumerate(drawn)]
-    advantages = advantages_of.fn(handle, second, drawn, scores, 1)
+    advantages = credit_of.fn(handle, second, drawn, scores, 1)
     with pytest.raises(PolicyMismatch, match="drawn by another policy"):
         update_policy.fn(handle, second, drawn, advantages, 1)
 

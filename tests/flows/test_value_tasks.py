@@ -23,16 +23,17 @@ from ddpo.store.manifests import Ref
 from ddpo.store.objects import Store
 from ddpo.store.tables import decode_advantages
 from ddpo.store.upkeep.retention import retire_checkpoints
-from ddpo.training.critic import ValueBaseline
+from ddpo.training.critic import Critic
 from ddpo.training.loop import initial_state, update
-from ddpo.training.pairs import PolicyGradient
 from ddpo.training.state import TrainState
+from ddpo.training.trajectories import TrajectoryGradient
 from ddpo_workflow.flows.fork import forked_config
 from ddpo_workflow.tasks.start import start
 from ddpo_workflow.tasks.worker import RunHandle
 from tests.fold import as_in_a_new_process, run_epoch, run_epochs
 from tests.tiny import (
     alternating_advantages,
+    as_credit,
     assert_same_tensors,
     build_tiny_model,
     draw,
@@ -51,7 +52,7 @@ METRICS = ("value_loss", "value_explained_variance")
 def with_value(model: Path, root: Path | None = None, **changes: Any) -> RunConfig:
     storage = {"root": str(root)} if root else {}
     return tiny_config(
-        model, **{"advantages": VALUE, "optimizer": FAST, **changes}, storage=storage
+        model, **{"algorithm": {"advantages": VALUE}, "optimizer": FAST, **changes}, storage=storage
     )
 
 
@@ -70,7 +71,7 @@ def test_an_update_trains_on_rewards_less_v_and_v_after_it(
     window = {} if position is None else {"window": {"steps": 2, "position": position}}
     config = with_value(
         tiny_model,
-        algorithm={"type": algorithm, "updates_per_epoch": updates},
+        algorithm={"type": algorithm, "updates_per_epoch": updates, "advantages": VALUE},
         sampler=window,
     )
     policy = load_policy(config)
@@ -78,12 +79,13 @@ def test_an_update_trains_on_rewards_less_v_and_v_after_it(
     state = initial_state(policy)
     assert state.value == {}
     drawn = rollouts_of(draw(policy, config))
-    state, _ = update(policy, state, drawn, REWARDS, {}, config, scored=scored)
-    after, metrics = update(policy, state, drawn, REWARDS, {}, config, scored=scored)
+    state, _ = update(policy, state, drawn, as_credit(REWARDS, scored), {}, config)
+    after, metrics = update(policy, state, drawn, as_credit(REWARDS, scored), {}, config)
 
     plain = load_policy(config)
     plain.weights.load(state.weights)
-    critic = ValueBaseline(plain, drawn, state.value, config.advantages, seed=config.seed)  # pyright: ignore[reportArgumentType]
+    settings = config.algorithm.advantages.critic
+    critic = Critic(plain, drawn, state.value, settings, seed=config.seed)
     values = critic.values().detach()
     advantages = (REWARDS[:, None] - values).clamp(-5, 5)
     advantages[7] = 0.0
@@ -95,11 +97,11 @@ def test_an_update_trains_on_rewards_less_v_and_v_after_it(
             moment: state.optimizer[f"{moment}/{name}"].clone()
             for moment in ("step", "exp_avg", "exp_avg_sq")
         }
-    gradient = PolicyGradient(plain, config.sampler, config.algorithm)  # pyright: ignore[reportArgumentType]
+    gradient = TrajectoryGradient(plain, config.sampler, config.algorithm)
     for samples in torch.arange(8).chunk(updates):
         # One column at a time, each with its own [S]: the mean over columns is the update's.
         for column in gradient.trained_steps():
-            alone = PolicyGradient(plain, config.sampler, config.algorithm)  # pyright: ignore[reportArgumentType]
+            alone = TrajectoryGradient(plain, config.sampler, config.algorithm)
             alone.trained_steps = lambda column=column: [column]
             alone.accumulate(drawn, advantages[:, column], samples.tolist(), drawn.log_probs)
         for parameter in parameters:
@@ -114,10 +116,10 @@ def test_an_update_trains_on_rewards_less_v_and_v_after_it(
     critic.learn(REWARDS, scored)
     assert_same_tensors(after.value, critic.state())
     errors = (REWARDS[:7, None] - values[:7]).double()
-    assert metrics.value_loss == pytest.approx(float((errors**2).mean()), rel=1e-5)
+    assert metrics["value_loss"] == pytest.approx(float((errors**2).mean()), rel=1e-5)
     spread = float(np.var(REWARDS[:7].double().numpy()))
     explained = 1 - float(np.var(errors.numpy())) / spread
-    assert metrics.value_explained_variance == pytest.approx(explained, rel=1e-5)
+    assert metrics["value_explained_variance"] == pytest.approx(explained, rel=1e-5)
 
 
 def test_a_checkpoint_remembers_v_and_retirement_deletes_it() -> None:
@@ -175,7 +177,9 @@ def test_the_first_epoch_is_that_of_batch_advantages_and_the_second_is_not(
     weights, tables, measured = [], [], []
     for kind in ("batch", "value"):
         advantages = VALUE if kind == "value" else {"type": kind}
-        run = start_run(with_value(tiny_model, tmp_path / kind, advantages=advantages), "r")
+        run = start_run(
+            with_value(tiny_model, tmp_path / kind, algorithm={"advantages": advantages}), "r"
+        )
         run_epochs(run, 2)
         tables.append([run.store.read(key) for key in run.store.list("advantages")])
         listed = [
@@ -212,9 +216,9 @@ def test_samples_without_a_reward_are_told_to_the_update(
     told: list[torch.Tensor] = []
     right = update
 
-    def spying(*arguments: Any, scored: torch.Tensor, **named: Any) -> Any:
-        told.append(scored)
-        return right(*arguments, scored=scored, **named)
+    def spying(*arguments: Any, **named: Any) -> Any:
+        told.append(arguments[3]["reward"].isfinite())
+        return right(*arguments, **named)
 
     monkeypatch.setattr(ddpo_workflow.tasks.update, "update", spying)
     run_epochs(run, 1)
@@ -265,7 +269,7 @@ def test_a_fork_takes_v_over_where_it_foretells_the_forks_own_reward(
         "parameters": {"reward": parent.config.reward.name, "parameters": {"factor": -1.0}},
         "base": {"overrides": [f"model.path={other}", "fork.off_policy=true"]},
         "reset": {"statistics": "reset"},
-        "off": {"overrides": ["advantages={type: batch}"]},
+        "off": {"overrides": ["algorithm.advantages={type: batch}"]},
     }.items():
         assert value_of(*forked(parent, fork_id, **changes)) is None, fork_id
     with monkeypatch.context() as exchanged:

@@ -6,6 +6,7 @@ import hashlib
 
 import torch
 
+from ddpo.algorithms import DdpoIs
 from ddpo.basics.digests import sha256_bytes
 from ddpo.store import keys, tables, tensors
 
@@ -53,13 +54,15 @@ def advantage_rows(count: int = 4) -> list[tables.AdvantageRow]:
             keys.sample_id("R", 3, index),
             None if index == 1 else 0.5,
             "dropped" if index == 1 else "ok",
-            0.25 * index,
-            1 / 3,
-            0.1,
             7,
+            {"advantage": 0.25 * index, "mean": 1 / 3, "std": 0.1},
         )
         for index in range(count)
     ]
+
+
+def encode_advantages(rows: list[tables.AdvantageRow]) -> bytes:
+    return tables.encode_advantages(rows, DdpoIs.columns)
 
 
 def state() -> dict[str, torch.Tensor]:
@@ -79,7 +82,7 @@ def digests() -> list[str]:
     encoded = [
         tables.encode_rollouts(rollout_rows()),
         tables.encode_rewards(reward_rows()),
-        tables.encode_advantages(advantage_rows()),
+        encode_advantages(advantage_rows()),
         tensors.encode_tensors(state(), {"z": 1, "a": {"y": [1, 2.5], "b": "ü"}}),
     ]
     return [sha256_bytes(data) for data in encoded]

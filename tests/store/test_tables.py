@@ -11,15 +11,23 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
 
+from ddpo.algorithms import Rwr
 from ddpo.errors import InvalidTable, UnreadableData
 from ddpo.store import keys, tables
 from ddpo.store.objects import Store
-from tests.store.store_samples import PNG, advantage_rows, digests, reward_rows, rollout_rows
+from tests.store.store_samples import (
+    PNG,
+    advantage_rows,
+    digests,
+    encode_advantages,
+    reward_rows,
+    rollout_rows,
+)
 
 TABLES = [
     (tables.encode_rollouts, tables.decode_rollouts, rollout_rows),
     (tables.encode_rewards, tables.decode_rewards, reward_rows),
-    (tables.encode_advantages, tables.decode_advantages, advantage_rows),
+    (encode_advantages, tables.decode_advantages, advantage_rows),
 ]
 each_table = pytest.mark.parametrize(
     ("encode", "decode", "make"), TABLES, ids=["rollouts", "rewards", "advantages"]
@@ -145,13 +153,12 @@ def test_the_partitions_of_several_runs_and_epochs_read_as_one_table(local_store
     assert set(picked.column_names) == {*tables.ROLLOUT_SCHEMA.names, "run_id", "epoch"}
 
 
-def test_a_weight_is_kept_and_its_advantage_is_null() -> None:
-    row = replace(advantage_rows()[0], advantage=None, mean=None, std=None, weight=0.125)
-    assert tables.decode_advantages(tables.encode_advantages([row])) == [row]
-
-
-def test_advantages_that_were_written_before_there_were_weights_are_read() -> None:
-    whole = pq.read_table(pa.BufferReader(tables.encode_advantages(advantage_rows())))
-    sink = pa.BufferOutputStream()
-    pq.write_table(whole.drop_columns(["weight"]), sink)
-    assert tables.decode_advantages(sink.getvalue().to_pybytes()) == advantage_rows()
+def test_a_table_has_the_columns_of_its_algorithm_and_no_others() -> None:
+    row = replace(advantage_rows()[0], columns={"weight": 0.125})
+    data = tables.encode_advantages([row], Rwr.columns)
+    assert tables.decode_advantages(data) == [row]
+    found = pq.read_schema(pa.BufferReader(data))
+    assert found.names == ["sample_id", "reward", "status", "count", "weight"]
+    widths = pq.read_schema(pa.BufferReader(encode_advantages(advantage_rows())))
+    kinds = {name: str(widths.field(name).type) for name in ("advantage", "mean", "std")}
+    assert kinds == {"advantage": "float", "mean": "double", "std": "double"}

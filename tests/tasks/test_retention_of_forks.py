@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from ddpo.algorithms.advantages import PerPromptAdvantages
 from ddpo.basics.digests import tensors_digest
-from ddpo.config import ForkConfig, PerPromptAdvantages, RunConfig
+from ddpo.config import ForkConfig, RunConfig
 from ddpo.errors import ConfigError, PolicyMismatch, RetiredObject
 from ddpo.runs.forks.checks import saved_rollouts
 from ddpo.runs.forks.records import forks_of, record_fork
@@ -32,6 +33,8 @@ from tests.tiny import tiny_config
 
 ADOPTED = 3
 """Epochs of the history that a fork trains on, of five."""
+
+PER_PROMPT = PerPromptAdvantages(buffer_size=8, min_count=2)
 
 
 def config_of(model: Path, root: Path, epochs: int, fork: bool) -> RunConfig:
@@ -135,7 +138,7 @@ def test_a_fork_that_cannot_begin_is_refused_before_its_name_is_taken(history: R
     store = history.store
     changes = {
         "fork": ForkConfig(run_id="history", epoch=1, rollouts=ADOPTED, off_policy=True),
-        "advantages": PerPromptAdvantages(type="per_prompt", buffer_size=8, min_count=2),
+        "algorithm": history.config.algorithm.model_copy(update={"advantages": PER_PROMPT}),
     }
     config = history.config.model_copy(update=changes)
     assert named_fork(history, config, "fork") == "fork"
@@ -249,7 +252,7 @@ def test_a_fork_that_has_its_statistics_does_not_ask_for_the_epochs_before_it_ag
 ) -> None:
     changes = {
         "fork": ForkConfig(run_id="history", epoch=2),
-        "advantages": PerPromptAdvantages(type="per_prompt", buffer_size=8, min_count=2),
+        "algorithm": history.config.algorithm.model_copy(update={"advantages": PER_PROMPT}),
     }
     fork = start_run(history.config.model_copy(update=changes), "fork")
     record_fork(fork)

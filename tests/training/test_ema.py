@@ -31,9 +31,9 @@ from ddpo.store.tables import RolloutRow, decode_rollouts
 from ddpo.store.upkeep.retention import retire_checkpoints
 from ddpo.training.ema import Ema
 from ddpo.training.loop import initial_state, update
-from ddpo.training.pairs import PolicyGradient
+from ddpo.training.trajectories import TrajectoryGradient
 from ddpo_workflow.tasks import export_weights as export
-from ddpo_workflow.tasks.advantages import advantages_of
+from ddpo_workflow.tasks.credit import credit_of
 from ddpo_workflow.tasks.export_weights import export_weights
 from ddpo_workflow.tasks.pictures import PictureSet, draw_pictures
 from ddpo_workflow.tasks.sample import sample_shard
@@ -45,6 +45,7 @@ from ddpo_workflow.tasks.worker import RunHandle, policy_at
 from tests.fold import as_in_a_new_process, run_epoch, run_epochs
 from tests.tiny import (
     alternating_advantages,
+    as_credit,
     assert_same_tensors,
     draw,
     flat,
@@ -88,12 +89,12 @@ def test_an_update_averages_after_every_optimizer_step(tiny_model: Path, kind: s
     state = initial_state(policy, ema=True)
     assert_same_tensors(state.ema, state.weights)
     drawn = rollouts_of(draw(policy, config))
-    after, _ = update(policy, state, drawn, ADVANTAGES, {}, config)
+    after, _ = update(policy, state, drawn, as_credit(ADVANTAGES), {}, config)
 
     plain = load_policy(config)
     parameters = list(plain.weights.parameters().values())
     adamw = torch.optim.AdamW(parameters, lr=1e-2, weight_decay=1e-4)
-    gradient = PolicyGradient(plain, config.sampler, config.algorithm)
+    gradient = TrajectoryGradient(plain, config.sampler, config.algorithm)
     expected = {name: value.double() for name, value in state.weights.items()}
     for samples in (range(4), range(4, 8)):
         gradient.accumulate(drawn, ADVANTAGES, samples, drawn.log_probs)
@@ -115,7 +116,7 @@ def test_keeping_an_average_changes_nothing_that_is_trained(tiny_model: Path) ->
         policy = load_policy(config)
         state = initial_state(policy, ema=config.optimizer.ema_decay is not None)
         drawn = rollouts_of(draw(policy, config))
-        states.append(update(policy, state, drawn, ADVANTAGES, {}, config)[0])
+        states.append(update(policy, state, drawn, as_credit(ADVANTAGES), {}, config)[0])
     without, with_average = states
     assert_same_tensors(with_average.weights, without.weights)
     assert_same_tensors(with_average.optimizer, without.optimizer)
@@ -127,7 +128,7 @@ def test_a_checkpoint_remembers_the_average_and_retirement_deletes_it(tiny_model
     policy = load_policy(config)
     first = initial_state(policy, ema=True)
     drawn = rollouts_of(draw(policy, config))
-    second, _ = update(policy, first, drawn, ADVANTAGES, {}, config)
+    second, _ = update(policy, first, drawn, as_credit(ADVANTAGES), {}, config)
     store = Store.open(f"memory://{uuid.uuid4().hex}")
     refs = [
         commit_checkpoint(store, "r", state, inputs={}, documents={}).ref
@@ -244,7 +245,7 @@ def test_an_update_right_after_pictures_is_of_the_trained_weights(
     checkpoint = run_epochs(run, 1)
     rollouts = [sample_shard.fn(handle, checkpoint, 1, shard) for shard in range(run.shards)]
     scores = [score_shard.fn(handle, ref, 1, shard) for shard, ref in enumerate(rollouts)]
-    advantages = advantages_of.fn(handle, checkpoint, rollouts, scores, 1)
+    advantages = credit_of.fn(handle, checkpoint, rollouts, scores, 1)
     draw_pictures.fn(handle, checkpoint, CAT, 1)
     following = update_policy.fn(handle, checkpoint, rollouts, advantages, 1)
     found = load_checkpoint(run.store, following)

@@ -10,11 +10,13 @@ import torch
 from ddpo.config import RunConfig
 from ddpo.models import Policy
 from ddpo.training.loop import initial_state, update
-from ddpo.training.pairs import PolicyGradient, Rollouts, micro_batches
+from ddpo.training.samples import Rollouts
+from ddpo.training.trajectories import TrajectoryGradient, micro_batches
 from tests.checks import accumulated, check_gradient_is_each_samples_own, take_gradients
 from tests.tiny import (
     PROMPTS,
     alternating_advantages,
+    as_credit,
     as_float64,
     assert_same_tensors,
     draw,
@@ -27,6 +29,7 @@ from tests.tiny import (
 )
 
 ADVANTAGES = alternating_advantages(8)
+CREDIT = as_credit(ADVANTAGES)
 
 
 def test_micro_batches_cover_every_pair_once_timestep_by_timestep() -> None:
@@ -47,7 +50,7 @@ def test_micro_batches_of_any_size_give_the_gradient_of_one_backward_over_everyt
     noise = torch.randn(exact.log_probs.shape, generator=torch.Generator().manual_seed(0))
     old = exact.log_probs + 2e-4 * noise  # ratios on both sides of the clip range, and inside
 
-    gradient = PolicyGradient(policy, config.sampler, config.algorithm)
+    gradient = TrajectoryGradient(policy, config.sampler, config.algorithm)
     (everything,) = micro_batches(range(8), gradient.trained_steps(), 32)
     log_probs = gradient.log_probs(exact, everything)
     assert log_probs.dtype == torch.float64
@@ -89,7 +92,7 @@ def test_gradient_checkpointing_changes_no_bit(tiny_model: Path) -> None:
         policy = load_policy(config)
         assert policy.pipeline.unet.is_gradient_checkpointing == checkpointing
         drawn = rollouts_of(draw(policy, config))
-        found.append(update(policy, initial_state(policy), drawn, ADVANTAGES, {}, config)[0])
+        found.append(update(policy, initial_state(policy), drawn, CREDIT, {}, config)[0])
     assert_same_tensors(found[1].weights, found[0].weights)
 
 
@@ -100,7 +103,7 @@ def test_the_loss_scale_of_float16_leaves_the_gradient_as_it_is(
     exact = as_float64(rollouts)
     unscaled, expected = accumulated(policy, config, exact, exact.log_probs, 8)
     policy.numerics = policy.numerics.model_copy(update={"dtype": "float16"})
-    scaled = PolicyGradient(policy, config.sampler, config.algorithm)
+    scaled = TrajectoryGradient(policy, config.sampler, config.algorithm)
     assert scaled.loss_scale > 1
     # Of the scaled loss, inside the network; the float64 weights compute it without rounding.
     policy.numerics = policy.numerics.model_copy(update={"dtype": "float32"})

@@ -19,18 +19,22 @@ import torch
 from diffusers import DDIMScheduler
 
 import ddpo_workflow.tasks.update
-from ddpo.algorithms import advantages as advantages_module
 from ddpo.algorithms import rwr as rwr_module
+from ddpo.algorithms.advantages import PerPromptAdvantages
+from ddpo.algorithms.advantages import base as advantages_module
+from ddpo.algorithms.advantages.base import Moments
+from ddpo.algorithms.base import PromptStatistics, Scored
 from ddpo.diffusion.ddim import NoiseSchedule, Transition
 from ddpo.models import Policy
 from ddpo.runs.run import start_run
 from ddpo.store import manifests
 from ddpo.store.checkpoints import load_checkpoint
 from ddpo.store.tables import AdvantageRow
-from ddpo.training.denoising import DenoisingGradient, FinalLatents, Noising
+from ddpo.training.denoising import DenoisingGradient, Noising
 from ddpo.training.loop import initial_state, update
-from ddpo.training.pairs import Accumulated, Pairs, PolicyGradient, Rollouts
-from ddpo_workflow.tasks.advantages import advantages_of
+from ddpo.training.samples import FinalLatents, Rollouts
+from ddpo.training.trajectories import Accumulated, Pairs, TrajectoryGradient
+from ddpo_workflow.tasks.credit import credit_of
 from ddpo_workflow.tasks.sample import sample_shard
 from ddpo_workflow.tasks.score import score_shard
 from ddpo_workflow.tasks.start import start
@@ -46,6 +50,7 @@ from tests.checks import (
 from tests.tiny import (
     PROMPTS,
     alternating_advantages,
+    as_credit,
     as_float64,
     draw,
     grow_adapter,
@@ -82,19 +87,19 @@ def assert_turns_red(check: Callable[[], None], plant: Callable[[], None], messa
         check()
 
 
-def test_advantages_of_the_neighbouring_sample_are_caught(
+def test_credit_of_the_neighbouring_sample_are_caught(
     gradient_check: Callable[[], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right = PolicyGradient.accumulate
+    right = TrajectoryGradient.accumulate
 
     def shifted(
-        self: PolicyGradient, rollouts: Rollouts, advantages: torch.Tensor, *rest: object
+        self: TrajectoryGradient, rollouts: Rollouts, advantages: torch.Tensor, *rest: object
     ) -> Accumulated:
         return right(self, rollouts, advantages.roll(1), *rest)
 
     assert_turns_red(
         gradient_check,
-        lambda: monkeypatch.setattr(PolicyGradient, "accumulate", shifted),
+        lambda: monkeypatch.setattr(TrajectoryGradient, "accumulate", shifted),
         "gradient off by",
     )
 
@@ -107,9 +112,7 @@ def test_advantages_joined_to_the_neighbouring_sample_are_caught(
     def shifted(data: bytes) -> list[AdvantageRow]:
         rows = right(data)
         ahead = [*rows[1:], rows[0]]
-        return [
-            replace(row, advantage=other.advantage) for row, other in zip(rows, ahead, strict=True)
-        ]
+        return [replace(row, columns=other.columns) for row, other in zip(rows, ahead, strict=True)]
 
     assert_turns_red(
         lambda: check_the_update_task_joins_advantages_by_sample(tiny_model),
@@ -124,7 +127,7 @@ def check_the_update_task_joins_advantages_by_sample(model: Path) -> None:
     config = tiny_config(
         model,
         storage={"root": root},
-        advantages={"type": "batch"},
+        algorithm={"advantages": {"type": "batch"}},
         optimizer={"learning_rate": 0.1},
     )
     run = start_run(config, "r")
@@ -132,7 +135,7 @@ def check_the_update_task_joins_advantages_by_sample(model: Path) -> None:
     checkpoint = start.fn(handle)
     shards = [sample_shard.fn(handle, checkpoint, 0, shard) for shard in range(run.shards)]
     scores = [score_shard.fn(handle, ref, 0, shard) for shard, ref in enumerate(shards)]
-    scored = advantages_of.fn(handle, checkpoint, shards, scores, 0)
+    scored = credit_of.fn(handle, checkpoint, shards, scores, 0)
     following = ddpo_workflow.tasks.update.update_policy.fn(handle, checkpoint, shards, scored, 0)
     found = load_checkpoint(run.store, following).weights
 
@@ -155,16 +158,16 @@ def check_the_update_task_joins_advantages_by_sample(model: Path) -> None:
     )
     policy = load_policy(config)
     own = torch.tensor([by_id[sample_id] for sample_id, _ in samples])
-    expected, _ = update(policy, initial_state(policy), rollouts, own, {}, config)
+    expected, _ = update(policy, initial_state(policy), rollouts, as_credit(own), {}, config)
     same = all(torch.equal(found[name], value) for name, value in expected.weights.items())
     assert same, "weights of another join"
 
 
 def neighbouring_timestep(
-    self: PolicyGradient,
+    self: TrajectoryGradient,
     rollouts: Rollouts,
     pairs: Pairs,
-    right: Callable = PolicyGradient.transition,
+    right: Callable = TrajectoryGradient.transition,
 ) -> Transition:
     shifted = Rollouts(
         rollouts.prompts, rollouts.latents, rollouts.log_probs, rollouts.timesteps.roll(1)
@@ -177,7 +180,7 @@ def test_log_probs_of_the_neighbouring_timestep_are_caught_by_the_ratio(
 ) -> None:
     assert_turns_red(
         ratio_check,
-        lambda: monkeypatch.setattr(PolicyGradient, "transition", neighbouring_timestep),
+        lambda: monkeypatch.setattr(TrajectoryGradient, "transition", neighbouring_timestep),
         "initial ratio off by",
     )
 
@@ -187,7 +190,7 @@ def test_log_probs_of_the_neighbouring_timestep_are_caught_by_the_gradient(
 ) -> None:
     assert_turns_red(
         gradient_check,
-        lambda: monkeypatch.setattr(PolicyGradient, "transition", neighbouring_timestep),
+        lambda: monkeypatch.setattr(TrajectoryGradient, "transition", neighbouring_timestep),
         "gradient off by",
     )
 
@@ -239,23 +242,22 @@ def test_guidance_left_out_of_the_update_is_caught_by_the_gradient(
 
 
 def test_statistics_updated_after_their_use_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = advantages_module._per_prompt
+    right = PerPromptAdvantages.moments
 
-    def late(config, statistics, prompts, rewards, moments):
-        before = {prompt: np.asarray(statistics.get(prompt, ())) for prompt in prompts}
-        batch = [part.copy() for part in moments]
-        after = right(config, statistics, prompts, rewards, moments)
-        for index, prompt in enumerate(prompts):
-            known = before[prompt]
-            enough = len(known) >= config.min_count
-            own = (known.mean(), known.std(), len(known)) if enough else [p[index] for p in batch]
-            for part, value in zip(moments, own, strict=True):
-                part[index] = value
-        return after
+    def late(
+        self: PerPromptAdvantages, scored: Scored, statistics: PromptStatistics
+    ) -> tuple[Moments, PromptStatistics]:
+        moments = advantages_module.batch_moments(scored.rewards)
+        for index, prompt in enumerate(scored.prompts):
+            known = np.asarray(statistics.get(prompt, ()))
+            if len(known) >= self.min_count:
+                moments.mean[index], moments.std[index] = known.mean(), known.std()
+                moments.count[index] = len(known)
+        return moments, right(self, scored, statistics)[1]
 
     assert_turns_red(
         check_advantages_are_golden,
-        lambda: monkeypatch.setattr(advantages_module, "_per_prompt", late),
+        lambda: monkeypatch.setattr(PerPromptAdvantages, "moments", late),
         "advantages off by",
     )
 
@@ -263,14 +265,14 @@ def test_statistics_updated_after_their_use_are_caught(monkeypatch: pytest.Monke
 def test_sample_deviation_in_place_of_the_populations_is_caught(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    right = advantages_module._normalise
+    right = advantages_module.normalise
 
-    def sample_deviation(rewards, mean, std, clip):
-        return right(rewards, mean, std * 1.03, clip)  # sqrt(16 / 15)
+    def sample_deviation(rewards, moments, clip):
+        return right(rewards, replace(moments, std=moments.std * 1.03), clip)  # sqrt(16 / 15)
 
     assert_turns_red(
         check_advantages_are_golden,
-        lambda: monkeypatch.setattr(advantages_module, "_normalise", sample_deviation),
+        lambda: monkeypatch.setattr(advantages_module, "normalise", sample_deviation),
         "advantages off by",
     )
 
@@ -332,11 +334,11 @@ def test_guidance_in_the_regression_is_caught(
 
 
 def test_weights_that_sum_to_1_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = rwr_module._scaled_softmax
+    right = rwr_module.scaled_softmax
     assert_turns_red(
         check_weights_are_a_softmax,
         lambda: monkeypatch.setattr(
-            rwr_module, "_scaled_softmax", lambda logits: right(logits) / len(logits)
+            rwr_module, "scaled_softmax", lambda logits: right(logits) / len(logits)
         ),
         "weights over the data_set off by",
     )
@@ -345,11 +347,11 @@ def test_weights_that_sum_to_1_are_caught(monkeypatch: pytest.MonkeyPatch) -> No
 def test_a_softmax_over_all_prompts_in_place_of_each_ones_is_caught(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    right = rwr_module._groups
+    right = rwr_module.rows_by_name
     assert_turns_red(
         check_weights_are_a_softmax,
         lambda: monkeypatch.setattr(
-            rwr_module, "_groups", lambda names, known: right([""] * len(names), known)
+            rwr_module, "rows_by_name", lambda names, known: right([""] * len(names), known)
         ),
         "weights over the prompt off by",
     )

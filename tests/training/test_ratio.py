@@ -12,13 +12,16 @@ import torch
 from ddpo.config import ForkConfig, RunConfig
 from ddpo.diffusion.ddim import Transition
 from ddpo.models import Policy
-from ddpo.training.loop import RatioDeviation, initial_state, update
-from ddpo.training.pairs import Pairs, PolicyGradient, Rollouts
+from ddpo.training.loop import initial_state, update
+from ddpo.training.ratios import RatioDeviation
+from ddpo.training.samples import Rollouts
+from ddpo.training.trajectories import Pairs, TrajectoryGradient
 from tests.checks import (
     check_initial_ratio_is_one,
 )
 from tests.tiny import (
     alternating_advantages,
+    as_credit,
     assert_same_tensors,
     draw,
     grow_adapter,
@@ -63,9 +66,9 @@ def test_the_initial_ratio_is_1_within_rounding_otherwise(
         policy.folder, numerics={"micro_batch_size": micro}, algorithm={"updates_per_epoch": 1}
     )
     use(policy, config)
-    _, metrics = update(policy, initial_state(policy), rollouts, ADVANTAGES, {}, config)
-    assert metrics.initial_ratio_deviation.max < 5e-6
-    assert not metrics.recomputed_log_probs
+    _, metrics = update(policy, initial_state(policy), rollouts, as_credit(ADVANTAGES), {}, config)
+    assert metrics["initial_ratio_deviation"]["max"] < 5e-6
+    assert not metrics["recomputed_log_probs"]
 
 
 def test_ratio_deviation_is_mean_percentile_and_maximum_of_the_ratios_distance_from_1() -> None:
@@ -98,9 +101,9 @@ def bfloat16_run(
 
 def test_equal_batches_keep_the_ratio_at_1_even_in_bfloat16(tiny_model: Path) -> None:
     policy, config, rollouts = bfloat16_run(tiny_model, "auto", micro=4)
-    _, metrics = update(policy, initial_state(policy), rollouts, ADVANTAGES, {}, config)
-    assert metrics.initial_ratio_deviation.max == 0.0
-    assert not metrics.recomputed_log_probs
+    _, metrics = update(policy, initial_state(policy), rollouts, as_credit(ADVANTAGES), {}, config)
+    assert metrics["initial_ratio_deviation"]["max"] == 0.0
+    assert not metrics["recomputed_log_probs"]
 
 
 def other_order(rollouts: Rollouts) -> Rollouts:
@@ -125,13 +128,13 @@ def test_recomputed_log_probs_make_the_ratio_1_in_every_updates_own_batches(
 ) -> None:
     policy, config, rollouts = bfloat16_run(tiny_model, "recompute", micro, _STILL)
     state = initial_state(policy)
-    after, metrics = update(policy, state, other_order(rollouts), ADVANTAGES, {}, config)
+    after, metrics = update(policy, state, other_order(rollouts), as_credit(ADVANTAGES), {}, config)
     assert_same_tensors(after.weights, state.weights)
-    assert metrics.recomputed_log_probs
-    assert metrics.ratio_min == metrics.ratio_max == 1.0
-    assert metrics.clip_fraction == 0.0
+    assert metrics["recomputed_log_probs"]
+    assert metrics["ratio_min"] == metrics["ratio_max"] == 1.0
+    assert metrics["clip_fraction"] == 0.0
     # What is measured is the stored log-probs' deviation all the same.
-    assert metrics.initial_ratio_deviation.p99 > 1e-4
+    assert metrics["initial_ratio_deviation"]["p99"] > 1e-4
 
 
 @pytest.mark.parametrize("micro", [3, 8])
@@ -141,14 +144,14 @@ def test_log_probs_are_recomputed_in_the_very_batches_that_the_updates_see(
     """A tiny model may round alike in all batches; Stable Diffusion does not."""
     policy, config, rollouts = bfloat16_run(tiny_model, "recompute", micro)
     seen: list[tuple[bool, list[int], list[int]]] = []
-    right = PolicyGradient.transition
+    right = TrajectoryGradient.transition
 
-    def recorded(self: PolicyGradient, rollouts: Rollouts, pairs: Pairs) -> Transition:
+    def recorded(self: TrajectoryGradient, rollouts: Rollouts, pairs: Pairs) -> Transition:
         seen.append((torch.is_grad_enabled(), pairs.samples.tolist(), pairs.steps.tolist()))
         return right(self, rollouts, pairs)
 
-    monkeypatch.setattr(PolicyGradient, "transition", recorded)
-    update(policy, initial_state(policy), rollouts, ADVANTAGES, {}, config)
+    monkeypatch.setattr(TrajectoryGradient, "transition", recorded)
+    update(policy, initial_state(policy), rollouts, as_credit(ADVANTAGES), {}, config)
     recomputed, trained = ([rest for g, *rest in seen if g == grad] for grad in (False, True))
     assert recomputed == trained and len(trained) == 2 * math.ceil(16 / micro)
 
@@ -156,11 +159,11 @@ def test_log_probs_are_recomputed_in_the_very_batches_that_the_updates_see(
 def test_stored_log_probs_are_used_as_they_are(tiny_model: Path) -> None:
     policy, config, rollouts = bfloat16_run(tiny_model, "stored", 4, _STILL)
     _, metrics = update(
-        policy, initial_state(policy), other_order(rollouts), ADVANTAGES, {}, config
+        policy, initial_state(policy), other_order(rollouts), as_credit(ADVANTAGES), {}, config
     )
-    assert not metrics.recomputed_log_probs
-    assert metrics.ratio_min < 1 - 5e-4 and metrics.ratio_max > 1 + 5e-4
-    assert metrics.clip_fraction > 0.5
+    assert not metrics["recomputed_log_probs"]
+    assert metrics["ratio_min"] < 1 - 5e-4 and metrics["ratio_max"] > 1 + 5e-4
+    assert metrics["clip_fraction"] > 0.5
 
 
 def test_auto_recomputes_where_low_precision_leaves_a_tenth_of_the_clip_range(
@@ -168,9 +171,9 @@ def test_auto_recomputes_where_low_precision_leaves_a_tenth_of_the_clip_range(
 ) -> None:
     policy, config, rollouts = bfloat16_run(tiny_model, "auto", 4, _STILL)
     _, metrics = update(
-        policy, initial_state(policy), other_order(rollouts), ADVANTAGES, {}, config
+        policy, initial_state(policy), other_order(rollouts), as_credit(ADVANTAGES), {}, config
     )
-    assert metrics.recomputed_log_probs and metrics.clip_fraction == 0.0
+    assert metrics["recomputed_log_probs"] and metrics["clip_fraction"] == 0.0
 
 
 def test_an_adopted_epochs_log_probs_are_never_made_again_by_another_policy(
@@ -182,33 +185,33 @@ def test_an_adopted_epochs_log_probs_are_never_made_again_by_another_policy(
     recomputed = []
     for epoch in range(3):
         state = replace(initial_state(policy), epoch=epoch)
-        _, metrics = update(policy, state, other_order(rollouts), ADVANTAGES, {}, config)
-        recomputed.append(metrics.recomputed_log_probs)
+        _, metrics = update(policy, state, other_order(rollouts), as_credit(ADVANTAGES), {}, config)
+        recomputed.append(metrics["recomputed_log_probs"])
     # What the fork draws itself, after them, is checked as anything else.
     assert recomputed == [False, False, True]
 
 
 def test_auto_trusts_float32(policy: Policy, config: RunConfig, rollouts: Rollouts) -> None:
     _, metrics = update(
-        policy, initial_state(policy), other_order(rollouts), ADVANTAGES, {}, config
+        policy, initial_state(policy), other_order(rollouts), as_credit(ADVANTAGES), {}, config
     )
-    assert not metrics.recomputed_log_probs
+    assert not metrics["recomputed_log_probs"]
 
 
 def test_the_deviation_is_told_apart_by_timestep(
     policy: Policy, config: RunConfig, rollouts: Rollouts
 ) -> None:
     rollouts.log_probs[1, 2] += 1e-3  # sample 1 at timestep 251
-    _, metrics = update(policy, initial_state(policy), rollouts, ADVANTAGES, {}, config)
-    by_timestep = metrics.initial_ratio_deviation_by_timestep
-    assert {timestep: d.max > 0 for timestep, d in by_timestep.items()} == {
-        751: False,
-        501: False,
-        251: True,
-        1: False,
+    _, metrics = update(policy, initial_state(policy), rollouts, as_credit(ADVANTAGES), {}, config)
+    by_timestep = metrics["initial_ratio_deviation_by_timestep"]
+    assert {timestep: d["max"] > 0 for timestep, d in by_timestep.items()} == {
+        "751": False,
+        "501": False,
+        "251": True,
+        "1": False,
     }
     expected = 1 - math.exp(-1e-3)
-    assert metrics.initial_ratio_deviation.max == pytest.approx(expected, rel=1e-3)
+    assert metrics["initial_ratio_deviation"]["max"] == pytest.approx(expected, rel=1e-3)
     # Over the first update's four samples and four timesteps.
-    assert metrics.initial_ratio_deviation.mean == pytest.approx(expected / 16, rel=1e-3)
-    assert metrics.document()["initial_ratio_deviation_by_timestep"]["501"]["max"] == 0.0
+    assert metrics["initial_ratio_deviation"]["mean"] == pytest.approx(expected / 16, rel=1e-3)
+    assert metrics["initial_ratio_deviation_by_timestep"]["501"]["max"] == 0.0

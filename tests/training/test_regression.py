@@ -11,26 +11,21 @@ from typing import Any
 import pytest
 import torch
 
+from ddpo.algorithms.rwr import Rwr, steps_of_pass
 from ddpo.config import RunConfig
 from ddpo.errors import ConfigError, NonFiniteError
 from ddpo.models import Policy
 from ddpo.store.checkpoints import commit_checkpoint, load_checkpoint
 from ddpo.store.objects import Store
-from ddpo.training.denoising import (
-    DenoisingGradient,
-    FinalLatents,
-    Noising,
-    RegressionMetrics,
-    regress,
-    steps_of_pass,
-)
+from ddpo.training.denoising import DenoisingGradient, Noising
 from ddpo.training.loop import initial_state, update
 from ddpo.training.optimizer import take_step
-from ddpo.training.pairs import Rollouts
+from ddpo.training.samples import FinalLatents, Rollouts
 from ddpo.training.state import TrainState
 from tests.checks import check_regression_is_each_samples_own, take_gradients
 from tests.tiny import (
     PROMPTS,
+    as_credit,
     assert_same_tensors,
     draw,
     flat,
@@ -41,6 +36,7 @@ from tests.tiny import (
 )
 
 WEIGHTS = torch.tensor([0.25 + 0.5 * i for i in range(8)])
+RWR = Rwr(type="rwr")
 
 
 def rwr_config(model: Path | str, /, **changes: Any) -> RunConfig:
@@ -83,7 +79,7 @@ def test_micro_batches_of_any_size_give_the_same_gradient(
     for micro in (8, 1, 3, 7):
         policy.numerics = policy.numerics.model_copy(update={"micro_batch_size": micro})
         noising = Noising.draw(0, 0, 0, range(8), policy)
-        loss = DenoisingGradient(policy).accumulate(finals, WEIGHTS, range(8), noising)
+        loss = DenoisingGradient(policy, RWR).accumulate(finals, WEIGHTS, range(8), noising)
         found.append((loss, flat(take_gradients(policy))))
     whole_loss, whole = found[0]
     assert whole.abs().max() > 1e-3
@@ -98,11 +94,11 @@ def test_the_loss_scale_of_float16_leaves_the_gradient_as_it_is(
     make_float64(policy)
     finals = exact(finals_of(rollouts))
     noising = Noising.draw(0, 0, 0, range(8), policy)
-    plain = DenoisingGradient(policy)
+    plain = DenoisingGradient(policy, RWR)
     loss = plain.accumulate(finals, WEIGHTS, range(8), noising)
     expected = flat(take_gradients(policy))
     policy.numerics = policy.numerics.model_copy(update={"dtype": "float16"})
-    scaled = DenoisingGradient(policy)
+    scaled = DenoisingGradient(policy, RWR)
     assert scaled.loss_scale > plain.loss_scale == 1.0
     policy.numerics = policy.numerics.model_copy(update={"dtype": "float32"})
     assert scaled.accumulate(finals, WEIGHTS, range(8), noising) == pytest.approx(loss, abs=1e-12)
@@ -113,7 +109,7 @@ def test_guidance_stays_out_of_the_loss(policy: Policy, rollouts: Rollouts) -> N
     """One forward a sample: with guidance the UNet would see each twice."""
     seen = count_forwards(policy)
     finals, noising = finals_of(rollouts), Noising.draw(0, 0, 0, range(8), policy)
-    DenoisingGradient(policy).accumulate(finals, WEIGHTS, range(8), noising)
+    DenoisingGradient(policy, RWR).accumulate(finals, WEIGHTS, range(8), noising)
     assert seen == [4, 4]
 
 
@@ -167,8 +163,8 @@ def test_a_pass_over_fewer_samples_than_steps_takes_a_step_a_sample() -> None:
 
 def regressed(
     policy: Policy, config: RunConfig, finals: FinalLatents, weights: torch.Tensor = WEIGHTS
-) -> tuple[TrainState, RegressionMetrics]:
-    return regress(policy, initial_state(policy), finals, weights, {}, config)
+) -> tuple[TrainState, dict[str, Any]]:
+    return update(policy, initial_state(policy), finals, {"weight": weights}, {}, config)
 
 
 @pytest.mark.parametrize("trainable", [{"type": "lora"}, {"type": "full"}])
@@ -181,7 +177,7 @@ def test_two_epochs_straight_are_one_and_one_more_from_the_store(
     def epoch(own: Policy, state: TrainState) -> TrainState:
         drawn = draw(own, config, first_seed=1000 * (state.epoch + 1))
         finals = FinalLatents((PROMPTS * 2)[:8], drawn.latents[:, -1])
-        return regress(own, state, finals, WEIGHTS, {"a cat": (1.0,)}, config)[0]
+        return update(own, state, finals, {"weight": WEIGHTS}, {"a cat": (1.0,)}, config)[0]
 
     first = epoch(policy, initial_state(policy))
     straight = epoch(policy, first)
@@ -205,7 +201,7 @@ def test_steps_are_those_of_one_adamw_over_the_passes(
     config = rwr_config(policy.folder, optimizer={"learning_rate": 1e-3})
     finals = finals_of(rollouts)
     start = initial_state(policy)
-    found, metrics = regress(policy, start, finals, WEIGHTS, {}, config)
+    found, metrics = update(policy, start, finals, {"weight": WEIGHTS}, {}, config)
 
     policy.weights.load(start.weights)
     parameters = list(policy.weights.parameters().values())
@@ -216,15 +212,15 @@ def test_steps_are_those_of_one_adamw_over_the_passes(
             assert len(step) == 4
             drawn = Noising.draw(0, 0, inner, step, policy)
             own = [finals.prompts[row] for row in step]
-            each = DenoisingGradient(policy).losses(own, finals.latents[step], drawn)
-            loss = (WEIGHTS[step] * each).sum() / 4
+            losses_of = DenoisingGradient(policy, RWR).losses
+            loss = losses_of(own, finals.latents[step], WEIGHTS[step], drawn).sum() / 4
             loss.backward()
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             adamw.step()
             adamw.zero_grad()
             losses.append(float(loss.detach()))
     assert_same_tensors(found.weights, policy.weights.state())
-    assert metrics.loss == pytest.approx(sum(losses) / 4, rel=1e-6)
+    assert metrics["loss"] == pytest.approx(sum(losses) / 4, rel=1e-6)
 
 
 def test_the_average_follows_every_step(
@@ -241,8 +237,8 @@ def test_the_average_follows_every_step(
             expected[name] = 0.9 * expected[name] + 0.1 * value.double()
         return norm
 
-    monkeypatch.setattr("ddpo.training.denoising.take_step", then_average)
-    after, _ = regress(policy, state, finals_of(rollouts), WEIGHTS, {}, config)
+    monkeypatch.setattr("ddpo.training.loop.take_step", then_average)
+    after, _ = update(policy, state, finals_of(rollouts), {"weight": WEIGHTS}, {}, config)
     assert after.updates == 4 and after.shown_weights is after.ema
     for name, value in expected.items():
         torch.testing.assert_close(after.ema[name].double(), value, rtol=0, atol=1e-6)
@@ -263,7 +259,7 @@ def test_samples_of_weight_0_cost_no_forward_and_change_nothing(
     finals = finals_of(rollouts)
     state, metrics = regressed(policy, config, finals, weights)
     assert sum(seen) == 2 * 3  # two samples, three passes
-    assert (metrics.trained_samples, metrics.effective_sample_size) == (2, 2.0)
+    assert (metrics["trained_samples"], metrics["effective_sample_size"]) == (2, 2.0)
 
     broken = torch.full_like(finals.latents, torch.nan)
     broken[[2, 5]] = finals.latents[[2, 5]]
@@ -288,8 +284,10 @@ def test_training_lowers_the_weighted_denoising_loss(tiny_model: Path) -> None:
     def weighted_loss() -> float:
         with torch.no_grad():
             prompts = [finals.prompts[row] for row in many]
-            losses = DenoisingGradient(policy).losses(prompts, finals.latents[many], noising)
-        return float((WEIGHTS[many] * losses).mean())
+            losses = DenoisingGradient(policy, RWR).losses(
+                prompts, finals.latents[many], WEIGHTS[many], noising
+            )
+        return float(losses.mean())
 
     before = weighted_loss()
     regressed(policy, config, finals)
@@ -299,11 +297,11 @@ def test_training_lowers_the_weighted_denoising_loss(tiny_model: Path) -> None:
 def test_what_is_measured_is_that_of_the_weights(policy: Policy, rollouts: Rollouts) -> None:
     weights = torch.tensor([0.0, 0.5, 3.0, 0.5, 0.0, 1.0, 1.0, 2.0])
     _, metrics = regressed(policy, rwr_config(policy.folder), finals_of(rollouts), weights)
-    assert metrics.weight_max == 3.0 and metrics.trained_samples == 6
-    assert metrics.effective_sample_size == pytest.approx(8**2 / 15.5)
-    assert metrics.learning_rate == 3e-4 and metrics.grad_norm > 0
+    assert metrics["weight_max"] == 3.0 and metrics["trained_samples"] == 6
+    assert metrics["effective_sample_size"] == pytest.approx(8**2 / 15.5)
+    assert metrics["learning_rate"] == 3e-4 and metrics["grad_norm"] > 0
     # No importance ratio, so nothing is said of one.
-    assert set(metrics.document()) == {
+    assert set(metrics) == {
         "loss", "grad_norm", "learning_rate", "weight_max", "trained_samples",
         "effective_sample_size",
     }  # fmt: skip
@@ -313,7 +311,9 @@ def test_progress_reaches_the_whole(policy: Policy, rollouts: Rollouts) -> None:
     told: list[float] = []
     config = rwr_config(policy.folder)
     state = initial_state(policy)
-    regress(policy, state, finals_of(rollouts), WEIGHTS, {}, config, on_progress=told.append)
+    update(
+        policy, state, finals_of(rollouts), {"weight": WEIGHTS}, {}, config, on_progress=told.append
+    )
     assert told == sorted(told) and told[-1] == 1.0 and len(told) == 4
 
 
@@ -328,11 +328,18 @@ def test_a_loss_that_is_not_finite_is_named_and_leaves_the_weights(
     assert_same_tensors(policy.weights.state(), before.weights)
 
 
-def test_each_update_refuses_the_other_kind_of_algorithm(
+def test_a_policy_gradient_refuses_final_latents(
     policy: Policy, config: RunConfig, rollouts: Rollouts
 ) -> None:
-    state = initial_state(policy)
-    with pytest.raises(ConfigError, match="ddpo_is is no regression"):
-        regress(policy, state, finals_of(rollouts), WEIGHTS, {}, config)
-    with pytest.raises(ConfigError, match="rwr has no policy gradient"):
-        update(policy, state, rollouts, WEIGHTS, {}, rwr_config(policy.folder))
+    with pytest.raises(ConfigError, match="ddpo_is trains on every step of a trajectory"):
+        update(policy, initial_state(policy), rollouts.final, as_credit(WEIGHTS), {}, config)
+
+
+def test_regression_takes_the_clean_latents_of_whole_trajectories(
+    policy: Policy, rollouts: Rollouts
+) -> None:
+    config, start = rwr_config(policy.folder), initial_state(policy)
+    expected, _ = regressed(policy, config, finals_of(rollouts))
+    policy.weights.load(start.weights)
+    found, _ = update(policy, start, rollouts, {"weight": WEIGHTS}, {}, config)
+    assert_same_tensors(found.weights, expected.weights)

@@ -13,11 +13,13 @@ from ddpo.models import Policy
 from ddpo.store.checkpoints import commit_checkpoint, load_checkpoint
 from ddpo.store.objects import Store
 from ddpo.training.loop import initial_state, update
-from ddpo.training.pairs import PolicyGradient, Rollouts
+from ddpo.training.samples import Rollouts
 from ddpo.training.state import TrainState
+from ddpo.training.trajectories import TrajectoryGradient
 from tests.checks import accumulated
 from tests.tiny import (
     alternating_advantages,
+    as_credit,
     assert_same_tensors,
     draw,
     flat,
@@ -49,7 +51,7 @@ def epoch_of(
 ) -> tuple[TrainState, Rollouts]:
     rollouts = rollouts_of(draw(policy, config, first_seed=1000 * (epoch + 1)))
     statistics = {"a cat": (float(epoch), 1.0)}
-    return update(policy, state, rollouts, ADVANTAGES, statistics, config)[0], rollouts
+    return update(policy, state, rollouts, as_credit(ADVANTAGES), statistics, config)[0], rollouts
 
 
 @pytest.mark.parametrize("trainable", [{"type": "lora"}, FULL])
@@ -90,7 +92,7 @@ def test_updates_are_those_of_one_adamw_that_lives_on(policy: Policy, config: Ru
     grow_adapter(plain)
     parameters = list(plain.weights.parameters().values())
     adamw = torch.optim.AdamW(parameters, lr=3e-4, betas=(0.9, 0.999), weight_decay=1e-4, eps=1e-8)
-    gradient = PolicyGradient(plain, config.sampler, config.algorithm)
+    gradient = TrajectoryGradient(plain, config.sampler, config.algorithm)
     for rollouts in rounds:
         for samples in (range(4), range(4, 8)):
             gradient.accumulate(rollouts, ADVANTAGES, samples, rollouts.log_probs)
@@ -158,8 +160,8 @@ def test_an_update_makes_what_was_good_more_likely(
         advantages = torch.zeros(8)
         advantages[2] = sign
         grow_adapter(policy)  # back to the policy that sampled
-        update(policy, initial_state(policy), rollouts, advantages, {}, config)
-        gradient = PolicyGradient(policy, config.sampler, config.algorithm)
+        update(policy, initial_state(policy), rollouts, as_credit(advantages), {}, config)
+        gradient = TrajectoryGradient(policy, config.sampler, config.algorithm)
         new = gradient.recompute(rollouts, range(8))
         moved = sign * (new[2] - rollouts.log_probs[2]).mean()
         assert moved > 1e-5
@@ -169,7 +171,7 @@ def test_metrics_are_their_plain_formulas(policy: Policy, tiny_model: Path) -> N
     config = tiny_config(tiny_model, optimizer={"learning_rate": 2e-3})
     rollouts = rollouts_of(draw(policy, config))
     start = initial_state(policy)
-    _, metrics = update(policy, start, rollouts, ADVANTAGES, {}, config)
+    _, metrics = update(policy, start, rollouts, as_credit(ADVANTAGES), {}, config)
 
     # The first half's update by itself, and what it makes of the second half's log-probs.
     policy.weights.load(start.weights)
@@ -179,27 +181,27 @@ def test_metrics_are_their_plain_formulas(policy: Policy, tiny_model: Path) -> N
     once = tiny_config(
         tiny_model, optimizer={"learning_rate": 2e-3}, algorithm={"updates_per_epoch": 1}
     )
-    _, first = update(policy, start, half, ADVANTAGES[:4], {}, once)
-    gradient = PolicyGradient(policy, config.sampler, config.algorithm)
+    _, first = update(policy, start, half, as_credit(ADVANTAGES[:4]), {}, once)
+    gradient = TrajectoryGradient(policy, config.sampler, config.algorithm)
     new = gradient.recompute(rollouts, range(4, 8))[4:].double()
     old = rollouts.log_probs[4:].double()
     differences = [0.0] * 16 + (new - old).flatten().tolist()
     ratios = [math.exp(d) for d in differences]
 
-    assert metrics.approx_kl == pytest.approx(sum(d * d for d in differences) / 2 / 32, rel=1e-9)
+    assert metrics["approx_kl"] == pytest.approx(sum(d * d for d in differences) / 2 / 32, rel=1e-9)
     clipped = sum(abs(ratio - 1) > 1e-4 for ratio in ratios) / 32
-    assert metrics.clip_fraction == clipped and 0 < clipped <= 0.5
-    assert metrics.ratio_mean == pytest.approx(sum(ratios) / 32, rel=1e-12)
-    assert (metrics.ratio_min, metrics.ratio_max) == pytest.approx((min(ratios), max(ratios)))
+    assert metrics["clip_fraction"] == clipped and 0 < clipped <= 0.5
+    assert metrics["ratio_mean"] == pytest.approx(sum(ratios) / 32, rel=1e-12)
+    assert (metrics["ratio_min"], metrics["ratio_max"]) == pytest.approx((min(ratios), max(ratios)))
     second_loss = 0.0
     for index in range(16):
         advantage, ratio = float(ADVANTAGES[4 + index // 4]), ratios[16 + index]
         clamped = min(max(ratio, 1 - 1e-4), 1 + 1e-4)
         second_loss += max(-advantage * ratio, -advantage * clamped) / 16
-    assert metrics.loss == pytest.approx((first.loss + second_loss) / 2, abs=1e-6)
+    assert metrics["loss"] == pytest.approx((first["loss"] + second_loss) / 2, abs=1e-6)
     # Before any update the surrogate is minus the mean advantage.
-    assert first.loss == pytest.approx(-float(ADVANTAGES[:4].mean()), abs=1e-6)
-    assert metrics.learning_rate == 2e-3
+    assert first["loss"] == pytest.approx(-float(ADVANTAGES[:4].mean()), abs=1e-6)
+    assert metrics["learning_rate"] == 2e-3
 
 
 def test_grad_norm_is_that_before_clipping(
@@ -208,9 +210,9 @@ def test_grad_norm_is_that_before_clipping(
     once = tiny_config(policy.folder, algorithm={"updates_per_epoch": 1})
     _, gradient = accumulated(policy, once, rollouts, rollouts.log_probs, micro=4)
     advantages = 100 * ADVANTAGES
-    _, metrics = update(policy, initial_state(policy), rollouts, advantages, {}, once)
-    assert metrics.grad_norm == pytest.approx(100 * float(gradient.norm()), rel=1e-5)
-    assert metrics.grad_norm > once.optimizer.max_grad_norm
+    _, metrics = update(policy, initial_state(policy), rollouts, as_credit(advantages), {}, once)
+    assert metrics["grad_norm"] == pytest.approx(100 * float(gradient.norm()), rel=1e-5)
+    assert metrics["grad_norm"] > once.optimizer.max_grad_norm
 
 
 def test_progress_ends_at_1(policy: Policy, config: RunConfig, rollouts: Rollouts) -> None:
@@ -219,7 +221,7 @@ def test_progress_ends_at_1(policy: Policy, config: RunConfig, rollouts: Rollout
         policy,
         initial_state(policy),
         rollouts,
-        ADVANTAGES,
+        as_credit(ADVANTAGES),
         {},
         config,
         on_progress=shares.append,
@@ -238,7 +240,7 @@ def test_a_nan_advantage_stops_before_any_weight_changes(
         advantages = ADVANTAGES.clone()
         advantages[place] = torch.nan
         with pytest.raises(NonFiniteError, match=rf"sample {place} .*at timestep 751"):
-            update(policy, before, rollouts, advantages, {}, config)
+            update(policy, before, rollouts, as_credit(advantages), {}, config)
         assert_same_tensors(policy.weights.state(), before.weights)
 
 
@@ -250,7 +252,7 @@ def test_a_nan_weight_stops_before_any_weight_changes(
         parameter.view(-1)[0] = torch.nan
     before = initial_state(policy)
     with pytest.raises(NonFiniteError, match=r"log-prob nan.*prompt 'a cat'"):
-        update(policy, before, rollouts, ADVANTAGES, {}, config)
+        update(policy, before, rollouts, as_credit(ADVANTAGES), {}, config)
     after = policy.weights.state()
     assert all(after[n].equal(v) or v.isnan().any() for n, v in before.weights.items()), name
 
@@ -263,7 +265,7 @@ def test_an_infinite_gradient_stops_before_any_weight_changes(
         lambda gradient: gradient + torch.inf
     )
     with pytest.raises(NonFiniteError, match="the gradient's norm is inf"):
-        update(policy, before, rollouts, ADVANTAGES, {}, config)
+        update(policy, before, rollouts, as_credit(ADVANTAGES), {}, config)
     handle.remove()
     assert_same_tensors(policy.weights.state(), before.weights)
 
@@ -272,7 +274,7 @@ def test_an_update_that_stopped_leaves_nothing_behind_for_the_next(
     policy: Policy, config: RunConfig, rollouts: Rollouts
 ) -> None:
     before = initial_state(policy)
-    clean, _ = update(policy, before, rollouts, ADVANTAGES, {}, config)
+    clean, _ = update(policy, before, rollouts, as_credit(ADVANTAGES), {}, config)
     policy.weights.load(before.weights)
 
     class Killed(Exception):
@@ -283,7 +285,7 @@ def test_an_update_that_stopped_leaves_nothing_behind_for_the_next(
             raise Killed
 
     with pytest.raises(Killed):
-        update(policy, before, rollouts, ADVANTAGES, {}, config, on_progress=stop)
+        update(policy, before, rollouts, as_credit(ADVANTAGES), {}, config, on_progress=stop)
     policy.weights.load(before.weights)
-    again, _ = update(policy, before, rollouts, ADVANTAGES, {}, config)
+    again, _ = update(policy, before, rollouts, as_credit(ADVANTAGES), {}, config)
     assert_same_tensors(again.weights, clean.weights)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ddpo.config import CompareConfig, DdpoIsConfig, RunConfig
+from ddpo.config import CompareConfig, RunConfig
 from ddpo.config.compare import SHARED
 from ddpo.config.files import apply_overrides, parse_comparison, parse_config, read_mapping
 from ddpo.errors import ConfigError
@@ -169,7 +169,8 @@ def plan(name: str, config: CompareConfig, base: Mapping[str, Any], source: str)
             raw = _changed(base, changes) | {"seed": seed, "epochs": epochs, "fork": fork}
             settled = parse_config(_shown_below(raw, name), f"variant {variant!r} of {name}")
             if config.offline:
-                settled = _off_policy(settled)
+                algorithm = settled.algorithm.off_policy()
+                settled = settled.model_copy(update={"algorithm": algorithm})
             variants[variant].append(Member(run_id, seed, settled))
         stored = {runs[-1].config.stored_trajectories for runs in variants.values()}
         shared[seed] = Member(
@@ -189,31 +190,18 @@ def _run_id(name: str, seed: int, variant: str) -> str:
 
 
 def _changed(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a run's config with a variant's changes; a part with a type is another part."""
+    """Return a config with a variant's changes, part by part; a part with a type replaces one."""
     raw = copy.deepcopy(dict(base))
     for part, value in changes.items():
         old = raw.get(part)
         merged = isinstance(value, dict) and isinstance(old, dict) and "type" not in value
-        raw[part] = {**old, **value} if merged else value  # pyright: ignore[reportGeneralTypeIssues]
+        raw[part] = _changed(old, value) if merged else value  # pyright: ignore[reportArgumentType]
     return raw
 
 
 def _shown_below(raw: dict[str, Any], name: str) -> dict[str, Any]:
     tracking = raw.get("tracking", {})
     return raw | {"tracking": {**tracking, "parent": name} if isinstance(tracking, dict) else None}
-
-
-def _off_policy(config: RunConfig) -> RunConfig:
-    """Let importance ratios be those to the policy that drew the history.
-
-    `auto` tells the rounding of 16 bits by how far ratios are from 1, which here is what was
-    learnt, too; log-probs made anew would be the trained policy's.
-    """
-    algorithm = config.algorithm
-    if not isinstance(algorithm, DdpoIsConfig):
-        return config
-    stored = algorithm.model_copy(update={"old_log_probs": "stored"})
-    return config.model_copy(update={"algorithm": stored})
 
 
 def _sharing(config: RunConfig, epochs: int, stored: str) -> RunConfig:

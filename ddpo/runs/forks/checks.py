@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ddpo.config import ForkConfig, PerPromptAdvantages, Regression, RunConfig
+from ddpo.config import ForkConfig, RunConfig
 from ddpo.errors import ConfigError, PolicyMismatch, RetiredObject
 from ddpo.runs.run import Run, open_run
 from ddpo.store import keys, manifests
@@ -84,8 +84,7 @@ def rebuilds_statistics(config: RunConfig) -> bool:
     """Return whether a run begins with prompt statistics of the epochs that it branches off."""
     if config.fork is None or config.fork.statistics == "reset":
         return False
-    normalised = not isinstance(config.algorithm, Regression)
-    return normalised and isinstance(config.advantages, PerPromptAdvantages)
+    return config.algorithm.has_prompt_statistics
 
 
 def check_sampler(config: RunConfig, parent: Run) -> None:

@@ -9,19 +9,19 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from ddpo.algorithms.advantages import compute_advantages
-from ddpo.algorithms.value import (
+from ddpo.algorithms.advantages import BatchAdvantages, ValueAdvantages
+from ddpo.errors import NonFiniteError
+from ddpo.models import Policy
+from ddpo.training.critic import Critic
+from ddpo.training.samples import Rollouts
+from ddpo.training.value_network import (
     ValueNetwork,
     explained_variance,
     prompt_features,
     timestep_features,
     value_loss,
 )
-from ddpo.config import BatchAdvantages, ValueAdvantages
-from ddpo.errors import NonFiniteError
-from ddpo.models import Policy
-from ddpo.training.critic import ValueBaseline
-from ddpo.training.pairs import Rollouts
+from tests.scored import compute_advantages
 from tests.tiny import PROMPTS, assert_same_tensors, load_policy, tiny_config
 
 TIMESTEPS = torch.tensor([981, 401, 1])
@@ -154,8 +154,8 @@ def baseline_on(
     prompts: list[str],
     kept: dict[str, torch.Tensor] | None = None,
     **changes: float,
-) -> ValueBaseline:
-    return ValueBaseline(policy, rollouts_on(prompts), kept or {}, settings(**changes), seed=0)
+) -> Critic:
+    return Critic(policy, rollouts_on(prompts), kept or {}, settings(**changes).critic, seed=0)
 
 
 def normalised_rewards(prompts: list[str], rewards: NDArray) -> torch.Tensor:
@@ -203,8 +203,8 @@ def test_v_learns_the_prompts_means_and_advantages_vary_less(policy: Policy) -> 
         baseline = baseline_on(policy, prompts, kept, value_learning_rate=1e-2)
         spreads.append(float(baseline.advantages(rewards, everybody).var()))
         measured = baseline.learn(rewards, everybody)
-        assert measured.explained_variance is not None
-        explained.append(measured.explained_variance)
+        assert measured["value_explained_variance"] is not None
+        explained.append(measured["value_explained_variance"])
         kept = baseline.state()
     # Rewards are prompts' means of variance 5 and noise of variance 1.
     assert abs(explained[0]) < 1e-12 and explained[-1] == pytest.approx(5 / 6, abs=0.05)
@@ -225,7 +225,7 @@ def test_samples_without_a_reward_teach_nothing(policy: Policy) -> None:
         baseline = baseline_on(policy, prompts)
         measured = baseline.learn(rewards, scored)
         states.append(baseline.state())
-        assert measured.loss == pytest.approx((1.0 + 4.0 + 9.0) / 3, rel=1e-6)
+        assert measured["value_loss"] == pytest.approx((1.0 + 4.0 + 9.0) / 3, rel=1e-6)
     assert_same_tensors(*states)
 
 
@@ -255,5 +255,7 @@ def test_trainings_are_those_of_one_adamw_that_lives_on(policy: Policy) -> None:
 
 def test_a_v_that_ran_away_is_refused_by_name(policy: Policy) -> None:
     baseline = baseline_on(policy, ["a cat", "a dog"], value_learning_rate=1e30)
-    with pytest.raises(NonFiniteError, match=r"Lower advantages\.value_learning_rate, now 1e\+30"):
+    with pytest.raises(
+        NonFiniteError, match=r"Lower algorithm\.advantages\.value_learning_rate, now 1e\+30"
+    ):
         baseline.learn(torch.tensor([1.0, -1.0]), torch.ones(2, dtype=torch.bool))

@@ -1,4 +1,4 @@
-"""The task that turns an epoch's scores into advantages, or for regression into weights."""
+"""The task that turns an epoch's scores into credit: advantages, or a regression's weights."""
 
 from __future__ import annotations
 
@@ -9,44 +9,39 @@ import numpy as np
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from ddpo.algorithms.advantages import compute_advantages
-from ddpo.algorithms.rwr import compute_weights
+from ddpo.algorithms.base import PromptStatistics, Scored
 from ddpo.basics.digests import canonical_json
 from ddpo.basics.randomness import derive_seed
-from ddpo.config import Regression
 from ddpo.runs.run import Run
 from ddpo.store import keys, manifests
 from ddpo.store.checkpoints import load_document
 from ddpo.store.manifests import Committed, Ref
 from ddpo.store.tables import AdvantageRow, decode_rewards, encode_advantages
-from ddpo.training.state import PromptStatistics
 from ddpo_workflow.tasks.prompts import prompts_of
 from ddpo_workflow.tasks.retries import STORAGE
 from ddpo_workflow.tasks.worker import RunHandle, opened
 
 
 @task(name="advantages", task_run_name="advantages epoch {epoch}", cache_policy=NO_CACHE, **STORAGE)
-def advantages_of(
+def credit_of(
     handle: RunHandle,
     checkpoint: Ref,
     rollouts: Sequence[Ref],
     scores: Sequence[Ref],
     epoch: int,
 ) -> Ref:
-    """Normalise an epoch's rewards and commit the advantages and the statistics after them.
-
-    Regression has weights in their place, and leaves the statistics as they are.
+    """Commit the credit of an epoch's samples, and the prompt statistics after them.
 
     Args:
         handle: The run.
         checkpoint: Holds the statistics so far: the checkpoint before the epoch; or, where samples
-            are scored again, the advantages of the epoch before it.
+            are rescored, the credit of the epoch before it.
         rollouts: The epoch's shards, in order.
         scores: Their scores, in order.
         epoch: The epoch.
 
     Returns:
-        The advantages' manifest.
+        The credit's manifest.
 
     Raises:
         RewardError: No sample has a reward.
@@ -54,13 +49,13 @@ def advantages_of(
     run = opened(handle)
     key, inputs = _identity(run, checkpoint, rollouts, scores, epoch)
     done = manifests.find(run.store, key, inputs=inputs)
-    return (done or normalise(run, checkpoint, rollouts, scores, epoch)).ref
+    return (done or compute_credit(run, checkpoint, rollouts, scores, epoch)).ref
 
 
 def _identity(
     run: Run, checkpoint: Ref, rollouts: Sequence[Ref], scores: Sequence[Ref], epoch: int
 ) -> tuple[str, dict[str, Any]]:
-    """Return the manifest key of an epoch's advantages, and what they are made from."""
+    """Return the manifest key of an epoch's credit, and its inputs."""
     inputs = {
         "checkpoint": checkpoint.model_dump(),
         "rollouts": [ref.model_dump() for ref in rollouts],
@@ -70,21 +65,21 @@ def _identity(
     return keys.advantage_manifest_key(reward_id, run.run_id, epoch), inputs
 
 
-def normalise(
+def compute_credit(
     run: Run, checkpoint: Ref, rollouts: Sequence[Ref], scores: Sequence[Ref], epoch: int
 ) -> Committed:
-    """Compute and commit an epoch's advantages or weights, whether or not they are committed.
+    """Compute and commit an epoch's credit, whether or not it is committed already.
 
     Args:
         run: The run.
         checkpoint: Holds the statistics so far: the checkpoint before the epoch; or, where samples
-            are scored again, the advantages of the epoch before it.
+            are rescored, the credit of the epoch before it.
         rollouts: The epoch's shards, in order.
         scores: Their scores, in order.
         epoch: The epoch.
 
     Returns:
-        The commit; of an earlier writer, if there was one.
+        The commit; an earlier writer's, if there was one.
 
     Raises:
         RewardError: No sample has a reward.
@@ -107,7 +102,9 @@ def normalise(
     remembered = {prompt: list(rewards) for prompt, rewards in after.items()}
     stem = keys.advantage_stem(reward_id, run.run_id, epoch)
     objects = {
-        "advantages": run.store.put(stem, ".parquet", encode_advantages(rows)),
+        "advantages": run.store.put(
+            stem, ".parquet", encode_advantages(rows, run.config.algorithm.columns)
+        ),
         "statistics": run.store.put(
             keys.statistics_stem(reward_id, run.run_id, epoch), ".json", canonical_json(remembered)
         ),
@@ -117,7 +114,7 @@ def normalise(
 
 
 def _statistics_after(run: Run, ref: Ref) -> dict[str, list[float]]:
-    """Return the prompt statistics that a checkpoint, or an epoch's advantages, ends with."""
+    """Return the prompt statistics that a checkpoint, or an epoch's credit, ends with."""
     manifest = manifests.load(run.store, ref)
     if manifest.kind == "checkpoint":
         return load_document(run.store, manifest, "progress")["statistics"]
@@ -130,48 +127,29 @@ def _rows(
     samples: Sequence[tuple[str, str, float | None]],
     statistics: PromptStatistics,
 ) -> tuple[list[AdvantageRow], PromptStatistics]:
-    """Return a row a sample, and the statistics after them, from ids, prompts and rewards."""
-    prompts = [prompt for _, prompt, _ in samples]
-    rewards = np.asarray([_or_nan(reward) for _, _, reward in samples], dtype=np.float64)
-    impute = run.config.reward.on_failure == "impute"
-    algorithm = run.config.algorithm
-    if isinstance(algorithm, Regression):
-        weighed = compute_weights(algorithm, prompts, rewards, impute=impute)
-        rows = [
-            AdvantageRow(
-                sample_id=sample_id,
-                reward=reward,
-                status=_status(reward, bool(weighed.imputed[i])),
-                advantage=None,
-                mean=None,
-                std=None,
-                count=int(weighed.count[i]),
-                weight=float(weighed.weights[i]),
-            )
-            for i, (sample_id, _, reward) in enumerate(samples)
-        ]
-        return rows, statistics
-    batch = compute_advantages(
-        run.config.advantages,
+    """Return a row per sample, and the statistics after them, from ids, prompts and rewards."""
+    config = run.config
+    credit = config.algorithm.credit(
+        Scored(
+            [prompt for _, prompt, _ in samples],
+            np.asarray([_or_nan(reward) for _, _, reward in samples], dtype=np.float64),
+            samples_per_prompt=config.rollouts.samples_per_prompt,
+            impute=config.reward.on_failure == "impute",
+            shuffle_seed=derive_seed(config.seed, "shuffle", epoch),
+        ),
         statistics,
-        prompts,
-        rewards,
-        impute=impute,
-        shuffle_seed=derive_seed(run.config.seed, "shuffle", epoch),
     )
     rows = [
         AdvantageRow(
             sample_id=sample_id,
             reward=reward,
-            status=_status(reward, bool(batch.imputed[i])),
-            advantage=float(batch.advantages[i]),
-            mean=float(batch.mean[i]),
-            std=float(batch.std[i]),
-            count=int(batch.count[i]),
+            status=_status(reward, bool(credit.imputed[i])),
+            count=int(credit.count[i]),
+            columns={name: float(values[i]) for name, values in credit.columns.items()},
         )
         for i, (sample_id, _, reward) in enumerate(samples)
     ]
-    return rows, batch.statistics
+    return rows, credit.statistics
 
 
 def _status(reward: float | None, imputed: bool) -> str:

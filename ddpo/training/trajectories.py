@@ -1,0 +1,337 @@
+"""Training on whole trajectories, in micro-batches of (sample, timestep) pairs.
+
+Section 4.2 of DDPO (arXiv 2305.13301).
+
+Shapes: S samples, T denoising steps, P = S·T (sample, timestep) pairs, N pairs of one micro-batch,
+C latent channels, h x w latent pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from ddpo.algorithms.base import Update
+from ddpo.algorithms.policy_gradient import PairBatch, PolicyGradient
+from ddpo.config import RunConfig, SamplerConfig
+from ddpo.diffusion.ddim import Transition, ddim_transition
+from ddpo.diffusion.window import noise_schedule, sampler_of_epoch, window_steps
+from ddpo.errors import ConfigError, NonFiniteError
+from ddpo.models import Policy
+from ddpo.training.critic import Critic
+from ddpo.training.objective import Objective, float16_loss_scale, unscale
+from ddpo.training.ratios import RatioDeviation, ratio_metrics
+from ddpo.training.samples import Rollouts, Samples
+from ddpo.training.state import TrainState
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """One micro-batch of (sample, timestep) pairs, as indices into rollouts."""
+
+    samples: Tensor
+    """[N] int64, rows of the rollouts."""
+    steps: Tensor
+    """[N] int64, columns: 0 is the noisiest."""
+
+
+@dataclass(frozen=True)
+class Accumulated:
+    """What one update's gradient was computed from."""
+
+    loss: float
+    """Mean over the update's pairs."""
+    log_probs: Tensor
+    """[S, T], under the policy being updated; NaN outside this update's pairs."""
+    kl_to_base: float | None
+    """Mean KL divergence from the base model over the pairs; None if the loss has no such term."""
+
+
+def micro_batches(samples: Sequence[int], steps: Sequence[int], size: int) -> Iterator[Pairs]:
+    """Cut the pairs of one update into micro-batches, timestep by timestep.
+
+    With ``size`` equal to the sampler's batch, each micro-batch repeats a forward of the sampler's.
+
+    Args:
+        samples: Rows of the rollouts.
+        steps: Columns with a log-prob.
+        size: Pairs a micro-batch; the last may be smaller.
+
+    Yields:
+        Micro-batches that cover every pair once.
+    """
+    pairs = torch.cartesian_prod(torch.tensor(steps), torch.tensor(samples)).view(-1, 2)
+    for chunk in pairs.split(size):
+        yield Pairs(samples=chunk[:, 1], steps=chunk[:, 0])
+
+
+class TrajectoryGradient:
+    """Log-probs and gradients of a policy on rollouts.
+
+    Args:
+        policy: Its weights are updated in place.
+        sampler: As in sampling, since guidance is part of the policy; a window's steps are trained.
+        algorithm: Gives the loss.
+    """
+
+    def __init__(self, policy: Policy, sampler: SamplerConfig, algorithm: PolicyGradient) -> None:
+        self.policy = policy
+        self.sampler = sampler
+        self.algorithm = algorithm
+        self.schedule = noise_schedule(policy, sampler)
+        self.parameters = policy.weights.parameters()
+        self.loss_scale = float16_loss_scale(policy.numerics)
+
+    def transition(self, rollouts: Rollouts, pairs: Pairs) -> Transition:
+        """Compute the distribution of each pair's next latent under the policy as it is now.
+
+        Args:
+            rollouts: Where the latents are.
+            pairs: N pairs.
+
+        Returns:
+            N Gaussians, with a gradient where gradients are on.
+        """
+        device = self.policy.device
+        latents = rollouts.latents[pairs.samples, pairs.steps].to(device)
+        timesteps = rollouts.timesteps[pairs.steps].to(device)
+        embeddings = self.policy.embed([rollouts.prompts[int(row)] for row in pairs.samples])
+        output = self.policy.predict(latents, timesteps, embeddings, self.sampler.guidance_scale)
+        return ddim_transition(self.schedule, output, latents, timesteps)
+
+    def log_probs(self, rollouts: Rollouts, pairs: Pairs) -> Tensor:
+        """Compute the log-prob of each pair's own next latent under the policy as it is now.
+
+        Args:
+            rollouts: Where the latents are.
+            pairs: N pairs.
+
+        Returns:
+            [N], with a gradient where gradients are on.
+        """
+        return self.transition(rollouts, pairs).log_prob(self._next_latents(rollouts, pairs))
+
+    def accumulate(
+        self,
+        rollouts: Rollouts,
+        advantages: Tensor,
+        samples: Sequence[int],
+        old: Tensor,
+        on_pairs: Callable[[int], None] = lambda count: None,
+    ) -> Accumulated:
+        """Add the gradient of one update's loss to the parameters, micro-batch by micro-batch.
+
+        The loss is the mean over all pairs of the update, so any micro-batch size gives the same
+        gradient.
+
+        Args:
+            rollouts: All samples of the epoch.
+            advantages: [S], or [S, T] where a sample's differ from step to step.
+            samples: Rows that this update sees.
+            old: [S, T], the log-probs in the ratio's denominator.
+            on_pairs: Called with the number of pairs that were just done.
+
+        Returns:
+            The loss and what it was made of.
+
+        Raises:
+            NonFiniteError: A log-prob or loss is NaN or infinite.
+        """
+        steps = self.trained_steps()
+        count = len(samples) * len(steps)
+        scale = self.loss_scale * count if self.loss_scale != 1.0 else 1.0
+        advantages = advantages.reshape(len(advantages), -1).expand_as(rollouts.log_probs)
+        seen = torch.full_like(rollouts.log_probs, torch.nan)
+        total, total_kl = 0.0, 0.0
+        with_base = "base" in self.algorithm.needs.policies
+        for pairs in micro_batches(samples, steps, self.policy.numerics.micro_batch_size):
+            # Before the policy's own: switching an adapter off and on must not meet its graph.
+            base = self._base_transition(rollouts, pairs) if with_base else None
+            current = self.transition(rollouts, pairs)
+            log_probs = current.log_prob(self._next_latents(rollouts, pairs))
+            batch = PairBatch(
+                log_probs,
+                old[pairs.samples, pairs.steps].to(log_probs.device),
+                advantages[pairs.samples, pairs.steps].to(log_probs.device, log_probs.dtype),
+                current,
+                base,
+            )
+            losses = self.algorithm.losses(batch)
+            if with_base:
+                total_kl += float(batch.kl_to_base.detach().sum()) / count
+            _check_finite(rollouts, pairs, log_probs, losses)
+            loss = losses.sum() / count
+            (loss * scale).backward()
+            total += float(loss.detach())
+            seen[pairs.samples, pairs.steps] = log_probs.detach().to(seen)
+            on_pairs(len(pairs.samples))
+        unscale(self.parameters, scale)
+        return Accumulated(total, seen, total_kl if with_base else None)
+
+    @torch.no_grad()
+    def recompute(self, rollouts: Rollouts, samples: Sequence[int]) -> Tensor:
+        """Compute the log-probs of whole trajectories as the update's own forwards give them.
+
+        Args:
+            rollouts: All samples of the epoch.
+            samples: Rows to compute.
+
+        Returns:
+            [S, T] on the CPU; NaN outside the rows and where a step is deterministic.
+        """
+        result = torch.full_like(rollouts.log_probs, torch.nan)
+        size = self.policy.numerics.micro_batch_size
+        for pairs in micro_batches(samples, self.trained_steps(), size):
+            result[pairs.samples, pairs.steps] = self.log_probs(rollouts, pairs).to(result)
+        return result
+
+    def trained_steps(self) -> list[int]:
+        """Return the columns of a trajectory that are trained, noisiest first.
+
+        They have a log-prob, and are in the window where there is one.
+        """
+        stochastic = self.schedule.stochastic().tolist()
+        return [step for step in window_steps(self.sampler) if stochastic[step]]
+
+    @torch.no_grad()
+    def _base_transition(self, rollouts: Rollouts, pairs: Pairs) -> Transition:
+        """Return the same under the base model: the same guidance, the adapter switched off."""
+        with self.policy.weights.switched_off():
+            return self.transition(rollouts, pairs)
+
+    def _next_latents(self, rollouts: Rollouts, pairs: Pairs) -> Tensor:
+        return rollouts.latents[pairs.samples, pairs.steps + 1].to(self.policy.device)
+
+
+class TrajectoryObjective(Objective):
+    """The loss of a policy gradient on one epoch's trajectories.
+
+    Args:
+        policy: Its weights are updated in place.
+        state: Before the epoch.
+        samples: Sampled by this very policy, unless the epoch is a fork's off-policy one.
+        credit: The epoch's credit table: ``reward`` (NaN where scoring failed) and ``advantage``,
+            [S] each. With a value function, ``advantage`` is the normalised reward.
+        updates: The epoch's updates.
+        config: Sampler, algorithm, seed.
+
+    Raises:
+        ConfigError: The samples are final latents alone.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        state: TrainState,
+        samples: Samples,
+        credit: Mapping[str, Tensor],
+        updates: Sequence[Update],
+        config: RunConfig,
+    ) -> None:
+        if not isinstance(samples, Rollouts):
+            raise ConfigError(
+                f"{config.algorithm.type} trains on every step of a trajectory, and these samples "
+                "are final latents alone; sample with rollouts.store_trajectories: full"
+            )
+        # The registry of objectives: what needs trajectories is a policy gradient.
+        self.algorithm = cast(PolicyGradient, config.algorithm)
+        self.rollouts = samples
+        sampler = sampler_of_epoch(policy, config, state.epoch)
+        self.gradient = TrajectoryGradient(policy, sampler, self.algorithm)
+        self.steps = self.gradient.trained_steps()
+        self.items_per_sample = len(self.steps)
+        fork = config.fork
+        off_policy = fork is not None and fork.off_policy and fork.adopts(state.epoch)
+        self.old = samples.log_probs if off_policy else self._old_log_probs(updates)
+        self.rewards, self.scored = credit["advantage"], torch.isfinite(credit["reward"])
+        critic = self.algorithm.advantages.critic
+        self.critic = critic and Critic(policy, samples, state.value, critic, seed=config.seed)
+        self.advantages = credit["advantage"]
+        if self.critic is not None:
+            self.advantages = self.critic.advantages(self.rewards, self.scored)
+        self._done: list[Accumulated] = []
+        self._learned: dict[str, float | None] = {}
+
+    def accumulate(self, update: Update, on_items: Callable[[int], None]) -> float:
+        """Add the gradient of one update's loss to the policy's parameters."""
+        self._done.append(
+            self.gradient.accumulate(
+                self.rollouts, self.advantages, update.samples, self.old, on_items
+            )
+        )
+        return self._done[-1].loss
+
+    def finish(self) -> None:
+        """Train the value function, if there is one."""
+        if self.critic is not None:
+            self._learned = self.critic.learn(self.rewards, self.scored)
+
+    def metrics(self) -> dict[str, Any]:
+        """Return importance ratios, their deviation before any update, and optional measurements.
+
+        ``kl_to_base`` is there with a KL penalty only, ``value_loss`` and
+        ``value_explained_variance`` with a value function only.
+        """
+        rollouts, first = self.rollouts, self._done[0].log_probs
+        new = torch.stack([done.log_probs for done in self._done]).nansum(0)[:, self.steps]
+        ratio, metrics = ratio_metrics(new, self.old[:, self.steps])
+        divergences = [done.kl_to_base for done in self._done if done.kl_to_base is not None]
+        optional = {
+            "kl_to_base": sum(divergences) / len(divergences) if divergences else None,
+            **self._learned,
+        }
+        return {
+            **metrics,
+            **self.algorithm.ratio_metrics(ratio),
+            "recomputed_log_probs": self.old is not rollouts.log_probs,
+            "initial_ratio_deviation": asdict(RatioDeviation.of(first, rollouts.log_probs)),
+            "initial_ratio_deviation_by_timestep": {
+                str(int(rollouts.timesteps[i])): asdict(
+                    RatioDeviation.of(first[:, i], rollouts.log_probs[:, i])
+                )
+                for i in self.steps
+            },
+            **{name: value for name, value in optional.items() if value is not None},
+        }
+
+    def state(self) -> dict[str, Tensor]:
+        """Return the value function and its optimizer, if there is one."""
+        return self.critic.state() if self.critic is not None else {}
+
+    def _old_log_probs(self, updates: Sequence[Update]) -> Tensor:
+        """Return the ratio's denominator, [S, T]: stored log-probs, or recomputed ones.
+
+        In float32 the stored ones are accurate to 5e-6. In 16 bits one sampler batch is recomputed
+        first: it tells whether the two graphs round alike, at a fraction of the cost of all.
+        """
+        stored, limit = self.rollouts.log_probs, self.algorithm.tolerated_deviation
+        if limit == float("inf"):
+            return stored
+        if limit > 0:
+            numerics = self.gradient.policy.numerics
+            if not numerics.low_precision:
+                return stored
+            probe = range(min(numerics.sample_batch_size, len(self.rollouts.prompts)))
+            deviation = RatioDeviation.of(self.gradient.recompute(self.rollouts, probe), stored)
+            if deviation.p99 <= limit:
+                return stored
+        # In the groups that the updates will see: another batch rounds differently.
+        recomputed = [self.gradient.recompute(self.rollouts, each.samples) for each in updates]
+        return torch.stack(recomputed).nansum(0)
+
+
+def _check_finite(rollouts: Rollouts, pairs: Pairs, log_probs: Tensor, losses: Tensor) -> None:
+    bad = ~(torch.isfinite(log_probs) & torch.isfinite(losses))
+    if bad.any():
+        first = int(bad.nonzero()[0])
+        row, step = int(pairs.samples[first]), int(pairs.steps[first])
+        raise NonFiniteError(
+            f"log-prob {float(log_probs.detach()[first])}, loss {float(losses.detach()[first])} "
+            f"for sample {row} (prompt {rollouts.prompts[row]!r}) at timestep "
+            f"{int(rollouts.timesteps[step])} (step {step}); the weights were left as they "
+            "were. Lower optimizer.learning_rate, or use numerics.dtype float32 or bfloat16."
+        )
