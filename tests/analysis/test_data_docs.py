@@ -20,6 +20,8 @@ from ddpo_workflow.flows.fork import fork
 from ddpo_workflow.flows.rescore import rescore
 from tests.recorded import folder_of, record_run
 
+pytestmark = pytest.mark.slow
+
 PAGE = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
 SNIPPETS = [
     (re.findall(r"^##+ (.+)$", PAGE[: found.start()], re.MULTILINE)[-1], found[1], found[2])

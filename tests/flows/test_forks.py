@@ -103,6 +103,7 @@ def test_a_fork_of_another_sampler_is_refused_by_name(place: Place) -> None:
     assert not place.store.exists(keys.run_key("other"))  # its name is free
 
 
+@pytest.mark.slow
 def test_a_fork_of_another_base_model_is_refused_by_name(place: Place, tmp_path: Path) -> None:
     other = build_tiny_model(tmp_path / "other", seed=5)
     changed = [f"model.path={other}"]

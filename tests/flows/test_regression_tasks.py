@@ -71,6 +71,7 @@ def last_state(run: Run, epoch: int):
     return load_checkpoint(run.store, found.ref)
 
 
+@pytest.mark.slow
 @each_type
 def test_a_new_process_for_every_task_changes_no_byte(
     tiny_model: Path, tmp_path: Path, kind: str

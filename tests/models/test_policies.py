@@ -50,6 +50,7 @@ def draw(policy: Policy) -> list[np.ndarray]:
     return [np.asarray(image) for image in images]
 
 
+@pytest.mark.slow
 def test_exports_draw_the_same_pictures_in_plain_diffusers(
     tiny_model: Path, tmp_path: Path
 ) -> None:

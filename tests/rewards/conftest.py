@@ -35,6 +35,26 @@ def quick_and_unset(monkeypatch):
     monkeypatch.setattr(endpoints_module, "_FIRST_WAIT_S", 0.01)
 
 
+class Clock:
+    """Time in which only waits between tries pass, so that no test depends on a machine's speed."""
+
+    def __init__(self) -> None:
+        self.waits: list[float] = []
+
+    def sleep(self, seconds: float) -> None:
+        self.waits.append(seconds)
+
+    def monotonic(self) -> float:
+        return sum(self.waits)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(endpoints_module, "time", clock)
+    return clock
+
+
 @pytest.fixture
 def fake() -> Iterator[tuple[Fake, str]]:
     planted = Fake()

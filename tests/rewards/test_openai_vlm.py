@@ -104,7 +104,15 @@ def test_alignment_is_the_recall_of_the_caption(up, deberta):
 
 def test_requests_run_side_by_side_up_to_the_bound(up):
     served, url = up
-    served.answer = lambda *_: time.sleep(0.05) or completion(REPLY)
+
+    def answer(*_):
+        """Answer once three have been asked at the same time, however long that takes."""
+        deadline = time.monotonic() + 20
+        while served.most_at_once < 3 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return completion(REPLY)
+
+    served.answer = answer
     score_images(load(url, at_once=3), PICTURES * 2, [ASKED] * 8)
     assert len(served.asked) == 16
     assert served.most_at_once == 3

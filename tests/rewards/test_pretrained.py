@@ -33,13 +33,12 @@ def no_hub(monkeypatch):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_building_a_reward_fetches_nothing_and_pins_everything(name, monkeypatch):
+def test_building_a_reward_loads_nothing_and_pins_everything(name, monkeypatch):
     monkeypatch.setattr(pinned, "snapshot_download", None)
     monkeypatch.setattr(pinned, "hf_hub_download", None)
     monkeypatch.setattr(pinned.urllib.request, "urlopen", None)
-    started = time.monotonic()
+    monkeypatch.setattr(torch.nn.Module, "__init__", None)
     identity = load_reward(name, {}).identity
-    assert time.monotonic() - started < 5  # the import of transformers' classes, at most
     assert identity.version == "1"
     assert identity.parameters["device"] == "auto"
     assert identity.revisions

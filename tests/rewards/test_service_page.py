@@ -31,6 +31,7 @@ CHECKS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", [GenerationMode.POSITIVE, GenerationMode.NEGATIVE])
 def test_it_keeps_to_its_openapi_page(up, mode):
     """Forms of pictures and prompts as the page has them, and as it forbids them."""
@@ -65,6 +66,7 @@ def test_its_other_pages_are_as_the_openapi_page_says(up):
 WHOLE = multipart(TOLD, ("images", GOOD))
 
 
+@pytest.mark.slow
 @settings(FEW, max_examples=100)
 @given(
     cuts=st.lists(

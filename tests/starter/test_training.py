@@ -98,6 +98,7 @@ def killed_at_save(number: int, before: bool) -> Callable[..., None]:
         (6, "loop", True),  # the generator's last
     ],
 )
+@pytest.mark.slow
 def test_killed_and_resumed_ends_in_the_same_bytes(
     straight: Path,
     tmp_path: Path,
@@ -115,6 +116,7 @@ def test_killed_and_resumed_ends_in_the_same_bytes(
     assert folder_bytes(tmp_path) == folder_bytes(straight)
 
 
+@pytest.mark.slow
 def test_a_kill_between_the_two_sets_of_pictures_changes_nothing(
     straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -133,6 +135,7 @@ def raise_killed(*_: object) -> int:
     raise KilledError
 
 
+@pytest.mark.slow
 def test_labels_belong_to_their_pictures_and_no_held_out_pair_is_learnt(straight: Path) -> None:
     work = WorkFolder(straight / "work")
     sets = (
@@ -151,6 +154,7 @@ def test_labels_belong_to_their_pictures_and_no_held_out_pair_is_learnt(straight
     )
 
 
+@pytest.mark.slow
 def test_the_weights_name_what_made_them(straight: Path) -> None:
     for folder in ("out", "judge"):
         record = json.loads((straight / folder / "training.json").read_text())
@@ -166,6 +170,7 @@ def test_the_weights_name_what_made_them(straight: Path) -> None:
         assert set(record["figures"]["judge"]) == {"renders", "reconstructions"}
 
 
+@pytest.mark.slow
 def test_the_report_shows_curves_and_pictures(straight: Path) -> None:
     report = straight / "work" / "report"
     names = {"curves", "reconstructions", "single", "activity", "count", "other"}
@@ -175,6 +180,7 @@ def test_the_report_shows_curves_and_pictures(straight: Path) -> None:
             assert min(picture.size) >= 64 and np.asarray(picture.convert("L")).std() > 1, path
 
 
+@pytest.mark.slow
 def test_the_plan_tells_what_is_left(
     straight: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -241,6 +247,7 @@ def test_expected_mistakes_are_one_message(tmp_path: Path, words: list[str], sai
     assert said in " ".join(done.output.split())  # a long path wraps the line
 
 
+@pytest.mark.slow
 def test_what_comes_out_is_a_pipeline_that_drew_from_a_trained_average(straight: Path) -> None:
     pipeline = StableDiffusionPipeline.from_pretrained(straight / "out")
     checkpoint = load_file(straight / "work" / "unet.safetensors")
@@ -250,6 +257,7 @@ def test_what_comes_out_is_a_pipeline_that_drew_from_a_trained_average(straight:
     assert not torch.equal(ema, checkpoint[f"model/unet.{name}"])
 
 
+@pytest.mark.slow
 def test_latents_are_whitened_and_the_autoencoder_with_them(straight: Path) -> None:
     latents = load_file(straight / "work" / "latents.safetensors")["latents"].float()
     assert latents.mean((0, 2, 3)).abs().max() < 1e-2

@@ -118,6 +118,7 @@ for attempt in range(20):
 """
 
 
+@pytest.mark.slow
 def test_racing_processes_commit_once_and_all_get_the_same(
     local_store: Store, spawn: Callable, tmp_path: Path
 ) -> None:

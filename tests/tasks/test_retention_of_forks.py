@@ -36,6 +36,8 @@ ADOPTED = 3
 
 PER_PROMPT = PerPromptAdvantages(buffer_size=8, min_count=2)
 
+pytestmark = pytest.mark.slow
+
 
 def config_of(model: Path, root: Path, epochs: int, fork: bool) -> RunConfig:
     branch = {"run_id": "history", "epoch": 0, "rollouts": ADOPTED, "off_policy": True}

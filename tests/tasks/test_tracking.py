@@ -303,6 +303,7 @@ def test_a_server_that_is_not_there_is_refused_within_seconds():
     assert "hunter2" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_server_that_never_replies_is_refused_within_seconds():
     with socket.create_server(("127.0.0.1", 0)) as silent:
         started = time.monotonic()
