@@ -379,3 +379,9 @@ def _advantages(store: Store, stored: StoredObject) -> pa.Table:
     table = read_table(store, stored)
     wanted = [name for name in _NO_ADVANTAGES.column_names if name in table.column_names]
     return union([table.select(wanted)], _NO_ADVANTAGES.schema)
+
+
+def mean_rewards(samples: pa.Table) -> dict[int, float | None]:
+    """Return the mean reward of each epoch in a table of samples, None where none is scored."""
+    means = samples.group_by("epoch").aggregate([("reward", "mean")]).sort_by("epoch")
+    return dict(zip(means["epoch"].to_pylist(), means["reward_mean"].to_pylist(), strict=True))

@@ -1,4 +1,4 @@
-"""SQL over a run's history, by DuckDB, which can reach nothing else."""
+"""Query a run's history in SQL with DuckDB, locked down to the history's tables."""
 
 from __future__ import annotations
 
@@ -17,38 +17,35 @@ from ddpo.analysis.history import History
 from ddpo.errors import MissingPackage, QueryError
 
 TABLES = ("samples", "rollouts", "rewards", "advantages")
-"""What a query may name."""
+"""The tables a query can use."""
 
 _ROWS_AT_A_TIME = 256
 
-# In this order: each but the last would be refused after the next ones.
-_WALLS = (
-    "SET temp_directory = ''",  # nothing is left behind in the working directory
-    "SET python_enable_replacements = false",  # no variable of this process
-    "SET enable_external_access = false",  # no file, no address, no extension
+# The order matters: each setting but the last would be refused after the ones that follow it.
+_LOCKDOWN = (
+    "SET temp_directory = ''",  # do not write to the working directory
+    "SET python_enable_replacements = false",  # no access to variables of this process
+    "SET enable_external_access = false",  # no files, no network, no extensions
     "SET lock_configuration = true",
 )
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a query gives.
-
-    Attributes:
-        columns: Names of the columns.
-        rows: The rows, read on while they are taken.
-    """
+    """The result of a query."""
 
     columns: tuple[str, ...]
+    """Names of the columns."""
     rows: Iterator[tuple[Any, ...]]
+    """The rows, fetched lazily while the query's context is open."""
 
 
 @contextmanager
 def query(history: History, sql: str) -> Iterator[Answer]:
-    """Ask a run's history.
+    """Run a SQL query on a run's history.
 
-    The query sees the tables of `TABLES` and nothing else: no file, no network, no setting. Only
-    the tables that it names are read; rollouts are copied to a temporary folder for the time.
+    The query can use the tables in `TABLES` and nothing else: no files, no network, no settings.
+    Only the tables it names are read; rollouts are copied to a temporary folder while it runs.
 
     Args:
         history: The history.
@@ -58,9 +55,9 @@ def query(history: History, sql: str) -> Iterator[Answer]:
         The answer, to be read while the context is open.
 
     Raises:
-        QueryError: The statement cannot be answered; says why, and which tables there are.
+        QueryError: The statement is invalid; the message says why and lists the tables.
         MissingPackage: DuckDB is not installed.
-        StoreError: What it reads is damaged or gone.
+        StoreError: An object is damaged or missing.
     """
     try:
         import duckdb
@@ -73,36 +70,35 @@ def query(history: History, sql: str) -> Iterator[Answer]:
         try:
             for name, table in tables.items():
                 connection.register(name, table)
-            for wall in _WALLS:
-                connection.execute(wall)
+            for setting in _LOCKDOWN:
+                connection.execute(setting)
             if len(connection.extract_statements(sql)) != 1:
-                raise QueryError("a query is one statement, and this is none or several")
+                raise QueryError("expected exactly one statement")
             connection.execute(sql)
             columns = tuple(column[0] for column in connection.description or ())
             yield Answer(columns, _rows(connection))
         except duckdb.Error as error:
-            there = ", ".join(TABLES)
-            raise QueryError(f"DuckDB answers: {error}\nThe tables are {there}") from None
+            raise QueryError(f"DuckDB: {error}\nTables: {', '.join(TABLES)}") from None
         finally:
             connection.close()
 
 
 def _tables(history: History, sql: str, scratch: Path) -> dict[str, Any]:
-    made: dict[str, Callable[[], Any]] = {
+    readers: dict[str, Callable[[], Any]] = {
         "samples": history.samples,
-        "rollouts": lambda: _on_this_disk(history.rollouts(), scratch),
+        "rollouts": lambda: _copied(history.rollouts(), scratch),
         "rewards": history.reward_table,
         "advantages": history.advantage_table,
     }
     named = set(re.findall(r"\w+", sql.lower()))
-    return {name: make() for name, make in made.items() if name in named}
+    return {name: read() for name, read in readers.items() if name in named}
 
 
-def _on_this_disk(rollouts: ds.FileSystemDataset, scratch: Path) -> ds.Dataset:
-    """Copy a dataset, a shard at a time.
+def _copied(rollouts: ds.FileSystemDataset, scratch: Path) -> ds.Dataset:
+    """Copy a dataset to a local folder, one shard at a time.
 
-    DuckDB ends a scan while it holds Python's lock, and Arrow then waits for its readers; those of
-    a verified dataset are Python and want the lock, so that both would wait for ever.
+    DuckDB ends a scan while holding the GIL, and Arrow then waits for its readers. The readers of a
+    verified dataset are Python code that needs the GIL, so scanning one directly would deadlock.
     """
     for number, fragment in enumerate(rollouts.get_fragments()):
         shard = fragment.to_table(schema=rollouts.schema)
@@ -115,12 +111,12 @@ def _rows(connection: Any) -> Iterator[tuple[Any, ...]]:
         yield from rows
 
 
-def shown(value: Any, *, digits: int | None = 6) -> str:
-    """Return a value as text: bytes by their number, null as nothing.
+def format_value(value: Any, *, digits: int | None = 6) -> str:
+    """Format a cell of an answer: bytes as their count, null as an empty string.
 
     Args:
-        value: What DuckDB gives of a cell.
-        digits: How many of a float; None for all that it has.
+        value: A cell as DuckDB returns it.
+        digits: Significant digits of a float; None for all of them.
     """
     if value is None:
         return ""
@@ -129,7 +125,7 @@ def shown(value: Any, *, digits: int | None = 6) -> str:
     if isinstance(value, bytes):
         return f"<{len(value):,} bytes>"
     if isinstance(value, dict):
-        return ", ".join(f"{name}: {shown(v, digits=digits)}" for name, v in value.items())
+        return ", ".join(f"{name}: {format_value(v, digits=digits)}" for name, v in value.items())
     if isinstance(value, list | tuple):
-        return ", ".join(shown(each, digits=digits) for each in value)
+        return ", ".join(format_value(item, digits=digits) for item in value)
     return str(value)

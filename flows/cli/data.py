@@ -38,8 +38,8 @@ def query(
     root: Root = None,
 ) -> None:
     """Ask a run's samples, scores and advantages in SQL (DuckDB)."""
+    from ddpo.analysis.query import format_value
     from ddpo.analysis.query import query as ask
-    from ddpo.analysis.query import shown
 
     with ask(_history(run_id, root), sql) as answer:
         if csv is not None:
@@ -50,7 +50,7 @@ def query(
         for name in answer.columns:
             table.add_column(Text(name, overflow="fold"))
         for row in itertools.islice(answer.rows, _MOST_ROWS):
-            table.add_row(*(Text(text, overflow="fold") for text in map(shown, row)))
+            table.add_row(*(Text(text, overflow="fold") for text in map(format_value, row)))
         cut = next(answer.rows, None) is not None
     console.print(table)
     if cut:
@@ -88,7 +88,7 @@ def _write_csv(file: Path, answer: Answer) -> int:
     """Write an answer's rows, numbers in full, and return how many there are."""
     import csv
 
-    from ddpo.analysis.query import shown
+    from ddpo.analysis.query import format_value
     from ddpo.errors import ConfigError
 
     count = 0
@@ -97,7 +97,7 @@ def _write_csv(file: Path, answer: Answer) -> int:
             writer = csv.writer(opened)
             writer.writerow(answer.columns)
             for row in answer.rows:
-                writer.writerow([shown(value, digits=None) for value in row])
+                writer.writerow([format_value(value, digits=None) for value in row])
                 count += 1
     except OSError as error:
         raise ConfigError(f"--csv {file} cannot be written: {error.strerror}") from error

@@ -144,7 +144,7 @@ def test_a_file_has_numbers_in_full_inside_of_lists_too(ddpo, tmp_path: Path):
     ("sql", "told"),
     [
         ("selec 1", "syntax error"),
-        ("select * from sample", "The tables are samples, rollouts, rewards, advantages"),
+        ("select * from sample", "Tables: samples, rollouts, rewards, advantages"),
         ("select no_such from samples", "no_such"),
         ("select cast('x' as int)", "Could not convert"),
         ("select 1; select 2", "one statement"),
@@ -314,7 +314,7 @@ def test_a_scorers_own_image_gives_way_to_the_picture(
         (["export", "mind", "--to-hf-dataset", "OUT"], "Did you mean mine?"),
         (["export", "mine", "--to-hf-dataset", "FULL"], "is not an empty folder"),
         (["export", "mine", "--to-hf-dataset", "FULL/file"], "is not an empty folder"),
-        (["export", "mine", "--to-hf-dataset", "FULL/file/x"], "cannot be written"),
+        (["export", "mine", "--to-hf-dataset", "FULL/file/x"], "cannot write"),
         (["export", "mine", "--to-hf-dataset", "OUT", "--epochs", "2:"], "committed epochs 0-1"),
         (["export", "mine", "--to-hf-dataset", "OUT", "--epochs", "2"], "committed epochs 0-1"),
         (["export", "mine", "--to-hf-dataset", "OUT", "--epochs", "-1:2"], "nor a range a:b"),

@@ -1,4 +1,4 @@
-"""A comparison's page: tables as Markdown, reward against reward queries as a picture."""
+"""A comparison's report: tables in Markdown, and a plot of reward against reward queries."""
 
 from __future__ import annotations
 
@@ -19,16 +19,11 @@ MARKDOWN = "comparison.md"
 PLOT = "comparison.png"
 
 Table = tuple[Sequence[str], Sequence[Sequence[str]]]
-"""Headings, and rows of as many cells."""
+"""Column headings, and rows with one cell per column."""
 
 
 def result_table(comparison: Comparison, result: Result) -> Table:
-    """Return the table of what each variant achieved.
-
-    Args:
-        comparison: The comparison.
-        result: What it found.
-    """
+    """Return the table of each variant's rewards, gain and differences."""
     first, last = result.epochs[0], result.epochs[-1]
     reference = result.variants[0].name
     headings = (
@@ -41,14 +36,14 @@ def result_table(comparison: Comparison, result: Result) -> Table:
     )
     rows = [
         (
-            each.name,
-            str(each.curve[0]),
-            str(each.curve[-1]),
-            str(each.gain),
-            _or_blank(each.difference),
-            *([_or_blank(each.beyond_control)] if comparison.config.controls else []),
+            variant.name,
+            str(variant.curve[0]),
+            str(variant.curve[-1]),
+            str(variant.gain),
+            _or_blank(variant.difference),
+            *([_or_blank(variant.beyond_control)] if comparison.config.controls else []),
         )
-        for each in result.variants
+        for variant in result.variants
     ]
     return headings, rows
 
@@ -58,82 +53,69 @@ def _or_blank(value: Interval | None) -> str:
 
 
 def ratio_table(result: Result) -> Table:
-    """Return the table of importance ratios on a shared history; without rows where there is none.
-
-    Args:
-        result: What a comparison found.
-    """
+    """Return the table of importance ratios on a shared history; it has no rows without one."""
     headings = ("variant", "epoch", "ratio, mean", "smallest", "largest", "clip fraction")
     rows = [
         (
-            each.variant,
-            str(each.epoch),
-            *(f"{v:.5g}" for v in (each.mean, each.smallest, each.largest, each.clip_fraction)),
+            row.variant,
+            str(row.epoch),
+            *(f"{v:.5g}" for v in (row.mean, row.smallest, row.largest, row.clip_fraction)),
         )
-        for each in result.ratios
+        for row in result.ratios
     ]
     return headings, rows
 
 
 def explanation(comparison: Comparison) -> list[str]:
-    """Return what a reader of the tables has to know, a paragraph each.
-
-    Args:
-        comparison: The comparison.
-    """
+    """Return the paragraphs that explain the tables."""
     samples, epochs = comparison.samples_per_epoch, comparison.epochs
     seeds = comparison.config.seeds
     reward = comparison.members[0].config.reward.name
-    told = [
-        f"Reward: {reward}, mean over the {samples} samples of an epoch. Epoch e is drawn by the "
-        f"policy after e epochs of updates, which has learnt from {samples} e reward queries. Each "
-        f"variant has {epochs * samples} reward queries a seed; those of the first epoch are the "
-        "same samples for all variants.",
+    paragraphs = [
+        f"Reward: {reward}, mean over the {samples} samples of an epoch. Epoch e is sampled by the "
+        f"policy after e epochs of updates, which has learned from {samples} e reward queries. "
+        f"Each variant has {epochs * samples} reward queries per seed; the samples of the first "
+        "epoch are shared by all variants.",
     ]
     if len(seeds) > 1:
-        told.append(
+        paragraphs.append(
             f"Mean ± half-width of the {LEVEL:.0%} confidence interval over {len(seeds)} seeds "
-            f"({', '.join(map(str, seeds))}), by Student's t (degrees of freedom: "
-            f"{len(seeds) - 1}). Gains and differences are taken seed by seed first; equal seeds "
-            "draw equal prompts and noise. The intervals are of one variant each, not corrected "
-            "for there being several."
+            f"({', '.join(map(str, seeds))}), by Student's t with {len(seeds) - 1} degrees of "
+            "freedom. Gains and differences are taken seed by seed first; equal seeds mean equal "
+            "prompts and noise. The intervals are for one variant at a time and not corrected for "
+            "multiple comparisons."
         )
     else:
-        told.append("One seed: there is no interval, and a difference may be chance.")
+        paragraphs.append("One seed: there is no interval, and a difference may be chance.")
     if controls := comparison.config.controls:
         pairs = ", ".join(f"{control} of {name}" for name, control in controls.items())
-        told.append(
-            "A control trains alike, and is blind to the reward: what it gains, training gives "
-            f"without one. Controls: {pairs}."
+        paragraphs.append(
+            "A control trains like its variant but is blind to the reward: whatever it gains, "
+            f"training gains without one. Controls: {pairs}."
         )
     if comparison.config.offline:
-        told.append(
-            f"Offline: epochs 0 to {epochs - 2} are one history, drawn by the untrained policy, "
-            f"and epoch {epochs - 1} is drawn by each policy itself, to measure it. After its "
-            "first update every variant trains off-policy: ddpo_is is corrected by importance "
+        paragraphs.append(
+            f"Offline: epochs 0 to {epochs - 2} are one shared history, sampled by the untrained "
+            f"policy, and epoch {epochs - 1} is sampled by each policy itself to measure it. After "
+            "its first update every variant trains off-policy: ddpo_is is corrected by importance "
             "ratios, which the clip range soon cuts off; ddpo_sf is not corrected; regression "
-            "weights the same pictures again."
+            "weights the same images again."
         )
-    return told
+    return paragraphs
 
 
 def markdown(comparison: Comparison, result: Result) -> str:
-    """Return a comparison's page.
-
-    Args:
-        comparison: The comparison.
-        result: What it found.
-    """
+    """Return a comparison's report in Markdown."""
     last = result.epochs[-1]
     by_seed: Table = (
         ("variant", *(f"seed {seed}" for seed in comparison.config.seeds)),
         [(v.name, *(f"{row[-1]:.4f}" for row in v.by_seed)) for v in result.variants],
     )
     curve: Table = (
-        ("queries", *(each.name for each in result.variants)),
+        ("queries", *(variant.name for variant in result.variants)),
         [
-            (str(queries), *(str(each.curve[place]) for each in result.variants))
-            for place, queries in enumerate(result.queries)
+            (str(queries), *(str(variant.curve[index]) for variant in result.variants))
+            for index, queries in enumerate(result.queries)
         ],
     )
     parts = [
@@ -152,16 +134,7 @@ def markdown(comparison: Comparison, result: Result) -> str:
 
 
 def write_report(comparison: Comparison, result: Result, folder: Path) -> list[Path]:
-    """Write a comparison's page and its plot.
-
-    Args:
-        comparison: The comparison.
-        result: What it found.
-        folder: Where; made if need be.
-
-    Returns:
-        The files.
-    """
+    """Write a comparison's report and plot into a folder, created if needed; return both paths."""
     folder.mkdir(parents=True, exist_ok=True)
     page = folder / MARKDOWN
     page.write_text(markdown(comparison, result))
@@ -170,20 +143,20 @@ def write_report(comparison: Comparison, result: Result, folder: Path) -> list[P
 
 def _draw(comparison: Comparison, result: Result, path: Path) -> Path:
     figure, axes = plt.subplots(figsize=(9, 5), layout="constrained")
-    colours = plt.get_cmap("tab10")
+    colors = plt.get_cmap("tab10")
     controls = comparison.config.controls
-    order = [each.name for each in result.variants if each.name not in controls.values()]
-    for each in result.variants:
-        # A control has the colour of the first that it controls, and is dashed.
-        of = next((name for name, control in controls.items() if control == each.name), None)
-        mean = np.asarray([point.mean for point in each.curve])
-        half = np.asarray([point.half_width or 0.0 for point in each.curve])
-        colour = colours(order.index(of or each.name) % 10)
+    order = [v.name for v in result.variants if v.name not in controls.values()]
+    for variant in result.variants:
+        # A control is dashed, in the color of the first variant that it controls.
+        of = next((name for name, control in controls.items() if control == variant.name), None)
+        mean = np.asarray([point.mean for point in variant.curve])
+        half = np.asarray([point.half_width or 0.0 for point in variant.curve])
+        color = colors(order.index(of or variant.name) % 10)
         line = {"lw": 2, "ls": "--" if of else "-", "marker": "o", "ms": 4}
-        axes.fill_between(result.queries, mean - half, mean + half, color=colour, alpha=0.13, lw=0)
-        axes.plot(result.queries, mean, color=colour, label=each.name, **line)
+        axes.fill_between(result.queries, mean - half, mean + half, color=color, alpha=0.13, lw=0)
+        axes.plot(result.queries, mean, color=color, label=variant.name, **line)
     axes.set_title(comparison.name, loc="left", fontsize=13)
-    axes.set_xlabel("reward queries learnt from")
+    axes.set_xlabel("reward queries learned from")
     seeds = len(comparison.config.seeds)
     band = f", {LEVEL:.0%} interval over {seeds} seeds" if seeds > 1 else ", one seed"
     axes.set_ylabel(f"{comparison.members[0].config.reward.name}: mean{band}")

@@ -1,4 +1,4 @@
-"""Means over seeds, and how far they can be trusted."""
+"""Means over seeds with their confidence intervals."""
 
 from __future__ import annotations
 
@@ -10,21 +10,17 @@ import numpy as np
 from scipy.special import stdtrit
 
 LEVEL = 0.95
-"""Of all intervals."""
+"""Confidence level of all intervals."""
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean with its confidence interval.
-
-    Attributes:
-        mean: The mean.
-        half_width: The interval is mean ± this; None of a single value, which says nothing of the
-            spread.
-    """
+    """A mean with its confidence interval."""
 
     mean: float
+    """The mean."""
     half_width: float | None
+    """The interval is mean ± this; None for a single value, which has no spread."""
 
     def __str__(self) -> str:
         width = "" if self.half_width is None else f" ± {self.half_width:.4f}"
@@ -35,26 +31,20 @@ def t_quantile(probability: float, freedom: int) -> float:
     """Return a quantile of Student's t distribution.
 
     Args:
-        probability: In (0, 1); 0.975 for a two-sided interval of 95%.
+        probability: In (0, 1); 0.975 for a two-sided 95% interval.
         freedom: Degrees of freedom, at least 1.
-
-    Returns:
-        The value that t stays below with that probability.
     """
     return float(stdtrit(freedom, probability))
 
 
 def interval(values: Sequence[float]) -> Interval:
-    """Estimate a mean from few independent values, normally distributed ones.
+    """Estimate the mean of a normal distribution from a few independent values.
 
-    mean ± t s / sqrt(n), t being the (1 + LEVEL) / 2 quantile of Student's distribution with n - 1
-    degrees of freedom, s² = sum (x - mean)² / (n - 1).
+    The interval is mean ± t s / sqrt(n), where t is the (1 + LEVEL) / 2 quantile of Student's
+    distribution with n - 1 degrees of freedom and s² = sum (x - mean)² / (n - 1).
 
     Args:
-        values: n of them, at least one.
-
-    Returns:
-        The mean with its interval.
+        values: n values, n >= 1.
     """
     array = np.asarray(values, dtype=np.float64)
     mean = float(array.mean())
