@@ -1,1 +1,1 @@
-"""How the starter model and its judge were trained; not part of the installed package."""
+"""Training of the starter model and its judge; not part of the installed package."""

@@ -1,4 +1,6 @@
-"""From checkpoints to the folders that ship."""
+"""Export checkpoints to the folders that ship."""
+
+from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
@@ -14,13 +16,13 @@ from starter_training.work import Recipe, WorkFolder, WorkFolderError
 
 @contextmanager
 def _replacing_folder(destination: Path) -> Iterator[Path]:
-    """Gives a folder to fill, and puts it in the old one's place at the end."""
+    """Yield a folder to fill, and replace the old one with it at the end."""
     fresh = destination.with_name(destination.name + ".partial")
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir(parents=True)
     yield fresh
     for weights in fresh.rglob("*.safetensors"):
-        weights.chmod(0o644)  # safetensors lets only the owner read, also once installed
+        weights.chmod(0o644)  # safetensors makes files readable by their owner only
     old = destination.with_name(destination.name + ".old")
     shutil.rmtree(old, ignore_errors=True)
     if destination.exists():
@@ -30,28 +32,28 @@ def _replacing_folder(destination: Path) -> Iterator[Path]:
 
 
 def export(work: WorkFolder, recipe: Recipe, pipeline_folder: Path, judge_folder: Path) -> None:
-    """Writes the averaged weights of the latest checkpoints, in place of the old folders.
+    """Write the averaged weights of the latest checkpoints, replacing the old folders.
 
-    Autoencoder and noise predictor are stored in float16, which halves the folder, and load as
+    Autoencoder and noise predictor are stored in float16, which halves their size, and load as
     float32.
 
     Args:
-        work: a training run that has come at least to the first checkpoint of the last stage.
-        recipe: of the run; stored beside the weights with what is known of its stages.
-        pipeline_folder: gets the pipeline.
-        judge_folder: gets the judge.
+        work: A training run with at least the first checkpoint of its last stage.
+        recipe: The run's recipe, stored beside the weights with the journal of its stages.
+        pipeline_folder: Destination of the pipeline.
+        judge_folder: Destination of the judge.
 
     Raises:
-        WorkFolderError: the run has not come that far.
+        WorkFolderError: The last stage has no checkpoint yet.
     """
     if not work.unet.exists():
         raise WorkFolderError(
-            f"{work.unet} does not exist: train on (with --resume) until the generator stage has "
-            "saved its first checkpoint, then export"
+            f"{work.unet} does not exist: resume training until the generator stage has saved its "
+            "first checkpoint, then export"
         )
     denoiser = Denoiser()
     step = load_ema(denoiser, work.unet)
-    # Figures are of what ships: rounded to float16.
+    # Measure what ships: weights rounded to float16.
     vae, judge = trained_vae(work).half().float(), trained_judge(work)
     record = {
         "command": recipe.command,

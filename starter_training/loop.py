@@ -1,4 +1,6 @@
-"""A training loop that a kill cannot change: what step k does depends on the state and k alone."""
+"""A training loop that survives being killed: step k depends only on the state and k."""
+
+from __future__ import annotations
 
 import json
 import math
@@ -19,15 +21,15 @@ from torch import Tensor, nn
 
 EMA_DECAY = 0.999
 WARMUP = 0.04
-"""Share of the steps in which the learning rate rises from 0; it falls to 0 as a cosine after."""
+"""Share of the steps in which the learning rate rises from 0; then it decays to 0 as a cosine."""
 
 CHECKPOINT_EVERY = 100
 
 SHARDS = 2
-"""Every batch is computed in this many equal parts, a Python thread each, on one core each.
+"""Every batch is computed in this many equal parts, each by a Python thread on one core.
 
-torch's own threads meet at a barrier in every operation: on two cores of which another process
-took one, they trained at a tenth of the speed. These meet once a step.
+torch's own threads synchronise in every operation: on two cores, one of them used by another
+process, they trained at a tenth of the speed. These synchronise once per step.
 """
 
 console = Console()
@@ -37,18 +39,16 @@ console = Console()
 class Budget:
     """How long a stage trains.
 
-    Attributes:
-        pictures: seen in all.
-        batch: pictures a step.
-        lr: highest learning rate.
-
     Raises:
-        ValueError: the batch does not divide into equal parts.
+        ValueError: The batch does not divide into equal parts.
     """
 
     pictures: int
+    """Images seen in total."""
     batch: int
+    """Images per step."""
     lr: float
+    """Highest learning rate."""
 
     def __post_init__(self) -> None:
         if self.batch % SHARDS or self.pictures < self.batch:
@@ -59,7 +59,7 @@ class Budget:
 
     @property
     def shard(self) -> int:
-        """Pictures a part of a step."""
+        """Images per part of a step."""
         return self.batch // SHARDS
 
     @property
@@ -69,7 +69,7 @@ class Budget:
 
 
 def learning_rate(budget: Budget, step: int) -> float:
-    """Learning rate of a step, counted from 0."""
+    """Return the learning rate of a step, counted from 0."""
     done = (step + 1) / budget.steps
     if done < WARMUP:
         return budget.lr * done / WARMUP
@@ -78,7 +78,7 @@ def learning_rate(budget: Budget, step: int) -> float:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Gives a path to write to, and puts what was written in `path`'s place at the end."""
+    """Yield a temporary path to write to, and move it to `path` at the end."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".partial")
     yield temporary
@@ -86,37 +86,33 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Writes JSON with sorted keys, whole or not at all."""
+    """Write JSON with sorted keys, atomically."""
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
 class Trainee:
-    """A module with all that its training carries from step to step.
-
-    Attributes:
-        module: what is trained.
-        ema: exponential moving average of its parameters, by name.
-        step: steps done.
-        curve: mean loss of every 100 steps, and of the rest at the end.
-    """
+    """A module with all state that its training carries from step to step."""
 
     def __init__(self, module: nn.Module, lr: float) -> None:
         self.module = module
         self.parameters = dict(module.named_parameters())
         self.ema = {name: p.detach().clone() for name, p in self.parameters.items()}
+        """Exponential moving average of the parameters, by name."""
         self.step = 0
+        """Steps done."""
         self.curve: list[float] = []
+        """Mean loss of every 100 steps, and of the rest at the end."""
         self.optimizer = torch.optim.AdamW(
             module.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True
         )
 
     def advance(self, gradients: list[tuple[Tensor, ...]], lr: float) -> None:
-        """Takes one optimizer step, and moves the average along.
+        """Take one optimizer step and update the average.
 
         Args:
-            gradients: of each shard's mean loss, in the order of the parameters.
-            lr: learning rate.
+            gradients: Gradients of each shard's mean loss, in the order of the parameters.
+            lr: Learning rate.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -125,13 +121,13 @@ class Trainee:
         nn.utils.clip_grad_norm_(self.module.parameters(), 1.0)
         self.optimizer.step()
         self.step += 1
-        # Short at first, or the start's random weights would stay in the average.
+        # Short at first, or the initial random weights would remain in the average.
         decay = min(EMA_DECAY, self.step / (self.step + 10))
         with torch.no_grad():
             torch._foreach_lerp_(list(self.ema.values()), list(self.parameters.values()), 1 - decay)
 
     def save(self, path: Path) -> None:
-        """Writes the state as one safetensors file, whole or not at all."""
+        """Write the state as one safetensors file, atomically."""
         tensors = {"step": torch.tensor(self.step), "curve": torch.tensor(self.curve)}
         for name, parameter in self.parameters.items():
             state = self.optimizer.state[parameter]
@@ -145,7 +141,7 @@ class Trainee:
             save_file(tensors, temporary)
 
     def load(self, path: Path) -> None:
-        """Continues from a file that `save` wrote."""
+        """Restore the state from a file written by `save`."""
         tensors = load_file(path)
         self.step = int(tensors["step"])
         self.curve = tensors["curve"].tolist()
@@ -166,7 +162,7 @@ class Trainee:
 
 @contextmanager
 def one_core_each() -> Iterator[ThreadPoolExecutor]:
-    """Gives a pool of `SHARDS` threads, in which (and beside which) torch uses one thread each."""
+    """Yield a pool of `SHARDS` threads; there and outside of it, torch uses one thread."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -177,7 +173,7 @@ def one_core_each() -> Iterator[ThreadPoolExecutor]:
 
 
 def saved_step(checkpoint: Path) -> int:
-    """Returns how many steps a checkpoint has behind it, 0 where there is none."""
+    """Return the step of a checkpoint, or 0 if there is none."""
     if not checkpoint.exists():
         return 0
     with safe_open(checkpoint, framework="pt") as tensors:
@@ -185,7 +181,7 @@ def saved_step(checkpoint: Path) -> int:
 
 
 def load_ema(module: nn.Module, path: Path) -> int:
-    """Puts the averaged weights of a checkpoint into a module; returns its step."""
+    """Load the averaged weights of a checkpoint into a module; return its step."""
     tensors = load_file(path)
     module.load_state_dict(
         {name: tensors[f"ema/{name}"] for name, _ in module.named_parameters()}, strict=False
@@ -200,15 +196,15 @@ def fit(
     budget: Budget,
     checkpoint: Path,
 ) -> None:
-    """Trains a module to the end of its budget, from the checkpoint if there is one.
+    """Train a module to the end of its budget, from the checkpoint if there is one.
 
     Args:
-        name: of the stage, for the display.
-        module: trained in place.
-        loss_of_shard: a scalar loss of the module for step k and part 0 or 1 of its batch; draws
-            its randomness from these two.
-        budget: how long, and how fast.
-        checkpoint: a safetensors file, written every 100 steps and at the end.
+        name: Name of the stage, for display.
+        module: The module, trained in place.
+        loss_of_shard: Returns a scalar loss for step k and part 0 or 1 of its batch, with
+            randomness derived from these two.
+        budget: Length and learning rate of the training.
+        checkpoint: A safetensors file, written every 100 steps and at the end.
     """
     trainee = Trainee(module, budget.lr)
     if checkpoint.exists():
@@ -237,7 +233,7 @@ def fit(
                 progress.update(bar, note=note)
                 console.log(
                     f"{name} step {trainee.step}/{budget.steps}: {note}, "
-                    f"{1000 * pace_s / budget.batch:.1f} ms a picture, "
+                    f"{1000 * pace_s / budget.batch:.1f} ms per image, "
                     f"{(budget.steps - trainee.step) * pace_s / 60:.1f} min left"
                 )
                 losses.clear()

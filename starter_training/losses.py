@@ -1,26 +1,28 @@
 """Losses of the autoencoder, the noise predictor and the judge."""
 
+from __future__ import annotations
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 KL_WEIGHT = 3e-4
-"""Keeps the posterior's standard deviation near a tenth of the latents', no more."""
+"""Just enough to keep the posterior's standard deviation near a tenth of the latents'."""
 
 MIN_SNR_GAMMA = 5.0
 
 
 def _edges(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Differences between neighbours: [B, C, h, w-1] across and [B, C, h-1, w] down."""
+    """Return differences of neighbors: horizontal [B, C, h, w-1] and vertical [B, C, h-1, w]."""
     return x[..., 1:] - x[..., :-1], x[..., 1:, :] - x[..., :-1, :]
 
 
 def picture_loss(made: Tensor, real: Tensor) -> Tensor:
-    """Compares pictures by pixels, by edges at three scales, and by amount of texture.
+    """Compare images by pixels, by edges at three scales, and by amount of texture.
 
-    Edges keep outlines sharp where an error on pixels alone is content with a blur. The amount
-    of texture (mean height of edges in 8x8 pixels) is what remains of noise that no latent could
-    remember: without it noise becomes plain grey, and all backgrounds compress alike.
+    Edges keep outlines sharp where a loss on pixels alone accepts a blur. The amount of texture
+    (mean edge magnitude in 8x8 pixels) represents noise that latents cannot encode; without it,
+    noise becomes plain grey and all backgrounds compress equally well.
 
     Args:
         made: [B, 3, H, W] in -1..1.
@@ -41,17 +43,17 @@ def picture_loss(made: Tensor, real: Tensor) -> Tensor:
 
 
 def kl_loss(mean: Tensor, log_variance: Tensor) -> Tensor:
-    """KL divergence of Normal(mean, exp(log_variance)) from Normal(0, 1), in nats a dimension."""
+    """Return KL(Normal(mean, exp(log_variance)) || Normal(0, 1)), in nats per dimension."""
     return 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
 
 
 def min_snr_weight(alphas_cumprod: Tensor) -> Tensor:
-    """Weights of the squared error on the noise, a timestep: min(SNR, 5) / SNR.
+    """Return the weight of the squared noise error at each timestep: min(SNR, 5) / SNR.
 
     Hang et al. 2023, 'Efficient Diffusion Training via Min-SNR Weighting Strategy'.
 
     Args:
-        alphas_cumprod: [1000], the share of the signal's variance at each timestep.
+        alphas_cumprod: [1000], the signal's share of the variance at each timestep.
 
     Returns:
         [1000].
@@ -61,26 +63,26 @@ def min_snr_weight(alphas_cumprod: Tensor) -> Tensor:
 
 
 def noise_loss(predicted: Tensor, noise: Tensor, weight: Tensor) -> Tensor:
-    """Squared error on the noise [B, C, h, w], weighted a sample by `weight` [B]."""
+    """Return the squared error on the noise [B, C, h, w], weighted per sample by `weight` [B]."""
     return (torch.square(predicted - noise).mean((1, 2, 3)) * weight).mean()
 
 
-def clip_loss(pictures: Tensor, prompts: Tensor, place: Tensor, scale: Tensor) -> Tensor:
-    """Contrasts pictures and prompts both ways (Radford et al. 2021).
+def clip_loss(images: Tensor, prompts: Tensor, prompt_of: Tensor, scale: Tensor) -> Tensor:
+    """Return the contrastive loss of images and prompts in both directions (Radford et al. 2021).
 
-    A batch holds several pictures of one prompt: a prompt's target is spread over all of its own.
-    'a cat' and 'cat' are two prompts, so a picture of one counts as a negative of the other.
+    A batch may have several images per prompt; a prompt's target is spread evenly over them. 'a
+    cat' and 'cat' are two prompts, so an image of one is a negative of the other.
 
     Args:
-        pictures: unit vectors [B, D].
-        prompts: unit vectors [P, D] of the batch's different prompts, each used at least once.
-        place: each picture's prompt, int64 [B].
-        scale: factor of the cosines, a scalar.
+        images: Unit vectors [B, D].
+        prompts: Unit vectors [P, D] of the distinct prompts in the batch.
+        prompt_of: Index of each image's prompt, int64 [B].
+        scale: Factor of the cosines, a scalar.
 
     Returns:
         A scalar.
     """
-    logits = scale * pictures @ prompts.T
-    own = F.one_hot(place, len(prompts)).to(logits.dtype)
-    of_prompts = -(own / own.sum(0) * logits.log_softmax(0)).sum(0).mean()
-    return (F.cross_entropy(logits, place) + of_prompts) / 2
+    logits = scale * images @ prompts.T
+    pairs = F.one_hot(prompt_of, len(prompts)).to(logits.dtype)
+    of_prompts = -(pairs / pairs.sum(0) * logits.log_softmax(0)).sum(0).mean()
+    return (F.cross_entropy(logits, prompt_of) + of_prompts) / 2

@@ -1,4 +1,6 @@
-"""What autoencoder and judge make of pictures that neither has seen."""
+"""Evaluate autoencoder and judge on images that neither has seen."""
+
+from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
@@ -19,18 +21,18 @@ RECONSTRUCTED_AT_ONCE = 64
 
 
 def fresh_pictures(seed: int, count: int) -> list[Picture]:
-    """Draws pictures outside of all training sets, of all kinds, held-out pairs included.
+    """Render images of all kinds, including held-out pairs, that are in no training set.
 
     Args:
-        seed: of the training.
-        count: how many.
+        seed: Seed of the training.
+        count: Number of images.
     """
     return [draw(derive_seed(seed, "fresh"), index, all_pairs=True) for index in range(count)]
 
 
 @torch.no_grad()
 def reconstruct(vae: AutoencoderKL, pixels: Pixels) -> Pixels:
-    """Sends pictures, uint8 [B, 64, 64, 3], through the autoencoder and back."""
+    """Encode and decode images, uint8 [B, 64, 64, 3]."""
     parts = []
     for start in range(0, len(pixels), RECONSTRUCTED_AT_ONCE):
         real = to_model(pixels[start : start + RECONSTRUCTED_AT_ONCE])
@@ -39,37 +41,36 @@ def reconstruct(vae: AutoencoderKL, pixels: Pixels) -> Pixels:
     return np.concatenate(parts)
 
 
-def psnr_db(pictures: Sequence[Picture], made: Pixels) -> dict[str, float]:
-    """Compares pictures with what became of them.
+def psnr_db(images: Sequence[Picture], made: Pixels) -> dict[str, float]:
+    """Return the PSNR of reconstructions in dB, from the mean squared error.
 
     Args:
-        pictures: B pictures.
-        made: uint8 [B, 64, 64, 3].
+        images: B images.
+        made: Their reconstructions, uint8 [B, 64, 64, 3].
 
     Returns:
-        PSNR in dB of the mean squared error: of all ('all') and of each background's.
+        The PSNR of all images ('all') and of each background's.
     """
-    real = np.stack([picture.pixels for picture in pictures])
+    real = np.stack([image.pixels for image in images])
     errors = np.square((made.astype(float) - real) / 255).mean((1, 2, 3))
-    groups = {"all": np.full(len(pictures), True)}
+    groups = {"all": np.full(len(images), True)}
     for name in BACKGROUNDS:
-        groups[name] = np.array([picture.background == name for picture in pictures])
+        groups[name] = np.array([image.background == name for image in images])
     return {name: float(-10 * np.log10(errors[chosen].mean())) for name, chosen in groups.items()}
 
 
 def accuracy(
     judge: Judge, images: Sequence[Image.Image], scenes: Sequence[Scene]
 ) -> dict[str, float]:
-    """Asks the judge what pictures show.
+    """Return the judge's share of right answers (`Verdicts.right`) about B images, in 0..1.
 
     Args:
-        judge: the judge.
-        images: B pictures.
-        scenes: what each should show.
+        judge: The judge.
+        images: B images.
+        scenes: What each should show.
 
     Returns:
-        Share of right answers (`Verdicts.right`), 0 to 1: of all ('all') and of each `Kind` that
-        occurs.
+        The share over all images ('all') and over each `Kind` that occurs.
     """
     right = judge.look(images).right(scenes)
     kinds = np.array([scene.kind for scene in scenes])
@@ -81,15 +82,15 @@ def accuracy(
 
 
 def measure(vae: AutoencoderKL, judge: Judge, seed: int) -> dict[str, Any]:
-    """Measures autoencoder and judge on fresh pictures.
+    """Evaluate autoencoder and judge on fresh images.
 
     Args:
-        vae: the autoencoder.
-        judge: the judge.
-        seed: of the training.
+        vae: The autoencoder.
+        judge: The judge.
+        seed: Seed of the training.
 
     Returns:
-        `psnr_db` of reconstructions, and the judge's shares of right answers on `renders` and on
+        `psnr_db` of reconstructions, and the `judge`'s shares of right answers on `renders` and on
         their `reconstructions`.
     """
     pictures = fresh_pictures(seed, FRESH_PICTURES)

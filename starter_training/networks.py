@@ -1,4 +1,6 @@
-"""The starter's parts: Stable Diffusion 1.x's classes and noise schedule, two orders smaller."""
+"""The starter's parts: classes and noise schedule of Stable Diffusion 1.x, 100 times smaller."""
+
+from __future__ import annotations
 
 from typing import Any, cast
 
@@ -17,8 +19,8 @@ TEXT_WIDTH = 128
 
 
 def build_vae() -> AutoencoderKL:
-    """Returns an untrained autoencoder: [B, 3, 64, 64] in -1..1 to latents [B, 16, 8, 8]."""
-    # diffusers declares these three as tuples of one.
+    """Return an untrained autoencoder from [B, 3, 64, 64] in -1..1 to latents [B, 16, 8, 8]."""
+    # diffusers annotates these three as tuples of one.
     blocks: dict[str, Any] = {
         "down_block_types": ("DownEncoderBlock2D",) * 4,
         "up_block_types": ("UpDecoderBlock2D",) * 4,
@@ -30,13 +32,13 @@ def build_vae() -> AutoencoderKL:
         latent_channels=LATENT_CHANNELS,
         norm_num_groups=8,
         sample_size=SIZE_PX,
-        # Latents are whitened when the model is exported (see `whiten`): no scaling remains.
+        # Latents are whitened when the model is exported (see `whiten`), so no scaling remains.
         scaling_factor=1.0,
     )
 
 
 def build_unet() -> UNet2DConditionModel:
-    """Returns an untrained noise predictor on [B, 16, 8, 8], attending to text at both levels."""
+    """Return an untrained noise predictor on [B, 16, 8, 8], attending to text at both levels."""
     return UNet2DConditionModel(
         sample_size=LATENT_SIZE,
         in_channels=LATENT_CHANNELS,
@@ -52,7 +54,7 @@ def build_unet() -> UNet2DConditionModel:
 
 
 def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    """Returns an untrained text encoder of width 128 for a tokenizer's vocabulary."""
+    """Return an untrained text encoder of width 128 for a tokenizer's vocabulary."""
     vocab = tokenizer.get_vocab()
     return CLIPTextModel(
         CLIPTextConfig(
@@ -71,13 +73,7 @@ def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
 
 
 class Denoiser(nn.Module):
-    """Noise predictor and text encoder, which train together.
-
-    Attributes:
-        tokenizer: turns prompts into what the text encoder takes.
-        text_encoder: tokens [B, 24] to [B, 24, 128].
-        unet: predicts the noise in latents [B, 16, 8, 8].
-    """
+    """Noise predictor (on latents [B, 16, 8, 8]) and text encoder, which are trained together."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -87,7 +83,7 @@ class Denoiser(nn.Module):
 
 
 def encode(vae: AutoencoderKL, pictures: Tensor) -> DiagonalGaussianDistribution:
-    """Returns the distribution of latents [B, 16, 8, 8] of pictures [B, 3, 64, 64] in -1..1."""
+    """Return the distribution of latents [B, 16, 8, 8] of images [B, 3, 64, 64] in -1..1."""
     (posterior,) = cast(
         tuple[DiagonalGaussianDistribution], vae.encode(pictures, return_dict=False)
     )
@@ -95,25 +91,25 @@ def encode(vae: AutoencoderKL, pictures: Tensor) -> DiagonalGaussianDistribution
 
 
 def decode(vae: AutoencoderKL, latents: Tensor) -> Tensor:
-    """Returns the pictures [B, 3, 64, 64], about -1..1, of latents [B, 16, 8, 8]."""
-    # diffusers declares latents as torch.FloatTensor, which no tensor is an instance of.
+    """Return the images [B, 3, 64, 64], about -1..1, of latents [B, 16, 8, 8]."""
+    # diffusers annotates latents as torch.FloatTensor, which no tensor is an instance of.
     (pictures,) = cast(tuple[Tensor], vae.decode(cast(Any, latents), return_dict=False))
     return pictures
 
 
 def to_model(pixels: Pixels) -> Tensor:
-    """Turns uint8 [B, 64, 64, 3] into [B, 3, 64, 64] in -1..1."""
+    """Convert uint8 [B, 64, 64, 3] into [B, 3, 64, 64] in -1..1."""
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).float().contiguous() / 127.5 - 1
 
 
 def to_pixels(pictures: Tensor) -> Pixels:
-    """Turns [B, 3, 64, 64], clipped to -1..1, into uint8 [B, 64, 64, 3]."""
+    """Convert [B, 3, 64, 64], clipped to -1..1, into uint8 [B, 64, 64, 3]."""
     scaled = (pictures.clamp(-1, 1) + 1) * 127.5
     return scaled.round().byte().permute(0, 2, 3, 1).numpy()
 
 
 def build_scheduler() -> DDIMScheduler:
-    """Returns DDIM on Stable Diffusion 1.x's noise schedule."""
+    """Return DDIM on Stable Diffusion 1.x's noise schedule."""
     return DDIMScheduler(
         num_train_timesteps=1000,
         beta_start=0.00085,
@@ -128,15 +124,15 @@ def build_scheduler() -> DDIMScheduler:
 
 @torch.no_grad()
 def whiten(vae: AutoencoderKL, mean: Tensor, std: Tensor) -> None:
-    """Rescales the latent space to mean 0 and standard deviation 1 in every channel, in place.
+    """Rescale the latent space to mean 0 and standard deviation 1 in every channel, in place.
 
-    The 1x1 convolutions on both sides of the latent space absorb it, so pictures are unchanged.
-    A pipeline's single `scaling_factor` could only do it for all channels at once.
+    The 1x1 convolutions on both sides of the latent space absorb the change, so images stay the
+    same. A pipeline's single `scaling_factor` cannot differ between channels.
 
     Args:
-        vae: the autoencoder to change.
-        mean: [16], of each latent channel now.
-        std: [16], of each latent channel now.
+        vae: The autoencoder to change.
+        mean: Current mean of each latent channel, [16].
+        std: Current standard deviation of each latent channel, [16].
     """
     channels = len(mean)
     outward, inward = vae.get_submodule("quant_conv"), vae.get_submodule("post_quant_conv")
@@ -150,8 +146,8 @@ def whiten(vae: AutoencoderKL, mean: Tensor, std: Tensor) -> None:
 
 
 def assemble(vae: AutoencoderKL, denoiser: Denoiser) -> StableDiffusionPipeline:
-    """Returns the parts as a pipeline without safety checker and feature extractor."""
-    # diffusers declares the scheduler as an enumeration, and these two as not optional.
+    """Assemble a pipeline without safety checker and feature extractor."""
+    # diffusers annotates the scheduler as an enumeration, and these two as required.
     rest: dict[str, Any] = {
         "scheduler": build_scheduler(),
         "safety_checker": None,

@@ -1,4 +1,6 @@
-"""Every prompt that training uses, as tokens, and the choice of one for a picture."""
+"""All prompts used in training, as tokens, and the choice of one for an image."""
+
+from __future__ import annotations
 
 import torch
 from torch import Tensor
@@ -8,15 +10,13 @@ from ddpo.starter.scenes import SCENES, Kind
 from ddpo.starter.text import build_tokenizer
 
 BARE = 0.3
-"""Share of pictures of one thing alone whose prompt is 'cat' in place of 'a cat'."""
+"""Share of images of a single thing whose prompt is 'cat' instead of 'a cat'."""
 
 
 class PromptTable:
-    """Prompts of all scenes, the bare names, and the empty prompt, in this order.
+    """The prompts of all scenes, the bare names, and the empty prompt, in this order.
 
-    Attributes:
-        texts: the prompts.
-        tokens: int64 [P, 24].
+    `texts` are the P prompts, `tokens` are int64 [P, 24].
     """
 
     def __init__(self) -> None:
@@ -35,15 +35,15 @@ class PromptTable:
         )
 
     def choose(self, scenes: Tensor, dropped: float, draws: torch.Generator) -> Tensor:
-        """Draws prompts for pictures.
+        """Sample prompts for images.
 
         Args:
-            scenes: what the pictures show, places in `SCENES`: int64 [B].
-            dropped: share of pictures that get the empty prompt.
-            draws: the randomness.
+            scenes: What the images show: indices into `SCENES`, int64 [B].
+            dropped: Probability of the empty prompt.
+            draws: Source of randomness.
 
         Returns:
-            Places in `texts`, int64 [B].
+            Indices into `texts`, int64 [B].
         """
         bare = torch.rand(len(scenes), generator=draws) < BARE
         chosen = torch.where(bare, self._bare[scenes], scenes)

@@ -1,4 +1,6 @@
-"""The report of a training run: curves, reconstructions, and what the generator draws."""
+"""The report of a training run: loss curves, reconstructions and generated samples."""
+
+from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,39 +20,36 @@ from starter_training.work import Recipe, WorkFolder
 
 COLUMNS = 9
 SHOWN = 2 * COLUMNS
-"""Samples of each kind of scene."""
+"""Samples per kind of scene."""
 
 GAP_PX = 2
 
 
 def grid(images: Sequence[Image.Image], columns: int, scale: int = 1) -> Image.Image:
-    """Puts pictures side by side.
+    """Arrange images of equal size in a grid on white.
 
     Args:
-        images: all of one size.
-        columns: pictures a row.
-        scale: whole factor of enlargement, without smoothing.
-
-    Returns:
-        One RGB picture on white.
+        images: The images.
+        columns: Images per row.
+        scale: Integer magnification, without smoothing.
     """
     width, height = (length * scale for length in images[0].size)
     rows = -(-len(images) // columns)
     size = (columns * (width + GAP_PX) - GAP_PX, rows * (height + GAP_PX) - GAP_PX)
     canvas = Image.new("RGB", size, "white")
-    for place, image in enumerate(images):
-        row, column = divmod(place, columns)
+    for index, image in enumerate(images):
+        row, column = divmod(index, columns)
         large = image.resize((width, height), Image.Resampling.NEAREST)
         canvas.paste(large, (column * (width + GAP_PX), row * (height + GAP_PX)))
     return canvas
 
 
 def draw_curves(work: WorkFolder, recipe: Recipe, file: Path) -> None:
-    """Draws the loss of the three trained models over the pictures they saw.
+    """Plot the loss of the three trained models over the images seen.
 
     Args:
-        work: a finished run.
-        recipe: of the run.
+        work: A finished run.
+        recipe: Its recipe.
         file: PNG to write.
     """
     figure = Figure(figsize=(12, 3.2), layout="constrained")
@@ -67,19 +66,19 @@ def draw_curves(work: WorkFolder, recipe: Recipe, file: Path) -> None:
         axes.plot(seen.numpy() / 1000, curve.numpy())
         axes.set_yscale("log")
         axes.set_title(name)
-        axes.set_xlabel("pictures seen, thousands")
+        axes.set_xlabel("images seen, thousands")
         axes.set_ylabel("loss")
         axes.grid(alpha=0.3, which="both")
     figure.savefig(file, dpi=100)
 
 
 def write_report(work: WorkFolder, recipe: Recipe, pipeline_folder: Path) -> None:
-    """Writes `report/` into the work folder: loss curves, reconstructions, samples.
+    """Write `report/` into the work folder: loss curves, reconstructions, samples.
 
     Args:
-        work: a finished run.
-        recipe: of the run.
-        pipeline_folder: the exported pipeline.
+        work: A finished run.
+        recipe: Its recipe.
+        pipeline_folder: The exported pipeline.
     """
     folder = work.root / "report"
     folder.mkdir(exist_ok=True)

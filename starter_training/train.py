@@ -1,8 +1,10 @@
-"""Trains the starter model and its judge: `python -m starter_training.train`.
+"""Train the starter model and its judge: `python -m starter_training.train`.
 
-After a kill the same command with `--resume` continues, and ends in the same bytes as a run that
-was never killed.
+If it is killed, the same command with `--resume` continues, and ends in the same bytes as a run
+that was never killed.
 """
+
+from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -27,24 +29,21 @@ app = typer.Typer(add_completion=False)
 
 @dataclass(frozen=True)
 class Stage:
-    """A part of the plan.
-
-    Attributes:
-        name: in the journal and on the screen.
-        run: does it, from where it stands.
-        pictures: how many it handles, by the recipe.
-        ms: milliseconds a picture, as measured on two shared cores of an AMD EPYC (Zen 4).
-        checkpoint: of a stage that trains: where it saves, and its budget.
-    """
+    """A part of the plan."""
 
     name: str
+    """In the journal and on the screen."""
     run: Callable[[WorkFolder, Recipe], None]
+    """Does the work, continuing from the stage's checkpoint."""
     pictures: Callable[[Recipe], int]
+    """Number of images that it processes, by the recipe."""
     ms: float
+    """Milliseconds per image, measured on two shared cores of an AMD EPYC (Zen 4)."""
     checkpoint: Callable[[WorkFolder, Recipe], tuple[Path, Budget]] | None = None
+    """Checkpoint and budget of a stage that trains."""
 
     def left(self, work: WorkFolder, recipe: Recipe) -> int:
-        """Returns how many pictures are still to be handled, by the latest checkpoint."""
+        """Return how many images remain, according to the latest checkpoint."""
         if self.checkpoint is None:
             return self.pictures(recipe)
         path, budget = self.checkpoint(work, recipe)
@@ -78,17 +77,17 @@ PLAN = (
 )
 
 EXPORT_MIN = 2.0
-"""Export, measurements and report at the end."""
+"""Minutes for export, evaluation and report at the end."""
 
 
 def show_plan(recipe: Recipe, left: Mapping[str, int]) -> None:
-    """Prints the stages and what they will take.
+    """Print the stages and how long they will take.
 
     Args:
-        recipe: what to train.
-        left: pictures that each stage has still to handle, by name; 0 where it is done.
+        recipe: What to train.
+        left: Images that remain for each stage, by name; 0 if it is done.
     """
-    table = Table("stage", "pictures", "left", "minutes left, about", title="The plan")
+    table = Table("stage", "images", "left", "minutes left, about", title="The plan")
     total_min = EXPORT_MIN
     for stage in PLAN:
         minutes = left[stage.name] * stage.ms / 60_000
@@ -97,21 +96,23 @@ def show_plan(recipe: Recipe, left: Mapping[str, int]) -> None:
         table.add_row(stage.name, f"{stage.pictures(recipe):,}", shown, f"{minutes:.1f}")
     table.add_row("export and report", "", "", f"{EXPORT_MIN:.1f}")
     console.print(table)
-    console.print(f"About {total_min:.0f} minutes to go, on two CPU cores; --resume after a stop.")
+    console.print(
+        f"About {total_min:.0f} minutes left on two CPU cores; continue with --resume if interrupted."
+    )
 
 
 def train(work: WorkFolder, recipe: Recipe, out: Path, judge_out: Path, resume: bool) -> None:
-    """Runs all stages, each from where it stands, then exports and reports.
+    """Run all stages that are not done, then export and report.
 
     Args:
-        work: folder of caches and checkpoints.
-        recipe: what to train.
-        out: folder of the pipeline that comes out.
-        judge_out: folder of the judge that comes out.
-        resume: whether to continue the run in the work folder.
+        work: Folder of caches and checkpoints.
+        recipe: What to train.
+        out: Destination of the pipeline.
+        judge_out: Destination of the judge.
+        resume: Whether to resume the run in the work folder.
     """
     work.claim(recipe, resume)
-    commit = source_commit()  # now: files may change while the stages run
+    commit = source_commit()  # now, since files may change while the stages run
     finished = work.finished()
     left = {stage.name: stage.left(work, recipe) for stage in PLAN}
     show_plan(recipe, {**left, **dict.fromkeys(finished, 0)})
@@ -128,18 +129,20 @@ def main(
     work: Annotated[Path, typer.Option(help="Caches and checkpoints.")] = Path(".starter-work"),
     out: Annotated[Path, typer.Option(help="The pipeline's folder.")] = STARTER_PATH,
     judge_out: Annotated[Path, typer.Option(help="The judge's folder.")] = JUDGE_PATH,
-    seed: Annotated[int, typer.Option(help="Of every draw.")] = 0,
-    cached_pictures: Annotated[int, typer.Option(help="Different pictures drawn.")] = 60_000,
-    vae_pictures: Annotated[int, typer.Option(help="Seen by the autoencoder.")] = 144_000,
-    judge_pictures: Annotated[int, typer.Option(help="Seen by the judge.")] = 112_000,
-    unet_pictures: Annotated[int, typer.Option(help="Seen by the noise predictor.")] = 600_000,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --work.")] = False,
+    seed: Annotated[int, typer.Option(help="Seed of all randomness.")] = 0,
+    cached_pictures: Annotated[int, typer.Option(help="Distinct images rendered.")] = 60_000,
+    vae_pictures: Annotated[int, typer.Option(help="Images seen by the autoencoder.")] = 144_000,
+    judge_pictures: Annotated[int, typer.Option(help="Images seen by the judge.")] = 112_000,
+    unet_pictures: Annotated[
+        int, typer.Option(help="Images seen by the noise predictor.")
+    ] = 600_000,
+    resume: Annotated[bool, typer.Option("--resume", help="Resume the run in --work.")] = False,
     export_only: Annotated[
         bool,
-        typer.Option("--export", help="Only export what --work has so far, by its recipe."),
+        typer.Option("--export", help="Only export what --work has so far."),
     ] = False,
 ) -> None:
-    """Trains the starter model and its judge, resumes that, or exports what there is so far."""
+    """Train the starter model and its judge, resume, or export what there is so far."""
     folder = WorkFolder(work)
     try:
         if export_only:

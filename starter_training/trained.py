@@ -1,4 +1,6 @@
-"""What a work folder has trained: averaged weights in modules of their own."""
+"""The averaged weights of a work folder, loaded into modules."""
+
+from __future__ import annotations
 
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file
@@ -11,11 +13,7 @@ from starter_training.work import WorkFolder
 
 
 def trained_vae(work: WorkFolder) -> AutoencoderKL:
-    """Returns the averaged autoencoder, whitened.
-
-    Args:
-        work: a run that has encoded its latents.
-    """
+    """Return the averaged, whitened autoencoder of a run that has encoded its latents."""
     vae = build_vae()
     load_ema(vae, work.vae)
     statistics = load_file(work.latents)
@@ -24,7 +22,7 @@ def trained_vae(work: WorkFolder) -> AutoencoderKL:
 
 
 def trained_judge(work: WorkFolder) -> Judge:
-    """Returns the averaged judge of a run that has trained one."""
+    """Return the averaged judge of a run that has trained one."""
     network = JudgeNetwork(build_clip(build_tokenizer()))
     load_ema(network, work.judge)
     return Judge(network)

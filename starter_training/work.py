@@ -1,4 +1,6 @@
-"""What a training run is asked to do, and the folder that it works in."""
+"""The recipe of a training run, and its work folder."""
+
+from __future__ import annotations
 
 import json
 import subprocess
@@ -13,34 +15,31 @@ from starter_training.loop import Budget, write_json
 
 
 class WorkFolderError(Exception):
-    """The work folder holds another run, or one that was not meant to be continued."""
+    """The work folder contains another run, or one that must be resumed explicitly."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """All that decides the weights' bytes, on one machine.
-
-    Attributes:
-        seed: of every draw.
-        cached_pictures: how many different pictures there are to train each model on.
-        vae: the autoencoder's budget.
-        judge: the judge's budget.
-        unet: budget of noise predictor and text encoder.
-    """
+    """All that decides the weights' bytes, on one machine."""
 
     seed: int
+    """Seed of all randomness."""
     cached_pictures: int
+    """Number of distinct images for each model."""
     vae: Budget
+    """Of the autoencoder."""
     judge: Budget
+    """Of the judge."""
     unet: Budget
+    """Of noise predictor and text encoder."""
 
     def as_json(self) -> dict[str, Any]:
-        """Returns the recipe as nested dictionaries."""
+        """Return the recipe as nested dictionaries."""
         return asdict(self)
 
     @property
     def command(self) -> str:
-        """What a shell is told to make the weights again; learning rates and batches are fixed."""
+        """The command that reproduces the weights; learning rates and batches are fixed."""
         return (
             f"python -m starter_training.train --seed {self.seed} "
             f"--cached-pictures {self.cached_pictures} --vae-pictures {self.vae.pictures} "
@@ -49,7 +48,7 @@ class Recipe:
 
 
 class WorkFolder(NamedTuple):
-    """Where the files of a training run lie."""
+    """The files of a training run."""
 
     root: Path
 
@@ -60,17 +59,17 @@ class WorkFolder(NamedTuple):
 
     @property
     def journal(self) -> Path:
-        """Of each stage: commits, seconds, and whether it is done, as JSON."""
+        """Commits, seconds and completion of each stage, as JSON."""
         return self.root / "journal.json"
 
     @property
     def pictures(self) -> Path:
-        """Of the generator: uint8 [N, 64, 64, 3]."""
+        """Images of the generator, uint8 [N, 64, 64, 3]."""
         return self.root / "pictures.npy"
 
     @property
     def judge_pictures(self) -> Path:
-        """Of the judge: uint8 [N, 64, 64, 3], held-out pairs among them."""
+        """Images of the judge, including held-out pairs, uint8 [N, 64, 64, 3]."""
         return self.root / "judge_pictures.npy"
 
     @property
@@ -85,7 +84,7 @@ class WorkFolder(NamedTuple):
 
     @property
     def latents(self) -> Path:
-        """`latents` [N, 16, 8, 8], whitened, with `mean` and `std` [16] from before."""
+        """Whitened `latents` [N, 16, 8, 8], with their original `mean` and `std` [16]."""
         return self.root / "latents.safetensors"
 
     @property
@@ -94,63 +93,63 @@ class WorkFolder(NamedTuple):
         return self.root / "unet.safetensors"
 
     def claim(self, recipe: Recipe, resume: bool) -> None:
-        """Makes the folder this run's own.
+        """Claim the folder for a run.
 
         Args:
-            recipe: of this run.
-            resume: whether to continue the run that lies there.
+            recipe: The recipe of the run.
+            resume: Whether to resume the run in the folder.
 
         Raises:
-            WorkFolderError: it holds a run and `resume` is False, or one of another recipe.
+            WorkFolderError: It contains a run and `resume` is False, or the recipes differ.
         """
         if not self.recipe.exists():
             write_json(self.recipe, recipe.as_json())
             return
-        found, asked = json.loads(self.recipe.read_text()), recipe.as_json()
+        stored, given = json.loads(self.recipe.read_text()), recipe.as_json()
         if not resume:
             raise WorkFolderError(
-                f"{self.root} holds a run already: add --resume to continue it, "
-                "or name another --work"
+                f"{self.root} already contains a run: add --resume to resume it, or choose another "
+                "--work"
             )
-        if found != asked:
+        if stored != given:
             differing = {
-                key: (found.get(key), asked[key]) for key in asked if found.get(key) != asked[key]
+                key: (stored.get(key), given[key]) for key in given if stored.get(key) != given[key]
             }
             raise WorkFolderError(
-                f"{self.root} holds a run of another recipe (found, asked): {differing}; "
-                "resume it with its own options, or name another --work"
+                f"{self.root} contains a run of another recipe (stored, given): {differing}; "
+                "resume it with its own options, or choose another --work"
             )
 
     def read_recipe(self) -> Recipe:
-        """Reads the recipe of the run that lies here.
+        """Read the recipe of the run in the folder.
 
         Raises:
-            WorkFolderError: no run lies here.
+            WorkFolderError: There is no run in the folder.
         """
         if not self.recipe.exists():
-            raise WorkFolderError(f"{self.root} holds no run; train one there first")
-        found = json.loads(self.recipe.read_text())
-        budgets = {name: Budget(**found[name]) for name in ("vae", "judge", "unet")}
-        return Recipe(**{**found, **budgets})
+            raise WorkFolderError(f"{self.root} contains no run; train one there first")
+        stored = json.loads(self.recipe.read_text())
+        budgets = {name: Budget(**stored[name]) for name in ("vae", "judge", "unet")}
+        return Recipe(**{**stored, **budgets})
 
     def read_journal(self) -> dict[str, Any]:
-        """Reads what is known of the stages, by their names."""
+        """Read the journal: what is known about each stage, by its name."""
         return json.loads(self.journal.read_text()) if self.journal.exists() else {}
 
     def finished(self) -> set[str]:
-        """Returns the names of the stages that are done."""
+        """Return the names of the stages that are done."""
         return {name for name, entry in self.read_journal().items() if entry["done"]}
 
     @contextmanager
     def noting(self, stage: str, commit: str) -> Iterator[None]:
-        """Writes down in the journal how long a stage took and what code ran it.
+        """Record in the journal how long a stage took and which code ran it.
 
-        A stage that a resume continues adds up its seconds and keeps the commits of all its parts.
-        What was spent after the last checkpoint of a part that was killed is not in it.
+        A resumed stage adds up its seconds and keeps the commits of all its parts. Time spent after
+        the last checkpoint before a kill is not included.
 
         Args:
-            stage: its name.
-            commit: of the code, as the process loaded it.
+            stage: Name of the stage.
+            commit: Commit of the code, as loaded by the process.
         """
         before = self.read_journal().get(stage, {"commits": [], "seconds": 0})
         entry = {
@@ -169,7 +168,7 @@ class WorkFolder(NamedTuple):
 
 
 def source_commit() -> str:
-    """Returns the git commit of this code, with '+' if files differ from it; else 'unknown'."""
+    """Return the git commit of this code, with '+' if files differ from it; else 'unknown'."""
 
     def git(*arguments: str) -> str:
         return subprocess.run(

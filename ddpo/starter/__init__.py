@@ -1,9 +1,11 @@
-"""The starter: a small text-to-image model and a judge of it, and how both were trained."""
+"""The starter: a small text-to-image model that ships with the package, and a judge of it."""
+
+from __future__ import annotations
 
 from pathlib import Path
 
 STARTER_PATH: Path = Path(__file__).parent / "weights"
-"""Folder that `StableDiffusionPipeline.from_pretrained` loads with nothing else."""
+"""The model's folder, for `StableDiffusionPipeline.from_pretrained`."""
 
 JUDGE_PATH: Path = Path(__file__).parent / "judge_weights"
-"""Folder of the judge: `ddpo.starter.judge.Judge.load`, or transformers' `CLIPModel`."""
+"""The judge's folder, for `ddpo.starter.judge.Judge.load` or transformers' `CLIPModel`."""

@@ -1,8 +1,10 @@
-"""What the starter can draw, and the glyphs of it, cut once from Noto Color Emoji into one atlas.
+"""What the starter can draw, and its glyphs: one atlas, rendered from Noto Color Emoji.
 
-The atlas ships with the package, so training needs no font on the machine. To cut it again:
+The atlas ships with the package, so training needs no font on the machine. To render it again:
 `python -m ddpo.starter.glyphs /usr/share/fonts/truetype/noto/NotoColorEmoji.ttf`.
 """
+
+from __future__ import annotations
 
 import sys
 from functools import cache
@@ -100,26 +102,26 @@ ANIMALS: tuple[str, ...] = tuple(_ANIMALS)
 """The 45 animals of the DDPO paper (Black et al. 2023)."""
 
 ACTIVITIES: tuple[str, ...] = tuple(_ACTIVITIES)
-"""The paper's three activities, each by a thing that stands for it: a bike, a pawn, a plate."""
+"""The paper's three activities, each shown by an object: a bike, a pawn, a plate."""
 
 OTHERS: tuple[str, ...] = tuple(_OTHERS)
-"""12 other animals and 12 things: words the model knows, and no prompt of the animal tasks uses."""
+"""12 other animals and 12 objects, which the model knows but no animal task prompts."""
 
 GLYPHS: dict[str, str] = {**_ANIMALS, **_ACTIVITIES, **_OTHERS}
-"""Code points."""
+"""Code point of each name."""
 
 
 def draw_atlas(font_path: Path) -> Image.Image:
-    """Draws every glyph into one row of cells.
+    """Render every glyph into one row of cells.
 
     Args:
         font_path: Noto Color Emoji as a TrueType file.
 
     Returns:
-        RGBA picture of size [72 * `CELL_PX`, `CELL_PX`].
+        RGBA image of size [72 * `CELL_PX`, `CELL_PX`].
 
     Raises:
-        ValueError: the font draws nothing for a name.
+        ValueError: The font has no glyph for a name.
     """
     font = ImageFont.truetype(str(font_path), STRIKE_PX)
     atlas = Image.new("RGBA", (CELL_PX * len(GLYPHS), CELL_PX))
@@ -129,8 +131,8 @@ def draw_atlas(font_path: Path) -> Image.Image:
         box = canvas.getbbox()
         if box is None:
             raise ValueError(
-                f"{font_path} draws nothing for {name!r} (U+{ord(character):X}); "
-                "give a newer Noto Color Emoji"
+                f"{font_path} has no glyph for {name!r} (U+{ord(character):X}); "
+                "use a newer Noto Color Emoji"
             )
         atlas.paste(canvas.crop(box), (column * CELL_PX, 0))
     return atlas
@@ -138,7 +140,7 @@ def draw_atlas(font_path: Path) -> Image.Image:
 
 @cache
 def glyph(name: str) -> Image.Image:
-    """Returns a glyph, cropped to what is drawn: RGBA, longest side 90 to 136 pixels."""
+    """Return a glyph, cropped to its bounding box: RGBA, longest side 90 to 136 pixels."""
     column = tuple(GLYPHS).index(name)
     with Image.open(ATLAS_PATH) as atlas:
         cell = atlas.crop((column * CELL_PX, 0, (column + 1) * CELL_PX, CELL_PX))

@@ -1,7 +1,9 @@
-"""The judge: a small CLIP with heads that name what a picture shows.
+"""The judge: a small CLIP with heads that classify what an image shows.
 
-It is trained on rendered pictures alone, apart from the generator, and never sees a sample.
+It is trained on rendered images alone, separately from the generator, and never sees a sample.
 """
+
+from __future__ import annotations
 
 import json
 from collections.abc import Sequence
@@ -30,17 +32,17 @@ LABELS_FILE = "labels.json"
 JUDGED_AT_ONCE = 64
 
 NAME_LABELS = (*ANIMALS, *OTHERS)
-"""What the first head tells apart."""
+"""Classes of the first head."""
 
 ACTIVITY_LABELS = ("", *ACTIVITIES)
-"""What the second head tells apart; '' is no activity."""
+"""Classes of the second head; '' is no activity."""
 
 COUNT_LABELS = (1, *COUNTS)
-"""What the third head tells apart."""
+"""Classes of the third head."""
 
 
 def build_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
-    """Returns an untrained CLIP for 64x64 pictures and a tokenizer's vocabulary."""
+    """Return an untrained CLIP for 64x64 images and a tokenizer's vocabulary."""
     vocab = tokenizer.get_vocab()
     text = CLIPTextConfig(
         vocab_size=len(tokenizer),
@@ -69,17 +71,12 @@ def build_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
 
 
 class JudgeNetwork(nn.Module):
-    """CLIP and heads, which train together.
-
-    Attributes:
-        clip: pictures [B, 3, 64, 64] in -1..1 and prompts [P, 24] into one space.
-        heads: from a picture's pooled features [B, 128] to scores of `NAME_LABELS`,
-            `ACTIVITY_LABELS` and `COUNT_LABELS`.
-    """
+    """CLIP and its heads, which are trained together."""
 
     def __init__(self, clip: CLIPModel) -> None:
         super().__init__()
         self.clip = clip
+        """Embeds images [B, 3, 64, 64] in -1..1 and prompts [P, 24] in one space."""
         self.heads = nn.ModuleDict(
             {
                 "name": nn.Linear(WIDTH, len(NAME_LABELS)),
@@ -87,81 +84,68 @@ class JudgeNetwork(nn.Module):
                 "count": nn.Linear(WIDTH, len(COUNT_LABELS)),
             }
         )
+        """From an image's pooled features [B, 128] to logits of the labels above."""
 
-    def see(self, pictures: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Looks at pictures.
-
-        Args:
-            pictures: [B, 3, 64, 64] in -1..1.
+    def see(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Embed and classify images [B, 3, 64, 64] in -1..1.
 
         Returns:
             Unit vectors [B, 128], and each head's logits.
         """
-        pooled = self.clip.vision_model(pictures).pooler_output
+        pooled = self.clip.vision_model(images).pooler_output
         logits = {name: head(pooled) for name, head in self.heads.items()}
         return nn.functional.normalize(self.clip.visual_projection(pooled), dim=-1), logits
 
     def read(self, tokens: Tensor) -> Tensor:
-        """Turns prompts [P, 24] into unit vectors [P, 128]."""
+        """Embed tokenized prompts [P, 24] as unit vectors [P, 128]."""
         pooled = self.clip.text_model(tokens).pooler_output
         return nn.functional.normalize(self.clip.text_projection(pooled), dim=-1)
 
 
 @dataclass(frozen=True)
 class Verdicts:
-    """What a judge sees in B pictures.
-
-    Attributes:
-        probabilities: of every answer to 'name' [B, 69], 'activity' [B, 4], 'count' [B, 4].
-    """
+    """A judge's answers about B images."""
 
     probabilities: dict[str, NDArray[np.float32]]
+    """Of every answer to 'name' [B, 69], 'activity' [B, 4] and 'count' [B, 4]."""
 
     @property
     def names(self) -> list[str]:
-        """The likeliest name, a picture."""
-        return [NAME_LABELS[place] for place in self.probabilities["name"].argmax(1)]
+        """The most likely name for each image."""
+        return [NAME_LABELS[index] for index in self.probabilities["name"].argmax(1)]
 
     @property
     def activities(self) -> list[str | None]:
-        """The likeliest activity, a picture; None for none."""
+        """The most likely activity for each image; None for no activity."""
         return [
-            ACTIVITY_LABELS[place] or None for place in self.probabilities["activity"].argmax(1)
+            ACTIVITY_LABELS[index] or None for index in self.probabilities["activity"].argmax(1)
         ]
 
     @property
     def counts(self) -> list[int]:
-        """The likeliest number of animals, a picture."""
-        return [COUNT_LABELS[place] for place in self.probabilities["count"].argmax(1)]
+        """The most likely number of animals for each image."""
+        return [COUNT_LABELS[index] for index in self.probabilities["count"].argmax(1)]
 
     def right(self, scenes: Sequence[Scene]) -> NDArray[np.bool_]:
-        """Tells which pictures show what they should.
+        """Return which images show the scenes that they should, bool [B].
 
-        Args:
-            scenes: what each picture should show.
-
-        Returns:
-            bool [B]: the name of a single or another word; name and activity of an activity; the
-            number of a count.
+        A single or another word is right by its name, an activity by name and activity, a count by
+        its number.
         """
-        found = zip(scenes, self.names, self.activities, self.counts, strict=True)
+        answers = zip(scenes, self.names, self.activities, self.counts, strict=True)
         return np.array(
             [
                 count == scene.count
                 if scene.kind is Kind.COUNT
                 else name == scene.name
                 and (scene.kind is not Kind.ACTIVITY or activity == scene.activity)
-                for scene, name, activity, count in found
+                for scene, name, activity, count in answers
             ]
         )
 
 
 class Judge:
-    """A trained judge.
-
-    Attributes:
-        network: its weights, float32, not to be trained further.
-    """
+    """A trained judge, for inference only."""
 
     def __init__(
         self,
@@ -175,15 +159,15 @@ class Judge:
 
     @classmethod
     def load(cls, folder: Path) -> Self:
-        """Loads a judge from a folder that `save` wrote.
+        """Load a judge from a folder written by `save`.
 
         Raises:
-            FileNotFoundError: no judge lies there.
-            ValueError: its heads tell other things apart than this version of the code.
+            FileNotFoundError: There is no judge in the folder.
+            ValueError: Its labels are not those of this version of the code.
         """
         if json.loads((folder / LABELS_FILE).read_text()) != _labels():
             raise ValueError(
-                f"the judge in {folder} knows other names than this version; "
+                f"the judge in {folder} has other labels than this version; "
                 "train it again with python -m starter_training.train"
             )
         network = JudgeNetwork(CLIPModel.from_pretrained(folder))
@@ -195,7 +179,7 @@ class Judge:
         )
 
     def save(self, folder: Path) -> None:
-        """Writes CLIP as transformers does, with tokenizer and image processor, and the heads."""
+        """Write CLIP, tokenizer and image processor as transformers does, and the heads."""
         self.network.clip.save_pretrained(folder)
         self._tokenizer.save_pretrained(folder)
         self._processor.save_pretrained(folder)
@@ -205,54 +189,18 @@ class Judge:
         save_file(heads, folder / HEADS_FILE)
         (folder / LABELS_FILE).write_text(json.dumps(_labels(), indent=2) + "\n")
 
-    def look(self, images: Sequence[Image.Image]) -> Verdicts:
-        """Names what pictures show.
-
-        Args:
-            images: B pictures of any size; resized to 64x64.
-
-        Returns:
-            Probabilities and the likeliest answers.
-        """
-        return self._see(images)[1]
-
-    def similarity(
-        self, images: Sequence[Image.Image], prompts: Sequence[str]
-    ) -> NDArray[np.float32]:
-        """Compares each picture with its prompt, as CLIP does.
-
-        Args:
-            images: B pictures.
-            prompts: B texts.
-
-        Returns:
-            Cosines, float32 [B] in -1..1.
-
-        Raises:
-            ValueError: not as many prompts as pictures.
-        """
-        if len(images) != len(prompts):
-            raise ValueError(f"{len(images)} pictures and {len(prompts)} prompts; give one each")
-        tokens = self._tokenizer(
-            list(prompts), padding="max_length", truncation=True, return_tensors="pt"
-        )
-        with torch.no_grad():
-            texts = self.network.read(tokens["input_ids"])
-        return (self._see(images)[0] * texts).sum(-1).numpy()
-
     @torch.no_grad()
-    def _see(self, images: Sequence[Image.Image]) -> tuple[Tensor, Verdicts]:
-        vectors: list[Tensor] = []
+    def look(self, images: Sequence[Image.Image]) -> Verdicts:
+        """Say what B images of any size show; they are resized to 64x64."""
         logits: dict[str, list[Tensor]] = {name: [] for name in self.network.heads}
         for start in range(0, len(images), JUDGED_AT_ONCE):
             batch = [image.convert("RGB") for image in images[start : start + JUDGED_AT_ONCE]]
             pixels = self._processor(batch, return_tensors="pt")["pixel_values"]
-            vector, found = self.network.see(pixels)
-            vectors.append(vector)
-            for name, values in found.items():
+            for name, values in self.network.see(pixels)[1].items():
                 logits[name].append(values)
-        joined = {name: torch.cat(values).softmax(-1).numpy() for name, values in logits.items()}
-        return torch.cat(vectors), Verdicts(joined)
+        return Verdicts(
+            {name: torch.cat(values).softmax(-1).numpy() for name, values in logits.items()}
+        )
 
 
 def _labels() -> dict[str, list[str] | list[int]]:

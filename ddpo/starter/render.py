@@ -1,10 +1,11 @@
-"""Training pictures: the glyphs of a scene on a background, 64x64 RGB.
+"""Training images: the glyphs of a scene on a background, 64x64 RGB.
 
-Backgrounds differ widely in how well they compress as JPEG, so that a reward on the file's size
-finds something to select from. The longest side of a glyph and its choices of place go by steps of
-4 pixels: a world small enough to be learned on two CPU cores. Picture `i` of a seed depends on
-nothing but the seed and `i`.
+Backgrounds differ widely in how well they compress as JPEG, so that a reward on the file size has
+something to select from. Sizes and positions of glyphs are multiples of 4 pixels: a world small
+enough to be learned on two CPU cores. Image `i` of a seed depends only on the seed and `i`.
 """
+
+from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -31,17 +32,14 @@ Floats = NDArray[np.floating]
 
 @dataclass(frozen=True)
 class Picture:
-    """A rendered picture.
-
-    Attributes:
-        pixels: uint8 [64, 64, 3].
-        scene: what it shows.
-        background: a key of `BACKGROUNDS`.
-    """
+    """A rendered image."""
 
     pixels: Pixels
+    """uint8 [64, 64, 3]."""
     scene: Scene
+    """What it shows."""
     background: str
+    """A key of `BACKGROUNDS`."""
 
 
 class Placed(NamedTuple):
@@ -54,18 +52,18 @@ class Placed(NamedTuple):
 
 
 def _tints(rng: Generator, count: int) -> Floats:
-    """Draws `count` light RGB colours, float32 [count, 3] in 0..255: glyphs stand out on them."""
+    """Sample `count` light RGB colors, float32 [count, 3] in 0..255; glyphs stand out on them."""
     return rng.integers(136, 256, (count, 3)).astype(np.float32)
 
 
 def _blend(amount: Floats, rng: Generator) -> Floats:
-    """Mixes two random tints by `amount` [64, 64] in 0..1 into [64, 64, 3]."""
+    """Mix two random tints by `amount` [64, 64] in 0..1 into [64, 64, 3]."""
     first, second = _tints(rng, 2)
     return first + amount[..., None] * (second - first)
 
 
 def _across(rng: Generator, angle: float) -> Floats:
-    """Distance in pixels along `angle`, from a random multiple of 4: [64, 64]."""
+    """Return the distance in pixels along `angle`, from a random multiple of 4: [64, 64]."""
     y, x = np.mgrid[:SIZE_PX, :SIZE_PX].astype(np.float32)
     return x * np.cos(angle) + y * np.sin(angle) + STEP_PX * rng.integers(SIZE_PX // STEP_PX)
 
@@ -106,23 +104,23 @@ BACKGROUNDS: dict[str, Callable[[Generator], Floats]] = {
 }
 
 BACKGROUND_FREQUENCIES = (0.3, 0.25, 0.15, 0.15, 0.15)
-"""How often each of `BACKGROUNDS` is drawn: the busy ones cost the model most, so less often."""
+"""Probability of each of `BACKGROUNDS`; busy ones are rarer, since they cost the model most."""
 
 _CELLS = {
     2: (((16, 32), (48, 32)), ((16, 20), (48, 44)), ((16, 44), (48, 20))),
     3: (((32, 16), (16, 48), (48, 48)), ((16, 16), (48, 16), (32, 48))),
     4: (((16, 16), (48, 16), (16, 48), (48, 48)),),
 }
-"""Centres of the glyphs of a count, in pixels: the arrangements to choose from."""
+"""Centers of the glyphs of a count, in pixels: the arrangements to choose from."""
 
 
 def _some(rng: Generator, low: int, high: int) -> int:
-    """Draws a multiple of 4 from `low` to `high`, both included."""
+    """Sample a multiple of 4 from `low` to `high`, both included."""
     return int(rng.integers(low // STEP_PX, high // STEP_PX + 1)) * STEP_PX
 
 
 def _arrange(scene: Scene, rng: Generator) -> list[Placed]:
-    """Draws where a scene's glyphs lie, from back to front."""
+    """Sample the positions of a scene's glyphs, from back to front."""
     if scene.count > 1:
         cells = _CELLS[scene.count]
         side = 32 if scene.count == 2 else 28
@@ -151,15 +149,12 @@ def _resized(name: str, side: int, mirrored: bool) -> Image.Image:
 
 
 def draw_scene(scene: Scene, rng: Generator, background: str | None = None) -> Picture:
-    """Draws a scene.
+    """Render a scene.
 
     Args:
-        scene: what to show.
-        rng: decides background, sizes, places and whether the picture is mirrored.
-        background: a key of `BACKGROUNDS`, or None to draw one at random.
-
-    Returns:
-        The picture.
+        scene: What to show.
+        rng: Decides background, sizes, positions and whether the image is mirrored.
+        background: A key of `BACKGROUNDS`; None for a random one.
     """
     kind = str(rng.choice(list(BACKGROUNDS), p=BACKGROUND_FREQUENCIES))
     background = background or kind
@@ -177,15 +172,12 @@ def draw_scene(scene: Scene, rng: Generator, background: str | None = None) -> P
 
 
 def draw(seed: int, index: int, *, all_pairs: bool = False) -> Picture:
-    """Draws picture `index` of a seed.
+    """Render image `index` of a seed; equal arguments give equal bytes.
 
     Args:
-        seed: names an endless sequence of pictures.
-        index: position in it.
-        all_pairs: whether held-out pairs of animal and activity are drawn too.
-
-    Returns:
-        The picture; the same arguments give the same bytes.
+        seed: Identifies an endless sequence of images.
+        index: Position in the sequence.
+        all_pairs: Whether held-out pairs of animal and activity are included.
     """
     scene = Scene.at(seed, index, all_pairs=all_pairs)
     return draw_scene(scene, np.random.default_rng((seed, index, 1)))
@@ -198,10 +190,10 @@ def _draw_range(seed: int, all_pairs: bool, bounds: tuple[int, int]) -> Pixels:
 def draw_many(
     seed: int, count: int, workers: int, chunk: int = 512, *, all_pairs: bool = False
 ) -> Pixels:
-    """Draws the first `count` pictures of a seed in `workers` processes.
+    """Render the first `count` images of a seed in `workers` processes.
 
     Returns:
-        uint8 [count, 64, 64, 3]; picture `i` shows `Scene.at(seed, i, all_pairs=all_pairs)`.
+        uint8 [count, 64, 64, 3]; image `i` shows `Scene.at(seed, i, all_pairs=all_pairs)`.
     """
     bounds = [(start, min(start + chunk, count)) for start in range(0, count, chunk)]
     draw_range = partial(_draw_range, seed, all_pairs)

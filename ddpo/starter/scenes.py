@@ -1,4 +1,6 @@
-"""What a training picture shows, and the prompts that name it."""
+"""What a training image shows, and the prompt that describes it."""
+
+from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
@@ -22,25 +24,23 @@ class Kind(StrEnum):
 COUNTS = (2, 3, 4)
 
 KIND_FREQUENCIES = {Kind.SINGLE: 0.36, Kind.ACTIVITY: 0.32, Kind.COUNT: 0.22, Kind.OTHER: 0.1}
-"""How often each kind is drawn."""
+"""Probability of each kind."""
 
 
 @dataclass(frozen=True)
 class Scene:
-    """What a picture shows.
-
-    Attributes:
-        name: of `ANIMALS` or `OTHERS`.
-        activity: of `ACTIVITIES`, or None.
-        count: how many of it, 1 to 4.
+    """What an image shows.
 
     Raises:
-        ValueError: nothing that can be drawn, such as two animals with an activity.
+        ValueError: The scene cannot be rendered, such as two animals with an activity.
     """
 
     name: str
+    """One of `ANIMALS` or `OTHERS`."""
     activity: str | None = None
+    """One of `ACTIVITIES`, or None."""
     count: int = 1
+    """Number of animals, 1 to 4."""
 
     def __post_init__(self) -> None:
         alone = self.activity is None and self.count == 1
@@ -49,13 +49,13 @@ class Scene:
         animal = self.name in ANIMALS and (alone or several or doing)
         if not animal and not (self.name in OTHERS and alone):
             raise ValueError(
-                f"{self.name!r}, {self.activity!r}, {self.count}: expected one of ANIMALS with "
-                "nothing else, with one of ACTIVITIES or in a number of 2 to 4; or one of OTHERS"
+                f"{self.name!r}, {self.activity!r}, {self.count}: expected one of ANIMALS, alone, "
+                "with one of ACTIVITIES or in a number of 2 to 4; or one of OTHERS"
             )
 
     @property
     def kind(self) -> Kind:
-        """Which kind of scene this is."""
+        """The kind of scene."""
         if self.name in OTHERS:
             return Kind.OTHER
         if self.activity is not None:
@@ -71,24 +71,22 @@ class Scene:
 
     @property
     def prompt(self) -> str:
-        """Names the scene: 'a cat', 'an ant playing chess', 'two cats'."""
+        """The prompt of the scene: 'a cat', 'an ant playing chess', 'two cats'."""
         if self.count > 1:
             return f"{number_word(self.count)} {plural(self.name)}"
         words = article_prompt(self.name)
         return f"{words} {self.activity}" if self.activity else words
 
     @staticmethod
-    def at(seed: int, index: int, *, all_pairs: bool = False) -> "Scene":
-        """Draws the scene of picture `index` of a seed.
+    def at(seed: int, index: int, *, all_pairs: bool = False) -> Scene:
+        """Return the scene of image `index` of a seed.
+
+        Kinds are sampled by `KIND_FREQUENCIES`, and scenes of a kind with equal probability.
 
         Args:
-            seed: names an endless sequence.
-            index: position in it.
-            all_pairs: whether held-out pairs are drawn too.
-
-        Returns:
-            A scene; each kind as often as `KIND_FREQUENCIES` says, and each scene of a kind equally
-            often.
+            seed: Identifies an endless sequence.
+            index: Position in the sequence.
+            all_pairs: Whether held-out pairs are included.
         """
         rng = np.random.default_rng((seed, index, 0))
         kind = Kind(rng.choice([*KIND_FREQUENCIES], p=[*KIND_FREQUENCIES.values()]))
@@ -98,7 +96,7 @@ class Scene:
 
 @cache
 def scenes(kind: Kind) -> tuple[Scene, ...]:
-    """Returns all scenes of a kind: 45 singles, 135 activities, 135 counts, 24 others."""
+    """Return all scenes of a kind: 45 singles, 135 activities, 135 counts, 24 others."""
     match kind:
         case Kind.SINGLE:
             return tuple(Scene(animal) for animal in ANIMALS)
@@ -112,12 +110,12 @@ def scenes(kind: Kind) -> tuple[Scene, ...]:
 
 @cache
 def trained_scenes(kind: Kind) -> tuple[Scene, ...]:
-    """Returns the scenes of a kind that the generator is trained on."""
+    """Return the scenes of a kind that the generator is trained on."""
     return tuple(scene for scene in scenes(kind) if not scene.held_out)
 
 
 SCENES: tuple[Scene, ...] = tuple(scene for kind in Kind for scene in scenes(kind))
-"""All 339 scenes; a scene's place in here is its number."""
+"""All 339 scenes; a scene's index is its number."""
 
 SCENE_NUMBERS: dict[Scene, int] = {scene: number for number, scene in enumerate(SCENES)}
-"""Each scene's place in `SCENES`."""
+"""Each scene's index in `SCENES`."""

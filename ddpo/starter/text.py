@@ -1,4 +1,6 @@
-"""Prompts of the training pictures, and a small CLIP tokenizer that knows their words."""
+"""Prompts of the training images, and a small CLIP tokenizer that knows their words."""
+
+from __future__ import annotations
 
 from itertools import pairwise
 from typing import Any
@@ -20,37 +22,37 @@ PHRASES = (
     "washing the dishes riding a bike playing chess"
 )
 WORDS: tuple[str, ...] = tuple(dict.fromkeys([*PHRASES.split(), *ANIMALS, *PLURALS, *OTHERS]))
-"""Words that are one token each. Others fall apart into pieces, down to bytes."""
+"""Words that are one token each. Others are split into pieces, down to bytes."""
 
 
 def article_prompt(name: str) -> str:
-    """Returns 'a cat', 'an ant'."""
+    """Return a name with its article: 'a cat', 'an ant'."""
     return _ENGLISH.a(name)
 
 
 def plural(animal: str) -> str:
-    """Returns 'cats', 'mice'; of an animal of `ANIMALS`."""
+    """Return the plural of one of `ANIMALS`: 'cats', 'mice'."""
     return PLURALS[ANIMALS.index(animal)]
 
 
 def number_word(number: int) -> str:
-    """Returns 'two' for 2."""
+    """Return a number in words: 'two' for 2."""
     return str(_ENGLISH.number_to_words(str(number)))
 
 
 def byte_characters() -> list[str]:
-    """Returns the printable stand-in of every byte, as byte-level BPE (GPT-2, CLIP) writes them."""
+    """Return the printable stand-in of every byte, as byte-level BPE (GPT-2, CLIP) writes them."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     table = {byte: chr(byte) for byte in printable}
-    table |= {byte: chr(256 + place) for place, byte in enumerate(others)}
+    table |= {byte: chr(256 + index) for index, byte in enumerate(others)}
     return [table[byte] for byte in range(256)]
 
 
 def _apply(merges: list[tuple[str, str]], word: str) -> list[str]:
-    """Splits a word into pieces by BPE, the earliest merge first."""
+    """Split a word into pieces by BPE, applying the earliest merge first."""
     pieces = [*word[:-1], word[-1] + WORD_END]
-    rank = {pair: place for place, pair in enumerate(merges)}
+    rank = {pair: index for index, pair in enumerate(merges)}
     while True:
         pairs = [pair for pair in pairwise(pieces) if pair in rank]
         if not pairs:
@@ -66,10 +68,10 @@ def _apply(merges: list[tuple[str, str]], word: str) -> list[str]:
 
 
 def learn_merges(words: tuple[str, ...]) -> list[tuple[str, str]]:
-    """Returns merges under which each word is one token.
+    """Return merges under which each word is one token.
 
-    A merge only ever joins the list's end: it applies after all earlier ones, so words that were
-    whole before it stay whole.
+    A merge is only ever appended, so it applies after all earlier ones, and words that were whole
+    before stay whole.
     """
     merges: list[tuple[str, str]] = []
     for word in words:
@@ -79,7 +81,7 @@ def learn_merges(words: tuple[str, ...]) -> list[tuple[str, str]]:
 
 
 def build_tokenizer() -> CLIPTokenizer:
-    """Returns the tokenizer: 512 byte tokens, the merges of `WORDS`, then start and end of text.
+    """Return the tokenizer: 512 byte tokens, the merges of `WORDS`, then start and end of text.
 
     The end of text also pads, as in Stable Diffusion 1.x.
     """
@@ -92,7 +94,7 @@ def build_tokenizer() -> CLIPTokenizer:
         BOS,
         EOS,
     ]
-    vocab = {token: place for place, token in enumerate(dict.fromkeys(tokens))}
-    # transformers declares merges as strings, and takes pairs.
+    vocab = {token: index for index, token in enumerate(dict.fromkeys(tokens))}
+    # transformers annotates merges as strings, but accepts pairs.
     known: dict[str, Any] = {"vocab": vocab, "merges": merges}
     return CLIPTokenizer(**known, model_max_length=MAX_TOKENS)

@@ -1,1 +1,1 @@
-"""The stages of training, a module each."""
+"""The stages of training, one module each."""

@@ -1,4 +1,6 @@
-"""Two stages: the autoencoder, and the latents of all pictures."""
+"""Two stages: the autoencoder, and the latents of all images."""
+
+from __future__ import annotations
 
 import torch
 from rich.progress import track
@@ -16,7 +18,7 @@ ENCODED_AT_ONCE = 64
 
 
 def train_vae(work: WorkFolder, recipe: Recipe) -> None:
-    """Trains the autoencoder, in bfloat16 with float32 weights."""
+    """Train the autoencoder, in bfloat16 with float32 weights."""
     torch.manual_seed(derive_seed(recipe.seed, "vae weights"))
     vae = build_vae()
     pictures = read_pictures(work.pictures)
@@ -37,7 +39,7 @@ def train_vae(work: WorkFolder, recipe: Recipe) -> None:
 
 @torch.no_grad()
 def encode_latents(work: WorkFolder, recipe: Recipe) -> None:
-    """Encodes all pictures once, and whitens the latents channel by channel."""
+    """Encode all images once, and whiten the latents channel by channel."""
     del recipe
     if work.latents.exists():
         return

@@ -1,5 +1,7 @@
 """The last stage: noise predictor and text encoder."""
 
+from __future__ import annotations
+
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
@@ -13,11 +15,11 @@ from starter_training.stages.pictures import scene_numbers
 from starter_training.work import Recipe, WorkFolder
 
 DROPPED = 0.1
-"""Share of pictures trained without a prompt, for classifier-free guidance."""
+"""Share of images trained without a prompt, for classifier-free guidance."""
 
 
 def train_unet(work: WorkFolder, recipe: Recipe) -> None:
-    """Trains noise predictor and text encoder on the cached latents, in float32."""
+    """Train noise predictor and text encoder on the cached latents, in float32."""
     torch.manual_seed(derive_seed(recipe.seed, "unet weights"))
     denoiser = Denoiser()
     latents = load_file(work.latents)["latents"]
@@ -31,9 +33,9 @@ def train_unet(work: WorkFolder, recipe: Recipe) -> None:
         draws = generator(derive_seed(recipe.seed, "unet", step, shard))
         chosen = torch.randint(len(latents), (batch,), generator=draws)
         prompt = prompts.choose(scenes[chosen], DROPPED, draws)
-        # One timestep from each of `batch` equal slices: less variance than independent ones.
+        # Stratified: one timestep from each of `batch` equal slices, for less variance.
         spread = (torch.arange(batch) + torch.rand(batch, generator=draws)) / batch
-        # A draw just below 1 may round up to it.
+        # A sample just below 1 may round up to it.
         t = (spread * len(weights)).long().clamp(max=len(weights) - 1)
         x_0 = latents[chosen].float()
         noise = torch.randn(x_0.shape, generator=draws)
@@ -41,7 +43,7 @@ def train_unet(work: WorkFolder, recipe: Recipe) -> None:
         x_t = alpha.sqrt() * x_0 + (1 - alpha).sqrt() * noise
         used, place = prompt.unique(return_inverse=True)
         text = denoiser.text_encoder(prompts.tokens[used]).last_hidden_state
-        # `index_select` and not `text[place]`, whose gradient is summed in no fixed order.
+        # Not `text[place]`, whose gradient is summed in no fixed order.
         predicted = denoiser.unet(x_t, t, text.index_select(0, place)).sample
         return noise_loss(predicted, noise, weights[t])
 

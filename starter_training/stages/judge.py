@@ -1,4 +1,6 @@
-"""A stage: the judge, on pictures of its own."""
+"""A stage: the judge, on its own images."""
+
+from __future__ import annotations
 
 import torch
 from torch import Tensor
@@ -16,11 +18,11 @@ from starter_training.stages.pictures import judge_seed, read_pictures, scene_nu
 from starter_training.work import Recipe, WorkFolder
 
 SPOILED = 0.5
-"""Share of pictures that are blurred and grained, so that the judge is no stickler for edges."""
+"""Share of images that get blur and noise, so that the judge does not depend on sharp edges."""
 
 
 def spoil(pictures: Tensor, draws: torch.Generator) -> Tensor:
-    """Mixes half of the pictures [B, 3, 64, 64] with a blur of themselves, and adds grain."""
+    """Blend half of the images [B, 3, 64, 64] with a blurred copy, and add noise."""
     amount = torch.rand(len(pictures), 1, 1, 1, generator=draws)
     chosen = torch.rand(len(pictures), 1, 1, 1, generator=draws) < SPOILED
     amount = amount * chosen
@@ -30,7 +32,7 @@ def spoil(pictures: Tensor, draws: torch.Generator) -> Tensor:
 
 
 def train_judge(work: WorkFolder, recipe: Recipe) -> None:
-    """Trains CLIP and heads together, in float32; held-out pairs are among the pictures."""
+    """Train CLIP and heads together, in float32, on all pairs including the held-out ones."""
     torch.manual_seed(derive_seed(recipe.seed, "judge weights"))
     network = JudgeNetwork(build_clip(build_tokenizer()))
     pictures = read_pictures(work.judge_pictures)

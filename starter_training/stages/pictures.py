@@ -1,4 +1,6 @@
-"""The first stage: the pictures to train on."""
+"""The first stage: the images to train on."""
+
+from __future__ import annotations
 
 from pathlib import Path
 
@@ -14,18 +16,18 @@ from starter_training.work import Recipe, WorkFolder
 
 
 def judge_seed(recipe: Recipe) -> int:
-    """Returns the seed of the judge's own pictures."""
+    """Return the seed of the judge's own images."""
     return derive_seed(recipe.seed, "judge pictures")
 
 
 def draw_pictures(work: WorkFolder, recipe: Recipe) -> None:
-    """Draws the generator's pictures and, of another seed, the judge's, in two processes."""
+    """Render the generator's images and, from another seed, the judge's, in two processes."""
     count = recipe.cached_pictures
     if not work.pictures.exists():
-        console.log(f"drawing {count} pictures for the generator")
+        console.log(f"rendering {count} images for the generator")
         _write(work.pictures, draw_many(recipe.seed, count, workers=2))
     if not work.judge_pictures.exists():
-        console.log(f"drawing {count} pictures for the judge")
+        console.log(f"rendering {count} images for the judge")
         pixels = draw_many(judge_seed(recipe), count, workers=2, all_pairs=True)
         _write(work.judge_pictures, pixels)
 
@@ -36,11 +38,11 @@ def _write(path: Path, pixels: Pixels) -> None:
 
 
 def read_pictures(path: Path) -> Pixels:
-    """Opens drawn pictures without reading them whole."""
+    """Memory-map rendered images."""
     return np.load(path, mmap_mode="c", allow_pickle=False)
 
 
 def scene_numbers(seed: int, count: int, *, all_pairs: bool = False) -> Tensor:
-    """Returns what the first `count` pictures of a seed show: places in `SCENES`, int64 [count]."""
+    """Return what the first `count` images of a seed show: indices into `SCENES`, int64."""
     shown = (Scene.at(seed, index, all_pairs=all_pairs) for index in range(count))
     return torch.tensor([SCENE_NUMBERS[scene] for scene in shown])

@@ -9,6 +9,7 @@ from ddpo.rewards import load_reward, score_images
 from ddpo.starter import JUDGE_PATH
 from ddpo.starter.judge import Judge
 from tests.rewards.tiny_models import PICTURES, PROMPTS, clip_parts, picture, save_clip
+from tests.starter.similarity import similarity
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +68,7 @@ def test_neither_padding_nor_company_changes_a_score(model):
 def test_the_starters_judge_says_what_it_says_itself():
     reward = load_reward("clip_score", {"model": "starter-judge", "formula": "cosine"})
     found = score_images(reward, PICTURES, PROMPTS)
-    expected = Judge.load(JUDGE_PATH).similarity(PICTURES, [p.text for p in PROMPTS])
+    expected = similarity(Judge.load(JUDGE_PATH), PICTURES, [p.text for p in PROMPTS])
     np.testing.assert_allclose(found.values, expected, atol=1e-6)
     assert set(reward.identity.revisions) == {"starter-judge"}
     assert reward.identity.revisions["starter-judge"].startswith("sha256:")

@@ -16,6 +16,7 @@ from ddpo.starter import JUDGE_PATH, STARTER_PATH
 from ddpo.starter.judge import Judge
 from ddpo.starter.scenes import Kind, scenes
 from starter_training.measure import accuracy, fresh_pictures
+from tests.starter.similarity import similarity
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +138,7 @@ def test_the_judges_clip_prefers_a_pictures_own_prompt(judge: Judge) -> None:
     own = [picture.scene.prompt for picture in fresh]
     other = [*own[1:], own[0]]
     different = np.array([one != two for one, two in zip(own, other, strict=True)])
-    better = judge.similarity(images, own) > judge.similarity(images, other)
+    better = similarity(judge, images, own) > similarity(judge, images, other)
     assert better[different].mean() >= 0.98
 
 

@@ -193,7 +193,7 @@ def test_the_plan_tells_what_is_left(
     show_plan(recipe, left)
     shown = capsys.readouterr().out
     assert shown.count("done") == 2
-    assert "599,992" in shown and "About 67 minutes to go" in shown
+    assert "599,992" in shown and "About 67 minutes left" in shown
 
 
 def test_the_journal_keeps_commits_and_seconds_of_all_parts(tmp_path: Path) -> None:
@@ -236,7 +236,7 @@ def test_the_source_commit_tells_changed_code_apart(
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--export"], "holds no run"),
+        (["--export"], "contains no run"),
         (["--vae-pictures", "8"], "batch of 16"),
     ],
 )
