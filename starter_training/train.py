@@ -97,7 +97,7 @@ def show_plan(recipe: Recipe, left: Mapping[str, int]) -> None:
     table.add_row("export and report", "", "", f"{EXPORT_MIN:.1f}")
     console.print(table)
     console.print(
-        f"About {total_min:.0f} minutes left on two CPU cores; continue with --resume if interrupted."
+        f"About {total_min:.0f} minutes left on two CPU cores; --resume continues after a stop."
     )
 
 
