@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from ddpo.analysis.comparison.plan import Comparison, check_not_shared, read_comparison
-from ddpo.analysis.comparison.result import summarise
+from ddpo.analysis.comparison.result import compare_curves
 from ddpo.analysis.comparison.statistics import interval, t_quantile
 from ddpo.errors import ConfigError
 from ddpo.runs.run import start_run
@@ -56,7 +56,7 @@ def test_one_value_has_no_interval() -> None:
 
 
 def test_gains_and_differences_are_taken_seed_by_seed() -> None:
-    first, second, third = summarise(
+    first, second, third = compare_curves(
         {
             "a": [[0.0, 1.0], [10.0, 12.0]],
             "b": [[0.0, 2.0], [10.0, 13.5]],
@@ -209,7 +209,7 @@ def test_a_part_with_a_type_replaces_and_one_without_changes(tmp_path: Path) -> 
         ({"controls": {"is": "is"}}, "'is' is itself controlled"),
         ({"base": "nowhere.yaml"}, "there is no config file"),
         ({"base": {"model": "starter"}}, "prompts: missing"),
-        ({"base": {"fork": {"run_id": "r", "epoch": 1}}}, "take `fork` out"),
+        ({"base": {"fork": {"run_id": "r", "epoch": 1}}}, "remove `fork`"),
         (
             {"offline": True, "variants": {"a": {"algorithm": RECOMPUTE}, "b": {}}},
             "every ratio would be 1",

@@ -1,1 +1,1 @@
-"""Algorithms compared on equal terms: the plan of the runs, their results, the report."""
+"""Comparisons of algorithms on equal terms: the plan of the runs, their results, the report."""

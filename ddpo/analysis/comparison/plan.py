@@ -1,4 +1,4 @@
-"""What runs a comparison consists of, all of them checked before one is started."""
+"""Plan the runs of a comparison; all configs are validated before any run starts."""
 
 from __future__ import annotations
 
@@ -20,73 +20,59 @@ from ddpo.store.objects import Store
 
 @dataclass(frozen=True)
 class Member:
-    """A run of a comparison.
-
-    Attributes:
-        run_id: Its name.
-        seed: Its seed.
-        config: Its config.
-    """
+    """One run of a comparison."""
 
     run_id: str
+    """Its name."""
     seed: int
+    """Its seed."""
     config: RunConfig
+    """Its config."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """The runs of a comparison.
-
-    Attributes:
-        name: The comparison's name, which those of its runs begin with.
-        config: What is compared.
-        epochs: Epochs of each variant's run.
-        shared: A run a seed that draws what the variants share, and learns nothing.
-        variants: By variant, a run a seed, in the order of the seeds.
-    """
+    """The runs of a comparison."""
 
     name: str
+    """The comparison's name, a prefix of the names of its runs."""
     config: CompareConfig
+    """The comparison's config."""
     epochs: int
+    """Epochs of each variant's run."""
     shared: Mapping[int, Member]
+    """By seed, the run that samples what the variants share and does not train."""
     variants: Mapping[str, Sequence[Member]]
-
-    @property
-    def shared_epochs(self) -> int:
-        """How many epochs the variants of a seed have in common: the history's, or the first."""
-        return self.epochs - 1 if self.config.offline else 1
+    """By variant, one run per seed, in the order of the seeds."""
 
     @property
     def samples_per_epoch(self) -> int:
-        """Reward queries of an epoch, the same for all."""
+        """Reward queries per epoch, the same for all runs."""
         return self.members[0].config.rollouts.samples_per_epoch
 
     @property
     def members(self) -> list[Member]:
-        """All runs in the order in which they are run: seed by seed, what is shared first."""
+        """All runs in the order in which they run: seed by seed, the shared run first."""
         runs = []
-        for place, seed in enumerate(self.config.seeds):
+        for index, seed in enumerate(self.config.seeds):
             runs.append(self.shared[seed])
-            runs += [of_variant[place] for of_variant in self.variants.values()]
+            runs += [members[index] for members in self.variants.values()]
         return runs
 
 
 def read_comparison(
     path: str | Path, name: str | None = None, overrides: Sequence[str] = ()
 ) -> Comparison:
-    """Read a comparison's file, and settle the config of each of its runs.
+    """Read a comparison's file and resolve the config of each of its runs.
 
     Args:
-        path: A YAML file, as :class:`ddpo.config.CompareConfig` describes it.
-        name: The comparison's name; by default the file's.
-        overrides: Changes of the base, as ``a.b=value``, applied in order.
-
-    Returns:
-        The comparison.
+        path: A YAML file, as described by :class:`ddpo.config.CompareConfig`.
+        name: The comparison's name; by default derived from the file's.
+        overrides: Changes to the base, as ``a.b=value``, applied in order.
 
     Raises:
-        ConfigError: One message that says what is wrong with which file or variant.
-        InvalidKey: The name cannot be a run's.
+        ConfigError: The file or a variant is invalid.
+        InvalidKey: The name is not valid in a run's name.
     """
     file = Path(path)
     config = parse_comparison(read_mapping(file, "`base:` and `variants:`"), str(file))
@@ -99,28 +85,29 @@ def read_comparison(
     apply_overrides(base, overrides)
     if base.get("fork"):
         raise ConfigError(
-            f"{source} is a fork's config; a comparison starts from the base model: take `fork` out"
+            f"{source} is the config of a fork, but a comparison starts from the base model; "
+            "remove `fork`"
         )
     return plan(name or comparison_name(path), config, base, source)
 
 
 def comparison_name(path: str | Path) -> str:
-    """Name a comparison after its file: the same file goes on with the same runs."""
+    """Derive a comparison's name from its file, so that the same file resumes the same runs."""
     return Path(path).stem.replace("_", "-")
 
 
 def check_not_shared(store: Store, run_id: str) -> None:
-    """Check that a run is none that draws what the variants of a comparison share.
+    """Refuse to train the run that samples what the variants of a comparison share.
 
-    Such a run draws all of its epochs with the untrained model. Trained, it would contradict what
-    it has committed, or go on with samples of another policy than the variants expect.
+    Such a run samples all of its epochs with the untrained model. Training it would contradict what
+    it has committed, or produce samples of a policy that the variants do not expect.
 
     Args:
         store: The store.
-        run_id: The run, which need not be there.
+        run_id: A run, which need not exist.
 
     Raises:
-        ConfigError: It is one; names the command that goes on with the comparison.
+        ConfigError: It is such a run; the message has the command that resumes the comparison.
     """
     if not store.exists(keys.run_key(run_id)):
         return
@@ -128,55 +115,52 @@ def check_not_shared(store: Store, run_id: str) -> None:
     name = config.tracking.parent
     if name and run_id == _run_id(name, config.seed, SHARED):
         raise ConfigError(
-            f"run {run_id!r} draws the samples that the variants of the comparison {name!r} share, "
-            "and is not trained by itself. Go on with the comparison, by the file and settings "
-            f"that it was started with: ddpo compare CONFIG --name {shlex.quote(name)}"
+            f"run {run_id!r} provides the samples shared by the variants of the comparison "
+            f"{name!r} and cannot be trained by itself. Resume the comparison with the file and "
+            f"settings it was started with: ddpo compare CONFIG --name {shlex.quote(name)}"
         )
 
 
 def plan(name: str, config: CompareConfig, base: Mapping[str, Any], source: str) -> Comparison:
-    """Settle the config of each run.
+    """Resolve the config of each run.
 
     Args:
         name: The comparison's name.
-        config: What is compared.
-        base: A run's config, as it was read.
-        source: Where that came from, for messages.
-
-    Returns:
-        The comparison.
+        config: The comparison's config.
+        base: The base config, as parsed from YAML.
+        source: Where the base came from, for messages.
 
     Raises:
-        ConfigError: The base or a variant cannot be run.
-        InvalidKey: The name cannot be a run's.
+        ConfigError: The base or a variant is invalid.
+        InvalidKey: The name is not valid in a run's name.
     """
     epochs = config.epochs or parse_config(base, source).epochs
     if epochs < 2:
         raise ConfigError(
-            f"{source} has epochs {epochs}: the last one measures what those before it taught; "
-            "set epochs to at least 2"
+            f"{source} has epochs {epochs}, but the last epoch only measures what the ones before "
+            "it taught; set epochs to at least 2"
         )
     history = epochs - 1 if config.offline else 1
     shared: dict[int, Member] = {}
     variants: dict[str, list[Member]] = {variant: [] for variant in config.variants}
     for seed in config.seeds:
-        branch = keys.validate_run_id(_run_id(name, seed, SHARED))
-        fork: dict[str, Any] = {"run_id": branch, "epoch": 0}
+        shared_id = keys.validate_run_id(_run_id(name, seed, SHARED))
+        fork: dict[str, Any] = {"run_id": shared_id, "epoch": 0}
         if config.offline:
             fork |= {"rollouts": history, "off_policy": True}
         for variant, changes in config.variants.items():
             run_id = keys.validate_run_id(_run_id(name, seed, variant))
             raw = _changed(base, changes) | {"seed": seed, "epochs": epochs, "fork": fork}
-            settled = parse_config(_shown_below(raw, name), f"variant {variant!r} of {name}")
+            resolved = parse_config(_nested_under(raw, name), f"variant {variant!r} of {name}")
             if config.offline:
-                algorithm = settled.algorithm.off_policy()
-                settled = settled.model_copy(update={"algorithm": algorithm})
-            variants[variant].append(Member(run_id, seed, settled))
+                algorithm = resolved.algorithm.off_policy()
+                resolved = resolved.model_copy(update={"algorithm": algorithm})
+            variants[variant].append(Member(run_id, seed, resolved))
         stored = {runs[-1].config.stored_trajectories for runs in variants.values()}
         shared[seed] = Member(
-            branch,
+            shared_id,
             seed,
-            _sharing(
+            _shared_config(
                 variants[next(iter(variants))][-1].config,
                 history,
                 "full" if "full" in stored else "final",
@@ -190,7 +174,7 @@ def _run_id(name: str, seed: int, variant: str) -> str:
 
 
 def _changed(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a config with a variant's changes, part by part; a part with a type replaces one."""
+    """Merge a variant's changes into a config; a section that names a `type` is replaced whole."""
     raw = copy.deepcopy(dict(base))
     for part, value in changes.items():
         old = raw.get(part)
@@ -199,19 +183,19 @@ def _changed(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, A
     return raw
 
 
-def _shown_below(raw: dict[str, Any], name: str) -> dict[str, Any]:
+def _nested_under(raw: dict[str, Any], name: str) -> dict[str, Any]:
     tracking = raw.get("tracking", {})
     return raw | {"tracking": {**tracking, "parent": name} if isinstance(tracking, dict) else None}
 
 
-def _sharing(config: RunConfig, epochs: int, stored: str) -> RunConfig:
-    """Return the config of the run that draws for all variants, from that of the first variant.
+def _shared_config(config: RunConfig, epochs: int, stored: str) -> RunConfig:
+    """Derive the config of the shared run from that of the first variant.
 
-    Nothing of it is retired, since it is what all others begin with.
+    Retention is off, since all other runs start from its data.
     """
     raw: dict[str, Any] = {**config.identity(), **config.operation()}
     raw["numerics"] = config.numerics.model_dump(mode="json")
     raw |= {"fork": None, "epochs": epochs}
     raw["rollouts"] |= {"store_trajectories": stored}
     raw["storage"] = {part: raw["storage"][part] for part in ("root", "s3")}
-    return parse_config(raw, "the run that draws the shared samples")
+    return parse_config(raw, "the run with the shared samples")

@@ -1,4 +1,4 @@
-"""What a comparison found: rewards by queries, differences between variants, ratios."""
+"""Results of a comparison: rewards by queries, differences between variants, ratios."""
 
 from __future__ import annotations
 
@@ -17,75 +17,56 @@ from ddpo.store.objects import Store
 
 @dataclass(frozen=True)
 class VariantResult:
-    """What one variant achieved; every interval is over seeds.
-
-    Attributes:
-        name: The variant.
-        by_seed: A row a seed: the mean reward of the samples of each epoch that is shown.
-        curve: Over seeds, an entry an epoch that is shown.
-        gain: Last epoch minus first, seed by seed.
-        difference: Last epoch minus the first variant's, seed by seed; None of that itself.
-        beyond_control: Last epoch minus its control's, seed by seed; None where it has none.
-    """
+    """The result of one variant; all intervals are over seeds."""
 
     name: str
+    """The variant."""
     by_seed: tuple[tuple[float, ...], ...]
+    """One row per seed: the mean reward of each reported epoch."""
     curve: tuple[Interval, ...]
+    """Mean reward over seeds, one entry per reported epoch."""
     gain: Interval
+    """Last epoch minus first, seed by seed."""
     difference: Interval | None
+    """Last epoch minus the first variant's, seed by seed; None for the first variant."""
     beyond_control: Interval | None
+    """Last epoch minus its control's, seed by seed; None without a control."""
 
 
 @dataclass(frozen=True)
 class Ratios:
-    """How far an update was from the policy that drew its samples, over all seeds.
-
-    Attributes:
-        variant: The variant.
-        epoch: The epoch.
-        mean: Mean importance ratio.
-        smallest: The smallest.
-        largest: The largest.
-        clip_fraction: Share of (sample, timestep) pairs outside the clip range; 0 where the
-            algorithm has none.
-    """
+    """Importance ratios of an update to the policy that generated its samples, over all seeds."""
 
     variant: str
+    """The variant."""
     epoch: int
+    """The epoch."""
     mean: float
+    """Mean importance ratio."""
     smallest: float
+    """Smallest importance ratio."""
     largest: float
+    """Largest importance ratio."""
     clip_fraction: float
+    """Share of (sample, timestep) pairs outside the clip range; 0 if the algorithm has none."""
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a comparison found.
-
-    Attributes:
-        epochs: The epochs that are shown: those whose samples each policy drew itself, and the
-            first, which the untrained one drew for all.
-        queries: Reward queries that the policy of each of these epochs has learnt from.
-        variants: In the comparison's order.
-        ratios: On a shared history, of each epoch that was trained on it, where the algorithm has
-            importance ratios; else empty.
-    """
+    """The result of a comparison."""
 
     epochs: tuple[int, ...]
+    """Reported epochs: those that each policy sampled itself, and the shared first one."""
     queries: tuple[int, ...]
+    """For each reported epoch, the number of reward queries its policy has learned from."""
     variants: tuple[VariantResult, ...]
+    """One per variant, in the comparison's order."""
     ratios: tuple[Ratios, ...]
+    """On a shared history, one per epoch trained on it, if the algorithm has importance ratios."""
 
 
 def read_result(comparison: Comparison, store: Store) -> Result:
-    """Read the result of a comparison whose runs are whole.
-
-    Args:
-        comparison: The comparison.
-        store: Where its runs are.
-
-    Returns:
-        The result.
+    """Read the result of a comparison whose runs are complete.
 
     Raises:
         MissingObject: A run lacks an epoch.
@@ -102,22 +83,19 @@ def read_result(comparison: Comparison, store: Store) -> Result:
             for epoch in range(last):
                 ratios += _ratios(store, name, members, epoch)
     queries = tuple(epoch * comparison.samples_per_epoch for epoch in epochs)
-    variants = summarise(curves, comparison.config.controls)
+    variants = compare_curves(curves, comparison.config.controls)
     return Result(epochs, queries, variants, tuple(ratios))
 
 
-def summarise(
+def compare_curves(
     curves: Mapping[str, Sequence[Sequence[float]]],
     controls: Mapping[str, str],
 ) -> tuple[VariantResult, ...]:
-    """Reduce rewards over seeds.
+    """Reduce rewards over seeds to one result per variant; differences are to the first.
 
     Args:
-        curves: By variant a row a seed, the same seeds in the same order, of mean rewards by epoch.
-        controls: Variant to the variant that controls it.
-
-    Returns:
-        A result a variant; differences are to the first.
+        curves: By variant, one row per seed of mean rewards by epoch; seeds in the same order.
+        controls: Maps a variant to its control.
     """
     first = next(iter(curves))
 
@@ -125,7 +103,7 @@ def summarise(
         if other is None:
             return None
         pairs = zip(curves[name], curves[other], strict=True)
-        return interval([own[-1] - theirs[-1] for own, theirs in pairs])
+        return interval([curve[-1] - reference[-1] for curve, reference in pairs])
 
     return tuple(
         VariantResult(
@@ -149,18 +127,18 @@ def _means(store: Store, member: Member, epochs: Sequence[int]) -> list[float]:
 
 
 def _ratios(store: Store, variant: str, members: Sequence[Member], epoch: int) -> list[Ratios]:
-    found = [_update_metrics(open_run(store, member.run_id), epoch) for member in members]
-    if not all("ratio_mean" in metrics for metrics in found):
+    updates = [_update_metrics(open_run(store, member.run_id), epoch) for member in members]
+    if not all("ratio_mean" in metrics for metrics in updates):
         return []  # regression has no ratio
-    count = len(found)
+    count = len(updates)
     return [
         Ratios(
             variant,
             epoch,
-            mean=sum(metrics["ratio_mean"] for metrics in found) / count,
-            smallest=min(metrics["ratio_min"] for metrics in found),
-            largest=max(metrics["ratio_max"] for metrics in found),
-            clip_fraction=sum(metrics["clip_fraction"] for metrics in found) / count,
+            mean=sum(metrics["ratio_mean"] for metrics in updates) / count,
+            smallest=min(metrics["ratio_min"] for metrics in updates),
+            largest=max(metrics["ratio_max"] for metrics in updates),
+            clip_fraction=sum(metrics["clip_fraction"] for metrics in updates) / count,
         )
     ]
 
