@@ -1,4 +1,4 @@
-"""What a run achieved: its reward by epoch, and the same prompts and seeds before and after."""
+"""A run's report: reward by epoch, and the same prompts and seeds before and after training."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # after the backend is chosen
 from matplotlib.ticker import MaxNLocator
 
-_MOST_PICTURES = 8
+_MAX_IMAGES = 8
 _CHARACTERS = 140
-"""Of a prompt's size, side by side in the figure's width."""
+"""How many characters of a title fit side by side into the width of the figure."""
 
 
 @dataclass(frozen=True)
@@ -80,34 +80,39 @@ def checkpoint_pictures(run: Run, pictures_id: str, epoch: int) -> list[RolloutR
 
 
 def write_report(run: Run, pictures_id: str, path: Path) -> Path:
-    """Draw a run's report: reward by epoch with its spread, pictures before and after.
+    """Write a run's report as a PNG file.
 
     Args:
         run: The run.
-        pictures_id: The fixed prompts and seeds.
-        path: The PNG to write.
+        pictures_id: The set of fixed prompts and seeds to show.
+        path: The file to write; its folder is created if needed.
 
     Returns:
         ``path``.
     """
-    curve = reward_curve(run)
-    before = checkpoint_pictures(run, pictures_id, run.first_epoch)[:_MOST_PICTURES]
-    last = run.first_epoch + len(curve)
-    after = checkpoint_pictures(run, pictures_id, last)[:_MOST_PICTURES]
-    columns = max(len(before), 1)
-    figure = plt.figure(figsize=(10, 4.2 + 2 * 10 / columns), layout="constrained")
-    upper, lower = figure.subfigures(2, 1, height_ratios=[4.2, 2 * 10 / columns], squeeze=False)[
-        :, 0
-    ]
-    _draw_curve(upper.subplots(), run, curve)
-    draw_pictures(lower, before, after, last)
+    figure = report_figure(run, pictures_id)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110, facecolor="white")
     plt.close(figure)
     return path
 
 
-def _draw_curve(axes: plt.Axes, run: Run, curve: list[EpochRewards]) -> None:
+def report_figure(run: Run, pictures_id: str) -> plt.Figure:
+    """Plot a run's report: mean reward by epoch with its spread, and images before and after."""
+    curve = reward_curve(run)
+    before = checkpoint_pictures(run, pictures_id, run.first_epoch)[:_MAX_IMAGES]
+    last = run.first_epoch + len(curve)
+    after = checkpoint_pictures(run, pictures_id, last)[:_MAX_IMAGES]
+    columns = max(len(before), 1)
+    heights = [4.2, 2 * 10 / columns]
+    figure = plt.figure(figsize=(10, sum(heights)), layout="constrained")
+    upper, lower = figure.subfigures(2, 1, height_ratios=heights, squeeze=False)[:, 0]
+    _plot_curve(upper.subplots(), run, curve)
+    plot_images(lower, before, after, last)
+    return figure
+
+
+def _plot_curve(axes: plt.Axes, run: Run, curve: list[EpochRewards]) -> None:
     epochs = [point.epoch for point in curve]
     mean = np.asarray([point.mean for point in curve])
     std = np.asarray([point.std for point in curve])
@@ -121,16 +126,16 @@ def _draw_curve(axes: plt.Axes, run: Run, curve: list[EpochRewards]) -> None:
     axes.grid(axis="y", alpha=0.25)
 
 
-def draw_pictures(
+def plot_images(
     figure: plt.Figure, before: Sequence[RolloutRow], after: Sequence[RolloutRow], epochs: int
 ) -> None:
-    """Draw pictures in two rows, one above the other, each column below its prompt.
+    """Plot images in two rows, with each column's prompt above it.
 
     Args:
-        figure: Where to.
+        figure: The figure to plot into.
         before: The upper row.
-        after: The lower row, of the same prompts.
-        epochs: After how many.
+        after: The lower row, for the same prompts.
+        epochs: Epochs trained before the lower row.
     """
     columns = max(len(before), 1)
     grid = figure.subplots(2, columns, squeeze=False)
@@ -141,8 +146,8 @@ def draw_pictures(
             axes.set_yticks([])
             axes.spines[:].set_visible(False)
             if column < len(rows):
-                picture = decode_image(rows[column].image_png)
-                axes.imshow(picture, interpolation="nearest")
+                image = decode_image(rows[column].image_png)
+                axes.imshow(image, interpolation="nearest")
                 if row == 0:
                     axes.set_title(_wrapped(rows[column].prompt, columns), fontsize=9)
         grid[row][0].set_ylabel(label, fontsize=11)
