@@ -121,6 +121,11 @@ def forked_config(
         for name, mine, theirs in (
             ("trainable", config.trainable, parent.config.trainable),
             ("rollouts.shard_size", rollouts.shard_size, parent.config.rollouts.shard_size),
+            (
+                "rollouts.samples_per_prompt",
+                rollouts.samples_per_prompt,
+                parent.config.rollouts.samples_per_prompt,
+            ),
             ("the number of shards", shards, len(saved)),
         )
         if mine != theirs

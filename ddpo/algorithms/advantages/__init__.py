@@ -8,11 +8,18 @@ from pydantic import Field
 
 from ddpo.algorithms.advantages.base import Advantages
 from ddpo.algorithms.advantages.batch import BatchAdvantages
+from ddpo.algorithms.advantages.group import GroupAdvantages
 from ddpo.algorithms.advantages.leave_one_out import LeaveOneOutAdvantages
 from ddpo.algorithms.advantages.per_prompt import PerPromptAdvantages
 from ddpo.algorithms.advantages.value import ValueAdvantages
 
-ADVANTAGES = (PerPromptAdvantages, BatchAdvantages, LeaveOneOutAdvantages, ValueAdvantages)
+ADVANTAGES = (
+    PerPromptAdvantages,
+    BatchAdvantages,
+    LeaveOneOutAdvantages,
+    GroupAdvantages,
+    ValueAdvantages,
+)
 """The registry: a new kind is a file and an entry here."""
 
 if TYPE_CHECKING:
@@ -25,6 +32,7 @@ __all__ = [
     "Advantages",
     "AnyAdvantages",
     "BatchAdvantages",
+    "GroupAdvantages",
     "LeaveOneOutAdvantages",
     "PerPromptAdvantages",
     "ValueAdvantages",
