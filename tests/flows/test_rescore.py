@@ -11,6 +11,7 @@ import pytest
 from mlflow.tracking import MlflowClient
 from PIL import Image
 
+from ddpo.analysis.history import mean_rewards
 from ddpo.analysis.history import open_run as open_history
 from ddpo.analysis.report import reward_curve
 from ddpo.basics.images import decode_image
@@ -170,8 +171,12 @@ def test_what_retention_left_is_rescored_and_shown(
     retire_epochs(Store.open(str(kept)), NIGHT, keep="checkpoints", older_than=2)
     typed(monkeypatch, "rescore", NIGHT, "--reward", "colorfulness", "--root", str(kept))
     screen = capsys.readouterr().out
-    shown = [line.split("│")[1].strip() for line in screen.splitlines() if "│" in line]
-    assert shown == ["1", "2"]
+    lines = [line.split("│")[1:-1] for line in screen.splitlines() if "│" in line]
+    history = open_history(str(kept), NIGHT)
+    first, second = (mean_rewards(history.samples(name)) for name in (None, "colorfulness"))
+    assert [[cell.strip() for cell in line] for line in lines] == [
+        [str(epoch), f"{first[epoch]:.4g}", f"{second[epoch]:.4g}"] for epoch in (1, 2)
+    ]
 
 
 def test_ranks_of_equal_rewards_are_shared() -> None:
