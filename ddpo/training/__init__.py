@@ -1,1 +1,1 @@
-"""State, rollouts and credit to the next state."""
+"""From state, samples and credit to the next state: one loop for all algorithms (`loop.py`)."""

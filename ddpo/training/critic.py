@@ -1,4 +1,4 @@
-"""The value function within an epoch: a baseline before the policy's updates, trained after them.
+"""The value function in an epoch: a baseline of the policy's updates, trained after them.
 
 Shapes: S samples, T denoising steps.
 """

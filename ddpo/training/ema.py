@@ -16,12 +16,9 @@ class Ema:
     """An average that follows the weights: ema = decay * ema + (1 - decay) * weights.
 
     Args:
-        start: The average so far, or the weights where there is none yet; copied.
+        start: The average so far, or the weights if there is none yet; copied.
         decay: In (0, 1).
         device: Where the weights are.
-
-    Attributes:
-        average: Float32, by the weights' names.
     """
 
     def __init__(self, start: Mapping[str, Tensor], decay: float, device: torch.device) -> None:
@@ -30,17 +27,18 @@ class Ema:
             name: value.detach().to(device, torch.float32, copy=True)
             for name, value in start.items()
         }
+        """Float32, by the weights' names."""
 
     @classmethod
     def of(cls, policy: Policy, state: TrainState, settings: OptimizerConfig) -> Ema | None:
-        """Go on with a state's average, or begin one at its weights; None if none is kept."""
+        """Continue a state's average, or start one at its weights; None if none is kept."""
         if settings.ema_decay is None:
             return None
         return cls(state.shown_weights, settings.ema_decay, policy.device)
 
     @torch.no_grad()
     def follow(self, weights: Mapping[str, Tensor]) -> None:
-        """Take one step towards the weights; to be called after each of the optimizer's.
+        """Take one step towards the weights; call it after each optimizer step.
 
         Args:
             weights: The trained weights by name.

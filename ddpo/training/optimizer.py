@@ -1,4 +1,4 @@
-"""AdamW over a policy's trained parameters: in from a checkpoint, one clipped step, out again."""
+"""AdamW over a policy's trained parameters: restored from a checkpoint, stepped, saved again."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ def make_adamw(
     settings: OptimizerConfig,
     state: Mapping[str, Tensor],
 ) -> torch.optim.AdamW:
-    """Return AdamW as a checkpoint left it.
+    """Return AdamW in the state of a checkpoint.
 
     Args:
-        parameters: What it steps, by name; gradients that are there are thrown away.
+        parameters: What it steps, by name; existing gradients are discarded.
         settings: Learning rate and the rest.
-        state: As :func:`optimizer_state` gave it; empty before the first step.
+        state: As :func:`optimizer_state` returned it; empty before the first step.
 
     Returns:
-        The optimizer, its moments beside their parameters.
+        The optimizer, with its moments on the devices of their parameters.
     """
     adamw = torch.optim.AdamW(
         parameters.values(),
@@ -33,7 +33,7 @@ def make_adamw(
         weight_decay=settings.weight_decay,
         eps=settings.epsilon,
     )
-    adamw.zero_grad(set_to_none=True)  # an update that was interrupted leaves its part behind
+    adamw.zero_grad(set_to_none=True)  # an interrupted update leaves gradients behind
     for key, value in state.items():
         moment, name = key.split("/", 1)
         parameter = parameters[name]
@@ -59,10 +59,10 @@ def take_step(
     parameters: Mapping[str, torch.nn.Parameter],
     settings: OptimizerConfig,
 ) -> float:
-    """Clip the gradient that is there, step, and clear it.
+    """Clip the accumulated gradient, step, and clear it.
 
     Args:
-        adamw: Over ``parameters``.
+        adamw: The optimizer of ``parameters``.
         parameters: With their gradients.
         settings: Gives the norm that the gradient is clipped to.
 
@@ -85,5 +85,5 @@ def take_step(
 
 
 def copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return copies on the CPU, which later steps leave as they are."""
+    """Return copies on the CPU, which later steps do not change."""
     return {name: value.detach().to("cpu", copy=True) for name, value in tensors.items()}

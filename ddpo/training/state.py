@@ -1,4 +1,4 @@
-"""What training carries from epoch to epoch: the fold's accumulator."""
+"""What training carries from epoch to epoch."""
 
 from __future__ import annotations
 
@@ -12,30 +12,27 @@ from ddpo.algorithms.base import PromptStatistics
 
 @dataclass(frozen=True)
 class TrainState:
-    """All that training carries from epoch to epoch.
-
-    Attributes:
-        weights: The trained weights by name.
-        optimizer: AdamW's state as ``moment/parameter``; empty before the first step.
-        statistics: The last rewards of each prompt.
-        epoch: The next epoch to run.
-        updates: Optimizer steps so far.
-        samples: Pictures drawn so far.
-        ema: Moving average of the weights; empty where none is kept.
-        value: The value function's weights and its AdamW's state; empty where there is none, and
-            before it is first trained.
-    """
+    """Everything that training carries from epoch to epoch."""
 
     weights: Mapping[str, Tensor]
+    """The trained weights by name."""
     optimizer: Mapping[str, Tensor]
+    """AdamW's state as ``moment/parameter``; empty before the first step."""
     statistics: PromptStatistics
+    """The most recent rewards of each prompt."""
     epoch: int
+    """The next epoch to run."""
     updates: int
+    """Optimizer steps so far."""
     samples: int
+    """Images sampled so far."""
     ema: Mapping[str, Tensor] = field(default_factory=dict)
+    """Moving average of the weights; empty if none is kept."""
     value: Mapping[str, Tensor] = field(default_factory=dict)
+    """Weights and AdamW's state of the value function; empty if there is none, and before it is
+    first trained."""
 
     @property
     def shown_weights(self) -> Mapping[str, Tensor]:
-        """What pictures are drawn with and what is exported: the average, if one is kept."""
+        """The weights for images and export: the average, if one is kept."""
         return self.ema or self.weights

@@ -1,8 +1,8 @@
-"""A learned value function V(prompt, t) as baseline: an actor-critic's critic, as small as it gets.
+"""A learned value function V(prompt, t) as a baseline: a minimal critic of an actor-critic.
 
-A baseline that depends on the prompt and the timestep, and not on what was drawn, leaves the policy
-gradient unbiased (Sutton and Barto 2018, section 13.4); near the prompt's mean reward it takes
-variance away. All of it computes in float32 on the CPU, whatever the policy computes in.
+A baseline that depends on the prompt and the timestep, but not on the sampled noise, leaves the
+policy gradient unbiased (Sutton and Barto 2018, section 13.4); close to the prompt's mean reward it
+reduces variance. It is computed in float32 on the CPU, whatever the policy computes in.
 
 Shapes: S samples, T denoising steps, U distinct prompts, L tokens, D text features.
 """
@@ -21,11 +21,11 @@ _WIDTH = 64
 class ValueNetwork(nn.Module):
     """V(prompt, t): two hidden layers of 64 over a prompt's features and a timestep's.
 
-    A new one is 0 everywhere.
+    A new network is 0 everywhere.
 
     Args:
         features: D.
-        seed: Of the hidden layers' first weights.
+        seed: Seed of the hidden layers' initial weights.
     """
 
     def __init__(self, features: int, *, seed: int) -> None:
@@ -47,22 +47,22 @@ class ValueNetwork(nn.Module):
         """Return V of every prompt at every timestep.
 
         Args:
-            prompts: [U, D], as :func:`prompt_features` gives them.
-            timesteps: [T, 1], as :func:`timestep_features` gives them.
+            prompts: [U, D], from :func:`prompt_features`.
+            timesteps: [T, 1], from :func:`timestep_features`.
 
         Returns:
             [U, T], on the scale of normalised rewards.
         """
-        # The first layer of the two inputs side by side, without computing each prompt T times.
+        # The first layer on both inputs concatenated, without computing each prompt T times.
         first = functional.silu(self.prompt(prompts)[:, None] + self.timestep(timesteps))
         return self.value(functional.silu(self.hidden(first))).squeeze(-1)
 
 
 def prompt_features(embeddings: Tensor, empty: Tensor) -> Tensor:
-    """Return what V sees of prompts: the mean over tokens, relative to the empty prompt's.
+    """Return V's input for prompts: the mean over tokens, relative to the empty prompt's.
 
-    Means of CLIP's embeddings are nearly alike, since most tokens are padding; what tells prompts
-    apart is their difference from the empty prompt's, here brought to mean 0 and variance 1.
+    Means of CLIP's embeddings are nearly equal, since most tokens are padding; what distinguishes
+    prompts is their difference from the empty prompt's, here normalized to mean 0 and variance 1.
 
     Args:
         embeddings: [U, L, D].
@@ -76,11 +76,11 @@ def prompt_features(embeddings: Tensor, empty: Tensor) -> Tensor:
 
 
 def timestep_features(timesteps: Tensor, training_timesteps: int) -> Tensor:
-    """Return what V sees of timesteps: their place among the training timesteps, in [-1, 1].
+    """Return V's input for timesteps: their position among the training timesteps, in [-1, 1].
 
     Args:
         timesteps: [T] int64.
-        training_timesteps: How many the model was trained with.
+        training_timesteps: The number of timesteps the model was trained with.
 
     Returns:
         [T, 1] float32 on the CPU.
@@ -102,14 +102,14 @@ def value_loss(values: Tensor, rewards: Tensor) -> Tensor:
 
 
 def explained_variance(values: Tensor, rewards: Tensor) -> float | None:
-    """Return 1 - var(r - V) / var(r): 1 where V knows every reward, 0 where it might as well be 0.
+    """Return 1 - var(r - V) / var(r): 1 if V predicts every reward, 0 if it is of no use.
 
     Args:
         values: [S, T].
         rewards: [S], normalised.
 
     Returns:
-        At most 1, and below 0 where V adds variance; None where all rewards are alike.
+        At most 1, and below 0 where V adds variance; None where all rewards are equal.
     """
     if rewards.min() == rewards.max():
         return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 import uuid
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from ddpo.algorithms.advantages import GroupAdvantages
 from ddpo.errors import ConfigError, RewardError
@@ -99,6 +101,14 @@ def test_groups_of_one_are_refused_since_nothing_could_be_learned() -> None:
     with pytest.raises(ConfigError, match=r"set rollouts\.samples_per_prompt to at least 2"):
         parse(algorithm=GROUP_OF_4)
     assert parse(algorithm=GROUP_OF_4, rollouts={"samples_per_prompt": 2})
+
+
+def test_the_example_of_the_docs_is_a_config() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "algorithms.md").read_text()
+    (example,) = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    config = parse(**yaml.safe_load(example))
+    assert config.rollouts.samples_per_prompt == 8
+    assert config.algorithm.advantages == GROUP
 
 
 def test_samples_of_a_group_share_a_prompt_and_groups_draw_independently(
