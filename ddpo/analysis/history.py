@@ -1,8 +1,8 @@
-"""A run's history as data: its samples, scores, pictures and trajectories, for notebooks.
+"""A run's history as data: its samples, scores, images and trajectories, for notebooks.
 
-What is read is what the run's epochs committed, found by manifest and verified by sha256. Data
-folders are never listed, so what a killed task left behind is never seen. The formats are open, and
-other tools read them without this module: docs/data.md.
+Only committed data is read: objects are located through manifests and verified by sha256. Data
+folders are never listed, so leftovers of a killed task are never seen. The formats are open and can
+be read without this module: docs/data.md.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ SAMPLES = pa.schema(
         ("advantage", pa.float32()),
     ]
 )
-"""Schema of `History.samples`, without the columns that a scorer adds."""
+"""Schema of `History.samples`, without the scorer's own columns."""
 _NO_ADVANTAGES = pa.schema([SAMPLES.field("sample_id"), SAMPLES.field("advantage")]).empty_table()
 
 _EPOCHS = re.compile(r"(\d+)|(\d*):(\d*)")
@@ -65,25 +65,25 @@ def open_run(root: str | PathLike[str], run_id: str) -> History:
         run_id: The run's name.
 
     Returns:
-        The history, as of now: what is committed later is seen by those who open it later.
+        A snapshot of the history: to see epochs committed later, open it again.
 
     Raises:
-        RunNotFound: The store has no such run; names the nearest.
+        RunNotFound: The store has no such run; the message suggests similar names.
     """
     return History(open_stored_run(Store.open(fspath(root)), run_id))
 
 
 class History:
-    """What a run has committed. Reads when it is asked, and keeps manifests, no data.
+    """Everything a run has committed, read on demand; manifests are cached, data is not.
 
-    Every method raises `CorruptObject`, `UnreadableData` or `MissingObject` where what it reads is
-    damaged or gone, and `RetiredObject` where retention has deleted it (`storage.retention`).
+    Every method raises `CorruptObject`, `UnreadableData` or `MissingObject` if an object it reads
+    is damaged or missing, and `RetiredObject` if retention has deleted it (`storage.retention`).
     """
 
     def __init__(self, run: Run) -> None:
         self.run = run
         self._epochs: dict[int, Epoch] = {}
-        self._told = False
+        self._warned = False
 
     def __repr__(self) -> str:
         return f"History({self.run_id!r} in {self.run.store.root}, {len(self.epochs)} epochs)"
@@ -100,7 +100,7 @@ class History:
 
     @cached_property
     def epochs(self) -> tuple[int, ...]:
-        """All epochs that are committed, retired ones too, sorted."""
+        """All committed epochs, including retired ones, sorted."""
         return tuple(commits.committed_epochs(self.run.store, self.run_id))
 
     @cached_property
@@ -109,84 +109,86 @@ class History:
         store = self.run.store
         return tuple(e for e in self.epochs if self._epoch(e).retirement(store) is not None)
 
-    def epochs_within(self, words: str | None) -> list[int]:
-        """Find the committed epochs, retired ones too, that a user names.
+    def epochs_within(self, selection: str | None) -> list[int]:
+        """Return the committed epochs in a user's selection, including retired ones, sorted.
 
         Args:
-            words: One epoch, or a range ``a:b`` without b; either may be left out. None: all.
-
-        Returns:
-            The epochs, sorted.
+            selection: One epoch, or a half-open range ``a:b`` where a or b may be omitted. None
+                selects all epochs.
 
         Raises:
-            ConfigError: The words are neither.
-            NotInHistory: None of them is committed.
+            ConfigError: The selection is invalid.
+            NotInHistory: No epoch in the selection is committed.
         """
-        match = _EPOCHS.fullmatch(words or ":")
+        match = _EPOCHS.fullmatch(selection or ":")
         if match is None:
             raise ConfigError(
-                f"epochs {words!r} are neither one epoch nor a range a:b, such as 0:5 for 0 to 4, "
-                "or 3: from 3 on"
+                f"epochs {selection!r} is neither one epoch nor a range a:b; expected for example "
+                "3, 0:5 (epochs 0 to 4) or 3: (epoch 3 and later)"
             )
         one, low, high = match.groups()
         first = int(one or low or 0)
-        beyond = first + 1 if one else int(high or sys.maxsize)
-        chosen = [epoch for epoch in self.epochs if first <= epoch < beyond]
+        end = first + 1 if one else int(high or sys.maxsize)
+        chosen = [epoch for epoch in self.epochs if first <= epoch < end]
         if not chosen:
-            wanted = f"has not committed epochs {words}" if words else "is empty"
-            raise NotInHistory(f"run {self.run_id!r} {wanted}. {self._extent()}")
+            problem = f"has not committed epochs {selection}" if selection else "is empty"
+            raise NotInHistory(f"run {self.run_id!r} {problem}. {self._extent()}")
         return chosen
 
     @property
     def reward_id(self) -> str | None:
-        """The run's own reward, 'NAME-<digest8>'; None before the first epoch is committed."""
+        """Id of the run's own reward, 'NAME-<digest8>'; None before the first committed epoch."""
         return self._epoch(self.epochs[-1]).reward_id if self.epochs else None
 
     @cached_property
     def rewards(self) -> tuple[str, ...]:
         """Ids of all rewards that have scored samples of this run, the run's own first."""
-        own = self.reward_id
-        found = commits.reward_ids(self.run.store, self.run_id)
-        return tuple(sorted(found, key=lambda reward_id: (reward_id != own, reward_id)))
+        first = self.reward_id
+        reward_ids = commits.reward_ids(self.run.store, self.run_id)
+        return tuple(sorted(reward_ids, key=lambda reward_id: (reward_id != first, reward_id)))
 
     def resolve_reward(self, reward: str | None) -> str | None:
-        """Find a reward that has scored this run.
+        """Resolve the id of a reward that has scored this run.
 
         Args:
-            reward: Its id, or its name where that is enough; None for the run's own.
+            reward: An id, or a name if only one reward of that name has scored the run. None for
+                the run's own reward.
 
         Returns:
-            Its id; None for the run's own.
+            The id; None for the run's own reward.
 
         Raises:
-            NotInHistory: There is none, or several; lists them.
+            NotInHistory: No such reward has scored the run, or several have; the message lists
+                them.
         """
         if reward is None or reward in self.rewards:
             return reward
-        found = [i for i in self.rewards if i.rpartition("-")[0] == name_in_keys(reward)]
-        if len(found) == 1:
-            return found[0]
-        if found:
+        matches = [i for i in self.rewards if i.rpartition("-")[0] == name_in_keys(reward)]
+        if len(matches) == 1:
+            return matches[0]
+        if matches:
             raise NotInHistory(
-                f"{len(found)} rewards called {reward!r} have scored run {self.run_id!r}; name "
-                f"one by its id: {', '.join(found)}"
+                f"{len(matches)} rewards called {reward!r} have scored run {self.run_id!r}; choose "
+                f"one by its id: {', '.join(matches)}"
             )
-        there = f"Scores are there of {', '.join(self.rewards)}" if self.rewards else "None has"
-        raise NotInHistory(f"no reward {reward!r} has scored run {self.run_id!r}. {there}")
+        known = (
+            f"It has scores of {', '.join(self.rewards)}" if self.rewards else "It has no scores"
+        )
+        raise NotInHistory(f"no reward {reward!r} has scored run {self.run_id!r}. {known}")
 
     def rollouts(self, epochs: Iterable[int] | None = None) -> ds.FileSystemDataset:
-        """Open the samples with their pictures (PNG bytes), as a dataset that reads when scanned.
+        """Open the samples with their images (PNG bytes) as a dataset that is read when scanned.
 
         Args:
-            epochs: Which; by default all whose samples are kept.
+            epochs: The epochs; by default all whose samples are kept.
 
         Returns:
             The dataset, with ``run_id`` and ``epoch`` as partition columns. A scan reads whole
-            shards to verify them, a few at a time, and decodes the asked columns only.
+            shards to verify them, a few at a time, and decodes only the requested columns.
 
         Raises:
-            NotInHistory: An epoch that is not committed.
-            RetiredObject: An epoch that is retired.
+            NotInHistory: An epoch is not committed.
+            RetiredObject: An epoch is retired.
         """
         parts = [
             (shard.rollouts, {"run_id": self.run_id, "epoch": epoch})
@@ -196,21 +198,22 @@ class History:
         return verified_dataset(self.run.store, ROLLOUTS, parts)
 
     def samples(self, reward: str | None = None, epochs: Iterable[int] | None = None) -> pa.Table:
-        """Read all samples with their scores, without pictures.
+        """Read all samples with their scores, without images.
 
         Args:
-            reward: Whose scores; by default the run's own. Any of `rewards`, by id or by name.
-            epochs: Which; by default all whose samples are kept.
+            reward: The reward whose scores to read, one of `rewards`, by id or by name; by default
+                the run's own.
+            epochs: The epochs; by default all whose samples are kept.
 
         Returns:
-            A row a sample in the order of epoch and index, with the columns of `SAMPLES`, then the
-            scorer's own; one that is called as another column is, as ``reward.<name>``. ``reward``
+            One row per sample in the order of epoch and index, with the columns of `SAMPLES`, then
+            the scorer's own columns, prefixed with ``reward.`` where the name is taken. ``reward``
             is null where scoring failed, and ``status`` says why; ``advantage`` is null where none
-            was computed from that reward. What a reward has not scored at all is left out.
+            was computed from this reward. Samples that the reward has not scored are omitted.
 
         Raises:
-            NotInHistory: An epoch that is not committed; or no such reward, or several.
-            RetiredObject: An epoch that is retired.
+            NotInHistory: An epoch is not committed, or the reward is unknown or ambiguous.
+            RetiredObject: An epoch is retired.
         """
         store = self.run.store
         reward_id = self.resolve_reward(reward)
@@ -259,47 +262,45 @@ class History:
         return union(tables, pa.schema([*_SCORED, *ADVANTAGE_SCHEMA]))
 
     def image(self, sample_id: str) -> Image.Image:
-        """Read a sample's picture.
+        """Read a sample's image, exactly as it was committed (PNG is lossless).
 
         Args:
-            sample_id: Such as ``R/00003/000017``.
-
-        Returns:
-            The picture, as it was committed: PNG is lossless.
+            sample_id: For example ``R/00003/000017``.
 
         Raises:
-            NotInHistory: The run has committed no such sample.
+            NotInHistory: The run has not committed this sample.
         """
         _, rows, row = self._find(sample_id, "image")
         return decode_image(rows["image"][row].as_py()["bytes"])
 
     def latents(self, sample_id: str) -> torch.Tensor:
-        """Read a sample's trajectory.
+        """Read the latents of a sample's trajectory.
 
         Args:
-            sample_id: Such as ``R/00003/000017``.
+            sample_id: For example ``R/00003/000017``.
 
         Returns:
             Latents from noise to clean, [T+1, C, h, w], on the CPU, in the dtype that log-probs
-            were computed on. A run by regression keeps the clean ones alone, [1, C, h, w].
+            were computed in. Runs of an algorithm that trains on clean latents only store just
+            those, [1, C, h, w].
 
         Raises:
-            NotInHistory: The run has committed no such sample.
+            NotInHistory: The run has not committed this sample.
         """
         return self._tensor(sample_id, "latents")
 
     def log_probs(self, sample_id: str) -> torch.Tensor:
-        """Read the log-probs of a sample's steps under the policy that drew it.
+        """Read the log-probs of a sample's steps under the policy that generated it.
 
         Args:
-            sample_id: Such as ``R/00003/000017``.
+            sample_id: For example ``R/00003/000017``.
 
         Returns:
-            One a step, averaged over latent dimensions, float32 [T], on the CPU.
+            One value per step, averaged over latent dimensions, float32 [T], on the CPU.
 
         Raises:
-            NotInHistory: The run has committed no such sample; or keeps no log-probs, as one by
-                regression (RWR), which needs none.
+            NotInHistory: The run has not committed this sample, or stores no log-probs because its
+                algorithm trains on clean latents only (RWR).
         """
         return self._tensor(sample_id, "log_probs")
 
@@ -308,8 +309,8 @@ class History:
         tensors, _ = decode_tensors(self.run.store.get(shard.trajectories))
         if name not in tensors:
             raise NotInHistory(
-                f"{name} of {sample_id} were not kept: {self.config.algorithm.type} trains on "
-                "clean latents alone. Runs by DDPO keep them"
+                f"{name} of {sample_id} were not stored: {self.config.algorithm.type} trains on "
+                "clean latents only. Runs of DDPO store them"
             )
         # A copy: a view would keep the whole shard in memory.
         return tensors[name][row].clone()
@@ -319,7 +320,7 @@ class History:
         match = _SAMPLE_ID.fullmatch(sample_id)
         if match is None:
             raise NotInHistory(
-                f"{sample_id!r} is no sample id. Expected run, epoch and index, such as "
+                f"{sample_id!r} is not a sample id. Expected run, epoch and index, such as "
                 f"{self.run_id}/00003/000017"
             )
         epoch, index = int(match[2]), int(match[3])
@@ -331,24 +332,24 @@ class History:
                 if row >= 0:
                     return shard, rows, row
         raise NotInHistory(
-            f"run {self.run_id!r} has committed no sample {sample_id}. {self._extent()}"
+            f"run {self.run_id!r} has not committed sample {sample_id}. {self._extent()}"
         )
 
     def _chosen(self, epochs: Iterable[int] | None) -> list[int]:
         if epochs is None:
             gone = self.retired_epochs
-            if gone and not self._told:
-                self._told = True
+            if gone and not self._warned:
+                self._warned = True
                 _logger.warning(
-                    "run %s: the samples of %d of %d epochs (%s) were retired and are left out",
+                    "run %s: the samples of %d of %d epochs (%s) were retired and are skipped",
                     *(self.run_id, len(gone), len(self.epochs), _ranges(gone)),
                 )
             return [epoch for epoch in self.epochs if epoch not in gone]
         chosen = sorted(set(epochs))
         unknown = [epoch for epoch in chosen if epoch not in self.epochs]
         if unknown:
-            found = f"run {self.run_id!r} has not committed epoch {_ranges(unknown)}"
-            raise NotInHistory(f"{found}. {self._extent()}")
+            problem = f"run {self.run_id!r} has not committed epoch {_ranges(unknown)}"
+            raise NotInHistory(f"{problem}. {self._extent()}")
         for epoch in chosen:
             if retired := self._epoch(epoch).retirement(self.run.store):
                 raise retired
@@ -360,28 +361,29 @@ class History:
         return self._epochs[epoch]
 
     def _extent(self) -> str:
-        return f"It has committed epochs {_ranges(self.epochs)}" if self.epochs else "It has none"
+        committed = _ranges(self.epochs) if self.epochs else "none"
+        return f"Committed epochs: {committed}"
 
 
 def _ranges(epochs: Sequence[int]) -> str:
-    """Return sorted epochs as text, such as '0-3, 7'."""
+    """Format sorted epochs as ranges, such as '0-3, 7'."""
     ranges: list[list[int]] = []
     for epoch in epochs:
         if ranges and ranges[-1][-1] == epoch - 1:
             ranges[-1][1:] = [epoch]
         else:
             ranges.append([epoch])
-    return ", ".join("-".join(map(str, each)) for each in ranges)
+    return ", ".join("-".join(map(str, bounds)) for bounds in ranges)
 
 
 def _advantages(store: Store, stored: StoredObject) -> pa.Table:
-    """Return the advantage of each sample; null where the algorithm has none, as regression."""
+    """Return the advantage of each sample; null if the algorithm computes none (regression)."""
     table = read_table(store, stored)
     wanted = [name for name in _NO_ADVANTAGES.column_names if name in table.column_names]
     return union([table.select(wanted)], _NO_ADVANTAGES.schema)
 
 
 def mean_rewards(samples: pa.Table) -> dict[int, float | None]:
-    """Return the mean reward of each epoch in a table of samples, None where none is scored."""
+    """Return the mean reward of each epoch in a table of samples; None if none has a reward."""
     means = samples.group_by("epoch").aggregate([("reward", "mean")]).sort_by("epoch")
     return dict(zip(means["epoch"].to_pylist(), means["reward_mean"].to_pylist(), strict=True))

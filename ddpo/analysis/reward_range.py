@@ -1,4 +1,4 @@
-"""The range in which a reward scores a run's samples: the constants that `weighted` takes."""
+"""Measure the scale of a reward on a run's samples, for the constants that `weighted` needs."""
 
 from __future__ import annotations
 
@@ -17,52 +17,49 @@ from ddpo.runs.run import Run
 from ddpo.store import keys, manifests
 from ddpo.store.tables import decode_rollouts
 
-_DIGITS = 6  # of the constants that go into a config
+_DIGITS = 6  # significant digits of the constants in a config
 
 
 @dataclass(frozen=True)
 class RewardRange:
-    """How a reward scores the samples of a run.
-
-    Attributes:
-        epochs: Those whose samples were scored.
-        count: How many samples have a score.
-        failed: How many have none.
-        mean: Mean of the scores, in the reward's unit.
-        std: Their standard deviation.
-        low: The lowest.
-        high: The highest.
-    """
+    """The distribution of a reward over a run's samples, in the reward's unit."""
 
     epochs: tuple[int, ...]
+    """Epochs whose samples were scored."""
     count: int
+    """Number of samples with a score."""
     failed: int
+    """Number of samples that could not be scored."""
     mean: float
+    """Mean score."""
     std: float
+    """Standard deviation of the scores."""
     low: float
+    """Lowest score."""
     high: float
+    """Highest score."""
 
     def component(self, name: str, parameters: Mapping[str, Any]) -> str:
-        """Return the reward, standardised by this range, as an item of `weighted`'s `rewards`.
+        """Return the reward, standardized by this range, as YAML for `weighted`'s `rewards`.
 
         Args:
-            name: The reward that was measured.
+            name: The measured reward.
             parameters: Its parameters.
 
         Returns:
-            YAML: a list of one.
+            A YAML list with one item.
 
         Raises:
-            RewardError: All samples score alike, so that nothing can divide them.
+            RewardError: All samples have the same score, so the standard deviation is zero.
         """
         constants = {key: float(f"{getattr(self, key):.{_DIGITS}g}") for key in ("mean", "std")}
         if constants["std"] == 0:
             raise RewardError(
                 f"reward {name!r} gives every sample {self.mean:.{_DIGITS}g}: there is no spread "
-                "to standardise by, and nothing to learn from"
+                "to standardize by, and nothing to learn from"
             )
-        given = {"parameters": dict(parameters)} if parameters else {}
-        component = {"name": name, **given, "weight": 1.0, **constants}
+        optional = {"parameters": dict(parameters)} if parameters else {}
+        component = {"name": name, **optional, "weight": 1.0, **constants}
         return yaml.safe_dump([component], sort_keys=False)
 
 
@@ -70,37 +67,34 @@ def measure_range(
     reward: Reward,
     run: Run,
     epochs: Sequence[int] = (),
-    progress: Callable[[str], object] = lambda said: None,
+    progress: Callable[[str], object] = lambda message: None,
 ) -> RewardRange:
-    """Score a run's saved samples.
+    """Score a run's saved samples and return the distribution of the scores.
 
     Args:
-        reward: The reward; it need not be the run's own.
+        reward: Any reward, not necessarily the run's own.
         run: The run.
-        epochs: Which; by default the earliest whose samples are kept. Epoch 0 is what the model
-            drew before any training, which is the range to standardise by.
-        progress: Told what is being scored, a shard at a time.
-
-    Returns:
-        The range.
+        epochs: The epochs to score; by default the earliest whose samples are kept. Epoch 0 was
+            sampled before any training, which is the range to standardize by.
+        progress: Called with a message before each shard is scored.
 
     Raises:
-        ConfigError: The run has no samples of such an epoch.
-        RewardError: The reward raised, or no sample has a score.
-        StoreError: Samples are damaged, or were retired.
+        ConfigError: The run has no samples of an epoch.
+        RewardError: The reward raised an error, or could not score any sample.
+        StoreError: Samples are damaged, or retention has deleted them.
     """
     found = run.store.list(keys.rollouts_prefix(run.run_id))
     kept = sorted({epoch for key in found if (epoch := keys.parse_epoch(key)) is not None})
     chosen = sorted(set(epochs)) or kept[:1]
     if not chosen:
-        raise ConfigError(f"run {run.run_id!r} has no samples yet; name one that `ddpo runs` shows")
+        raise ConfigError(f"run {run.run_id!r} has no samples; choose a run listed by `ddpo runs`")
     values: list[float] = []
     failed = 0
     for epoch in chosen:
         shards = _committed_shards(run, epoch)
         if not shards:
-            there = f"epochs {kept[0]} to {kept[-1]}" if kept else "none"
-            raise ConfigError(f"run {run.run_id!r} has no samples of epoch {epoch}; it has {there}")
+            known = f"epochs {kept[0]} to {kept[-1]}" if kept else "none"
+            raise ConfigError(f"run {run.run_id!r} has no samples of epoch {epoch}; it has {known}")
         for number, shard in enumerate(shards, start=1):
             progress(f"epoch {epoch}, shard {number} of {len(shards)}")
             samples = decode_rollouts(run.store.get(shard.objects["rollouts"]))
@@ -111,8 +105,8 @@ def measure_range(
             failed += int(scores.failed.sum())
     if not values:
         raise RewardError(
-            f"reward {reward.identity.reward_id} failed on all {failed} samples; try it on one "
-            "picture with `ddpo score NAME IMAGE`, whose columns say why"
+            f"reward {reward.identity.reward_id} failed on all {failed} samples; score one image "
+            "with `ddpo score NAME IMAGE` to see why"
         )
     array = np.asarray(values, np.float64)
     return RewardRange(

@@ -1,4 +1,4 @@
-"""Drawing with a run's model, as it is at one of its checkpoints."""
+"""Sample an image with one of a run's checkpoints."""
 
 from __future__ import annotations
 
@@ -14,20 +14,18 @@ from ddpo.store.manifests import Ref
 
 
 def draw(run: Run, prompt: str, *, seed: int, checkpoint: int | None = None) -> Image.Image:
-    """Draw one picture with a run's sampler, and with the moving average if the run keeps one.
+    """Sample one RGB image with a run's sampler, using the EMA weights if the run has them.
 
     Args:
         run: The run.
-        prompt: What to draw.
-        seed: Of the noise: the same as a ``torch.Generator`` with this seed gives plain diffusers.
-        checkpoint: Epochs trained; by default the last that is committed.
-
-    Returns:
-        An RGB picture.
+        prompt: The prompt.
+        seed: Seed of the noise, which equals the noise that plain diffusers draws from a
+            ``torch.Generator`` with this seed.
+        checkpoint: Number of epochs trained; by default the latest checkpoint.
 
     Raises:
         ConfigError: There is no such checkpoint.
-        RetiredObject: Retention deleted its weights.
+        RetiredObject: Retention has deleted its weights.
     """
     policy_weights = load_checkpoint(run.store, _checkpoint(run, checkpoint)).shown_weights
     policy = Policy(run.config.model, run.config.trainable, run.numerics, seed=run.config.seed)
