@@ -1,8 +1,8 @@
-"""The project's named errors.
+"""The project's errors.
 
 Every message says what was found, what was expected, and the way out. The parts of a message are
-attributes too, so that a caller never parses text. All of them survive pickling, since an error
-crosses processes when a worker reports it.
+attributes too, so that no caller parses text. All errors survive pickling, since workers report
+them across processes.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from typing import Any
 
 
 class DdpoError(Exception):
-    """Base of every error that this project raises by name."""
+    """Base of all errors of this project."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _rebuild, (type(self), self.args, self.__dict__)
 
 
 def _rebuild(kind: type[DdpoError], args: tuple[Any, ...], state: dict[str, Any]) -> DdpoError:
-    """Unpickles an error without calling its `__init__`, whose arguments are not `args`."""
+    """Unpickle an error without calling its `__init__`, whose arguments are not `args`."""
     error = kind.__new__(kind, *args)
     error.__dict__.update(state)
     return error
@@ -30,7 +30,7 @@ class StoreError(DdpoError):
 
 
 class StoreNotWritable(StoreError):
-    """The store cannot do what a commit needs: create exclusively, read back, delete."""
+    """The store lacks what a commit needs: exclusive creation, reading back, deletion."""
 
     def __init__(self, root: str, reason: str, way_out: str) -> None:
         self.root = root
@@ -42,7 +42,7 @@ class StoreNotWritable(StoreError):
 
 
 class StoreCallFailed(StoreError):
-    """A call to the store failed, for a reason that may pass: no room, no rights, no answer."""
+    """A call to the store failed for a possibly transient reason: no space, access or response."""
 
     def __init__(self, call: str, key: str, root: str, reason: str, way_out: str) -> None:
         self.call = call
@@ -56,7 +56,7 @@ class StoreCallFailed(StoreError):
 
 
 class InvalidKey(StoreError):
-    """A key, or an id that becomes part of one, is outside the whitelist."""
+    """A key, or an id that becomes part of one, contains something that is not allowed."""
 
     def __init__(self, what: str, found: object, expected: str) -> None:
         self.found = found
@@ -71,8 +71,8 @@ class CorruptObject(StoreError):
         self.expected = expected
         self.found = found
         super().__init__(
-            f"object {key} is corrupt: expected sha256 {expected}, found {found}. Restore it from "
-            "a copy; or delete it together with the manifest that lists it, so that it is made anew"
+            f"object {key} is corrupt: expected sha256 {expected}, found {found}. Restore it "
+            "from a copy, or delete it and the manifest that lists it, so that it is recomputed"
         )
 
 
@@ -85,7 +85,7 @@ class MissingObject(StoreError):
         super().__init__(
             f"nothing under the key {key} in {root}, where an object was expected. Check that this "
             "is the right store; restore the object from a copy, or delete the manifest that lists "
-            "it, so that it is made anew"
+            "it, so that it is recomputed"
         )
 
 
@@ -96,26 +96,26 @@ class RetiredObject(MissingObject):
         super().__init__(key, root)
         self.retired_key = retired_key
         self.args = (
-            f"object {key} is gone from {root}: it was retired, as {retired_key} records. Use an "
+            f"object {key} was deleted from {root} by retention, as {retired_key} records. Use an "
             "epoch or a checkpoint that is kept, or keep more of them in the next run "
             "(storage.retention, storage.keep_newest_checkpoints)",
         )
 
 
 class UnreadableData(StoreError):
-    """Bytes that should be a manifest, a table or tensors do not parse as such."""
+    """Bytes that should be a manifest, a table, tensors or an image cannot be parsed."""
 
     def __init__(self, what: str, reason: str) -> None:
         self.what = what
         self.reason = reason
         super().__init__(
-            f"{what} cannot be read: {reason}. Expected what this project writes; the bytes are "
-            "damaged, or were written by something else: restore them from a copy"
+            f"cannot read {what}: {reason}. The bytes are damaged, or were not written by this "
+            "project; restore them from a copy"
         )
 
 
 class UnknownSchema(StoreError):
-    """A document has a schema version that this release does not know."""
+    """A document has a schema version unknown to this release."""
 
     def __init__(self, key: str, found: object, expected: int) -> None:
         self.key = key
@@ -128,7 +128,7 @@ class UnknownSchema(StoreError):
 
 
 class InvalidTable(StoreError):
-    """Rows that cannot become a table: duplicate samples, clashing columns, mixed types."""
+    """Rows cannot be written as a table: duplicate samples, clashing columns, mixed types."""
 
     def __init__(self, table: str, found: str, expected: str) -> None:
         self.table = table
@@ -167,7 +167,8 @@ class RunNotFound(StoreError):
     def __init__(self, run_id: str, root: str, nearest: Sequence[str]) -> None:
         self.run_id = run_id
         self.nearest = tuple(nearest)
-        hint = f"Did you mean {', '.join(self.nearest)}?" if self.nearest else "It has none alike."
+        names = ", ".join(self.nearest)
+        hint = f"Did you mean {names}?" if names else "No run has a similar name."
         super().__init__(
             f"no run {run_id!r} in {root}. {hint} Check --root (or DDPO_ROOT); `ddpo runs` lists "
             "the runs of a store"
@@ -175,19 +176,19 @@ class RunNotFound(StoreError):
 
 
 class NotInHistory(StoreError):
-    """A sample, an epoch or a reward that is asked of a run, and that it has not committed."""
+    """A requested sample, epoch or reward that the run has not committed."""
 
 
 class ModelError(DdpoError):
-    """A model that cannot be had, or is not one that this project trains."""
+    """A model is not available, or is not one that this project trains."""
 
 
 class NonFiniteError(DdpoError):
-    """A NaN or infinity turned up; the run stopped before it reached the weights."""
+    """A NaN or infinity occurred; the run stopped before it reached the weights."""
 
 
 class PolicyMismatch(DdpoError):
-    """Rollouts were drawn by another policy or sampler than the one that is to be updated."""
+    """Rollouts were sampled from another policy or sampler than the one to be updated."""
 
 
 class ConfigError(DdpoError):
@@ -195,30 +196,30 @@ class ConfigError(DdpoError):
 
 
 class QueryError(DdpoError):
-    """A query that cannot be answered as it is written."""
+    """A query that cannot be answered as written."""
 
 
 class MissingPackage(DdpoError):
-    """A command needs a package that is optional, and is not installed."""
+    """A command needs an optional package that is not installed."""
 
     def __init__(self, package: str, what: str, extra: str) -> None:
         self.package = package
         super().__init__(
-            f"{what} needs the package {package}, which is not installed here: in the checkout, "
+            f"{what} needs the package {package}, which is not installed; in the checkout, run "
             f"pip install -e '.[{extra}]'"
         )
 
 
 class RewardError(DdpoError):
-    """A reward that raised, or gave something that is no score."""
+    """A reward raised, or returned invalid scores."""
 
 
 class RewardUnavailable(RewardError):
-    """A reward that cannot be reached at the moment: no picture's fault, and worth another try."""
+    """A reward is temporarily unreachable: worth a retry, and not the fault of an image."""
 
 
 class InvalidRetention(StoreError):
-    """A retention rule that could delete the state that a run resumes from."""
+    """A retention rule could delete the state from which a run resumes."""
 
     def __init__(self, keep_newest: int, keep_every: int | None) -> None:
         super().__init__(

@@ -1,1 +1,1 @@
-"""What every room may use: digests, named randomness, plug-ins, redaction, images as bytes."""
+"""What every room may use: digests, named randomness, plug-ins, redaction, image encoding."""

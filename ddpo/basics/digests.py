@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 
 
 def sha256_bytes(data: bytes | bytearray | memoryview) -> str:
-    """Returns the sha256 of bytes, 64 hex digits."""
+    """Return the sha256 of bytes, 64 hex digits."""
     return hashlib.sha256(data).hexdigest()
 
 
 def canonical_json(value: Any) -> bytes:
-    """Serialises a JSON value to the one form that digests and commits use.
+    """Serialise a JSON value to the canonical form that digests and commits use.
 
     Keys sorted, no spaces, UTF-8 unescaped, no trailing newline. Tuples become arrays.
 
@@ -32,8 +32,8 @@ def canonical_json(value: Any) -> bytes:
         The bytes; `canonical_json(json.loads(b)) == b` for every result b.
 
     Raises:
-        TypeError: The value holds something that is not JSON, or a key that is not a str (which
-            `json` would turn into one, so that the order depends on its former type).
+        TypeError: The value contains something that is not JSON, or a key that is not a str (which
+            `json` would convert, so that the order would depend on its original type).
         ValueError: A float is NaN or infinite, or a str is not valid Unicode.
     """
     _check_keys(value)
@@ -43,27 +43,16 @@ def canonical_json(value: Any) -> bytes:
 
 
 def json_digest(value: Any) -> str:
-    """Digests a JSON value.
-
-    Args:
-        value: As for `canonical_json`.
-
-    Returns:
-        The sha256 of its canonical JSON, 64 hex digits.
-
-    Raises:
-        TypeError: As `canonical_json`.
-        ValueError: As `canonical_json`.
-    """
+    """Return the sha256 of a value's `canonical_json`, 64 hex digits."""
     return sha256_bytes(canonical_json(value))
 
 
 def tensors_digest(tensors: Mapping[str, torch.Tensor]) -> str:
-    """Returns the digest of named tensors, independent of device, strides and file format.
+    """Return the digest of named tensors, independent of device, strides and file format.
 
-    Over the tensors in the order of their names: name, dtype and shape as canonical JSON, a
-    newline, then the elements' bytes in row-major order. The header fixes how many bytes follow,
-    so no two sets of tensors share a stream.
+    For each tensor, in the order of names: name, dtype and shape as canonical JSON, a newline, then
+    the elements' bytes in row-major order. The header determines how many bytes follow, so no two
+    sets of tensors share a stream.
 
     Args:
         tensors: Dense tensors of any dtype and shape, by name.

@@ -1,7 +1,7 @@
-"""Things that a config names: found by registered name, entry point or import path.
+"""Find what a config names, by registered name, entry point or import path, and check parameters.
 
-One lookup and one check of parameters, for rewards and prompt sets alike. Nothing that was found is
-called before its parameters are known to fit.
+Rewards and prompt sets share one lookup and one check of parameters. Nothing is called before its
+parameters are known to fit.
 """
 
 from __future__ import annotations
@@ -28,51 +28,42 @@ from ddpo.errors import ConfigError
 
 @dataclass(frozen=True)
 class Plugin:
-    """Something that a config named, imported and not yet called.
-
-    Attributes:
-        kind: What it is to its reader, e.g. ``"reward"``; used in messages.
-        name: The name as the config has it.
-        target: The class, function or object itself.
-        module: The module that it was looked up in.
-    """
+    """Something that a config names, imported but not yet called."""
 
     kind: str
+    """What it is, for messages, such as ``"reward"``."""
     name: str
+    """The name in the config."""
     target: Any
+    """The class, function or object."""
     module: str
+    """The module in which it was looked up."""
 
 
 @dataclass(frozen=True)
 class CheckedParameters:
-    """Parameters that fit what they are for.
-
-    Attributes:
-        values: Those that were given, converted to the annotated types; pass them by keyword.
-        identity: All that will be in force, defaults among them, as plain JSON. Spelling out a
-            default changes nothing here. A default that JSON cannot say is left out.
-    """
+    """Parameters that fit the signature for which they were checked."""
 
     values: Mapping[str, Any]
+    """The given parameters, converted to the annotated types; to be passed by keyword."""
     identity: Mapping[str, JsonValue]
+    """All parameters in force, including defaults, as plain JSON. Spelling out a default makes no
+    difference. A default that JSON cannot represent is left out."""
 
 
 def resolve(kind: str, name: str, registered: Mapping[str, str], group: str) -> Plugin:
     """Import what a name stands for.
 
     Args:
-        kind: What is looked for, for messages: ``"reward"``.
+        kind: What is looked up, for messages: ``"reward"``.
         name: A key of ``registered``, the name of an entry point of ``group``, or an import path
             ``package.module:attribute``.
-        registered: The project's own, name to import path. They go before entry points.
-        group: Entry point group that other packages register theirs in.
-
-    Returns:
-        The plugin.
+        registered: The project's own, name to import path. They take precedence over entry points.
+        group: Entry point group in which other packages register theirs.
 
     Raises:
-        ConfigError: No such name (says the nearest and lists all), module or attribute, an import
-            that fails, or an entry point that two packages claim.
+        ConfigError: There is no such name (the nearest is suggested), module or attribute; the
+            import fails; or two packages claim an entry point.
     """
     if ":" in name:
         return _import_plugin(kind, name, name)
@@ -82,19 +73,19 @@ def resolve(kind: str, name: str, registered: Mapping[str, str], group: str) -> 
     if len({point.value for point in found}) > 1:
         raise ConfigError(
             f"{kind} {name!r} is claimed by {' and '.join(map(_origin, found))}; "
-            "name the one you mean by its import path"
+            "use the import path of the one you mean"
         )
     if found:
         return _import_plugin(kind, name, found[0].value)
     names = available(registered, group)
     raise ConfigError(
         f"there is no {kind} {name!r}{_did_you_mean(name, names)} Known: {', '.join(names)}. "
-        "One of your own goes by import path: 'my_package.my_module:attribute'"
+        "Name one of your own by its import path: 'my_package.my_module:attribute'"
     )
 
 
 def available(registered: Mapping[str, str], group: str) -> tuple[str, ...]:
-    """Return the names that ``resolve`` knows, sorted: registered ones and entry points."""
+    """Return the registered names and those of entry points, sorted."""
     return tuple(sorted({*registered, *(point.name for point in entry_points(group=group))}))
 
 
@@ -104,22 +95,19 @@ def check_parameters(
     parameters: Mapping[str, Any],
     taken: Iterable[str] = (),
 ) -> CheckedParameters:
-    """Check parameters against a signature, without calling it.
+    """Check parameters against the signature of a function or class, without calling it.
 
-    Types are checked strictly, as JSON: 1 is a float, and a list is a tuple, but "3" is no int.
-    What has no annotation takes anything.
+    Types are checked strictly, as JSON: 1 is a float, and a list is a tuple, but "3" is not an int.
+    A parameter without an annotation accepts anything.
 
     Args:
         what: Whose parameters they are, for messages: ``"reward 'jpeg_compressibility'"``.
         factory: The function or class that will be called with them.
         parameters: From the config.
-        taken: Names that the caller fills itself; no config may give them.
-
-    Returns:
-        The parameters, converted.
+        taken: Names that the caller passes itself, which a config cannot set.
 
     Raises:
-        ConfigError: An unknown parameter (says the nearest), a missing one, or a wrong type.
+        ConfigError: A parameter is unknown (the nearest is suggested), missing, or of a wrong type.
     """
     signature = _signature(what, factory)
     by_keyword = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
@@ -150,7 +138,7 @@ def check_parameters(
     for name, parameter in known.items():
         if name in values:
             continue
-        # A default that JSON cannot say (an object, an infinity) is fixed by the code's version.
+        # A default without a JSON form (an object, an infinity) is pinned by the code's version.
         with contextlib.suppress(PydanticSerializationError, PydanticUserError, ValueError):
             adapter: TypeAdapter[Any] = TypeAdapter(hints.get(name, Any))
             default = adapter.dump_python(parameter.default, mode="json", warnings=False)
@@ -164,7 +152,7 @@ def _import_plugin(kind: str, name: str, path: str) -> Plugin:
     attributes = attribute_path.split(".")
     if not all(part.isidentifier() for part in (*module_name.split("."), *attributes)):
         raise ConfigError(
-            f"{kind} {name!r} is no import path: write 'my_package.my_module:attribute'"
+            f"{kind} {name!r} is not an import path; write 'my_package.my_module:attribute'"
         )
     module = _import_module(kind, name, module_name)
     target: Any = module
@@ -188,7 +176,7 @@ def _import_module(kind: str, name: str, module_name: str) -> ModuleType:
         if not itself:
             raise ConfigError(
                 f"{kind} {name!r}: {module_name} imports {error.name!r}, which is not installed; "
-                f"install it beside ddpo ({sys.executable})"
+                f"install it in the environment of ddpo ({sys.executable})"
             ) from error
         raise ConfigError(
             f"{kind} {name!r}: there is no module {error.name!r}; install the package that has "
@@ -205,8 +193,8 @@ def _signature(what: str, factory: Callable[..., Any]) -> inspect.Signature:
         return inspect.signature(factory)
     except (TypeError, ValueError) as error:
         raise ConfigError(
-            f"{what}: {factory!r} cannot be called from a config ({error}); name a class or a "
-            "function written in Python"
+            f"{what}: {factory!r} has no signature to check parameters against ({error}); name a "
+            "class or a function written in Python"
         ) from error
 
 
@@ -273,18 +261,18 @@ def _convert(what: str, name: str, annotation: Any, given: Any) -> tuple[Any, Js
         return value, plain
     except ValidationError as error:
         wrong = "; ".join(
-            "".join(f"[{place!r}]" for place in item["loc"]) + " " * bool(item["loc"]) + item["msg"]
+            "".join(f"[{key!r}]" for key in item["loc"]) + " " * bool(item["loc"]) + item["msg"]
             for item in error.errors()
         )
         raise ConfigError(f"{what}: parameter {name!r} is {given!r}: {wrong}") from None
     except PydanticUserError:
         raise ConfigError(
-            f"{what}: parameter {name!r} is annotated {annotation!r}, which no config can give; "
-            "annotate it with a type that JSON has, and build the object from it"
+            f"{what}: parameter {name!r} is annotated {annotation!r}, which a config cannot set; "
+            "annotate it with a JSON type, and build the object from that"
         ) from None
     except (PydanticSerializationError, TypeError, ValueError) as error:
         raise ConfigError(
-            f"{what}: parameter {name!r} is {given!r}, which JSON cannot say: {error}"
+            f"{what}: parameter {name!r} is {given!r}, which JSON cannot represent: {error}"
         ) from None
 
 

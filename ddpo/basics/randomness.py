@@ -1,4 +1,4 @@
-"""Randomness by name: what a sample draws depends on run seed, epoch, index and purpose alone."""
+"""Randomness by name: a sample depends only on run seed, epoch, index and purpose."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 def derive_seed(run_seed: int, *path: int | str) -> int:
-    """Derive the seed of one purpose from the run's.
+    """Derive the seed for one purpose from the run's.
 
     Args:
         run_seed: The config's ``seed``.
@@ -24,7 +24,7 @@ def derive_seed(run_seed: int, *path: int | str) -> int:
 
 
 def generator(seed: int) -> torch.Generator:
-    """Return a CPU generator: the same numbers whatever device they are used on."""
+    """Return a CPU generator, whose numbers do not depend on the device that uses them."""
     import torch  # here: configs, which torch would slow down, import this module
 
     return torch.Generator(device="cpu").manual_seed(seed)

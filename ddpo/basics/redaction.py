@@ -1,4 +1,4 @@
-"""Keeping credentials out of what people and logs get to read."""
+"""Keep credentials out of messages and logs."""
 
 from __future__ import annotations
 
@@ -11,5 +11,5 @@ _QUERY = re.compile(r"(\w+://[^\s?#]+)\?[^\s#]*")
 
 
 def hide_credentials(text: str) -> str:
-    """Returns a text whose URLs carry neither user, password nor query (signed URLs sign there)."""
+    """Remove user, password and query (where signed URLs are signed) from all URLs in a text."""
     return _QUERY.sub(r"\1", USER_INFO.sub(f"{HIDDEN}@", text))

@@ -1,4 +1,4 @@
-"""Prompt sets: finite, by name or import path, every prompt drawn with equal chance."""
+"""Prompt sets: finite, found by name or import path, sampled uniformly."""
 
 from ddpo.prompts.base import Prompt, draw_prompt, prompt_set_digest
 from ddpo.prompts.registry import available_prompt_sets, load_prompts

@@ -1,4 +1,4 @@
-"""A prompt, and drawing one from a set."""
+"""A prompt, and sampling one from a set."""
 
 from __future__ import annotations
 
@@ -20,24 +20,22 @@ _METADATA: TypeAdapter[dict[str, JsonValue]] = TypeAdapter(dict[str, JsonValue])
 
 @dataclass(frozen=True)
 class Prompt:
-    """What a picture is asked for.
-
-    Attributes:
-        text: The words that the model is given; never blank.
-        metadata: What rewards know about it beside the words, e.g. ``questions`` and ``answers``.
-            Plain finite JSON.
+    """What an image is generated for.
 
     Raises:
-        ConfigError: Blank text, text that is no string, or metadata that JSON cannot say.
+        ConfigError: The text is blank or not a string, or the metadata is not plain JSON.
     """
 
     text: str
+    """The model's input; never blank."""
     metadata: Mapping[str, JsonValue] = field(default_factory=dict, hash=False)
+    """What rewards know about the prompt besides the text, such as ``questions`` and ``answers``.
+    Plain finite JSON."""
 
     def __post_init__(self) -> None:
         text: Any = self.text
         if not isinstance(text, str) or not text.strip():
-            raise ConfigError(f"a prompt is some words of text, not {text!r}")
+            raise ConfigError(f"a prompt must be text that is not blank, not {text!r}")
         try:
             metadata = _METADATA.validate_python(dict(self.metadata))
             json.dumps(metadata, allow_nan=False)
@@ -66,8 +64,8 @@ def draw_prompt(prompts: Sequence[Prompt], generator: torch.Generator) -> Prompt
 
 
 def prompt_set_digest(prompts: Sequence[Prompt]) -> str:
-    """Return the sha256 of a set's contents, in order: what a file's name does not pin.
+    """Return the sha256 of a set's contents, in order, which a file's name does not pin.
 
-    Two sets of one digest draw the same prompts from the same generators.
+    Sets of equal digest give the same prompts for the same generators.
     """
     return json_digest([[prompt.text, dict(prompt.metadata)] for prompt in prompts])

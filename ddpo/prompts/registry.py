@@ -1,4 +1,4 @@
-"""Prompt sets by name."""
+"""Find and build prompt sets by name, entry point or import path."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ddpo.errors import ConfigError, DdpoError
 from ddpo.prompts.base import Prompt
 
 ENTRY_POINT_GROUP = "ddpo.prompts"
-"""Packages register prompt sets of their own here."""
+"""Entry point group in which other packages register their prompt sets."""
 
 _OURS = {
     name: f"ddpo.prompts.sets:{name}"
@@ -27,7 +27,7 @@ _OURS = {
 
 
 def available_prompt_sets() -> tuple[str, ...]:
-    """Return the names of prompt sets, sorted, entry points among them."""
+    """Return the names of all prompt sets, including those of entry points, sorted."""
     return plugins.available(_OURS, ENTRY_POINT_GROUP)
 
 
@@ -40,12 +40,10 @@ def load_prompts(name: str, parameters: Mapping[str, Any]) -> tuple[Prompt, ...]
         parameters: Passed to the set's function by keyword, after a check of names and types.
 
     Returns:
-        The prompts, all to be drawn with equal chance; at least one. What is listed twice is in
-        it twice.
+        At least one prompt, each to be sampled with equal probability; duplicates are kept.
 
     Raises:
-        ConfigError: No such set, parameters that do not fit it, no prompts, or something else
-            than prompts.
+        ConfigError: There is no such set, the parameters do not fit, or it does not return prompts.
     """
     plugin = plugins.resolve("prompt set", name, _OURS, ENTRY_POINT_GROUP)
     what = f"prompt set {name!r}"
@@ -55,16 +53,16 @@ def load_prompts(name: str, parameters: Mapping[str, Any]) -> tuple[Prompt, ...]
         )
     checked = plugins.check_parameters(what, plugin.target, parameters)
     try:
-        made = plugin.target(**checked.values)
-        if isinstance(made, str) or not isinstance(made, Iterable):
-            raise ConfigError(f"it returned {made!r}; return a list of strings or of Prompts")
-        prompts = tuple(_as_prompt(item) for item in made)
+        items = plugin.target(**checked.values)
+        if isinstance(items, str) or not isinstance(items, Iterable):
+            raise ConfigError(f"it returned {items!r}; return a list of strings or of Prompts")
+        prompts = tuple(_as_prompt(item) for item in items)
     except DdpoError as error:
         raise ConfigError(f"{what}: {error}") from error
     except Exception as error:
         raise ConfigError(f"{what} failed: {type(error).__name__}: {error}") from error
     if not prompts:
-        raise ConfigError(f"{what} is empty; give it at least one prompt")
+        raise ConfigError(f"{what} is empty; it needs at least one prompt")
     return prompts
 
 

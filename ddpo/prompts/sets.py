@@ -1,7 +1,7 @@
 """The prompt sets that come with the project.
 
-Each is finite and its prompts are drawn with equal chance. Names and lists are those of Black et
-al. 2023 (arXiv 2305.13301) and of the code published with it.
+Each is finite, and its prompts are sampled uniformly. Names and lists are those of Black et al.
+2023 (arXiv 2305.13301) and of the code published with it.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def simple_animals(article: bool = True) -> list[Prompt]:
     """Return 45 common animals: the aesthetic task.
 
     Args:
-        article: ``"a cat"``, as the paper writes; otherwise ``"cat"``, as its code draws.
+        article: ``"a cat"``, as in the paper; otherwise ``"cat"``, as in its code.
     """
     return [Prompt(_with_article(animal) if article else animal) for animal in ANIMALS]
 
@@ -48,8 +48,7 @@ def imagenet_animals(article: bool = True) -> list[Prompt]:
     """Return the 398 animals of ImageNet: the JPEG tasks.
 
     Args:
-        article: ``"a sea urchin"``, as the paper writes; otherwise ``"sea urchin"``, as its code
-            draws.
+        article: ``"a sea urchin"``, as in the paper; otherwise ``"sea urchin"``, as in its code.
     """
     return [Prompt(_with_article(animal) if article else animal) for animal in IMAGENET_ANIMALS]
 
@@ -66,15 +65,15 @@ def animal_activities() -> list[Prompt]:
 def counting(
     low: Annotated[int, Field(ge=1)] = 2, high: Annotated[int, Field(ge=1)] = 8
 ) -> list[Prompt]:
-    """Return numbers x 45 animals, ``"two cats"``, with the questions that a VQA reward asks.
+    """Return numbers x 45 animals, such as ``"two cats"``, with questions for VQA rewards.
 
     Metadata: ``questions`` ("How many cats are there in this image?", "What animal is in this
-    image?") and their ``answers`` ("two", "cat"). The published code counts 2 to 8, of 22 of these
-    animals.
+    image?") and their ``answers`` ("two", "cat"). The published code counts from 2 to 8, with 22
+    of these animals.
 
     Args:
         low: Smallest number, at least 1.
-        high: Largest number, included.
+        high: Largest number, inclusive.
     """
     if low > high:
         raise ConfigError(f"low is {low}, which is above high, {high}; swap them")
@@ -86,17 +85,17 @@ def starter_scenes(
     held_out: Literal["with", "without", "only"] = "with",
     every: Annotated[int, Field(ge=1)] = 1,
 ) -> list[Prompt]:
-    """Return the prompts of what the starter model can draw, each scene once.
+    """Return the prompts of all scenes that the starter model can generate.
 
     Args:
         kinds: ``single`` ("a cat", 45), ``activity`` ("a cat riding a bike", 135), ``count`` ("two
             cats" to four, 135), ``other`` ("an owl", 24); by default all.
-        held_out: Whether the 27 activities that the starter was never shown are in it: ``with``,
-            ``without`` them, or they ``only``.
-        every: Take each n-th of what is left, from the first on: fewer prompts come up oftener, and
-            statistics of their own serve them sooner.
+        held_out: Whether to include the 27 activities on which the starter was not trained:
+            ``with``, ``without``, or ``only`` these.
+        every: Keep every n-th of the remaining prompts, starting with the first: fewer prompts are
+            sampled more often, so that per-prompt statistics are usable sooner.
     """
-    from ddpo.starter.scenes import SCENES  # here, since it imports transformers
+    from ddpo.starter.scenes import SCENES  # imports transformers
 
     chosen = [scene for scene in SCENES if kinds is None or scene.kind in kinds]
     if held_out != "with":
@@ -108,27 +107,27 @@ def prompt_list(prompts: list[str]) -> list[Prompt]:
     """Return the given prompts.
 
     Args:
-        prompts: Their texts. One that is listed twice is drawn twice as often.
+        prompts: Their texts. A duplicate is sampled twice as often.
     """
     return [Prompt(text) for text in prompts]
 
 
 def text_file(path: str) -> list[Prompt]:
-    """Return the prompts of a UTF-8 file: a line each, blank lines skipped.
+    """Return the prompts of a UTF-8 file, one per line; blank lines are skipped.
 
     Args:
-        path: The file. Lines of a ``.jsonl`` are objects with ``text`` and, if wanted,
-            ``metadata``; those of any other file are the text itself. A relative path starts at
-            the working folder. One that is listed twice is drawn twice as often.
+        path: The file. Lines of a ``.jsonl`` are objects with ``text`` and optionally ``metadata``;
+            those of any other file are the text itself. A relative path starts at the working
+            directory. A duplicate is sampled twice as often.
     """
     file = Path(path).expanduser()
     try:
         lines = file.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
-            f"prompts cannot be read from {file.absolute()} "
+            f"cannot read prompts from {file.absolute()} "
             f"({getattr(error, 'strerror', None) or error}); "
-            "give the path of a UTF-8 text file with a prompt a line"
+            "give the path of a UTF-8 text file with one prompt per line"
         ) from error
     numbered = [(number, line.strip()) for number, line in enumerate(lines, start=1)]
     if file.suffix == ".jsonl":
@@ -144,8 +143,8 @@ class _JsonPrompt(BaseModel):
 
 def _json_prompt(file: Path, number: int, line: str) -> Prompt:
     try:
-        read = _JsonPrompt.model_validate_json(line)
-        return Prompt(read.text, read.metadata)
+        parsed = _JsonPrompt.model_validate_json(line)
+        return Prompt(parsed.text, parsed.metadata)
     except (ValidationError, ConfigError) as error:
         raise ConfigError(
             f'{file.absolute()}, line {number}: {error}; write {{"text": "...", "metadata": {{}}}}'
@@ -173,6 +172,6 @@ def _with_article(noun: str) -> str:
 
 @functools.cache
 def _words() -> inflect.engine:
-    import inflect  # here, since importing it takes about a second
+    import inflect  # takes about a second
 
     return inflect.engine()

@@ -240,7 +240,7 @@ def test_prompts_metadata_and_parameters_reach_the_reward(ddpo, own, pictures):
         (["colorfulness", "PICTURE", "--run", "r", "--prompt", "x"], "one of the two"),
         (["colorfulness", "PICTURE"], "1 images and 0 prompts"),
         (["colorfulness", "PICTURE", "--prompt", "x", "--prompt", "y"], "1 images and 2 prompts"),
-        (["colorfulness", "PICTURE", "--prompt", " "], "some words of text"),
+        (["colorfulness", "PICTURE", "--prompt", " "], "must be text that is not blank"),
         (["colorfulness", "gone.png", "--prompt", "x"], "cannot read gone.png as an image"),
         (["colorfulness", "README.md", "--prompt", "x"], "cannot read README.md as an image"),
         (["colorfulness", "PICTURE", "--prompt", "x", "--metadata", "{"], "cannot be read as JSON"),

@@ -102,7 +102,7 @@ def test_metadata_that_json_cannot_say_is_refused(metadata):
 
 @pytest.mark.parametrize("text", ["", " \n", None, 3])
 def test_prompt_without_words_is_refused(text):
-    with pytest.raises(ConfigError, match="words"):
+    with pytest.raises(ConfigError, match="text that is not blank"):
         Prompt(text)
 
 

@@ -120,9 +120,9 @@ def test_missing_file_is_named(tmp_path):
 
 def test_empty_sets_are_refused(tmp_path):
     (tmp_path / "empty.txt").write_text("\n \n")
-    with pytest.raises(ConfigError, match="empty; give it at least one"):
+    with pytest.raises(ConfigError, match="empty; it needs at least one"):
         load_prompts("text_file", {"path": str(tmp_path / "empty.txt")})
-    with pytest.raises(ConfigError, match="empty; give it at least one"):
+    with pytest.raises(ConfigError, match="empty; it needs at least one"):
         load_prompts("prompt_list", {"prompts": []})
 
 

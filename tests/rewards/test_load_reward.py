@@ -116,7 +116,7 @@ def test_every_registered_reward_keeps_the_protocol():
         ("OWN:not_a_reward", {}, "returns 3, which cannot be called.*images, prompts"),
         ("OWN:ODD_VERSION", {}, "`version` must be a string"),
         ("OWN:OWN.x", {}, "has no 'OWN.x'"),
-        ("OWN:", {}, "no import path"),
+        ("OWN:", {}, "not an import path"),
         ("nowhere_at_all.module:Thing", {}, "no module 'nowhere_at_all'.*PYTHONPATH"),
     ],
 )

@@ -51,15 +51,15 @@ def test_identity_holds_everything_in_force_that_json_can_say():
     [
         ({}, "reward 'r' needs 'size'"),
         ({"size": "1"}, "'size' is '1'.*valid number"),
-        ({"size": float("nan")}, "'size' is nan.*JSON cannot say"),
+        ({"size": float("nan")}, "'size' is nan.*JSON cannot represent"),
         ({"size": 1, "device": "gpu"}, "'device' is 'gpu'.*'cpu' or 'cuda'"),
         ({"size": 1, "pair": [1, "2"]}, r"'pair' is .*\[1\] .*integer"),
         (
             {"size": 1, "pairs": [1, 2]},
             r"no parameter 'pairs'; did you mean 'pair'\?.*It takes: size",
         ),
-        ({"size": 1, "opaque": {}}, "'opaque' is annotated .*Opaque.*no config can give"),
-        ({"size": 1, "anything": object()}, "'anything' is .*JSON cannot say"),
+        ({"size": 1, "opaque": {}}, "'opaque' is annotated .*Opaque.*a config cannot set"),
+        ({"size": 1, "anything": object()}, "'anything' is .*JSON cannot represent"),
     ],
 )
 def test_parameters_that_do_not_fit_are_refused(parameters, message):
