@@ -1,4 +1,4 @@
-"""A comparison's plan and numbers: what is refused before anything runs, intervals by hand."""
+"""A comparison's plan and numbers: what is rejected before anything runs, intervals by hand."""
 
 from __future__ import annotations
 
@@ -45,9 +45,9 @@ def test_t_quantiles_are_the_published_ones(freedom: int, published: float) -> N
 
 def test_an_interval_of_three_seeds_is_the_one_computed_by_hand() -> None:
     # Mean 2; squared deviations 1, 0, 1; s² = 2 / 2 = 1.
-    found = interval([1.0, 2.0, 3.0])
-    assert found.mean == 2.0
-    assert found.half_width == pytest.approx(4.302653 / math.sqrt(3), rel=1e-6)
+    estimate = interval([1.0, 2.0, 3.0])
+    assert estimate.mean == 2.0
+    assert estimate.half_width == pytest.approx(4.302653 / math.sqrt(3), rel=1e-6)
 
 
 def test_one_value_has_no_interval() -> None:
@@ -80,27 +80,27 @@ def test_gains_and_differences_are_taken_seed_by_seed() -> None:
 
 
 def test_the_shipped_comparison_gives_the_four_algorithms_of_the_paper_equal_terms() -> None:
-    found = read_comparison(SHIPPED)
-    assert found.name == "starter-compare"
-    settings = {name: runs[0].config for name, runs in found.variants.items()}
+    planned = read_comparison(SHIPPED)
+    assert planned.name == "starter-compare"
+    settings = {name: runs[0].config for name, runs in planned.variants.items()}
     for name in ("ddpo_is", "ddpo_sf", "rwr", "rwr_sparse"):
         assert settings[name].algorithm.type == name
-    configs = [run.config for runs in found.variants.values() for run in runs]
+    configs = [run.config for runs in planned.variants.values() for run in runs]
     assert len(configs) == 6 * 5
     for part in ("model", "prompts", "reward", "sampler", "numerics", "epochs"):
         assert len({repr(getattr(config, part)) for config in configs}) == 1
 
 
 def test_the_shipped_controls_differ_from_what_they_control_by_the_reward_alone() -> None:
-    found = read_comparison(SHIPPED)
+    planned = read_comparison(SHIPPED)
     blind = {
         "ddpo_is": {"advantages": {"shuffle": True}},
         "rwr": {"beta": 0.0},
     }
-    assert found.config.controls.keys() == blind.keys()
+    assert planned.config.controls.keys() == blind.keys()
     for name, change in blind.items():
-        control = found.config.controls[name]
-        for real, without in zip(found.variants[name], found.variants[control], strict=True):
+        control = planned.config.controls[name]
+        for real, without in zip(planned.variants[name], planned.variants[control], strict=True):
             changed = with_changes(real.config.algorithm, change)
             assert without.config == real.config.model_copy(update={"algorithm": changed})
 
@@ -115,11 +115,11 @@ def with_changes(part: Any, changes: dict[str, Any]) -> Any:
 
 
 def test_each_variant_forks_its_seeds_shared_run_before_epoch_0(tmp_path: Path) -> None:
-    found = comparison(tmp_path)
-    assert [run.run_id for run in found.members] == [
+    planned = comparison(tmp_path)
+    assert [run.run_id for run in planned.members] == [
         f"my-comparison-seed{seed}-{each}" for seed in (3, 5) for each in ("shared", "is", "rwr")
     ]
-    for runs in found.variants.values():
+    for runs in planned.variants.values():
         for run in runs:
             fork = run.config.fork
             assert fork is not None
@@ -145,30 +145,30 @@ def test_the_shared_run_stores_what_any_variant_needs_and_retires_nothing(tmp_pa
 def test_the_shared_run_alone_is_not_to_be_trained(tmp_path: Path) -> None:
     base = yaml.safe_load((CONFIGS / "starter.yaml").read_text())
     base |= {"storage": {"root": str(tmp_path / "store")}, "outputs": str(tmp_path / "outputs")}
-    found = comparison(tmp_path, base=base)
+    planned = comparison(tmp_path, base=base)
     store = Store.open(str(tmp_path / "store"))
-    shared, variant = found.shared[3], found.variants["is"][0]
-    check_not_shared(store, shared.run_id)  # it is not there yet
+    shared, variant = planned.shared[3], planned.variants["is"][0]
+    check_not_shared(store, shared.run_id)  # does not exist yet
     for member in (shared, variant):
         start_run(member.config, member.run_id)
     check_not_shared(store, variant.run_id)
-    with pytest.raises(ConfigError, match="ddpo compare CONFIG --name my-comparison") as told:
+    with pytest.raises(ConfigError, match="ddpo compare CONFIG --name my-comparison") as refused:
         check_not_shared(store, shared.run_id)
-    assert f"'{shared.run_id}'" in str(told.value)
-    # A run of one's own may be called alike, and may be shown below another's page.
+    assert f"'{shared.run_id}'" in str(refused.value)
+    # An unrelated run may have a similar name, or be nested under another's page.
     tracking = shared.config.tracking
-    for own, parent in (("mine-seed3-shared", None), ("mine-seed3-draw", "mine")):
+    for run_id, parent in (("mine-seed3-shared", None), ("mine-seed3-draw", "mine")):
         changed = {"tracking": tracking.model_copy(update={"parent": parent})}
-        start_run(shared.config.model_copy(update=changed), own)
-        check_not_shared(store, own)
+        start_run(shared.config.model_copy(update=changed), run_id)
+        check_not_shared(store, run_id)
 
 
 def test_offline_all_epochs_but_the_last_are_shared_and_ratios_are_to_who_drew(
     tmp_path: Path,
 ) -> None:
-    found = comparison(tmp_path, offline=True)
-    assert found.shared[3].config.epochs == 3
-    config = found.variants["is"][0].config
+    planned = comparison(tmp_path, offline=True)
+    assert planned.shared[3].config.epochs == 3
+    config = planned.variants["is"][0].config
     assert config.fork is not None
     assert (config.fork.rollouts, config.fork.off_policy) == (3, True)
     assert config.algorithm.model_dump()["old_log_probs"] == "stored"
@@ -176,17 +176,19 @@ def test_offline_all_epochs_but_the_last_are_shared_and_ratios_are_to_who_drew(
 
 def test_a_part_with_a_type_replaces_and_one_without_changes(tmp_path: Path) -> None:
     changed = {"algorithm": {"clip_range": 0.5}, "optimizer": {"max_grad_norm": 2.0}}
-    found = comparison(tmp_path, variants={"is": changed, "sf": {"algorithm": {"type": "ddpo_sf"}}})
-    config = found.variants["is"][0].config
+    planned = comparison(
+        tmp_path, variants={"is": changed, "sf": {"algorithm": {"type": "ddpo_sf"}}}
+    )
+    config = planned.variants["is"][0].config
     assert config.algorithm.model_dump(include={"clip_range", "updates_per_epoch"}) == {
         "clip_range": 0.5, "updates_per_epoch": 2,
     }  # fmt: skip
     assert (config.optimizer.learning_rate, config.optimizer.max_grad_norm) == (2e-3, 2.0)
-    assert found.variants["sf"][0].config.algorithm.updates_per_epoch == 1
+    assert planned.variants["sf"][0].config.algorithm.updates_per_epoch == 1
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         ({"variants": {"is": {}}}, "expected at least two variants"),
         ({"variants": {"is": {}, "b": {"sampler": {"steps": 5}}}}, "variant 'b' changes sampler"),
@@ -224,8 +226,8 @@ def test_a_part_with_a_type_replaces_and_one_without_changes(tmp_path: Path) -> 
     ],
 )  # fmt: skip
 def test_what_cannot_be_compared_is_refused_by_one_message(
-    tmp_path: Path, changes: dict[str, Any], told: str
+    tmp_path: Path, changes: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ConfigError) as refused:
         comparison(tmp_path, **changes)
-    assert told in str(refused.value)
+    assert message in str(refused.value)

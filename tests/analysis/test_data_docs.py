@@ -24,17 +24,17 @@ pytestmark = pytest.mark.slow
 
 PAGE = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
 SNIPPETS = [
-    (re.findall(r"^##+ (.+)$", PAGE[: found.start()], re.MULTILINE)[-1], found[1], found[2])
-    for found in re.finditer(r"^```(\w+)\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
+    (re.findall(r"^##+ (.+)$", PAGE[: match.start()], re.MULTILINE)[-1], match[1], match[2])
+    for match in re.finditer(r"^```(\w+)\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
 ]
-"""Heading, language and text of each."""
+"""Heading, language and text of each snippet."""
 
 
 @pytest.fixture(scope="module")
 def store(
     tiny_model: Path, mlflow_database: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """A store as it becomes: a run, scored by another reward too, and forked with the same."""
+    """A store with a run that was rescored with another reward, and forked with its own."""
     folder = tmp_path_factory.mktemp("documented")
     shutil.copy(mlflow_database, folder / "mlflow.db")
     shown = {
@@ -43,7 +43,7 @@ def store(
     }
     run = record_run(tiny_model, folder / "store", **shown)
     rescore("mine", "colorfulness", storage=run.store.root)
-    fork("mine", 1, fork_id="branch", epochs=3, storage=run.store.root)
+    fork("mine", 1, fork_id="forked", epochs=3, storage=run.store.root)
     return folder_of(run)
 
 
@@ -54,7 +54,7 @@ def history(store: Path) -> History:
 
 @pytest.fixture
 def read(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Runs what stands under a heading, in order; gives the names that it made."""
+    """Run the snippets under a heading in order; return the names that they define."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.setenv("DDPO_ROOT", str(store))
@@ -77,7 +77,7 @@ def read(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     return run
 
 
-def test_every_snippet_stands_under_a_heading_that_is_tested():
+def test_every_snippet_is_under_a_tested_heading():
     assert {heading for heading, language, _ in SNIPPETS if language != "text"} == {
         "In a notebook", "In SQL", "As a Hugging Face dataset", "DuckDB", "Polars",
         "Hugging Face datasets", "pyarrow", "Committed objects only",
@@ -121,18 +121,18 @@ def test_duckdb(read, history: History):
     for row in history.samples().to_pylist():
         by_prompt[row["prompt"]].append(row["reward"])
     assert read("DuckDB")["by_prompt"] == [
-        (prompt, pytest.approx(sum(found) / len(found)))
-        for prompt, found in sorted(by_prompt.items())
+        (prompt, pytest.approx(sum(rewards) / len(rewards)))
+        for prompt, rewards in sorted(by_prompt.items())
     ]
 
 
 def test_polars(read, history: History):
-    found = read("Polars")["strongest"].to_dicts()
+    rows = read("Polars")["strongest"].to_dicts()
     wanted = {row["sample_id"]: row for row in history.samples().to_pylist()}
-    assert len(found) == len(wanted)
-    for row in found:
+    assert len(rows) == len(wanted)
+    for row in rows:
         assert row == {name: wanted[row["sample_id"]][name] for name in row}
-    advantages = [row["advantage"] for row in found]
+    advantages = [row["advantage"] for row in rows]
     assert advantages == sorted(advantages, reverse=True)
 
 
