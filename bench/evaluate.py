@@ -25,7 +25,8 @@ from ddpo.runs.run import Run, open_run, storage_root
 from ddpo.starter import JUDGE_PATH
 from ddpo.starter.judge import Judge
 from ddpo.starter.scenes import SCENES
-from ddpo.store.checkpoints import find_checkpoint, latest_checkpoint, load_checkpoint
+from ddpo.store.keys import Partition
+from ddpo.store.kinds import CHECKPOINT
 from ddpo.store.objects import Store
 from ddpo_workflow.flows.cli.quiet import hide_loading_bars
 
@@ -102,11 +103,11 @@ def evaluate(
     unknown = [prompt.text for prompt in prompts if prompt.text not in scenes]
     if unknown:
         raise ValueError(f"the starter's judge has no notion of the prompt {unknown[0]!r}")
-    checkpoint = find_checkpoint(run.store, run.run_id, epoch)
+    checkpoint = CHECKPOINT.commit_of(run.store, Partition(run.run_id, epoch))
     if checkpoint is None:
         raise ValueError(f"run {run.run_id} has no checkpoint {epoch}")
     policy = Policy(run.config.model, run.config.trainable, run.numerics, seed=run.config.seed)
-    policy.weights.load(load_checkpoint(run.store, checkpoint.ref).shown_weights)
+    policy.weights.load(CHECKPOINT.load(run.store, checkpoint.ref).state().shown_weights)
     repeated = [prompt for prompt in prompts for _ in seeds]
     shown = [scenes[prompt.text] for prompt in repeated]
     noise = [derive_seed(seed, "evaluate", p.text) for p in prompts for seed in seeds]
@@ -140,12 +141,13 @@ def main() -> None:
     arguments = parser.parse_args()
     hide_loading_bars()
     run = open_run(Store.open(storage_root(arguments.root)), arguments.run_id)
-    latest = latest_checkpoint(run.store, run.run_id, run.first_epoch)
-    if latest is None:
+    committed = [where.epoch for where in CHECKPOINT.partitions_of(run.store, run.run_id)]
+    if not committed:
         parser.error(f"run {run.run_id} has no checkpoint yet; start it with `ddpo resume`")
-    base, trained = evaluate(run, 0), evaluate(run, latest[0])
+    epochs = committed[-1]
+    base, trained = evaluate(run, 0), evaluate(run, epochs)
     gain = Gain.of(trained, base)
-    print(f"{run.run_id}, {latest[0]} epochs, {base.rewards.size} pictures of each model")
+    print(f"{run.run_id}, {epochs} epochs, {base.rewards.size} pictures of each model")
     print(f"reward: {base.rewards.mean():.4f} -> {trained.rewards.mean():.4f}, ", end="")
     print(f"gain {gain.mean:+.4f}, {gain.standard_errors:+.1f} standard errors")
     print(f"diversity: {trained.diversity / base.diversity:.0%} of the base's")

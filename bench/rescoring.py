@@ -30,7 +30,8 @@ from ddpo.rewards import load_reward, score_images
 from ddpo.rewards.builtin.jpeg import jpeg_kb
 from ddpo.runs.run import Run, start_run
 from ddpo.store import keys, manifests
-from ddpo.store.checkpoints import load_document
+from ddpo.store.keys import Partition
+from ddpo.store.kinds import CHECKPOINT, EPOCH, ROLLOUTS
 from ddpo.store.tables import RolloutRow, encode_rollouts
 from ddpo_workflow.flows.cli.quiet import hide_loading_bars, set_defaults
 from ddpo_workflow.flows.flow import without_heartbeats
@@ -61,7 +62,7 @@ def save_epoch(config: RunConfig, side: int) -> Run:
     """
     run = start_run(config, "saved")
     checkpoint = start.fn(run.handle)
-    digests = load_document(run.store, manifests.load(run.store, checkpoint), "digests")
+    digests = CHECKPOINT.load(run.store, checkpoint).digests
     draw = np.random.default_rng(0)
     shards = []
     for shard in range(SHARDS):
@@ -85,15 +86,17 @@ def save_epoch(config: RunConfig, side: int) -> Run:
                 )
             )
         table = run.store.put(
-            keys.rollout_stem(run.run_id, 0, shard), ".parquet", encode_rollouts(rows)
+            ROLLOUTS.stem("rollouts", Partition(run.run_id, 0, shard)),
+            ".parquet",
+            encode_rollouts(rows),
         )
-        key = keys.rollout_manifest_key(run.run_id, 0, shard)
+        key = ROLLOUTS.key(Partition(run.run_id, 0, shard))
         done = manifests.commit(
             run.store, key, kind="rollouts", inputs={"shard": shard}, objects={"rollouts": table}
         )
         shards.append(done.ref)
     inputs = {"rollouts": [ref.model_dump() for ref in shards], "rewards": []}
-    key = keys.epoch_manifest_key(run.run_id, 0)
+    key = EPOCH.key(Partition(run.run_id, 0))
     manifests.commit(run.store, key, kind="epoch", inputs=inputs, objects={})
     return run
 
@@ -103,7 +106,7 @@ def bare_loop(run: Run) -> list[float]:
     reward = load_reward(REWARD, {})
     values: list[float] = []
     for shard in range(SHARDS):
-        found = manifests.find(run.store, keys.rollout_manifest_key(run.run_id, 0, shard))
+        found = ROLLOUTS.commit_of(run.store, Partition(run.run_id, 0, shard))
         assert found is not None
         path = Path(run.store.root.removeprefix("file://")) / found.manifest.objects["rollouts"].key
         table = pq.ParquetFile(path).read(columns=["prompt", "image"])
@@ -178,7 +181,7 @@ def main() -> None:
 
 
 def _first(run: Run) -> manifests.Manifest:
-    found = manifests.find(run.store, keys.rollout_manifest_key(run.run_id, 0, 0))
+    found = ROLLOUTS.commit_of(run.store, Partition(run.run_id, 0, 0))
     assert found is not None
     return found.manifest
 

@@ -13,7 +13,8 @@ from ddpo.analysis.comparison.report import PLOT, markdown, write_report
 from ddpo.analysis.comparison.result import Result, read_result
 from ddpo.errors import ConfigError, RunIdentityMismatch
 from ddpo.runs.run import Run, check_run, start_run
-from ddpo.store import keys
+from ddpo.store.keys import Partition
+from ddpo.store.kinds import EPOCH
 from ddpo.store.objects import Store
 from ddpo_workflow.flows.epoch import submit_shards
 from ddpo_workflow.flows.flow import artifact_key, ddpo_flow, without_heartbeats
@@ -158,7 +159,7 @@ def _is_whole(run: Run) -> bool:
     A whole run would be found done step by step all the same, for the price of loading its model.
     """
     committed = range(run.first_epoch, run.config.epochs)
-    if not all(run.store.exists(keys.epoch_manifest_key(run.run_id, e)) for e in committed):
+    if not all(EPOCH.exists(run.store, Partition(run.run_id, e)) for e in committed):
         return False
     if not (outputs_folder(run.config, run.run_id) / "report.png").exists():
         return False

@@ -6,7 +6,9 @@ from prefect.artifacts import create_table_artifact
 from prefect.futures import PrefectFuture
 from pydantic import BaseModel, ConfigDict
 
-from ddpo.store import keys
+from ddpo.store.checkpoints import Checkpoint
+from ddpo.store.keys import Partition
+from ddpo.store.kinds import EPOCH
 from ddpo.store.manifests import Ref
 from ddpo_workflow.flows.flow import artifact_key, ddpo_flow
 from ddpo_workflow.flows.laps import Laps
@@ -39,14 +41,14 @@ class EpochOutcome(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    checkpoint: Ref
+    checkpoint: Ref[Checkpoint]
     """The checkpoint after the epoch."""
     metrics: dict[str, float]
     """The metrics that MLflow shows at the epoch's step."""
 
 
 @ddpo_flow(name="ddpo-epoch", run_name="{plan.run.run_id} epoch {epoch}")
-def run_epoch(plan: EpochPlan, checkpoint: Ref, epoch: int) -> EpochOutcome:
+def run_epoch(plan: EpochPlan, checkpoint: Ref[Checkpoint], epoch: int) -> EpochOutcome:
     """Sample, score, compute advantages, update the policy; log the epoch to MLflow.
 
     Args:
@@ -59,7 +61,7 @@ def run_epoch(plan: EpochPlan, checkpoint: Ref, epoch: int) -> EpochOutcome:
     """
     run = opened(plan.run)
     # A resumed run logs its last committed epoch again; how fast that is found means nothing.
-    resumed = run.store.exists(keys.epoch_manifest_key(run.run_id, epoch))
+    resumed = EPOCH.exists(run.store, Partition(run.run_id, epoch))
     laps = Laps()
     with laps("epoch"):
         pictures = draw_pictures(plan.run, checkpoint, plan.pictures, epoch)

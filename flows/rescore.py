@@ -12,10 +12,13 @@ from ddpo.errors import ConfigError, RetiredObject
 from ddpo.rewards import load_reward
 from ddpo.runs.forks.checks import rebuilds_statistics, saved_rollouts
 from ddpo.runs.run import Run, open_run, storage_root
-from ddpo.store import keys, manifests
-from ddpo.store.checkpoints import find_checkpoint
+from ddpo.store import keys
+from ddpo.store.artefacts import RolloutShard, Scores
+from ddpo.store.keys import Partition
+from ddpo.store.kinds import ADVANTAGES, CHECKPOINT, STATISTICS
 from ddpo.store.manifests import Ref
 from ddpo.store.objects import Store
+from ddpo.store.statistics import HoldsStatistics
 from ddpo_workflow.flows.flow import ddpo_flow
 from ddpo_workflow.flows.start import scores_before
 from ddpo_workflow.flows.train import Parameters, Text
@@ -95,7 +98,7 @@ def chosen_epochs(run: Run, asked: str | None) -> list[int]:
     kept = [
         epoch
         for epoch in wanted
-        if not run.store.exists(keys.retired_epoch_key("samples", run.run_id, epoch))
+        if not run.store.exists(keys.retired_key("samples", run.run_id, epoch))
     ]
     if not kept:
         raise ConfigError(
@@ -106,7 +109,11 @@ def chosen_epochs(run: Run, asked: str | None) -> list[int]:
 
 
 def _advantages(
-    run: Run, handle: RunHandle, rollouts: Sequence[Ref], scores: Sequence[Ref], epoch: int
+    run: Run,
+    handle: RunHandle,
+    rollouts: Sequence[Ref[RolloutShard]],
+    scores: Sequence[Ref[Scores]],
+    epoch: int,
 ) -> str:
     """Commit an epoch's advantages under the new reward; returns why there are none, if so."""
     try:
@@ -119,20 +126,15 @@ def _advantages(
     return ""
 
 
-def _statistics_before(run: Run, handle: RunHandle, epoch: int) -> Ref | None:
+def _statistics_before(run: Run, handle: RunHandle, epoch: int) -> Ref[HoldsStatistics] | None:
     """Return what holds the prompt statistics before an epoch, under the run's (new) reward.
 
     A fork's own are of its own reward, on another scale: the epochs before it are scored again.
     """
-    reward_id = run.reward_id
+    before = Partition(run.run_id, epoch - 1, reward_id=run.reward_id)
     if epoch > run.first_epoch:
-        key = keys.advantage_manifest_key(reward_id, run.run_id, epoch - 1)
-        found = manifests.find(run.store, key)
-    elif rebuilds_statistics(run.config) and epoch:
-        key = keys.statistics_manifest_key(reward_id, run.run_id, epoch - 1)
-        found = manifests.find(run.store, key)
-        if found is None:
-            return rebuild_statistics(handle, scores_before(run), epoch)
-    else:
-        found = find_checkpoint(run.store, run.run_id, epoch)
-    return found.ref if found else None
+        return ADVANTAGES.find(run.store, before)
+    if rebuilds_statistics(run.config) and epoch:
+        found = STATISTICS.find(run.store, before)
+        return found or rebuild_statistics(handle, scores_before(run), epoch)
+    return CHECKPOINT.find(run.store, Partition(run.run_id, epoch))

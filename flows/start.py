@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from ddpo.runs.forks.checks import epochs_before, rebuilds_statistics, saved_rollouts
 from ddpo.runs.run import Run
-from ddpo.store.checkpoints import find_checkpoint
+from ddpo.store.artefacts import Scores
+from ddpo.store.checkpoints import Checkpoint
+from ddpo.store.keys import Partition
+from ddpo.store.kinds import CHECKPOINT
 from ddpo.store.manifests import Ref
 from ddpo_workflow.tasks.score import score_shard
 from ddpo_workflow.tasks.start import check_fork, start
 
 
-def first_checkpoint(run: Run) -> Ref:
+def first_checkpoint(run: Run) -> Ref[Checkpoint]:
     """Commit a run's first checkpoint, or find it.
 
     A fork's prompt statistics are on the scale of its own reward: the epochs before it are scored
@@ -22,15 +25,15 @@ def first_checkpoint(run: Run) -> Ref:
     Returns:
         The checkpoint's manifest.
     """
-    if done := find_checkpoint(run.store, run.run_id, run.first_epoch):
-        return done.ref  # the epochs before it may be retired by now
+    if found := CHECKPOINT.find(run.store, Partition(run.run_id, run.first_epoch)):
+        return found  # the epochs before it may be retired by now
     if not rebuilds_statistics(run.config):
         return start(run.handle)
     check_fork(run.handle)
     return start(run.handle, scores_before(run))
 
 
-def scores_before(run: Run) -> list[Ref]:
+def scores_before(run: Run) -> list[Ref[Scores]]:
     """Score the epochs whose rewards a fork's prompt statistics are rebuilt from, a task a shard.
 
     Args:

@@ -25,8 +25,9 @@ from ddpo.config.s3 import S3Options
 from ddpo.errors import ConfigError, MissingObject
 from ddpo.runs.forks.records import record_fork
 from ddpo.runs.run import Run, open_run, start_run, storage_root
-from ddpo.store import keys
-from ddpo.store.checkpoints import find_checkpoint
+from ddpo.store.checkpoints import Checkpoint
+from ddpo.store.keys import Partition
+from ddpo.store.kinds import CHECKPOINT, EPOCH
 from ddpo.store.manifests import Ref
 from ddpo.store.objects import Store
 from ddpo_workflow.flows.epoch import EpochPlan, run_epoch
@@ -194,18 +195,19 @@ def _saying_how_to_resume(run: Run) -> Iterator[None]:
         raise
 
 
-def committed_checkpoint(run: Run, epoch: int) -> Ref:
+def committed_checkpoint(run: Run, epoch: int) -> Ref[Checkpoint]:
     """Return a checkpoint that must exist, since a later epoch is committed."""
-    checkpoint = find_checkpoint(run.store, run.run_id, epoch)
+    where = Partition(run.run_id, epoch)
+    checkpoint = CHECKPOINT.find(run.store, where)
     if checkpoint is None:
-        raise MissingObject(keys.checkpoint_manifest_key(run.run_id, epoch), run.store.root)
-    return checkpoint.ref
+        raise MissingObject(CHECKPOINT.key(where), run.store.root)
+    return checkpoint
 
 
 def first_unfinished_epoch(run: Run) -> int:
     """Return the last committed epoch, whose tracking may be incomplete; else the first epoch."""
     committed = run.first_epoch
-    while run.store.exists(keys.epoch_manifest_key(run.run_id, committed)):
+    while EPOCH.exists(run.store, Partition(run.run_id, committed)):
         committed += 1
     return max(min(committed, run.config.epochs) - 1, run.first_epoch)
 

@@ -7,7 +7,10 @@ from collections.abc import Sequence
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from ddpo.store import keys, manifests
+from ddpo.store.artefacts import AdvantageTable, EpochCommit, RolloutShard, Scores
+from ddpo.store.checkpoints import Checkpoint
+from ddpo.store.keys import Partition
+from ddpo.store.kinds import EPOCH, committed
 from ddpo.store.manifests import Ref
 from ddpo.store.upkeep.epoch_retention import retire_epochs
 from ddpo.store.upkeep.retention import retire_checkpoints
@@ -18,12 +21,12 @@ from ddpo_workflow.tasks.worker import RunHandle, opened
 @task(name="commit", task_run_name="commit epoch {epoch}", cache_policy=NO_CACHE, **STORAGE)
 def commit_epoch(
     handle: RunHandle,
-    rollouts: Sequence[Ref],
-    scores: Sequence[Ref],
-    advantages: Ref,
-    next_checkpoint: Ref,
+    rollouts: Sequence[Ref[RolloutShard]],
+    scores: Sequence[Ref[Scores]],
+    advantages: Ref[AdvantageTable],
+    next_checkpoint: Ref[Checkpoint],
     epoch: int,
-) -> Ref:
+) -> Ref[EpochCommit]:
     """Commit the epoch, then retire the checkpoints and epochs that the config does not keep.
 
     Args:
@@ -33,19 +36,15 @@ def commit_epoch(
         advantages: The epoch's advantages.
         next_checkpoint: Checkpoint ``epoch + 1``.
         epoch: The epoch.
-
-    Returns:
-        The epoch's manifest.
     """
     run = opened(handle)
     inputs = {
-        "rollouts": [ref.model_dump() for ref in rollouts],
-        "rewards": [ref.model_dump() for ref in scores],
-        "advantages": advantages.model_dump(),
-        "checkpoint": next_checkpoint.model_dump(),
+        "rollouts": list(rollouts),
+        "rewards": list(scores),
+        "advantages": advantages,
+        "checkpoint": next_checkpoint,
     }
-    key = keys.epoch_manifest_key(run.run_id, epoch)
-    ref = manifests.commit(run.store, key, kind="epoch", inputs=inputs, objects={}).ref
+    ref = committed(run.store, EPOCH, Partition(run.run_id, epoch), inputs, dict)
     storage = run.config.storage
     if storage.keep_newest_checkpoints is not None:
         retire_checkpoints(

@@ -10,8 +10,8 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from ddpo.config import FullConfig
-from ddpo.store import manifests
-from ddpo.store.checkpoints import load_document
+from ddpo.store.checkpoints import Checkpoint
+from ddpo.store.kinds import CHECKPOINT
 from ddpo.store.manifests import Ref
 from ddpo_workflow.tasks.retries import STORAGE
 from ddpo_workflow.tasks.tracking.tracker import TrackingHandle, tracker
@@ -25,7 +25,7 @@ PIPELINE_FOLDER = "pipeline"
 def export_weights(
     handle: RunHandle,
     tracking: TrackingHandle,
-    checkpoint: Ref,
+    checkpoint: Ref[Checkpoint],
     outputs: str | None,
     epoch: int,
 ) -> None:
@@ -40,7 +40,7 @@ def export_weights(
     """
     run = opened(handle)
     whole = isinstance(run.config.trainable, FullConfig)
-    digests = load_document(run.store, manifests.load(run.store, checkpoint), "digests")
+    digests = CHECKPOINT.load(run.store, checkpoint).digests
     names = ("policy_digest", "ema_digest")  # the second where the average is what is exported
     exported = {name: digests[name] for name in names if name in digests}
     with tempfile.TemporaryDirectory() as temporary:

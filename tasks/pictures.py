@@ -1,4 +1,4 @@
-"""The task that draws the same prompts and seeds with each checkpoint, to watch it change."""
+"""The task that generates the same prompts and seeds with each checkpoint, to watch it change."""
 
 from __future__ import annotations
 
@@ -13,9 +13,13 @@ from ddpo.config import PicturesConfig
 from ddpo.diffusion.sampling import sample
 from ddpo.diffusion.window import sampler_of_epoch
 from ddpo.runs.run import Run
-from ddpo.store import keys, manifests
-from ddpo.store.checkpoints import load_document
+from ddpo.store import keys
+from ddpo.store.artefacts import CheckpointImages
+from ddpo.store.checkpoints import Checkpoint
+from ddpo.store.keys import Partition
+from ddpo.store.kinds import CHECKPOINT, IMAGES, committed
 from ddpo.store.manifests import Ref
+from ddpo.store.objects import Objects
 from ddpo.store.tables import RolloutRow, encode_rollouts
 from ddpo.store.upkeep.retention import is_retired
 from ddpo_workflow.tasks.progress import report
@@ -26,36 +30,28 @@ _DEFAULT_PROMPTS = 4
 
 
 class PictureSet(BaseModel):
-    """Prompts and seeds that are drawn with each checkpoint, every prompt with every seed."""
+    """Fixed prompts and seeds: with each checkpoint, every prompt is generated with every seed."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     prompts: tuple[str, ...]
     """The texts."""
     seeds: tuple[int, ...]
-    """The seeds; what one draws depends on it alone, not on the run's."""
+    """The seeds; an image depends on its own seed alone, not on the run's."""
 
     @property
     def pictures_id(self) -> str:
-        """What keys call this set."""
+        """This set's name in keys."""
         return json_digest(self.model_dump(mode="json"))[:8]
 
     @property
     def pairs(self) -> list[tuple[str, int]]:
-        """All pictures, in the order they are drawn."""
+        """A prompt and a seed per image, in the order they are generated."""
         return [(prompt, seed) for prompt in self.prompts for seed in self.seeds]
 
 
 def picture_set(run: Run, config: PicturesConfig) -> PictureSet:
-    """Settle which pictures a run draws.
-
-    Args:
-        run: Its prompt set gives the default.
-        config: What the config says.
-
-    Returns:
-        The set.
-    """
+    """Resolve a run's fixed prompts and seeds; the first prompts of its prompt set by default."""
     texts = config.prompts or tuple(p.text for p in run.prompts[:_DEFAULT_PROMPTS])
     return PictureSet(prompts=texts, seeds=config.seeds)
 
@@ -67,41 +63,45 @@ def picture_set(run: Run, config: PicturesConfig) -> PictureSet:
     **STORAGE,
 )
 def draw_pictures(
-    handle: RunHandle, checkpoint: Ref, pictures: PictureSet, epoch: int
-) -> Ref | None:
-    """Draw and commit a checkpoint's pictures.
+    handle: RunHandle, checkpoint: Ref[Checkpoint], pictures: PictureSet, epoch: int
+) -> Ref[CheckpointImages] | None:
+    """Generate and commit a checkpoint's images of fixed prompts and seeds, or find them.
 
     Args:
         handle: The run.
         checkpoint: The checkpoint.
-        pictures: Which.
+        pictures: The prompts and seeds.
         epoch: The checkpoint's epoch.
 
     Returns:
-        The pictures' manifest; None where the checkpoint was retired before these were asked for.
+        The images; None if the checkpoint was retired before these were requested.
     """
     run = opened(handle)
-    key = keys.pictures_manifest_key(pictures.pictures_id, run.run_id, epoch)
+    where = Partition(run.run_id, epoch, images_id=pictures.pictures_id)
     ema = run.config.optimizer.ema_decay is not None
     inputs = {
-        "checkpoint": checkpoint.model_dump(),
+        "checkpoint": checkpoint,
         "pictures": pictures.model_dump(mode="json"),
         **({"weights": "ema"} if ema else {}),
     }
-    done = manifests.find(run.store, key, inputs=inputs)
-    if done is not None:
-        return done.ref
-    if is_retired(run.store, run.run_id, epoch):
+    if not IMAGES.exists(run.store, where) and is_retired(run.store, run.run_id, epoch):
         return None
+    return committed(
+        run.store, IMAGES, where, inputs, lambda: _generated(run, checkpoint, pictures, epoch)
+    )
+
+
+def _generated(run: Run, checkpoint: Ref[Checkpoint], pictures: PictureSet, epoch: int) -> Objects:
     pairs = pictures.pairs
     seeds = [derive_seed(seed, "pictures", prompt) for prompt, seed in pairs]
     report("pictures", 0, len(pairs))
     with policy_at(run, checkpoint, shown=True) as lease:
-        # Always the window of epoch 0: pictures differ by the policy alone.
+        # Always the window of epoch 0: the images differ by the policy alone.
         sampler = sampler_of_epoch(lease.policy, run.config, 0)
-        drawn = sample(lease.policy, [prompt for prompt, _ in pairs], seeds, sampler)
+        generated = sample(lease.policy, [prompt for prompt, _ in pairs], seeds, sampler)
     report("pictures", len(pairs), len(pairs))
-    digests = load_document(run.store, manifests.load(run.store, checkpoint), "digests")
+    digests = CHECKPOINT.load(run.store, checkpoint).digests
+    ema = run.config.optimizer.ema_decay is not None
     rows = [
         RolloutRow(
             sample_id=keys.sample_id(run.run_id, epoch, index),
@@ -112,11 +112,9 @@ def draw_pictures(
             seed=seeds[index],
             policy_digest=digests["ema_digest" if ema else "policy_digest"],
             sampler_digest=digests["sampler_digest"],
-            log_prob_mean=drawn.log_prob_mean(index),
-            image_png=encode_image(drawn.images[index]),
+            log_prob_mean=generated.log_prob_mean(index),
+            image_png=encode_image(generated.images[index]),
         )
         for index, (prompt, seed) in enumerate(pairs)
     ]
-    stem = keys.pictures_stem(pictures.pictures_id, run.run_id, epoch)
-    objects = {"pictures": run.store.put(stem, ".parquet", encode_rollouts(rows))}
-    return manifests.commit(run.store, key, kind="pictures", inputs=inputs, objects=objects).ref
+    return {"pictures": encode_rollouts(rows)}

@@ -1,9 +1,8 @@
-"""The task that draws one shard of an epoch's trajectories."""
+"""The task that samples one shard of an epoch."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
@@ -15,12 +14,16 @@ from ddpo.diffusion.sampling import Trajectories, sample
 from ddpo.diffusion.window import sampler_of_epoch
 from ddpo.prompts import Prompt, draw_prompt
 from ddpo.runs.run import Run
-from ddpo.store import keys, manifests
-from ddpo.store.checkpoints import load_document
-from ddpo.store.manifests import Committed, Ref
-from ddpo.store.tables import RolloutRow, encode_rollouts
+from ddpo.store import keys
+from ddpo.store.artefacts import RolloutShard
+from ddpo.store.checkpoints import Checkpoint
+from ddpo.store.keys import Partition
+from ddpo.store.kinds import CHECKPOINT, ROLLOUTS, committed
+from ddpo.store.manifests import Ref
+from ddpo.store.objects import Objects
+from ddpo.store.tables import RolloutRow, encode_rollouts, encode_samples
 from ddpo.store.tensors import encode_tensors
-from ddpo_workflow.tasks.adopt import adopt_shard
+from ddpo_workflow.tasks.inherit import inherit_shard
 from ddpo_workflow.tasks.progress import report
 from ddpo_workflow.tasks.retries import STORAGE
 from ddpo_workflow.tasks.worker import ON_DEVICE, RunHandle, opened, policy_at
@@ -33,46 +36,34 @@ from ddpo_workflow.tasks.worker import ON_DEVICE, RunHandle, opened, policy_at
     cache_policy=NO_CACHE,
     **STORAGE,
 )
-def sample_shard(handle: RunHandle, checkpoint: Ref, epoch: int, shard: int) -> Ref:
-    """Draw and commit one shard: a row a sample, and its trajectories.
-
-    In the epochs that a fork adopts, the shard that is saved already.
+def sample_shard(
+    handle: RunHandle, checkpoint: Ref[Checkpoint], epoch: int, shard: int
+) -> Ref[RolloutShard]:
+    """Sample and commit one shard of an epoch, or inherit it, or find it.
 
     Args:
         handle: The run.
         checkpoint: The checkpoint before the epoch.
         epoch: The epoch.
         shard: The shard, from 0.
-
-    Returns:
-        The shard's manifest.
     """
-    run = opened(handle)
+    return shard_of(opened(handle), checkpoint, epoch, shard)
+
+
+def shard_of(run: Run, checkpoint: Ref[Checkpoint], epoch: int, shard: int) -> Ref[RolloutShard]:
+    """Return the shard; sample and commit it if it is not committed. See `sample_shard`."""
     if run.config.fork and run.config.fork.adopts(epoch):
-        return adopt_shard(run, epoch, shard).ref
-    key, inputs = _identity(run, checkpoint, epoch, shard)
-    done = manifests.find(run.store, key, inputs=inputs)
-    return (done or draw_shard(run, checkpoint, epoch, shard)).ref
+        return inherit_shard(run, epoch, shard)
+    return committed(
+        run.store,
+        ROLLOUTS,
+        Partition(run.run_id, epoch, shard),
+        {"checkpoint": checkpoint, "epoch": epoch, "shard": shard},
+        lambda: _sampled(run, checkpoint, epoch, shard),
+    )
 
 
-def _identity(run: Run, checkpoint: Ref, epoch: int, shard: int) -> tuple[str, dict[str, Any]]:
-    """Return a shard's manifest key, and what it is made from."""
-    inputs = {"checkpoint": checkpoint.model_dump(), "epoch": epoch, "shard": shard}
-    return keys.rollout_manifest_key(run.run_id, epoch, shard), inputs
-
-
-def draw_shard(run: Run, checkpoint: Ref, epoch: int, shard: int) -> Committed:
-    """Draw and commit one shard, whether or not it is committed already.
-
-    Args:
-        run: The run.
-        checkpoint: The checkpoint before the epoch.
-        epoch: The epoch.
-        shard: The shard, from 0.
-
-    Returns:
-        The commit; of an earlier writer, if there was one.
-    """
+def _sampled(run: Run, checkpoint: Ref[Checkpoint], epoch: int, shard: int) -> Objects:
     size = run.config.rollouts.shard_size
     indices = range(shard * size, (shard + 1) * size)
     prompts = [prompt_of(run, epoch, index) for index in indices]
@@ -86,24 +77,19 @@ def draw_shard(run: Run, checkpoint: Ref, epoch: int, shard: int) -> Committed:
 
     with policy_at(run, checkpoint) as lease:
         report("sample", before, run.config.rollouts.samples_per_epoch)
-        drawn = sample(
+        sampled = sample(
             lease.policy,
             [p.text for p in prompts],
             seeds,
             sampler_of_epoch(lease.policy, run.config, epoch),
             on_pictures=on_pictures,
         )
-    rows = _rows(run, checkpoint, epoch, shard, indices, prompts, seeds, drawn)
-    table = keys.rollout_stem(run.run_id, epoch, shard)
-    trajectories = keys.trajectory_stem(run.run_id, epoch, shard)
-    objects = {
-        "rollouts": run.store.put(table, ".parquet", encode_rollouts(rows)),
-        "trajectories": run.store.put(
-            trajectories, ".safetensors", encode_tensors(_tensors(run, drawn))
-        ),
+    rows = _rows(run, checkpoint, epoch, shard, indices, prompts, seeds, sampled)
+    return {
+        "rollouts": encode_rollouts(rows),
+        "samples": encode_samples(rows),
+        "trajectories": encode_tensors(_tensors(run, sampled)),
     }
-    key, inputs = _identity(run, checkpoint, epoch, shard)
-    return manifests.commit(run.store, key, kind="rollouts", inputs=inputs, objects=objects)
 
 
 def prompt_of(run: Run, epoch: int, index: int) -> Prompt:
@@ -112,32 +98,28 @@ def prompt_of(run: Run, epoch: int, index: int) -> Prompt:
     return draw_prompt(run.prompts, generator(derive_seed(run.config.seed, "prompt", epoch, group)))
 
 
-def _tensors(run: Run, drawn: Trajectories) -> dict[str, Tensor]:
-    """Return what a trajectory shard holds of B samples in T steps.
-
-    Full: ``latents`` [B, T+1, C, h, w] from noise to clean, ``log_probs`` [B, T] and ``timesteps``
-    [T]. Final: ``latents`` [B, 1, C, h, w], the clean ones.
-    """
+def _tensors(run: Run, sampled: Trajectories) -> dict[str, Tensor]:
+    """Return what a shard keeps of its trajectories; see `RolloutShard.trajectories`."""
     if run.config.stored_trajectories == "final":
-        return {"latents": drawn.latents[:, -1:]}
+        return {"latents": sampled.latents[:, -1:]}
     return {
-        "latents": drawn.latents,
-        "log_probs": drawn.log_probs,
-        "timesteps": drawn.timesteps,
+        "latents": sampled.latents,
+        "log_probs": sampled.log_probs,
+        "timesteps": sampled.timesteps,
     }
 
 
 def _rows(
     run: Run,
-    checkpoint: Ref,
+    checkpoint: Ref[Checkpoint],
     epoch: int,
     shard: int,
     indices: Sequence[int],
     prompts: Sequence[Prompt],
     seeds: Sequence[int],
-    drawn: Trajectories,
+    sampled: Trajectories,
 ) -> list[RolloutRow]:
-    digests = load_document(run.store, manifests.load(run.store, checkpoint), "digests")
+    digests = CHECKPOINT.load(run.store, checkpoint).digests
     return [
         RolloutRow(
             sample_id=keys.sample_id(run.run_id, epoch, index),
@@ -148,8 +130,8 @@ def _rows(
             seed=seeds[row],
             policy_digest=digests["policy_digest"],
             sampler_digest=digests["sampler_digest"],
-            log_prob_mean=drawn.log_prob_mean(row),
-            image_png=encode_image(drawn.images[row]),
+            log_prob_mean=sampled.log_prob_mean(row),
+            image_png=encode_image(sampled.images[row]),
         )
         for row, index in enumerate(indices)
     ]

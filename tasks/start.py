@@ -1,4 +1,4 @@
-"""The task that makes a run's first checkpoint: the state before it has learnt anything."""
+"""The task that makes a run's first checkpoint: the state before any training."""
 
 from __future__ import annotations
 
@@ -9,38 +9,38 @@ from prefect.cache_policies import NO_CACHE
 
 from ddpo.diffusion.sampling import sampler_digest
 from ddpo.diffusion.window import sampler_of_epoch
-from ddpo.store.checkpoints import commit_checkpoint, find_checkpoint
+from ddpo.store.artefacts import Scores
+from ddpo.store.checkpoints import Checkpoint, checkpoint_objects
+from ddpo.store.keys import Partition
+from ddpo.store.kinds import CHECKPOINT, committed
 from ddpo.store.manifests import Ref
 from ddpo.training.loop import initial_state
-from ddpo_workflow.tasks.adopt import adopt_checkpoint, check_adoptable
+from ddpo_workflow.tasks.inherit import check_inheritable, inherit_checkpoint
 from ddpo_workflow.tasks.retries import STORAGE
 from ddpo_workflow.tasks.worker import RunHandle, fresh_policy, opened
 
 
 @task(name="start", task_run_name="first checkpoint", cache_policy=NO_CACHE, **STORAGE)
-def start(handle: RunHandle, history: Sequence[Ref] = ()) -> Ref:
-    """Commit a run's first checkpoint, or return it where it is committed.
+def start(handle: RunHandle, history: Sequence[Ref[Scores]] = ()) -> Ref[Checkpoint]:
+    """Commit a run's first checkpoint, or find it.
 
     Args:
         handle: The run.
-        history: Of a fork that rebuilds its prompt statistics: the scores of all epochs before it,
-            in order.
-
-    Returns:
-        The checkpoint's manifest.
+        history: If a fork rebuilds its prompt statistics: the scores of all epochs before it, in
+            order.
 
     Raises:
         PolicyMismatch: A fork's base model or sampler is not that of the saved rollouts.
         RetiredObject: Retention deleted the checkpoint that a fork starts from.
     """
     run = opened(handle)
-    done = find_checkpoint(run.store, run.run_id, run.first_epoch)
-    if done is not None:
-        return done.ref
+    where = Partition(run.run_id, run.first_epoch)
+    if found := CHECKPOINT.find(run.store, where):
+        return found
     with fresh_policy(run) as policy:
-        sampler_of_epoch(policy, run.config, 0)  # a window without a step to train on ends here
+        sampler_of_epoch(policy, run.config, 0)  # refuses a window without a step to train
         if run.config.fork:
-            return adopt_checkpoint(run, policy, history)
+            return inherit_checkpoint(run, policy, history)
         digests = {
             "policy_digest": policy.digest,
             "base_digest": policy.base_digest,
@@ -49,13 +49,13 @@ def start(handle: RunHandle, history: Sequence[Ref] = ()) -> Ref:
         ema = run.config.optimizer.ema_decay is not None
         if ema:
             digests["ema_digest"] = digests["policy_digest"]
-        return commit_checkpoint(
+        return committed(
             run.store,
-            run.run_id,
-            initial_state(policy, ema=ema),
-            inputs={"identity_digest": run.identity_digest},
-            documents={"digests": digests},
-        ).ref
+            CHECKPOINT,
+            where,
+            {"identity_digest": run.identity_digest},
+            lambda: checkpoint_objects(initial_state(policy, ema=ema), digests),
+        )
 
 
 @task(
@@ -65,7 +65,7 @@ def start(handle: RunHandle, history: Sequence[Ref] = ()) -> Ref:
     **STORAGE,
 )
 def check_fork(handle: RunHandle) -> None:
-    """Refuse a fork of another base model's or sampler's samples, before any reward is asked.
+    """Refuse a fork of another base model's or sampler's samples, before any scoring.
 
     Args:
         handle: The fork.
@@ -75,4 +75,4 @@ def check_fork(handle: RunHandle) -> None:
     """
     run = opened(handle)
     with fresh_policy(run) as policy:
-        check_adoptable(run, policy)
+        check_inheritable(run, policy)

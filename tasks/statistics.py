@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from ddpo.algorithms.base import PromptStatistics, Scored
-from ddpo.basics.digests import canonical_json
 from ddpo.errors import RewardError
 from ddpo.runs.run import Run
-from ddpo.store import keys, manifests
+from ddpo.store.artefacts import Scores
+from ddpo.store.keys import Partition
+from ddpo.store.kinds import ROLLOUTS, SCORES, STATISTICS, committed
 from ddpo.store.manifests import Ref
-from ddpo.store.tables import decode_rewards
-from ddpo_workflow.tasks.prompts import prompts_of
+from ddpo.store.statistics import Statistics, encode_statistics
 from ddpo_workflow.tasks.retries import STORAGE
 from ddpo_workflow.tasks.worker import RunHandle, opened
 
@@ -26,47 +27,38 @@ from ddpo_workflow.tasks.worker import RunHandle, opened
     cache_policy=NO_CACHE,
     **STORAGE,
 )
-def rebuild_statistics(handle: RunHandle, scores: Sequence[Ref], epoch: int) -> Ref:
-    """Commit what a rescored fork's prompt statistics are before its first epoch, or find it.
+def rebuild_statistics(
+    handle: RunHandle, scores: Sequence[Ref[Scores]], epoch: int
+) -> Ref[Statistics]:
+    """Rebuild and commit a rescored fork's prompt statistics before its first epoch, or find them.
 
     Args:
         handle: The fork, under the new reward.
         scores: Of all epochs before, in order, under that reward.
         epoch: The fork's first epoch.
-
-    Returns:
-        The statistics' manifest.
     """
     run = opened(handle)
-    reward_id = run.reward.identity.reward_id
-    statistics = statistics_of(run, scores)
-    remembered = {prompt: list(rewards) for prompt, rewards in statistics.items()}
-    stem = keys.statistics_stem(reward_id, run.run_id, epoch - 1)
-    return manifests.commit(
+    return committed(
         run.store,
-        keys.statistics_manifest_key(reward_id, run.run_id, epoch - 1),
-        kind="statistics",
-        inputs={"scores": [ref.model_dump() for ref in scores]},
-        objects={"statistics": run.store.put(stem, ".json", canonical_json(remembered))},
-    ).ref
+        STATISTICS,
+        Partition(run.run_id, epoch - 1, reward_id=run.reward.identity.reward_id),
+        {"scores": list(scores)},
+        lambda: {"statistics": encode_statistics(statistics_of(run, scores))},
+    )
 
 
-def statistics_of(run: Run, scores: Sequence[Ref]) -> PromptStatistics:
+def statistics_of(run: Run, scores: Sequence[Ref[Scores]]) -> PromptStatistics:
     """Fold the scores of epochs, as a run with this config would have.
 
     Args:
         run: Its config says how many rewards a prompt remembers.
-        scores: Manifests of scored shards. Those of one epoch follow each other; their keys name
-            run and epoch.
+        scores: Those of one epoch of one run follow each other.
 
     Returns:
         Rewards by prompt, the oldest first.
     """
-    by_epoch: dict[str, list[Ref]] = {}
-    for ref in scores:
-        by_epoch.setdefault(ref.key.rpartition("/")[0], []).append(ref)
     statistics: PromptStatistics = {}
-    for refs in by_epoch.values():
+    for _, refs in itertools.groupby(scores, key=_epoch_of):
         prompts, rewards = _scored_samples(run, refs)
         try:
             credit = run.config.algorithm.credit(Scored(prompts, rewards), statistics)
@@ -76,14 +68,20 @@ def statistics_of(run: Run, scores: Sequence[Ref]) -> PromptStatistics:
     return statistics
 
 
-def _scored_samples(run: Run, refs: Sequence[Ref]) -> tuple[list[str], np.ndarray]:
+def _epoch_of(ref: Ref[Scores]) -> Partition | None:
+    where = SCORES.parse(ref.key)
+    return where and where.of_shard(None)
+
+
+def _scored_samples(run: Run, refs: Iterable[Ref[Scores]]) -> tuple[list[str], np.ndarray]:
     """Return prompts and rewards (NaN where there is none) of an epoch, ordered by sample_id."""
     prompts: dict[str, str] = {}
     rewards: dict[str, float] = {}
     for ref in refs:
-        manifest = manifests.load(run.store, ref)
-        prompts |= prompts_of(run, Ref.model_validate(manifest.inputs["rollouts"]))
-        for row in decode_rewards(run.store.get(manifest.objects["rewards"])):
+        scores = SCORES.load(run.store, ref)
+        samples = ROLLOUTS.load(run.store, scores.rollouts).samples()
+        prompts |= {sample.sample_id: sample.prompt for sample in samples}
+        for row in scores.rows():
             rewards[row.sample_id] = float("nan") if row.reward is None else row.reward
     ids = sorted(prompts)
     return [prompts[i] for i in ids], np.asarray([rewards[i] for i in ids], dtype=np.float64)

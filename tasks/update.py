@@ -13,11 +13,12 @@ from torch import Tensor
 from ddpo.errors import PolicyMismatch
 from ddpo.models import policy_digest
 from ddpo.runs.run import Run
-from ddpo.store import keys, manifests
-from ddpo.store.checkpoints import commit_checkpoint, load_document
+from ddpo.store.artefacts import AdvantageTable, RolloutShard
+from ddpo.store.checkpoints import Checkpoint, checkpoint_objects
+from ddpo.store.keys import Partition
+from ddpo.store.kinds import ADVANTAGES, CHECKPOINT, ROLLOUTS
 from ddpo.store.manifests import Ref
-from ddpo.store.tables import AdvantageRow, decode_advantages, decode_rollouts
-from ddpo.store.tensors import decode_tensors
+from ddpo.store.tables import AdvantageRow
 from ddpo.training.loop import update
 from ddpo.training.samples import samples_of
 from ddpo_workflow.tasks.progress import report
@@ -27,8 +28,12 @@ from ddpo_workflow.tasks.worker import RunHandle, opened, policy_at
 
 @task(name="update", task_run_name="update epoch {epoch}", cache_policy=NO_CACHE, **STORAGE)
 def update_policy(
-    handle: RunHandle, checkpoint: Ref, rollouts: Sequence[Ref], advantages: Ref, epoch: int
-) -> Ref:
+    handle: RunHandle,
+    checkpoint: Ref[Checkpoint],
+    rollouts: Sequence[Ref[RolloutShard]],
+    advantages: Ref[AdvantageTable],
+    epoch: int,
+) -> Ref[Checkpoint]:
     """Run one epoch's updates and commit the next checkpoint.
 
     Args:
@@ -46,20 +51,14 @@ def update_policy(
         NonFiniteError: A loss, log-prob or gradient is NaN or infinite; nothing was committed.
     """
     run = opened(handle)
-    inputs = {
-        "checkpoint": checkpoint.model_dump(),
-        "rollouts": [ref.model_dump() for ref in rollouts],
-        "advantages": advantages.model_dump(),
-    }
-    key = keys.checkpoint_manifest_key(run.run_id, epoch + 1)
-    done = manifests.find(run.store, key, inputs=inputs)
-    if done is not None:
-        return done.ref
-    digests = load_document(run.store, manifests.load(run.store, checkpoint), "digests")
+    where = Partition(run.run_id, epoch + 1)
+    inputs = {"checkpoint": checkpoint, "rollouts": list(rollouts), "advantages": advantages}
+    if found := CHECKPOINT.find(run.store, where, inputs):
+        return found
+    digests = dict(CHECKPOINT.load(run.store, checkpoint).digests)
     drawn = _read_rollouts(run, rollouts, digests, epoch)
-    scored = manifests.load(run.store, advantages)
-    rows = decode_advantages(run.store.get(scored.objects["advantages"]))
-    statistics = load_document(run.store, scored, "statistics")
+    scored = ADVANTAGES.load(run.store, advantages)
+    rows, statistics = scored.rows(), scored.statistics()
     report("update", 0.0, 1.0)
     with policy_at(run, checkpoint, training=True) as lease:
         state, metrics = update(
@@ -67,23 +66,18 @@ def update_policy(
             lease.state,
             samples_of(drawn.prompts, drawn.tensors),
             _credit_table(rows, drawn.sample_ids),
-            {prompt: tuple(rewards) for prompt, rewards in statistics.items()},
+            statistics,
             run.config,
             on_progress=lambda share: report("update", share, 1.0),
         )
         digests["policy_digest"] = policy_digest(lease.policy.base_digest, state.weights)
         if state.ema:
             digests["ema_digest"] = policy_digest(lease.policy.base_digest, state.ema)
-        committed = commit_checkpoint(
-            run.store,
-            run.run_id,
-            state,
-            inputs=inputs,
-            documents={"digests": digests, "metrics": metrics},
-        )
-        if not committed.diverged:
-            lease.hold(committed.ref, state)
-    return committed.ref
+        objects = checkpoint_objects(state, digests, metrics)
+        done = CHECKPOINT.commit(run.store, where, inputs, objects)
+        if not done.diverged:
+            lease.hold(done.ref, state)
+    return done.ref
 
 
 @dataclass(frozen=True)
@@ -106,15 +100,17 @@ def _credit_table(rows: Sequence[AdvantageRow], sample_ids: Sequence[str]) -> di
     return {name: torch.tensor(values, dtype=torch.float32) for name, values in columns.items()}
 
 
-def _read_rollouts(run: Run, refs: Sequence[Ref], digests: dict[str, str], epoch: int) -> _Drawn:
+def _read_rollouts(
+    run: Run, refs: Sequence[Ref[RolloutShard]], digests: dict[str, str], epoch: int
+) -> _Drawn:
     """Read the epoch's trajectories, and refuse those of another policy or sampler."""
     fork = run.config.fork
     off_policy = fork is not None and fork.off_policy and fork.adopts(epoch)
     rows, shards = [], []
     for ref in refs:
-        manifest = manifests.load(run.store, ref)
-        rows += decode_rollouts(run.store.get(manifest.objects["rollouts"]))
-        shards.append(decode_tensors(run.store.get(manifest.objects["trajectories"]))[0])
+        shard = ROLLOUTS.load(run.store, ref)
+        rows += shard.samples()
+        shards.append(shard.trajectories())
     for row in rows:
         for name in ("policy_digest", "sampler_digest"):
             if name == "policy_digest" and off_policy:

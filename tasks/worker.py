@@ -12,8 +12,8 @@ from ddpo.config import RewardConfig
 from ddpo.errors import PolicyMismatch
 from ddpo.models import Policy
 from ddpo.runs.run import Run, RunHandle
-from ddpo.store import manifests
-from ddpo.store.checkpoints import load_checkpoint, load_document
+from ddpo.store.checkpoints import Checkpoint
+from ddpo.store.kinds import CHECKPOINT
 from ddpo.store.manifests import Ref
 from ddpo.training.state import TrainState
 
@@ -33,7 +33,7 @@ class _Loaded:
 
     key: tuple[str, str]
     policy: Policy
-    checkpoint: Ref | None = None
+    checkpoint: Ref[Checkpoint] | None = None
     state: TrainState | None = None
     shown: bool = False
 
@@ -46,7 +46,7 @@ class Lease:
     policy: Policy
     state: TrainState
 
-    def hold(self, checkpoint: Ref, state: TrainState) -> None:
+    def hold(self, checkpoint: Ref[Checkpoint], state: TrainState) -> None:
         """Say which committed checkpoint the policy's weights are now."""
         self.loaded.checkpoint, self.loaded.state = checkpoint, state
 
@@ -78,7 +78,7 @@ def fresh_policy(run: Run) -> Iterator[Policy]:
 
 @contextmanager
 def policy_at(
-    run: Run, checkpoint: Ref, *, training: bool = False, shown: bool = False
+    run: Run, checkpoint: Ref[Checkpoint], *, training: bool = False, shown: bool = False
 ) -> Iterator[Lease]:
     """Hold the device and the run's model with a checkpoint's weights.
 
@@ -100,7 +100,7 @@ def policy_at(
         loaded = _load(run)
         if loaded.checkpoint != checkpoint or loaded.state is None:
             loaded.checkpoint = None
-            state = load_checkpoint(run.store, checkpoint)
+            state = CHECKPOINT.load(run.store, checkpoint).state()
             loaded.policy.weights.load(state.weights)
             _check_base(run, loaded.policy, checkpoint)
             loaded.checkpoint, loaded.state, loaded.shown = checkpoint, state, False
@@ -125,8 +125,8 @@ def _load(run: Run, *, anew: bool = False) -> _Loaded:
     return _loaded
 
 
-def _check_base(run: Run, policy: Policy, checkpoint: Ref) -> None:
-    digests = load_document(run.store, manifests.load(run.store, checkpoint), "digests")
+def _check_base(run: Run, policy: Policy, checkpoint: Ref[Checkpoint]) -> None:
+    digests = CHECKPOINT.load(run.store, checkpoint).digests
     if digests["policy_digest"] != policy.digest:
         raise PolicyMismatch(
             f"{checkpoint.key} with the base model in {policy.folder} has policy digest "

@@ -17,11 +17,12 @@ from ddpo.config import RunConfig
 from ddpo.diffusion.sampling import sample
 from ddpo.models import Policy
 from ddpo.starter.text import build_tokenizer
-from ddpo.store.checkpoints import commit_checkpoint, load_checkpoint
+from ddpo.store.kinds import CHECKPOINT
 from ddpo.store.objects import Store
 from ddpo.training.loop import initial_state, update
 from ddpo.training.samples import Rollouts
 from ddpo.training.state import TrainState
+from tests.states import commit_state
 from tests.tiny import PROMPTS, SCHEDULE, as_credit, load_policy
 
 
@@ -67,8 +68,8 @@ def run_two_epochs(config: RunConfig, *, resumed: bool) -> list[MeasuredEpoch]:
     state = epochs[0].state
     if resumed:
         store = Store.open(f"memory://{uuid.uuid4().hex}")
-        ref = commit_checkpoint(store, "r", state, inputs={}, documents={}).ref
-        state = load_checkpoint(store, ref)
+        ref = commit_state(store, state)
+        state = CHECKPOINT.load(store, ref).state()
         del policy
         policy = load_policy(config)
         policy.weights.load(state.weights)

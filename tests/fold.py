@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ddpo.runs.run import Run
 from ddpo.store.manifests import Ref
-from ddpo_workflow.tasks import prompts, worker
+from ddpo_workflow.tasks import worker
 from ddpo_workflow.tasks.commit import commit_epoch
 from ddpo_workflow.tasks.credit import credit_of
 from ddpo_workflow.tasks.pictures import draw_pictures, picture_set
@@ -20,7 +20,6 @@ def as_in_a_new_process() -> None:
     """Forget all that a process keeps between tasks."""
     worker.opened.cache_clear()
     tracker.cache_clear()
-    prompts._remembered.clear()
     worker._loaded = None
 
 

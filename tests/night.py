@@ -13,7 +13,8 @@ from mlflow.tracking import MlflowClient
 from ddpo.basics.digests import tensors_digest
 from ddpo.config import RunConfig
 from ddpo.runs.run import Run, open_run
-from ddpo.store.checkpoints import find_checkpoint, load_checkpoint
+from ddpo.store.keys import Partition
+from ddpo.store.kinds import CHECKPOINT
 from ddpo.store.objects import Store
 from ddpo_workflow.flows.cli import app as cli
 from ddpo_workflow.flows.train import train
@@ -43,9 +44,9 @@ class Place:
         return found
 
     def weights(self, run_id: str, epoch: int) -> str:
-        found = find_checkpoint(self.store, run_id, epoch)
+        found = CHECKPOINT.commit_of(self.store, Partition(run_id, epoch))
         assert found is not None
-        return tensors_digest(load_checkpoint(self.store, found.ref).weights)
+        return tensors_digest(CHECKPOINT.load(self.store, found.ref).state().weights)
 
 
 def record_night(model: Path, database: Path, folder: Path) -> Place:

@@ -13,8 +13,10 @@ from PIL import Image
 from ddpo.prompts import Prompt
 from ddpo.rewards import Scores
 from ddpo.runs.run import Run, start_run
-from ddpo.store import keys, manifests
-from ddpo_workflow.tasks.score import score_rollouts
+from ddpo.store import manifests
+from ddpo.store.keys import Partition
+from ddpo.store.kinds import ROLLOUTS
+from ddpo_workflow.tasks.score import scores_of
 from tests.fold import as_in_a_new_process, run_epochs
 from tests.tiny import tiny_config
 
@@ -47,10 +49,10 @@ def score_again(run: Run, reward: str, epochs: range = range(EPOCHS), **paramete
     other = replace(run, config=run.config.model_copy(update={"reward": asked}), pinned_reward=None)
     for epoch in epochs:
         for shard in range(SHARDS):
-            key = keys.rollout_manifest_key(run.run_id, epoch, shard)
+            key = ROLLOUTS.key(Partition(run.run_id, epoch, shard))
             rollouts = manifests.find(run.store, key)
             assert rollouts is not None
-            score_rollouts(other, rollouts.ref, epoch, shard)
+            scores_of(other, rollouts.ref, epoch, shard)
     return other.reward.identity.reward_id
 
 

@@ -27,11 +27,12 @@ from ddpo.rewards.identity import name_in_keys
 from ddpo.runs.run import Run
 from ddpo.runs.run import open_run as open_stored_run
 from ddpo.store import epochs as commits
+from ddpo.store import keys
 from ddpo.store.arrow import join, read_table, union, verified_dataset, with_constants
-from ddpo.store.epochs import Epoch, Shard
+from ddpo.store.artefacts import RolloutShard
+from ddpo.store.epochs import Epoch
 from ddpo.store.objects import Store, StoredObject
 from ddpo.store.tables import ADVANTAGE_SCHEMA, REWARD_SCHEMA, ROLLOUT_SCHEMA
-from ddpo.store.tensors import decode_tensors
 
 _logger = logging.getLogger(__name__)
 
@@ -54,7 +55,6 @@ SAMPLES = pa.schema(
 _NO_ADVANTAGES = pa.schema([SAMPLES.field("sample_id"), SAMPLES.field("advantage")]).empty_table()
 
 _EPOCHS = re.compile(r"(\d+)|(\d*):(\d*)")
-_SAMPLE_ID = re.compile(r"([^/]+)/(\d{5})/(\d{6})")
 
 
 def open_run(root: str | PathLike[str], run_id: str) -> History:
@@ -106,8 +106,7 @@ class History:
     @cached_property
     def retired_epochs(self) -> tuple[int, ...]:
         """Epochs whose samples retention has deleted, sorted."""
-        store = self.run.store
-        return tuple(e for e in self.epochs if self._epoch(e).retirement(store) is not None)
+        return tuple(e for e in self.epochs if self._epoch(e).retirement() is not None)
 
     def epochs_within(self, selection: str | None) -> list[int]:
         """Return the committed epochs in a user's selection, including retired ones, sorted.
@@ -191,7 +190,7 @@ class History:
             RetiredObject: An epoch is retired.
         """
         parts = [
-            (shard.rollouts, {"run_id": self.run_id, "epoch": epoch})
+            (shard.objects["rollouts"], {"run_id": self.run_id, "epoch": epoch})
             for epoch in self._chosen(epochs)
             for shard in self._epoch(epoch).shards
         ]
@@ -219,15 +218,17 @@ class History:
         reward_id = self.resolve_reward(reward)
         tables = []
         for epoch in self._chosen(epochs):
-            stored = self._epoch(epoch).advantages_by(store, reward_id)
-            advantages = _NO_ADVANTAGES if stored is None else _advantages(store, stored)
-            for shard, scores in self._epoch(epoch).scores(store, reward_id):
+            table = self._epoch(epoch).advantages_by(reward_id)
+            advantages = _NO_ADVANTAGES
+            if table is not None:
+                advantages = _advantages(store, table.objects["advantages"])
+            for shard, scores in self._epoch(epoch).scores(reward_id):
                 wanted = ["sample_id", "prompt", "seed"]
-                rows = read_table(store, shard.rollouts, wanted)
+                rows = read_table(store, shard.objects["samples"], wanted)
                 rows = with_constants(rows, pa.schema([_SCORED.field("epoch")]), [epoch])
                 # The scores last: theirs are the columns that give way to others of their name.
-                rows = join(join(rows, advantages), read_table(store, scores), prefix="reward.")
-                tables.append(rows)
+                rewards = read_table(store, scores.objects["rewards"])
+                tables.append(join(join(rows, advantages), rewards, prefix="reward."))
         return union(tables, SAMPLES)
 
     def reward_table(self) -> pa.Table:
@@ -240,8 +241,8 @@ class History:
         tables = []
         for reward_id in self.rewards:
             for epoch in self._chosen(None):
-                for _, stored in self._epoch(epoch).scores(self.run.store, reward_id):
-                    rows = read_table(self.run.store, stored)
+                for _, scores in self._epoch(epoch).scores(reward_id):
+                    rows = read_table(self.run.store, scores.objects["rewards"])
                     tables.append(with_constants(rows, _SCORED, [reward_id, self.run_id, epoch]))
         return union(tables, pa.schema([*_SCORED, *REWARD_SCHEMA]))
 
@@ -255,9 +256,9 @@ class History:
         tables = []
         for reward_id in self.rewards:
             for epoch in self._chosen(None):
-                stored = self._epoch(epoch).advantages_by(self.run.store, reward_id)
-                if stored is not None:
-                    rows = read_table(self.run.store, stored)
+                table = self._epoch(epoch).advantages_by(reward_id)
+                if table is not None:
+                    rows = read_table(self.run.store, table.objects["advantages"])
                     tables.append(with_constants(rows, _SCORED, [reward_id, self.run_id, epoch]))
         return union(tables, pa.schema([*_SCORED, *ADVANTAGE_SCHEMA]))
 
@@ -306,7 +307,7 @@ class History:
 
     def _tensor(self, sample_id: str, name: str) -> torch.Tensor:
         shard, _, row = self._find(sample_id)
-        tensors, _ = decode_tensors(self.run.store.get(shard.trajectories))
+        tensors = shard.trajectories()
         if name not in tensors:
             raise NotInHistory(
                 f"{name} of {sample_id} were not stored: {self.config.algorithm.type} trains on "
@@ -315,19 +316,21 @@ class History:
         # A copy: a view would keep the whole shard in memory.
         return tensors[name][row].clone()
 
-    def _find(self, sample_id: str, *columns: str) -> tuple[Shard, pa.Table, int]:
+    def _find(self, sample_id: str, *columns: str) -> tuple[RolloutShard, pa.Table, int]:
         """Return a sample's shard, its table's columns, and the sample's row, of tensors too."""
-        match = _SAMPLE_ID.fullmatch(sample_id)
-        if match is None:
+        parsed = keys.parse_sample_id(sample_id)
+        if parsed is None:
             raise NotInHistory(
                 f"{sample_id!r} is not a sample id. Expected run, epoch and index, such as "
                 f"{self.run_id}/00003/000017"
             )
-        epoch, index = int(match[2]), int(match[3])
+        _, epoch, index = parsed
         if epoch in self.epochs:  # whoever drew it: a fork adopts samples of another run
             likely = index // self.config.rollouts.shard_size
-            for shard in sorted(self._epoch(epoch).shards, key=lambda s: s.number != likely):
-                rows = read_table(self.run.store, shard.rollouts, ["sample_id", *columns])
+            shards = list(enumerate(self._epoch(epoch).shards))
+            for _, shard in sorted(shards, key=lambda numbered: numbered[0] != likely):
+                table = shard.objects["rollouts" if "image" in columns else "samples"]
+                rows = read_table(self.run.store, table, ["sample_id", *columns])
                 row = pc.index(rows["sample_id"], pa.scalar(sample_id)).as_py()
                 if row >= 0:
                     return shard, rows, row
@@ -351,7 +354,7 @@ class History:
             problem = f"run {self.run_id!r} has not committed epoch {_ranges(unknown)}"
             raise NotInHistory(f"{problem}. {self._extent()}")
         for epoch in chosen:
-            if retired := self._epoch(epoch).retirement(self.run.store):
+            if retired := self._epoch(epoch).retirement():
                 raise retired
         return chosen
 

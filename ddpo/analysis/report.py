@@ -10,10 +10,12 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 
+from ddpo.analysis.rewards import summarize
 from ddpo.basics.images import decode_image
 from ddpo.runs.run import Run
-from ddpo.store import keys, manifests
-from ddpo.store.tables import RolloutRow, decode_advantages, decode_rollouts
+from ddpo.store.keys import Partition
+from ddpo.store.kinds import ADVANTAGES, IMAGES
+from ddpo.store.tables import RolloutRow
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # after the backend is chosen
@@ -26,39 +28,26 @@ _CHARACTERS = 140
 
 @dataclass(frozen=True)
 class EpochRewards:
-    """The rewards of one epoch.
-
-    Attributes:
-        epoch: The epoch.
-        mean: Mean over its samples.
-        std: Standard deviation over its samples.
-    """
+    """The rewards of one epoch."""
 
     epoch: int
+    """The epoch."""
     mean: float
+    """Mean over its samples."""
     std: float
+    """Standard deviation over its samples."""
 
 
 def reward_curve(run: Run) -> list[EpochRewards]:
-    """Read a run's rewards by epoch.
-
-    Args:
-        run: The run.
-
-    Returns:
-        One entry an epoch whose advantages are committed, in order.
-    """
-    reward_id = run.reward_id
+    """Return a run's rewards by epoch, as far as advantages are committed without a gap."""
     curve: list[EpochRewards] = []
     while True:
         epoch = run.first_epoch + len(curve)
-        key = keys.advantage_manifest_key(reward_id, run.run_id, epoch)
-        committed = manifests.find(run.store, key)
-        if committed is None:
+        table = ADVANTAGES.get(run.store, Partition(run.run_id, epoch, reward_id=run.reward_id))
+        if table is None:
             return curve
-        rows = decode_advantages(run.store.get(committed.manifest.objects["advantages"]))
-        rewards = np.asarray([row.reward for row in rows if row.reward is not None])
-        curve.append(EpochRewards(epoch, float(rewards.mean()), float(rewards.std())))
+        rewards = summarize(row.reward for row in table.rows())
+        curve.append(EpochRewards(epoch, rewards.mean, rewards.std))
 
 
 def checkpoint_pictures(run: Run, pictures_id: str, epoch: int) -> list[RolloutRow]:
@@ -72,11 +61,8 @@ def checkpoint_pictures(run: Run, pictures_id: str, epoch: int) -> list[RolloutR
     Returns:
         The rows; none where they are not committed.
     """
-    key = keys.pictures_manifest_key(pictures_id, run.run_id, epoch)
-    committed = manifests.find(run.store, key)
-    if committed is None:
-        return []
-    return decode_rollouts(run.store.get(committed.manifest.objects["pictures"]))
+    images = IMAGES.get(run.store, Partition(run.run_id, epoch, images_id=pictures_id))
+    return images.rows() if images else []
 
 
 def write_report(run: Run, pictures_id: str, path: Path) -> Path:

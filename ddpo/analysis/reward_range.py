@@ -14,8 +14,8 @@ from ddpo.errors import ConfigError, RewardError
 from ddpo.prompts import Prompt
 from ddpo.rewards import Reward, score_images
 from ddpo.runs.run import Run
-from ddpo.store import keys, manifests
-from ddpo.store.tables import decode_rollouts
+from ddpo.store import keys
+from ddpo.store.kinds import ROLLOUTS
 
 _DIGITS = 6  # significant digits of the constants in a config
 
@@ -83,21 +83,21 @@ def measure_range(
         RewardError: The reward raised an error, or could not score any sample.
         StoreError: Samples are damaged, or retention has deleted them.
     """
-    found = run.store.list(keys.rollouts_prefix(run.run_id))
-    kept = sorted({epoch for key in found if (epoch := keys.parse_epoch(key)) is not None})
+    found = run.store.list(ROLLOUTS.data_folder("rollouts", run.run_id))
+    kept = sorted({where.epoch for _, where in filter(None, map(keys.parse_object, found))})
     chosen = sorted(set(epochs)) or kept[:1]
     if not chosen:
         raise ConfigError(f"run {run.run_id!r} has no samples; choose a run listed by `ddpo runs`")
     values: list[float] = []
     failed = 0
     for epoch in chosen:
-        shards = _committed_shards(run, epoch)
+        shards = ROLLOUTS.find_all(run.store, run.run_id, epoch)
         if not shards:
             known = f"epochs {kept[0]} to {kept[-1]}" if kept else "none"
             raise ConfigError(f"run {run.run_id!r} has no samples of epoch {epoch}; it has {known}")
         for number, shard in enumerate(shards, start=1):
             progress(f"epoch {epoch}, shard {number} of {len(shards)}")
-            samples = decode_rollouts(run.store.get(shard.objects["rollouts"]))
+            samples = ROLLOUTS.load(run.store, shard).rows()
             images = [decode_image(sample.image_png) for sample in samples]
             prompts = [Prompt(sample.prompt, sample.prompt_metadata) for sample in samples]
             scores = score_images(reward, images, prompts)
@@ -118,9 +118,3 @@ def measure_range(
         low=float(array.min()),
         high=float(array.max()),
     )
-
-
-def _committed_shards(run: Run, epoch: int) -> list[manifests.Manifest]:
-    places = [keys.rollout_manifest_key(run.run_id, epoch, shard) for shard in range(run.shards)]
-    found = [manifests.find(run.store, key) for key in places]
-    return [each.manifest for each in found if each is not None]

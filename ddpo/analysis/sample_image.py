@@ -9,8 +9,9 @@ from ddpo.diffusion.window import sampler_of_epoch
 from ddpo.errors import ConfigError
 from ddpo.models import Policy
 from ddpo.runs.run import Run
-from ddpo.store.checkpoints import find_checkpoint, latest_checkpoint, load_checkpoint
-from ddpo.store.manifests import Ref
+from ddpo.store.checkpoints import Checkpoint
+from ddpo.store.keys import Partition
+from ddpo.store.kinds import CHECKPOINT
 
 
 def draw(run: Run, prompt: str, *, seed: int, checkpoint: int | None = None) -> Image.Image:
@@ -27,21 +28,20 @@ def draw(run: Run, prompt: str, *, seed: int, checkpoint: int | None = None) -> 
         ConfigError: There is no such checkpoint.
         RetiredObject: Retention has deleted its weights.
     """
-    policy_weights = load_checkpoint(run.store, _checkpoint(run, checkpoint)).shown_weights
+    policy_weights = _checkpoint(run, checkpoint).state().shown_weights
     policy = Policy(run.config.model, run.config.trainable, run.numerics, seed=run.config.seed)
     policy.weights.load(policy_weights)
     sampler = sampler_of_epoch(policy, run.config, 0)
     return sample(policy, [prompt], [seed], sampler).images[0]
 
 
-def _checkpoint(run: Run, epoch: int | None) -> Ref:
-    latest = latest_checkpoint(run.store, run.run_id, run.first_epoch)
-    if latest is None:
+def _checkpoint(run: Run, epoch: int | None) -> Checkpoint:
+    committed = [where.epoch for where in CHECKPOINT.partitions_of(run.store, run.run_id)]
+    if not committed:
         raise ConfigError(f"run {run.run_id!r} has no checkpoint yet; start it with `ddpo resume`")
-    if epoch is None:
-        return latest[1]
-    found = find_checkpoint(run.store, run.run_id, epoch)
+    wanted = committed[-1] if epoch is None else epoch
+    found = CHECKPOINT.get(run.store, Partition(run.run_id, wanted))
     if found is None:
-        known = f"{run.first_epoch} to {latest[0]}"
+        known = f"{committed[0]} to {committed[-1]}"
         raise ConfigError(f"run {run.run_id!r} has no checkpoint {epoch}; it has {known}")
-    return found.ref
+    return found

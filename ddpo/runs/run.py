@@ -26,6 +26,8 @@ from ddpo.rewards.identity import reward_id_of
 from ddpo.store import epochs as commits
 from ddpo.store import keys, runs
 from ddpo.store.documents import differences
+from ddpo.store.keys import Partition
+from ddpo.store.kinds import EPOCH, SCORES
 from ddpo.store.objects import Store
 from ddpo.store.runs import RunRecord
 from ddpo.store.upkeep.probe import probe
@@ -123,8 +125,7 @@ class Run:
         if self.pinned_reward is None:
             return self.reward.identity.reward_id
         usual = reward_id_of(self.config.reward.name, self.pinned_reward)
-        first = keys.reward_manifest_key(usual, self.run_id, self.first_epoch, 0)
-        if self.store.exists(first):
+        if SCORES.exists(self.store, Partition(self.run_id, self.first_epoch, 0, usual)):
             return usual
         # A served reward has the name that its service tells, and the digest covers the name.
         return commits.reward_of_digest(self.store, self.pinned_reward) or usual
@@ -193,7 +194,7 @@ def check_run(config: RunConfig, run_id: str) -> tuple[Store, Numerics]:
     if not store.exists(keys.run_key(run_id)):
         return store, check_config(config)
     first = config.fork.epoch if config.fork else 0
-    committed = first + len(store.list(keys.epoch_manifests_prefix(run_id)))
+    committed = first + len(EPOCH.partitions_of(store, run_id))
     if config.epochs < committed:
         raise ConfigError(
             f"epochs is {config.epochs}, and run {run_id!r} has {committed} already; give at least "

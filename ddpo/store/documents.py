@@ -1,7 +1,6 @@
 """Small JSON documents (manifests, run records) that carry their own checksum.
 
-A manifest or run record is found by its name, not by its digest, so it has to tell by itself
-whether it is whole.
+They are found by name, not by digest, so each must prove its own integrity.
 """
 
 from __future__ import annotations
@@ -9,9 +8,9 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
-from pydantic import JsonValue
+from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
 
 from ddpo.basics.digests import canonical_json, json_digest, sha256_bytes
 from ddpo.errors import CorruptObject, UnknownSchema, UnreadableData
@@ -20,18 +19,48 @@ CHECKSUM = "checksum"
 """Key of the sha256 over the canonical JSON of the document without this key."""
 
 
+SCHEMA_VERSION = 1
+"""Version of the layout of every document."""
+
+
+class Sealed(BaseModel):
+    """Base of the documents that a store keeps by name."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    schema_version: int = SCHEMA_VERSION
+    """Version of this layout."""
+
+    def to_bytes(self) -> bytes:
+        """Return the canonical JSON with its checksum."""
+        return seal(self.model_dump(mode="json"))
+
+    @classmethod
+    def from_bytes(cls, key: str, data: bytes) -> Self:
+        """Parse and verify a document; `key` is for the errors.
+
+        Raises:
+            UnreadableData: The bytes are not such a document.
+            UnknownSchema: It is of another release.
+            CorruptObject: The checksum does not match.
+        """
+        try:
+            return cls.model_validate(unseal(key, data))
+        except ValidationError as error:
+            raise UnreadableData(key, str(error)) from error
+
+
 def seal(document: Mapping[str, Any]) -> bytes:
-    """Returns the document's canonical JSON with its checksum added."""
+    """Return the document's canonical JSON with its checksum added."""
     return canonical_json({**document, CHECKSUM: json_digest(document)})
 
 
-def unseal(key: str, data: bytes, *, schema_version: int) -> dict[str, JsonValue]:
-    """Parses a sealed document and verifies it.
+def unseal(key: str, data: bytes) -> dict[str, JsonValue]:
+    """Parse and verify a sealed document.
 
     Args:
         key: Where it lies, for the errors.
         data: Its bytes.
-        schema_version: The one that the caller reads.
 
     Returns:
         The document without its checksum.
@@ -39,7 +68,7 @@ def unseal(key: str, data: bytes, *, schema_version: int) -> dict[str, JsonValue
     Raises:
         UnreadableData: Not a JSON object.
         UnknownSchema: Another schema version.
-        CorruptObject: The checksum does not hold.
+        CorruptObject: The checksum does not match.
     """
     try:
         document = json.loads(data)
@@ -48,8 +77,8 @@ def unseal(key: str, data: bytes, *, schema_version: int) -> dict[str, JsonValue
         raise UnreadableData(key, f"{error} (sha256 of the bytes: {sha256_bytes(data)})") from error
     if not isinstance(document, dict):
         raise UnreadableData(key, f"it holds a JSON {type(document).__name__}, not an object")
-    if document.get("schema_version") != schema_version:
-        raise UnknownSchema(key, document.get("schema_version"), schema_version)
+    if document.get("schema_version") != SCHEMA_VERSION:
+        raise UnknownSchema(key, document.get("schema_version"), SCHEMA_VERSION)
     expected = str(document.pop(CHECKSUM, "none"))
     found = json_digest(document)
     if expected != found:
@@ -75,17 +104,14 @@ class Difference:
 def differences(
     stored: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = ""
 ) -> tuple[Difference, ...]:
-    """Lists the values that differ, by dotted key.
+    """Return the values that differ, sorted by dotted key.
 
-    Compares canonical JSON, so 1, 1.0 and true all differ, while a list and a tuple do not.
+    Compares canonical JSON: 1, 1.0 and true all differ, a list and a tuple do not.
 
     Args:
         stored: The document in the store.
         wanted: The caller's.
         prefix: Dotted path of both within their documents.
-
-    Returns:
-        The differences, sorted by key; empty if the documents are equal.
     """
     found: list[Difference] = []
     for name in sorted(stored.keys() | wanted.keys()):

@@ -1,4 +1,4 @@
-"""The layout of a store: every key is made here, and every key that is read is checked here.
+"""The layout of a store: every key is made here and in `kinds`, and taken apart here.
 
 Keys are relative to the store's root, with Hive-style partitions that other tools understand.
 """
@@ -6,45 +6,75 @@ Keys are relative to the store's root, with Hive-style partitions that other too
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass, replace
+from typing import Literal
 
 from ddpo.errors import InvalidKey
 
 EPOCH_LIMIT = 100_000
-"""Epochs and shards have five digits, so that their order as text is their order."""
+"""Epochs and shards have five digits, so that text order is numerical order."""
 INDEX_LIMIT = 1_000_000
 """Sample indices have six digits, for the same reason."""
 PARTITION_NAMES = frozenset({"run_id", "epoch", "reward_name", "pictures_name"})
 """Names of partition keys; no column of a table may share one (pyarrow refuses to merge them)."""
 TENSORS_SUFFIX = ".safetensors"
-"""Suffix of the checkpoint objects that retirement deletes; JSON documents stay."""
+"""Suffix of the checkpoint objects that retention deletes; JSON documents stay."""
+MANIFESTS = "manifests"
+"""Folder of all manifests."""
+
+RetiredPart = Literal["checkpoints", "trajectories", "samples"]
+"""What retention deletes: a checkpoint's tensors; an epoch's trajectories; an epoch's samples
+(tables, images, scores and statistics)."""
 
 _ID_RULE = "a letter, then letters, digits, '.', '_' or '-'; 100 characters at most"
 _ID = re.compile(r"[A-Za-z][A-Za-z0-9._-]{0,99}")
 _REWARD_ID = re.compile(r"(?=.{10,100}\Z)[A-Za-z][A-Za-z0-9._-]*-[0-9a-f]{8}")
 _SEGMENT = re.compile(r"[A-Za-z0-9._=-]{1,200}")
-_CHECKPOINT_OBJECT = re.compile(r"checkpoints/run_id=([^/]+)/epoch=(\d{5})/.+")
-_CHECKPOINT_MANIFEST = re.compile(r"manifests/checkpoints/run_id=([^/]+)/epoch=(\d{5})\.json")
+_SAMPLE_ID = re.compile(r"([^/]+)/(\d{5})/(\d{6})")
+_PARTITION = (
+    r"(?P<tree>[a-z]+(?:/[a-z]+)?)/"
+    r"(?:reward_name=(?P<reward>[^/]+)/|pictures_name=(?P<images>[^/]+)/)?"
+    r"run_id=(?P<run_id>[^/]+)/epoch=(?P<epoch>\d{5})"
+)
+_MANIFEST = re.compile(MANIFESTS + "/" + _PARTITION + r"(?:/shard-(?P<shard>\d{5}))?\.json")
+_OBJECT = re.compile(_PARTITION + r"/(?:shard-(?P<shard>\d{5})-)?.+")
+_RETIRED_WITH: dict[str, RetiredPart] = {
+    "trajectories": "trajectories",
+    **dict.fromkeys(("rollouts", "samples", "rewards", "statistics"), "samples"),
+}
 
-_RUN = re.compile(r"/run_id=([^/]+)/")
-_EPOCH = re.compile(r"/epoch=(\d{5})(?:/|\.json$)")
-_EPOCH_OBJECT = re.compile(
-    r"(?P<tree>trajectories|rollouts|rewards|statistics)/(reward_name=[^/]+/)?"
-    r"run_id=(?P<run_id>[^/]+)/epoch=(?P<epoch>\d{5})/.+"
-)
-_PART_MANIFEST = re.compile(
-    r"manifests/(?P<kind>rollouts|rewards|advantages)/(reward_name=[^/]+/)?run_id=[^/]+/"
-    r"epoch=(?P<epoch>\d{5})(/shard-(?P<shard>\d{5}))?\.json"
-)
+
+@dataclass(frozen=True)
+class Partition:
+    """The part of a store that an artefact belongs to."""
+
+    run_id: str
+    """The run."""
+    epoch: int
+    """The epoch; of a checkpoint, the epoch that starts from it."""
+    shard: int | None = None
+    """The shard, from 0; None for what an epoch has once."""
+    reward_id: str | None = None
+    """The reward, 'NAME-<digest8>', of what was computed from scores."""
+    images_id: str | None = None
+    """The set of fixed prompts and seeds, of its images."""
+
+    def folder(self) -> str:
+        """Return the Hive-style folder, without the shard."""
+        named = ""
+        if self.reward_id is not None:
+            named = f"reward_name={validate_reward_id(self.reward_id)}/"
+        elif self.images_id is not None:
+            named = f"pictures_name={self.images_id}/"
+        return f"{named}{run_folder(self.run_id)}/epoch={_number(self.epoch, 'epoch')}"
+
+    def of_shard(self, shard: int | None) -> Partition:
+        """Return the same partition for one shard, or for the whole epoch (None)."""
+        return replace(self, shard=shard)
 
 
 def check_key(key: str) -> str:
-    """Checks that a key is safe as a path below the root.
-
-    Args:
-        key: A key from anywhere.
-
-    Returns:
-        The key.
+    """Return a key that is safe as a path below the root.
 
     Raises:
         InvalidKey: Empty or absolute, a segment '', '.' or '..', or a character outside
@@ -62,13 +92,7 @@ def check_key(key: str) -> str:
 
 
 def validate_run_id(run_id: str) -> str:
-    """Checks a run id.
-
-    Args:
-        run_id: A run id from anywhere.
-
-    Returns:
-        The run id.
+    """Return a valid run id.
 
     Raises:
         InvalidKey: It does not start with a letter (a number would be read as an int partition),
@@ -80,16 +104,10 @@ def validate_run_id(run_id: str) -> str:
 
 
 def validate_reward_id(reward_id: str) -> str:
-    """Checks a reward id.
-
-    Args:
-        reward_id: A reward id from anywhere.
-
-    Returns:
-        The reward id.
+    """Return a valid reward id.
 
     Raises:
-        InvalidKey: It is not 'NAME-<digest8>' of the characters that a run id may have.
+        InvalidKey: It is not 'NAME-<digest8>' in the characters that a run id may have.
     """
     if not _REWARD_ID.fullmatch(reward_id):
         raise InvalidKey(
@@ -98,13 +116,22 @@ def validate_reward_id(reward_id: str) -> str:
     return reward_id
 
 
+# Samples
+
+
 def sample_id(run_id: str, epoch: int, index: int) -> str:
-    """Returns the id of a sample, 'R/00003/000017'; `index` counts within the epoch."""
-    return f"{validate_run_id(run_id)}/{_epoch(epoch)}/{_index(index)}"
+    """Return the id of a sample, 'R/00003/000017'; `index` counts within the epoch."""
+    return f"{validate_run_id(run_id)}/{_number(epoch, 'epoch')}/{_index(index)}"
+
+
+def parse_sample_id(text: str) -> tuple[str, int, int] | None:
+    """Return the run, epoch and index of a sample id; None if the text is not one."""
+    match = _SAMPLE_ID.fullmatch(text)
+    return (match[1], int(match[2]), int(match[3])) if match else None
 
 
 def image_name(index: int) -> str:
-    """Returns the file name that a table gives a sample's picture, '000017.png'."""
+    """Return the file name that a table gives a sample's image, '000017.png'."""
     return f"{_index(index)}.png"
 
 
@@ -112,227 +139,156 @@ def image_name(index: int) -> str:
 
 
 def run_key(run_id: str) -> str:
-    """Returns the key of a run's record."""
+    """Return the key of a run's record."""
     return f"runs/{validate_run_id(run_id)}/run.json"
 
 
+def run_of_record(key: str) -> str | None:
+    """Return the run whose record has this key; None for other keys."""
+    parts = key.split("/")
+    return parts[1] if len(parts) == 3 and (parts[0], parts[2]) == ("runs", "run.json") else None
+
+
 def start_key(run_id: str, number: int) -> str:
-    """Returns the key of the record of a run's start, counted from 1."""
+    """Return the key of the record of a run's start, counted from 1."""
     return f"{starts_prefix(run_id)}/{_number(number, 'start number')}.json"
 
 
 def starts_prefix(run_id: str) -> str:
-    """Returns the folder of the records of a run's starts."""
+    """Return the folder of the records of a run's starts."""
     return f"runs/{validate_run_id(run_id)}/starts"
 
 
 def fork_key(run_id: str, fork: str) -> str:
-    """Returns the key of the record that another run branches off this one."""
+    """Return the key of the record of a run's fork."""
     return f"{forks_prefix(run_id)}/{validate_run_id(fork)}.json"
 
 
+def fork_of_record(key: str) -> str:
+    """Return the fork that a record below `forks_prefix` names."""
+    return key.rpartition("/")[2].removesuffix(".json")
+
+
 def forks_prefix(run_id: str) -> str:
-    """Returns the folder of the records of a run's forks."""
+    """Return the folder of the records of a run's forks."""
     return f"runs/{validate_run_id(run_id)}/forks"
 
 
-# Stems of data objects: `Store.put` appends the digest and the suffix.
+def run_folder(run_id: str) -> str:
+    """Return the name of a run's folder within a tree."""
+    return f"run_id={validate_run_id(run_id)}"
 
 
-def rollout_stem(run_id: str, epoch: int, shard: int) -> str:
-    """Returns the stem of a shard of the rollouts table."""
-    return f"rollouts/{_partition(run_id, epoch)}/{_shard(shard)}"
+def belongs_to(key: str, run_id: str) -> bool:
+    """Return whether a key lies in a folder of a run; unfinished writes count too."""
+    return run_folder(run_id) in key.split("/")
 
 
-def rollouts_prefix(run_id: str) -> str:
-    """Returns the folder of a run's rollouts table."""
-    return f"rollouts/run_id={validate_run_id(run_id)}"
+# Artefacts; their kinds are in `kinds`.
 
 
-def trajectories_prefix(run_id: str) -> str:
-    """Returns the folder of a run's trajectories."""
-    return f"trajectories/run_id={validate_run_id(run_id)}"
+def manifest_key(tree: str, where: Partition) -> str:
+    """Return the key of a manifest."""
+    shard = "" if where.shard is None else f"/{_shard(where.shard)}"
+    return f"{MANIFESTS}/{tree}/{where.folder()}{shard}.json"
 
 
-def trajectory_stem(run_id: str, epoch: int, shard: int) -> str:
-    """Returns the stem of a shard of trajectories."""
-    return f"trajectories/{_partition(run_id, epoch)}/{_shard(shard)}"
+def parse_manifest(key: str) -> tuple[str, Partition] | None:
+    """Return the tree and the partition of a manifest's key; None for other keys."""
+    return _parsed(_MANIFEST, key)
 
 
-def reward_stem(reward_id: str, run_id: str, epoch: int, shard: int) -> str:
-    """Returns the stem of a shard of the rewards table."""
-    return f"rewards/{_reward(reward_id)}/{_partition(run_id, epoch)}/{_shard(shard)}"
-
-
-def advantage_stem(reward_id: str, run_id: str, epoch: int) -> str:
-    """Returns the stem of an epoch's advantages table."""
-    return f"advantages/{_reward(reward_id)}/{_partition(run_id, epoch)}/part"
-
-
-def statistics_stem(reward_id: str, run_id: str, epoch: int) -> str:
-    """Returns the stem of the prompt statistics after an epoch's rewards.
-
-    Not beside the advantages: whoever globs that folder expects Parquet files only.
-    """
-    return f"statistics/{_reward(reward_id)}/{_partition(run_id, epoch)}/part"
-
-
-def pictures_stem(pictures_id: str, run_id: str, epoch: int) -> str:
-    """Returns the stem of the pictures of fixed prompts and seeds that a checkpoint draws."""
-    return f"pictures/{_pictures(pictures_id)}/{_partition(run_id, epoch)}/part"
-
-
-def checkpoint_stem(run_id: str, epoch: int, name: str) -> str:
-    """Returns the stem of a checkpoint's part, such as 'weights' or 'optimizer'."""
-    return check_key(f"{checkpoints_prefix(run_id)}/epoch={_epoch(epoch)}/{name}")
-
-
-def checkpoints_prefix(run_id: str) -> str:
-    """Returns the folder of a run's checkpoint objects."""
-    return f"checkpoints/run_id={validate_run_id(run_id)}"
-
-
-# Manifests
-
-
-def rollout_manifest_key(run_id: str, epoch: int, shard: int) -> str:
-    """Returns the key of the manifest of a rollout shard (its table and its trajectories)."""
-    return f"manifests/rollouts/{_partition(run_id, epoch)}/{_shard(shard)}.json"
-
-
-def reward_manifest_key(reward_id: str, run_id: str, epoch: int, shard: int) -> str:
-    """Returns the key of the manifest of a scored shard."""
-    partition = f"{_reward(reward_id)}/{_partition(run_id, epoch)}"
-    return f"manifests/rewards/{partition}/{_shard(shard)}.json"
-
-
-def advantage_manifest_key(reward_id: str, run_id: str, epoch: int) -> str:
-    """Returns the key of the manifest of an epoch's advantages."""
-    return f"manifests/advantages/{_reward(reward_id)}/{_partition(run_id, epoch)}.json"
-
-
-def statistics_manifest_key(reward_id: str, run_id: str, epoch: int) -> str:
-    """Returns the key of the manifest of prompt statistics that were rebuilt, of no advantages."""
-    return f"manifests/statistics/{_reward(reward_id)}/{_partition(run_id, epoch)}.json"
-
-
-def pictures_manifest_key(pictures_id: str, run_id: str, epoch: int) -> str:
-    """Returns the key of the manifest of a checkpoint's pictures of fixed prompts and seeds."""
-    return f"manifests/pictures/{_pictures(pictures_id)}/{_partition(run_id, epoch)}.json"
-
-
-def checkpoint_manifest_key(run_id: str, epoch: int) -> str:
-    """Returns the key of the manifest of the state before an epoch."""
-    return f"manifests/checkpoints/{_partition(run_id, epoch)}.json"
-
-
-def epoch_manifest_key(run_id: str, epoch: int) -> str:
-    """Returns the key of an epoch's commit."""
-    return f"manifests/epochs/{_partition(run_id, epoch)}.json"
-
-
-def epoch_manifests_prefix(run_id: str) -> str:
-    """Returns the folder of the commits of a run's epochs."""
-    return f"manifests/epochs/run_id={validate_run_id(run_id)}"
-
-
-def retired_checkpoint_key(run_id: str, epoch: int) -> str:
-    """Returns the key of the record that a checkpoint's objects were deleted on purpose."""
-    return f"manifests/retired/checkpoints/{_partition(run_id, epoch)}.json"
-
-
-def retired_epoch_key(part: str, run_id: str, epoch: int) -> str:
-    """Returns the key of the record that an epoch's objects were deleted on purpose.
+def manifest_folder(
+    tree: str,
+    run_id: str | None = None,
+    epoch: int | None = None,
+    reward_id: str | None = None,
+    *,
+    by_set: bool = False,
+) -> str:
+    """Return the smallest folder that has all manifests of a tree with these partition values.
 
     Args:
-        part: 'trajectories'; or 'samples': pictures, scores and statistics.
-        run_id: The run.
-        epoch: The epoch.
+        tree: The tree.
+        run_id: The run; None for all.
+        epoch: The epoch; None for all.
+        reward_id: The reward; None for all.
+        by_set: Whether a reward or a set of images comes before the run in this tree's keys.
     """
-    return check_key(f"manifests/retired/{part}/{_partition(run_id, epoch)}.json")
+    folder = f"{MANIFESTS}/{tree}"
+    if by_set:
+        if reward_id is None:
+            return folder
+        folder = f"{folder}/reward_name={validate_reward_id(reward_id)}"
+    if run_id is None:
+        return folder
+    folder = f"{folder}/{run_folder(run_id)}"
+    return folder if epoch is None else f"{folder}/epoch={_number(epoch, 'epoch')}"
+
+
+def reward_of_folder(name: str) -> str:
+    """Return the reward id of a folder's name, 'reward_name=NAME-<digest8>'."""
+    return name.removeprefix("reward_name=")
+
+
+def is_manifest(key: str) -> bool:
+    """Return whether a key is below the folder of manifests."""
+    return key.startswith(f"{MANIFESTS}/")
+
+
+def object_stem(tree: str, where: Partition, name: str) -> str:
+    """Return the stem of a data object; `Store.put` appends the digest and the suffix.
+
+    Args:
+        tree: The top folder.
+        where: The partition.
+        name: Of the object within an epoch; a shard's object is named for the shard.
+    """
+    return check_key(
+        f"{tree}/{where.folder()}/{name if where.shard is None else _shard(where.shard)}"
+    )
+
+
+def parse_object(key: str) -> tuple[str, Partition] | None:
+    """Return the tree and the partition of a data object's key; None for other keys."""
+    return None if is_manifest(key) else _parsed(_OBJECT, key)
+
+
+# Retention
+
+
+def retired_key(part: RetiredPart, run_id: str, epoch: int) -> str:
+    """Return the key of the record that objects were deleted on purpose."""
+    return manifest_key(f"retired/{part}", Partition(run_id, epoch))
 
 
 def retirement_of(key: str) -> str | None:
-    """Returns the key of the record that would tell of an object's deletion, if one may be deleted.
-
-    Args:
-        key: Key of any object.
+    """Return the key of the record that would explain an object's absence.
 
     Returns:
         None for objects that retention never deletes.
     """
-    checkpoint = parse_checkpoint_object(key)
-    if checkpoint is not None:
-        return retired_checkpoint_key(*checkpoint) if key.endswith(TENSORS_SUFFIX) else None
-    match = _EPOCH_OBJECT.fullmatch(key)
+    parsed = parse_object(key)
+    if parsed is None:
+        return None
+    tree, where = parsed
+    part = _RETIRED_WITH.get(tree)
+    if tree == "checkpoints" and key.endswith(TENSORS_SUFFIX):
+        part = "checkpoints"
+    return None if part is None else retired_key(part, where.run_id, where.epoch)
+
+
+def _parsed(pattern: re.Pattern[str], key: str) -> tuple[str, Partition] | None:
+    match = pattern.fullmatch(key)
     if match is None:
         return None
-    part = "trajectories" if match["tree"] == "trajectories" else "samples"
-    return retired_epoch_key(part, match["run_id"], int(match["epoch"]))
-
-
-def parse_epoch(key: str) -> int | None:
-    """Returns the epoch that a key is of, None for keys of none."""
-    match = _EPOCH.search(key)
-    return int(match[1]) if match else None
-
-
-def run_of(key: str) -> str | None:
-    """Returns the run that a table, a checkpoint or a manifest is of, None for other keys."""
-    match = _RUN.search(key)
-    return match[1] if match else None
-
-
-def parse_part_manifest(key: str) -> tuple[str, int, int | None] | None:
-    """Reads what a manifest of an epoch's parts is about.
-
-    Args:
-        key: Key of any manifest.
-
-    Returns:
-        'rollouts', 'rewards' or 'advantages'; epoch; and shard, None of advantages. None for other
-        manifests.
-    """
-    match = _PART_MANIFEST.fullmatch(key)
-    if match is None:
-        return None
-    return match["kind"], int(match["epoch"]), int(match["shard"]) if match["shard"] else None
-
-
-CHECKPOINT_MANIFESTS = "manifests/checkpoints"
-"""Folder of the checkpoint manifests of all runs."""
-
-
-def parse_checkpoint_object(key: str) -> tuple[str, int] | None:
-    """Returns the run id and epoch of a checkpoint object's key, None for other keys."""
-    match = _CHECKPOINT_OBJECT.fullmatch(key)
-    return (match[1], int(match[2])) if match else None
-
-
-def parse_checkpoint_manifest(key: str) -> tuple[str, int] | None:
-    """Returns the run id and epoch of a checkpoint manifest's key, None for other keys."""
-    match = _CHECKPOINT_MANIFEST.fullmatch(key)
-    return (match[1], int(match[2])) if match else None
-
-
-def _partition(run_id: str, epoch: int) -> str:
-    return f"run_id={validate_run_id(run_id)}/epoch={_epoch(epoch)}"
-
-
-def _reward(reward_id: str) -> str:
-    return f"reward_name={validate_reward_id(reward_id)}"
-
-
-def _pictures(pictures_id: str) -> str:
-    return check_key(f"pictures_name={pictures_id}")
+    shard = None if match["shard"] is None else int(match["shard"])
+    where = Partition(match["run_id"], int(match["epoch"]), shard, match["reward"], match["images"])
+    return match["tree"], where
 
 
 def _shard(shard: int) -> str:
     return f"shard-{_number(shard, 'shard')}"
-
-
-def _epoch(epoch: int) -> str:
-    return _number(epoch, "epoch")
 
 
 def _number(value: int, what: str) -> str:

@@ -1,47 +1,39 @@
-"""Manifests: what makes objects committed.
+"""Manifests: they make objects committed.
 
-A manifest is created last and exclusively. The first one wins; a later writer of the same inputs
-adopts it, a writer of other inputs fails by name.
+A manifest is created last and exclusively. The first one wins: a later writer with the same inputs
+gets the first writer's commit, a writer with other inputs fails by name.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
-from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
+from pydantic import BaseModel, ConfigDict, JsonValue
 
 from ddpo.basics.digests import canonical_json, sha256_bytes
-from ddpo.errors import ConflictingCommit, CorruptObject, MissingObject, UnreadableData
-from ddpo.store.documents import Difference, differences, seal, unseal
+from ddpo.errors import ConflictingCommit, CorruptObject, MissingObject
+from ddpo.store.documents import Difference, Sealed, differences
 from ddpo.store.objects import Key, Sha256, Store, StoredObject
 
-SCHEMA_VERSION = 1
+T = TypeVar("T", covariant=True)
 
 
-class Manifest(BaseModel):
-    """What was made, from what, and where it lies. Holds no times, hosts or addresses."""
+class Manifest(Sealed):
+    """What was made, from what, and which objects hold it. Holds no times, hosts or addresses."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    schema_version: int = SCHEMA_VERSION
-    """Version of this layout."""
     kind: str
     """What was made, such as 'rollouts' or 'checkpoint'."""
     inputs: dict[str, JsonValue]
     """Identity of what it was made from."""
     objects: dict[str, StoredObject]
-    """The objects, by role; they may belong to another run (a fork's do)."""
-
-    def to_bytes(self) -> bytes:
-        """Returns the canonical JSON that is committed, with its checksum."""
-        return seal(self.model_dump(mode="json"))
+    """The objects by role; they may belong to another run (a fork's do)."""
 
 
-class Ref(BaseModel):
-    """A reference to a committed manifest: all that tasks pass to each other."""
+class Ref(BaseModel, Generic[T]):
+    """A reference to a committed artefact of type `T`: all that tasks pass to each other."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -50,18 +42,44 @@ class Ref(BaseModel):
     sha256: Sha256
     """Digest of the manifest's bytes."""
 
+    # The parameter is for type checkers. One class at run time: refs that were read from JSON or
+    # passed through Prefect are equal to, and accepted as, those that a kind returned.
+    @classmethod
+    def __class_getitem__(cls, _: Any) -> type[Ref[Any]]:
+        return cls
+
 
 @dataclass(frozen=True)
-class Committed:
-    """The outcome of a commit, or of looking for one."""
+class Committed(Generic[T]):
+    """A committed artefact."""
 
-    ref: Ref
+    ref: Ref[T]
     manifest: Manifest
     """The manifest in the store: the first writer's."""
-    adopted: bool
-    """Whether the manifest was there before this call."""
-    diverged: bool
-    """Whether this caller's objects differ from the committed ones, though its inputs do not."""
+    diverged: bool = False
+    """Whether this writer's objects differ from the committed ones, though its inputs do not."""
+
+
+@dataclass(frozen=True)
+class Artefact:
+    """Something committed, opened. Its methods read and verify; nothing is read before."""
+
+    store: Store
+    manifest: Manifest
+
+    @property
+    def objects(self) -> dict[str, StoredObject]:
+        """The stored objects by role."""
+        return self.manifest.objects
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """Identity of what it was made from."""
+        return self.manifest.inputs
+
+    def document(self, role: str) -> dict[str, Any]:
+        """Return one of the JSON objects."""
+        return json.loads(self.store.get(self.objects[role]))
 
 
 def commit(
@@ -71,18 +89,15 @@ def commit(
     kind: str,
     inputs: Mapping[str, Any],
     objects: Mapping[str, StoredObject],
-) -> Committed:
-    """Commits objects that are already written, or adopts the commit that came first.
+) -> Committed[Any]:
+    """Commit objects that are already written, or return the commit that came first.
 
     Args:
         store: The store.
         key: Key of the manifest.
         kind: What was made.
-        inputs: Identity of what it was made from, as JSON values.
+        inputs: Identity of what it was made from: JSON values and references.
         objects: The objects by role.
-
-    Returns:
-        The committed manifest, which is another writer's if `adopted`.
 
     Raises:
         ConflictingCommit: The key is committed with another kind or other inputs.
@@ -92,27 +107,25 @@ def commit(
     manifest = Manifest(kind=kind, inputs=_plain(inputs), objects=dict(objects))
     data = manifest.to_bytes()
     if store.put_if_absent(key, data):
-        ref = Ref(key=key, sha256=sha256_bytes(data))
-        return Committed(ref, manifest, adopted=False, diverged=False)
+        return Committed(Ref(key=key, sha256=sha256_bytes(data)), manifest)
     first = _read(store, key)
     if first.manifest.kind != kind:
         shown = (json.dumps(first.manifest.kind), json.dumps(kind))
         raise ConflictingCommit(key, [Difference("kind", *shown)])
     _check_inputs(key, first.manifest, inputs)
     diverged = first.manifest.objects != manifest.objects
-    return Committed(first.ref, first.manifest, adopted=True, diverged=diverged)
+    return Committed(first.ref, first.manifest, diverged)
 
 
-def find(store: Store, key: str, *, inputs: Mapping[str, Any] | None = None) -> Committed | None:
-    """Looks for the commit under a key.
+def find(
+    store: Store, key: str, *, inputs: Mapping[str, Any] | None = None
+) -> Committed[Any] | None:
+    """Return the commit under a key, None if there is none.
 
     Args:
         store: The store.
         key: Key of the manifest.
         inputs: If given, what the commit must have been made from.
-
-    Returns:
-        The commit, None where there is none.
 
     Raises:
         ConflictingCommit: It was made from other inputs.
@@ -129,31 +142,24 @@ def find(store: Store, key: str, *, inputs: Mapping[str, Any] | None = None) -> 
     return found
 
 
-def load(store: Store, ref: Ref) -> Manifest:
-    """Reads the manifest that a reference names.
-
-    Args:
-        store: The store.
-        ref: The reference.
-
-    Returns:
-        The manifest, whose bytes are those of the reference.
+def load(store: Store, ref: Ref[Any]) -> Manifest:
+    """Return the manifest that a reference names.
 
     Raises:
         MissingObject: It is not there.
         CorruptObject: Its bytes are not those of the reference.
-        UnreadableData: They are no manifest.
+        UnreadableData: The bytes are not a manifest.
         UnknownSchema: It is of another release.
     """
     data = store.read(ref.key)
     found = sha256_bytes(data)
     if found != ref.sha256:
         raise CorruptObject(ref.key, ref.sha256, found)
-    return _parse(ref.key, data)
+    return Manifest.from_bytes(ref.key, data)
 
 
-def references(inputs: Any) -> Iterator[Ref]:
-    """Yield every reference to a manifest that stands in a manifest's inputs, at any depth."""
+def references(inputs: Any) -> Iterator[Ref[Any]]:
+    """Yield every reference in a manifest's inputs, at any depth."""
     if isinstance(inputs, dict):
         if inputs.keys() == Ref.model_fields.keys():
             yield Ref.model_validate(inputs)
@@ -165,18 +171,9 @@ def references(inputs: Any) -> Iterator[Ref]:
             yield from references(value)
 
 
-def _read(store: Store, key: str) -> Committed:
+def _read(store: Store, key: str) -> Committed[Any]:
     data = store.read(key)
-    ref = Ref(key=key, sha256=sha256_bytes(data))
-    return Committed(ref, _parse(key, data), adopted=True, diverged=False)
-
-
-def _parse(key: str, data: bytes) -> Manifest:
-    document = unseal(key, data, schema_version=SCHEMA_VERSION)
-    try:
-        return Manifest.model_validate(document)
-    except ValidationError as error:
-        raise UnreadableData(key, str(error)) from error
+    return Committed(Ref(key=key, sha256=sha256_bytes(data)), Manifest.from_bytes(key, data))
 
 
 def _check_inputs(key: str, manifest: Manifest, inputs: Mapping[str, Any]) -> None:
@@ -186,4 +183,15 @@ def _check_inputs(key: str, manifest: Manifest, inputs: Mapping[str, Any]) -> No
 
 
 def _plain(inputs: Mapping[str, Any]) -> dict[str, JsonValue]:
-    return json.loads(canonical_json(inputs))
+    return json.loads(canonical_json(_dumped(inputs)))
+
+
+def _dumped(value: Any) -> Any:
+    """Replace references by their JSON, at any depth."""
+    if isinstance(value, Ref):
+        return value.model_dump()
+    if isinstance(value, Mapping):
+        return {name: _dumped(part) for name, part in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
+        return [_dumped(part) for part in value]
+    return value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, suppress
 from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any
@@ -50,6 +51,10 @@ class StoredObject(BaseModel):
     """Digest of the bytes."""
 
 
+Objects = Mapping[str, bytes | StoredObject]
+"""Parts of an artefact by role: bytes to write, or objects that are stored already."""
+
+
 class Store:
     """Objects below one root, on any filesystem that fsspec knows.
 
@@ -82,6 +87,11 @@ class Store:
         """
         fs, path = open_filesystem(root, s3)
         return cls(fs, path, s3)
+
+    @property
+    def connection(self) -> tuple[AbstractFileSystem, str, S3Options | None]:
+        """What another object of this class needs to reach the same store."""
+        return self._fs, self._path, self.s3
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Store.open, (self.root, self.s3)

@@ -7,24 +7,18 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
+from pydantic import JsonValue
 
 from ddpo.basics.digests import canonical_json
-from ddpo.errors import MissingObject, RunIdentityMismatch, RunNotFound, UnreadableData
+from ddpo.errors import MissingObject, RunIdentityMismatch, RunNotFound
 from ddpo.store import keys
-from ddpo.store.documents import differences, seal, unseal
+from ddpo.store.documents import Sealed, differences
 from ddpo.store.objects import Store
 
-SCHEMA_VERSION = 1
 
-
-class RunRecord(BaseModel):
+class RunRecord(Sealed):
     """What a run is. Written once, by its first start."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    schema_version: int = SCHEMA_VERSION
-    """Version of this layout."""
     run_id: str
     """The run."""
     identity: dict[str, JsonValue]
@@ -35,6 +29,22 @@ class RunRecord(BaseModel):
     """Versions of the code that started it."""
 
 
+class StartRecord(Sealed):
+    """How one start of a run was operated."""
+
+    operation: JsonValue
+    """Half of the config that may change from start to start."""
+
+
+class ForkRecord(Sealed):
+    """Left beside a run by each of its forks."""
+
+    fork: str
+    """The fork's run id."""
+    epoch: int
+    """The epoch at which it forks."""
+
+
 def create_or_check_run(
     store: Store,
     run_id: str,
@@ -43,13 +53,13 @@ def create_or_check_run(
     numerics: Mapping[str, Any],
     code: Mapping[str, Any],
 ) -> RunRecord:
-    """Creates a run, or checks that the one in the store is the same.
+    """Create a run, or check that the one in the store is the same.
 
     Args:
         store: The store.
         run_id: The run.
         identity: Half of the config that never changes, as nested JSON.
-        numerics: What this start resolved; counts only if it is the first.
+        numerics: What this start resolved; used only if it is the first.
         code: Versions of the code; likewise.
 
     Returns:
@@ -57,7 +67,7 @@ def create_or_check_run(
 
     Raises:
         InvalidKey: The run id is not allowed.
-        RunIdentityMismatch: The run has another identity; lists what differs.
+        RunIdentityMismatch: The run has another identity; lists the differences.
         CorruptObject: Its record is damaged.
         UnreadableData: Likewise.
     """
@@ -65,9 +75,9 @@ def create_or_check_run(
         run_id=run_id, identity=_plain(identity), numerics=_plain(numerics), code=_plain(code)
     )
     key = keys.run_key(run_id)
-    if store.put_if_absent(key, seal(record.model_dump(mode="json"))):
+    if store.put_if_absent(key, record.to_bytes()):
         return record
-    stored = _read(store, key)
+    stored = RunRecord.from_bytes(key, store.read(key))
     # The id too: 'A' finds the run 'a' where a filesystem ignores case.
     found = differences({"run_id": stored.run_id}, {"run_id": run_id})
     found += differences(stored.identity, record.identity)
@@ -77,46 +87,35 @@ def create_or_check_run(
 
 
 def load_run(store: Store, run_id: str) -> RunRecord:
-    """Reads a run's record.
-
-    Args:
-        store: The store.
-        run_id: The run.
-
-    Returns:
-        The record.
+    """Return a run's record.
 
     Raises:
         InvalidKey: The run id is not allowed.
-        RunNotFound: There is none; names the nearest run ids.
+        RunNotFound: There is no such run; names the nearest run ids.
         CorruptObject: The record is damaged.
         UnreadableData: Likewise.
     """
+    key = keys.run_key(run_id)
     try:
-        return _read(store, keys.run_key(run_id))
+        return RunRecord.from_bytes(key, store.read(key))
     except MissingObject:
         nearest = difflib.get_close_matches(run_id, list_runs(store))
         raise RunNotFound(run_id, store.root, nearest) from None
 
 
 def list_runs(store: Store) -> list[str]:
-    """Lists the ids of the runs in the store, sorted."""
-    parts = [key.split("/") for key in store.list("runs")]
-    return sorted(part[1] for part in parts if len(part) == 3 and part[2] == "run.json")
+    """Return the ids of the runs in the store, sorted."""
+    found = (keys.run_of_record(key) for key in store.list("runs"))
+    return sorted(run_id for run_id in found if run_id is not None)
 
 
 def append_operation(store: Store, run_id: str, operation: JsonValue) -> int:
-    """Records how a start of the run is operated, after those before it.
-
-    Args:
-        store: The store.
-        run_id: The run.
-        operation: Half of the config that may change from start to start.
+    """Record how a start of the run is operated, after the earlier starts.
 
     Returns:
         The number of the start, from 1.
     """
-    data = seal({"schema_version": SCHEMA_VERSION, "operation": operation})
+    data = StartRecord(operation=operation).to_bytes()
     number = len(store.list(keys.starts_prefix(run_id))) + 1
     while not store.put_if_absent(keys.start_key(run_id, number), data):
         number += 1
@@ -124,31 +123,20 @@ def append_operation(store: Store, run_id: str, operation: JsonValue) -> int:
 
 
 def list_operations(store: Store, run_id: str) -> list[JsonValue]:
-    """Reads how each start of a run was operated.
-
-    Args:
-        store: The store.
-        run_id: The run.
-
-    Returns:
-        What `append_operation` recorded, the first start first.
+    """Return what `append_operation` recorded, the first start first.
 
     Raises:
         CorruptObject: A record is damaged.
         UnreadableData: Likewise.
     """
     starts = store.list(keys.starts_prefix(run_id))
-    return [
-        unseal(key, store.read(key), schema_version=SCHEMA_VERSION)["operation"] for key in starts
-    ]
+    return [StartRecord.from_bytes(key, store.read(key)).operation for key in starts]
 
 
-def _read(store: Store, key: str) -> RunRecord:
-    document = unseal(key, store.read(key), schema_version=SCHEMA_VERSION)
-    try:
-        return RunRecord.model_validate(document)
-    except ValidationError as error:
-        raise UnreadableData(key, str(error)) from error
+def record_fork(store: Store, run_id: str, fork: str, epoch: int) -> None:
+    """Leave the record of a run's fork at an epoch beside the run, once."""
+    record = ForkRecord(fork=fork, epoch=epoch)
+    store.put_if_absent(keys.fork_key(run_id, fork), record.to_bytes())
 
 
 def _plain(value: Mapping[str, Any]) -> dict[str, JsonValue]:

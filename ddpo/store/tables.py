@@ -28,8 +28,8 @@ UNFOLDED_LIMIT_BYTES = 2**32
 
 
 @dataclass(frozen=True)
-class RolloutRow:
-    """A sample: what was asked, who drew it, and the picture."""
+class SampleRow:
+    """A sample without its image: the prompt, and what made it."""
 
     sample_id: str
     shard: int
@@ -44,8 +44,14 @@ class RolloutRow:
     sampler_digest: str
     log_prob_mean: float | None
     """Mean log-prob of the steps, as float32; None where no step has variance."""
+
+
+@dataclass(frozen=True)
+class RolloutRow(SampleRow):
+    """A sample with its image."""
+
     image_png: bytes
-    """The picture, lossless."""
+    """The image, lossless."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +84,7 @@ class AdvantageRow:
 
 _IMAGE = pa.struct([pa.field("bytes", pa.binary()), pa.field("path", pa.string())])
 
-_ROLLOUT_COLUMNS = [
+_SAMPLE_COLUMNS = [
     ("sample_id", pa.string()),
     ("shard", pa.int32()),
     ("index", pa.int32()),
@@ -88,8 +94,8 @@ _ROLLOUT_COLUMNS = [
     ("policy_digest", pa.string()),
     ("sampler_digest", pa.string()),
     ("log_prob_mean", pa.float32()),
-    ("image", _IMAGE),
 ]
+_ROLLOUT_COLUMNS = [*_SAMPLE_COLUMNS, ("image", _IMAGE)]
 # What datasets.Features writes, so that `datasets` decodes the struct to a picture.
 _HUGGING_FACE = {
     "info": {
@@ -103,6 +109,8 @@ _HUGGING_FACE = {
 }
 ROLLOUT_SCHEMA = pa.schema(_ROLLOUT_COLUMNS, {"huggingface": json.dumps(_HUGGING_FACE)})
 """Schema of the rollouts table."""
+SAMPLE_SCHEMA = pa.schema(_SAMPLE_COLUMNS)
+"""Schema of the samples table: the rollouts table without its images."""
 REWARD_SCHEMA = pa.schema(
     [("sample_id", pa.string()), ("reward", pa.float32()), ("status", pa.string())]
 )
@@ -123,21 +131,14 @@ _COLUMN_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_./:-]{0,99}")
 
 
 def encode_rollouts(rows: Sequence[RolloutRow]) -> bytes:
-    """Serialises rollout rows.
-
-    Args:
-        rows: The rows, in any order.
-
-    Returns:
-        A Parquet file.
+    """Return rollout rows, in any order, as a Parquet file.
 
     Raises:
         InvalidTable: A sample occurs twice.
     """
     records = [
         {
-            **_fields(row, "prompt_metadata", "image_png"),
-            "prompt_metadata": canonical_json(row.prompt_metadata).decode(),
+            **_sample_record(row),
             "image": {"bytes": row.image_png, "path": image_name(row.index)},
         }
         for row in rows
@@ -146,16 +147,10 @@ def encode_rollouts(rows: Sequence[RolloutRow]) -> bytes:
 
 
 def decode_rollouts(data: bytes) -> list[RolloutRow]:
-    """Reads rollout rows.
-
-    Args:
-        data: A Parquet file.
-
-    Returns:
-        The rows, in the order of `sample_id`.
+    """Return the rows of a Parquet file that `encode_rollouts` made, in the order of `sample_id`.
 
     Raises:
-        UnreadableData: The bytes are no rollouts table, or a page's checksum does not hold.
+        UnreadableData: The bytes are not a rollouts table, or a page's checksum does not match.
     """
     rows = []
     for record in _decode("rollouts", data, ROLLOUT_SCHEMA):
@@ -165,21 +160,31 @@ def decode_rollouts(data: bytes) -> list[RolloutRow]:
     return rows
 
 
-def decode_prompts(data: bytes) -> dict[str, str]:
-    """Reads what each sample was asked for, and leaves the pictures, which are most of the bytes.
-
-    Args:
-        data: A Parquet file of rollout rows.
-
-    Returns:
-        Prompts by `sample_id`.
+def encode_samples(rows: Sequence[SampleRow]) -> bytes:
+    """Return the rows, in any order, as a Parquet file without their images.
 
     Raises:
-        UnreadableData: The bytes are no rollouts table, or a page's checksum does not hold.
+        InvalidTable: A sample occurs twice.
     """
-    schema = pa.schema([ROLLOUT_SCHEMA.field(name) for name in ("sample_id", "prompt")])
-    records = _decode("rollouts", data, schema, columns=schema.names)
-    return {record["sample_id"]: record["prompt"] for record in records}
+    return _encode("samples", [_sample_record(row) for row in rows], SAMPLE_SCHEMA)
+
+
+def decode_samples(data: bytes) -> list[SampleRow]:
+    """Return the rows of a Parquet file that `encode_samples` made, in the order of `sample_id`.
+
+    Raises:
+        UnreadableData: The bytes are not a samples table, or a page's checksum does not match.
+    """
+    rows = []
+    for record in _decode("samples", data, SAMPLE_SCHEMA):
+        record["prompt_metadata"] = json.loads(record["prompt_metadata"])
+        rows.append(SampleRow(**record))
+    return rows
+
+
+def _sample_record(row: SampleRow) -> dict[str, Any]:
+    record = {name: getattr(row, name) for name in SAMPLE_SCHEMA.names}
+    return {**record, "prompt_metadata": canonical_json(row.prompt_metadata).decode()}
 
 
 def encode_rewards(rows: Sequence[RewardRow]) -> bytes:
@@ -280,16 +285,11 @@ def _encode(table: str, records: list[dict[str, Any]], schema: pa.Schema) -> byt
     return sink.getvalue().to_pybytes()
 
 
-def _decode(
-    table: str,
-    data: bytes,
-    schema: pa.Schema,
-    columns: Sequence[str] | None = None,
-) -> list[dict[str, Any]]:
+def _decode(table: str, data: bytes, schema: pa.Schema) -> list[dict[str, Any]]:
     try:
         file = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True)
         _check_claims(table, file.metadata)
-        read = file.read(columns=None if columns is None else list(columns))
+        read = file.read()
     except (pa.ArrowException, OSError) as error:
         raise UnreadableData(f"a {table} table", str(error)) from error
     found = {name: read.schema.field(name).type for name in read.schema.names}

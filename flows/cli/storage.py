@@ -32,9 +32,8 @@ def verify(
 ) -> None:
     """Read all that a run committed; say what is damaged, and mend what can be made again."""
     from ddpo.runs.run import open_run, storage_root
-    from ddpo.store import keys
     from ddpo.store.objects import Store
-    from ddpo.store.upkeep.verify import Verification, verify_run
+    from ddpo.store.upkeep.verify import Verification, repairable_part, verify_run
 
     store = Store.open(storage_root(root))
 
@@ -49,12 +48,12 @@ def verify(
 
         hide_loading_bars()
         for outcome in repair_parts(open_run(store, run_id), found.damages):
-            reasons[outcome.manifest] = outcome.said
+            reasons[outcome.manifest] = outcome.reason
             said = "made again" if outcome.done else "not mended"
             say(f"{said}: {outcome.manifest}")
         found = check()
     for damage in found.damages:
-        derivable = keys.parse_part_manifest(damage.manifest) is not None
+        derivable = repairable_part(damage.manifest) is not None
         way_out = "ddpo verify --repair makes it again" if derivable else "restore it from a copy"
         say(f"damaged: {damage}")
         say(f"    listed in {damage.manifest}; {reasons.get(damage.manifest, way_out)}")

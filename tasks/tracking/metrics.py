@@ -10,12 +10,13 @@ import numpy as np
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
+from ddpo.analysis.rewards import summarize
 from ddpo.basics.images import decode_image
-from ddpo.store import manifests
-from ddpo.store.checkpoints import load_document
+from ddpo.store.artefacts import AdvantageTable, CheckpointImages, Scores
+from ddpo.store.checkpoints import Checkpoint
+from ddpo.store.kinds import ADVANTAGES, CHECKPOINT, IMAGES, SCORES
 from ddpo.store.manifests import Ref
 from ddpo.store.objects import Store
-from ddpo.store.tables import decode_advantages, decode_rewards, decode_rollouts
 from ddpo_workflow.tasks.retries import STORAGE
 from ddpo_workflow.tasks.tracking.tracker import TrackingHandle, tracker
 from ddpo_workflow.tasks.worker import RunHandle, opened
@@ -25,9 +26,9 @@ from ddpo_workflow.tasks.worker import RunHandle, opened
 def track_epoch(
     handle: RunHandle,
     tracking: TrackingHandle,
-    scores: Sequence[Ref],
-    advantages: Ref,
-    next_checkpoint: Ref,
+    scores: Sequence[Ref[Scores]],
+    advantages: Ref[AdvantageTable],
+    next_checkpoint: Ref[Checkpoint],
     timings: Mapping[str, float],
     epoch: int,
 ) -> dict[str, float]:
@@ -48,23 +49,21 @@ def track_epoch(
     run = opened(handle)
     metrics = {f"time/{name}": value for name, value in timings.items()}
     metrics |= reward_metrics(run.store, scores)
-    table = run.store.get(manifests.load(run.store, advantages).objects["advantages"])
-    rows = decode_advantages(table)
+    rows = ADVANTAGES.load(run.store, advantages).rows()
     metrics["reward/imputed"] = float(sum(row.status == "imputed" for row in rows))
     normalised = [row.columns["advantage"] for row in rows if "advantage" in row.columns]
     if normalised:
         metrics["reward/advantage_std"] = float(np.std(normalised))
-    checkpoint = manifests.load(run.store, next_checkpoint)
-    metrics |= _update_metrics(load_document(run.store, checkpoint, "metrics"))
-    progress = load_document(run.store, checkpoint, "progress")
-    metrics |= {"total/samples": progress["samples"], "total/updates": progress["updates"]}
+    checkpoint = CHECKPOINT.load(run.store, next_checkpoint)
+    metrics |= _update_metrics(checkpoint.metrics)
+    metrics |= {"total/samples": checkpoint.samples, "total/updates": checkpoint.updates}
     tracker(tracking).log_metrics(metrics, step=epoch)
     return metrics
 
 
 @task(name="track", task_run_name="track scores {epoch}", cache_policy=NO_CACHE, **STORAGE)
 def track_scores(
-    handle: RunHandle, tracking: TrackingHandle, scores: Sequence[Ref], epoch: int
+    handle: RunHandle, tracking: TrackingHandle, scores: Sequence[Ref[Scores]], epoch: int
 ) -> dict[str, float]:
     """Log the rewards of an epoch without training at step ``epoch``.
 
@@ -89,7 +88,7 @@ def track_scores(
     **STORAGE,
 )
 def track_pictures(
-    handle: RunHandle, tracking: TrackingHandle, pictures: Ref | None, epoch: int
+    handle: RunHandle, tracking: TrackingHandle, pictures: Ref[CheckpointImages] | None, epoch: int
 ) -> None:
     """Log the images of a checkpoint at step ``epoch``.
 
@@ -102,14 +101,13 @@ def track_pictures(
     if pictures is None:
         return
     run = opened(handle)
-    table = run.store.get(manifests.load(run.store, pictures).objects["pictures"])
-    for row in decode_rollouts(table):
+    for row in IMAGES.load(run.store, pictures).rows():
         name = re.sub(r"[^A-Za-z0-9_.-]+", "_", row.prompt)[:60]
         key = f"samples/{name}-seed-{row.prompt_metadata['seed']}"
         tracker(tracking).log_image(key, decode_image(row.image_png), step=epoch)
 
 
-def reward_metrics(store: Store, scores: Sequence[Ref]) -> dict[str, float]:
+def reward_metrics(store: Store, scores: Sequence[Ref[Scores]]) -> dict[str, float]:
     """Return an epoch's reward metrics: mean, std, min, max, and the number of failures.
 
     Args:
@@ -119,19 +117,15 @@ def reward_metrics(store: Store, scores: Sequence[Ref]) -> dict[str, float]:
     Returns:
         Metrics by name.
     """
-    rows = [
-        row
-        for ref in scores
-        for row in decode_rewards(store.get(manifests.load(store, ref).objects["rewards"]))
-    ]
-    scored = np.asarray([row.reward for row in rows if row.reward is not None], dtype=np.float64)
-    metrics = {"reward/failed": float(len(rows) - len(scored))}
-    if len(scored):
+    rows = [row for ref in scores for row in SCORES.load(store, ref).rows()]
+    rewards = summarize(row.reward for row in rows)
+    metrics = {"reward/failed": float(rewards.failed)}
+    if rewards.scored:
         metrics |= {
-            "reward/mean": float(scored.mean()),
-            "reward/std": float(scored.std()),
-            "reward/min": float(scored.min()),
-            "reward/max": float(scored.max()),
+            "reward/mean": rewards.mean,
+            "reward/std": rewards.std,
+            "reward/min": rewards.min,
+            "reward/max": rewards.max,
         }
     return metrics
 

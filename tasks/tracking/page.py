@@ -15,7 +15,8 @@ from ddpo.analysis.comparison.plan import Comparison
 from ddpo.basics.digests import json_digest
 from ddpo.config import RewardConfig
 from ddpo.runs.run import Run
-from ddpo.store import keys, manifests
+from ddpo.store.keys import Partition
+from ddpo.store.kinds import EPOCH, ROLLOUTS
 from ddpo.store.tables import ROLLOUT_SCHEMA
 from ddpo_workflow.tasks.tracking.tracker import RunTracker
 
@@ -120,12 +121,10 @@ def log_samples(page: RunTracker, run: Run) -> None:
         run: The run, with all of its epochs committed.
     """
     epochs = range(run.first_epoch, run.config.epochs)
-    commits = [
-        manifests.find(run.store, keys.epoch_manifest_key(run.run_id, epoch)) for epoch in epochs
-    ]
+    commits = [EPOCH.commit_of(run.store, Partition(run.run_id, epoch)) for epoch in epochs]
     page.log_rollouts(
         name=f"rollouts-{run.run_id}",
-        source_url=run.store.url(keys.rollouts_prefix(run.run_id)),
+        source_url=run.store.url(ROLLOUTS.data_folder("rollouts", run.run_id)),
         digest=json_digest([commit.ref.sha256 for commit in commits if commit]),
         rows=len(epochs) * run.config.rollouts.samples_per_epoch,
         columns={field.name: str(field.type) for field in ROLLOUT_SCHEMA},

@@ -14,9 +14,11 @@ from scipy.stats import rankdata
 from ddpo.basics.images import decode_image
 from ddpo.runs.forks.checks import saved_rollouts
 from ddpo.runs.run import Run, open_run
-from ddpo.store import keys, manifests
+from ddpo.store import keys
+from ddpo.store.artefacts import Scores
+from ddpo.store.kinds import ROLLOUTS, SCORES
 from ddpo.store.manifests import Ref
-from ddpo.store.tables import RewardRow, RolloutRow, decode_rewards, decode_rollouts
+from ddpo.store.tables import RolloutRow
 from ddpo_workflow.tasks.retries import STORAGE
 from ddpo_workflow.tasks.tracking.metrics import reward_metrics
 from ddpo_workflow.tasks.tracking.tracker import TrackingHandle, tracker
@@ -32,7 +34,7 @@ _MOST_DISAGREEMENTS = 8
     **STORAGE,
 )
 def track_rescored(
-    handle: RunHandle, tracking: TrackingHandle, scores: Sequence[Ref], epoch: int
+    handle: RunHandle, tracking: TrackingHandle, scores: Sequence[Ref[Scores]], epoch: int
 ) -> dict[str, float]:
     """Log an epoch's new rewards, and their correlation with the run's own.
 
@@ -123,11 +125,8 @@ def _standardised(values: Sequence[float]) -> NDArray[np.float64]:
     return (array - array.mean()) / (array.std() or 1.0)
 
 
-def _rewards(run: Run, scores: Sequence[Ref]) -> dict[str, float]:
-    rows: list[RewardRow] = []
-    for ref in scores:
-        stored = manifests.load(run.store, ref).objects["rewards"]
-        rows += decode_rewards(run.store.get(stored))
+def _rewards(run: Run, scores: Sequence[Ref[Scores]]) -> dict[str, float]:
+    rows = [row for ref in scores for row in SCORES.load(run.store, ref).rows()]
     return {row.sample_id: row.reward for row in rows if row.reward is not None}
 
 
@@ -135,25 +134,20 @@ def _own_rewards(run: Run, epoch: int) -> dict[str, float]:
     return _rewards(run, _scores(open_run(run.store, run.run_id), epoch))
 
 
-def _scores(run: Run, epoch: int) -> list[Ref]:
-    reward_id = run.reward_id
-    commits = [
-        manifests.find(run.store, keys.reward_manifest_key(reward_id, run.run_id, epoch, shard))
-        for shard in range(run.shards)
-    ]
-    return [commit.ref for commit in commits if commit]
+def _scores(run: Run, epoch: int) -> list[Ref[Scores]]:
+    return SCORES.find_all(run.store, run.run_id, epoch, run.reward_id)
 
 
 def _samples(run: Run, ids: Collection[str]) -> Iterator[RolloutRow]:
     """Yield samples by id; each shard is read once."""
     shards: dict[tuple[int, int], set[str]] = {}
     for sample in ids:
-        _, epoch, index = sample.rsplit("/", 2)
-        position = int(epoch), int(index) // run.config.rollouts.shard_size
-        shards.setdefault(position, set()).add(sample)
+        parsed = keys.parse_sample_id(sample)
+        assert parsed is not None
+        _, epoch, index = parsed
+        shards.setdefault((epoch, index // run.config.rollouts.shard_size), set()).add(sample)
     for (epoch, shard), wanted in sorted(shards.items()):
-        manifest = manifests.load(run.store, saved_rollouts(run, epoch)[shard])
-        rows = decode_rollouts(run.store.get(manifest.objects["rollouts"]))
+        rows = ROLLOUTS.load(run.store, saved_rollouts(run, epoch)[shard]).rows()
         yield from (row for row in rows if row.sample_id in wanted)
 
 

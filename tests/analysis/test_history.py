@@ -35,6 +35,8 @@ from ddpo.runs.run import Run, start_run
 from ddpo.store import keys
 from ddpo.store.arrow import join, union
 from ddpo.store.documents import CHECKSUM, seal
+from ddpo.store.keys import Partition
+from ddpo.store.kinds import EPOCH
 from ddpo.store.objects import Store
 from ddpo.store.upkeep.epoch_retention import retire_epochs
 from tests.fold import as_in_a_new_process, run_epochs
@@ -291,7 +293,7 @@ def test_columns_alone_decode_no_picture(history: History, monkeypatch: pytest.M
     ("tree", "read"),
     [
         ("rollouts/run_id=mine", lambda h: h.rollouts().to_table(columns=["prompt"])),
-        ("rollouts/run_id=mine", lambda h: h.samples()),
+        ("samples/run_id=mine", lambda h: h.samples()),
         ("rollouts/run_id=mine", lambda h: h.image("mine/00001/000000")),
         ("trajectories/run_id=mine", lambda h: h.latents("mine/00001/000000")),
         ("rewards/reward_name=jpeg*/run_id=mine", lambda h: h.samples()),
@@ -338,7 +340,7 @@ def test_retired_samples_are_left_out_with_a_said_count(copied: Path, caplog):
     (said,) = caplog.messages
     assert "samples of 1 of 2 epochs (0) were retired" in said
     assert (history.epochs, history.retired_epochs) == ((0, 1), (0,))
-    record = keys.retired_epoch_key("samples", "mine", 0)
+    record = keys.retired_key("samples", "mine", 0)
     for read in (
         lambda: history.samples(epochs=[0]),
         lambda: history.rollouts([0]),
@@ -380,7 +382,7 @@ def test_an_unknown_run_names_the_nearest(recorded: Run):
 
 
 def test_a_commit_that_is_none_is_a_named_error(copied: Path):
-    file = copied / keys.epoch_manifest_key("mine", 1)
+    file = copied / EPOCH.key(Partition("mine", 1))
     document = json.loads(file.read_bytes())
     del document[CHECKSUM]
     document["inputs"]["rewards"] = []

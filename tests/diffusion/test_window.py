@@ -19,7 +19,7 @@ from ddpo.errors import ConfigError, PolicyMismatch
 from ddpo.models import Policy
 from ddpo.runs.run import Run, start_run
 from ddpo.store import manifests
-from ddpo.store.checkpoints import load_document
+from ddpo.store.kinds import CHECKPOINT
 from ddpo.store.tables import decode_rollouts
 from ddpo.store.tensors import decode_tensors
 from ddpo.training.loop import initial_state, update
@@ -255,7 +255,7 @@ def test_a_runs_samples_and_updates_have_noise_in_the_same_window_in_every_epoch
         noisy = (tensors["log_probs"] != 0).all(dim=0).nonzero().flatten().tolist()
         assert noisy == [first, first + 1], epoch
         checkpoint = run_epoch(run, checkpoint, epoch)
-        metrics = load_document(run.store, manifests.load(run.store, checkpoint), "metrics")
+        metrics = CHECKPOINT.load(run.store, checkpoint).metrics
         trained = metrics["initial_ratio_deviation_by_timestep"]
         assert sorted(map(int, trained), reverse=True) == list(TIMESTEPS[first : first + 2])
         assert metrics["initial_ratio_deviation"]["max"] == 0.0

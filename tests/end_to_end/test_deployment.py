@@ -30,8 +30,9 @@ from prefect.flows import load_flow_from_entrypoint
 from ddpo.basics.digests import tensors_digest
 from ddpo.rewards import load_reward
 from ddpo.runs.run import Run, open_run
-from ddpo.store import keys, manifests
-from ddpo.store.checkpoints import find_checkpoint, load_checkpoint
+from ddpo.store import manifests
+from ddpo.store.keys import Partition
+from ddpo.store.kinds import ADVANTAGES, CHECKPOINT, EPOCH
 from ddpo.store.objects import Store
 from ddpo.store.tables import decode_advantages
 from ddpo_workflow.tasks.tracking.connection import RUN_ID_TAG, connect
@@ -198,16 +199,16 @@ class Saved:
 
     def rewards(self, reward_id: str, epoch: int) -> list[float | None]:
         """What a reward says of an epoch's samples, by the table of advantages."""
-        key = keys.advantage_manifest_key(reward_id, self.run.run_id, epoch)
+        key = ADVANTAGES.key(Partition(self.run.run_id, epoch, reward_id=reward_id))
         found = manifests.find(self.run.store, key)
         assert found is not None
         table = self.run.store.get(found.manifest.objects["advantages"])
         return [row.reward for row in decode_advantages(table)]
 
     def weights(self, run_id: str, epoch: int) -> str:
-        found = find_checkpoint(self.run.store, run_id, epoch)
+        found = CHECKPOINT.commit_of(self.run.store, Partition(run_id, epoch))
         assert found is not None
-        return tensors_digest(load_checkpoint(self.run.store, found.ref).weights)
+        return tensors_digest(CHECKPOINT.load(self.run.store, found.ref).state().weights)
 
 
 @pytest.fixture(scope="module")
@@ -277,10 +278,10 @@ def mlflow_run(uri: str, run_id: str) -> Any:
 def check_whole(store: Store, uri: str, run_id: str, epochs: int) -> str:
     """Check that store and MLflow have all of a run; returns its id in MLflow."""
     for epoch in range(epochs):
-        assert manifests.find(store, keys.epoch_manifest_key(run_id, epoch)) is not None
-    assert manifests.find(store, keys.epoch_manifest_key(run_id, epochs)) is None
+        assert EPOCH.commit_of(store, Partition(run_id, epoch)) is not None
+    assert EPOCH.commit_of(store, Partition(run_id, epochs)) is None
     for epoch in range(epochs + 1):
-        checkpoint = find_checkpoint(store, run_id, epoch)
+        checkpoint = CHECKPOINT.commit_of(store, Partition(run_id, epoch))
         assert checkpoint is not None
         for stored in checkpoint.manifest.objects.values():
             store.get(stored)  # verifies the digest

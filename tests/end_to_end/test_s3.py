@@ -13,6 +13,8 @@ from mlflow.tracking import MlflowClient
 
 from ddpo.config.s3 import S3Options
 from ddpo.store import keys
+from ddpo.store.keys import Partition
+from ddpo.store.kinds import CHECKPOINT
 from ddpo.store.objects import Store
 from tests.servers import BUCKET, ObjectStore
 
@@ -183,7 +185,7 @@ def test_a_run_is_resumed_on_s3_and_keeps_only_its_newest_checkpoint(
     assert weights() == [3]
     after = {key: store.read(key) for key in store.list("manifests")}
     assert before.items() <= after.items()
-    assert keys.checkpoint_manifest_key("r", 3) in after
+    assert CHECKPOINT.key(Partition("r", 3)) in after
     client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
     (run,) = client.search_runs([e.experiment_id for e in client.search_experiments()])
     history = client.get_metric_history(run.info.run_id, "reward/mean")

@@ -12,7 +12,9 @@ from PIL import Image
 
 from ddpo.basics.digests import sha256_bytes
 from ddpo.runs.run import open_run
-from ddpo.store import keys, manifests
+from ddpo.store import keys
+from ddpo.store.keys import Partition
+from ddpo.store.kinds import EPOCH
 from ddpo.store.objects import Store
 from ddpo_workflow.tasks.tracking.connection import RUN_ID_TAG, connect
 
@@ -102,7 +104,7 @@ def results(store: Store) -> dict[str, str]:
 
 
 def epochs_committed(store: Store) -> list[int]:
-    return [e for e in range(5) if manifests.find(store, keys.epoch_manifest_key("night", e))]
+    return [e for e in range(5) if EPOCH.commit_of(store, Partition("night", e))]
 
 
 def tracked(uri: str) -> MlflowRun:

@@ -70,7 +70,7 @@ def manifest_first(monkeypatch: pytest.MonkeyPatch) -> None:
     put, commit = Store.put, manifests.commit
 
     def later(self: Store, stem: str, suffix: str, data: bytes) -> StoredObject:
-        if not stem.startswith(("rollouts", "trajectories")):
+        if not stem.startswith(("rollouts", "samples", "trajectories")):
             return put(self, stem, suffix, data)
         waiting.append((self, stem, suffix, data))
         digest = manifests.sha256_bytes(data)

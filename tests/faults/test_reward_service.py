@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from ddpo.store import keys
+from ddpo.store.keys import Partition
+from ddpo.store.kinds import ROLLOUTS
 from tests.faults.crashes import RUN, Night
 from tests.faults.processes import Command, kill
 from tests.servers import free_port
@@ -102,7 +103,7 @@ def test_a_reward_service_killed_in_the_midst_of_a_run_costs_a_delay_only(
 def wait_for_epoch_1(night: Night, process: subprocess.Popen[bytes]) -> None:
     """Wait until a shard of epoch 1 is drawn, which takes a second to be scored."""
     deadline = time.monotonic() + LIMIT_S
-    while not night.store.exists(keys.rollout_manifest_key(RUN, 1, 0)):
+    while not night.store.exists(ROLLOUTS.key(Partition(RUN, 1, 0))):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
 

@@ -23,6 +23,9 @@ from ddpo.errors import StoreCallFailed
 from ddpo.runs.run import start_run
 from ddpo.store import backends, keys, manifests
 from ddpo.store import fs_errors as calls
+from ddpo.store.keys import Partition
+from ddpo.store.kinds import ROLLOUTS
+from ddpo.store.manifests import Manifest
 from ddpo.store.objects import Store
 from ddpo.store.tables import decode_advantages, decode_rewards, decode_rollouts
 from tests.faults.proxy import Fault, Plan, fault_proxy
@@ -36,7 +39,7 @@ TABLES: dict[str, Callable[[bytes], list[Any]]] = {
     "rewards": decode_rewards,
     "advantages": decode_advantages,
 }
-MANIFEST = keys.rollout_manifest_key(RUN, 0, 0)
+MANIFEST = ROLLOUTS.key(Partition(RUN, 0, 0))
 LONGEST_WAITS_S = 1 + 2 + 4 + 8
 """Before the four more tries of one call, by botocore's standard mode; half of it on average."""
 
@@ -179,10 +182,10 @@ def test_a_commit_whose_answer_was_lost_is_the_first(
     with behind(looks) as direct:
         table = direct.put("rollouts/x", ".bin", b"rows")
         with behind(creates, direct.root) as store:
-            made = manifests.commit(
-                store, MANIFEST, kind="rollouts", inputs={"seed": 1}, objects={"table": table}
-            )
-        assert (made.adopted, made.diverged) == (False, False)
+            first = Manifest(kind="rollouts", inputs={"seed": 1}, objects={"table": table})
+            assert store.put_if_absent(MANIFEST, first.to_bytes())
+        made = committed(direct)
+        assert made.manifest == first and not made.diverged
         assert creates.planted == {"lost_reply": lost}
         assert manifests.find(direct, MANIFEST, inputs={"seed": 1}) is not None
         assert manifests.load(direct, made.ref) == made.manifest
@@ -201,9 +204,8 @@ def test_of_writers_that_race_behind_lost_replies_one_wins(
     for _ in range(rounds):
         with behind(plan) as store, ThreadPoolExecutor(writers) as pool:
             made = list(pool.map(partial(commit, store), range(writers)))
-            (first,) = [one for one in made if not one.adopted]
+            (first,) = [one for one in made if not one.diverged]
             assert all(one.ref == first.ref for one in made)
-            assert [one.diverged for one in made] == [one.adopted for one in made]
             assert manifests.load(store, first.ref) == first.manifest
     assert plan.planted["lost_reply"] >= rounds * writers
 

@@ -18,9 +18,9 @@ from ddpo.basics.digests import sha256_bytes
 from ddpo.diffusion.sampling import sample
 from ddpo.runs.run import Run, start_run
 from ddpo.store import manifests
-from ddpo.store.manifests import Committed
+from ddpo.store.manifests import Committed, Ref
 from ddpo.store.objects import Store
-from ddpo_workflow.tasks.sample import draw_shard
+from ddpo_workflow.tasks.sample import shard_of
 from ddpo_workflow.tasks.start import start
 from ddpo_workflow.tasks.worker import RunHandle, policy_at
 from tests.servers import BUCKET, ObjectStore
@@ -64,22 +64,30 @@ def test_of_sixteen_writers_of_a_shard_one_wins_and_all_adopt_it(
     monkeypatch.setattr(ddpo_workflow.tasks.sample, "policy_at", shared)
     monkeypatch.setattr(ddpo_workflow.tasks.sample, "sample", draws)
     together = threading.Barrier(WRITERS)
-    commit = manifests.commit
+    commit, create = manifests.commit, Store.put_if_absent
+    outcomes: list[Committed] = []
+    created: list[bool] = []
 
     def commit_together(*arguments: Any, **named: Any) -> Committed:
         together.wait(60)
-        return commit(*arguments, **named)
+        outcomes.append(commit(*arguments, **named))
+        return outcomes[-1]
+
+    def counted(*arguments: Any) -> bool:
+        created.append(create(*arguments))
+        return created[-1]
 
     monkeypatch.setattr(manifests, "commit", commit_together)
+    monkeypatch.setattr(Store, "put_if_absent", counted)
 
-    def write(number: int) -> Committed:
+    def write(number: int) -> Ref:
         own.number = number
-        return draw_shard(replace(run, store=Store.open(root)), checkpoint, 0, 0)
+        return shard_of(replace(run, store=Store.open(root)), checkpoint, 0, 0)
 
     with ThreadPoolExecutor(WRITERS) as pool:
-        outcomes = list(pool.map(write, range(WRITERS)))
-    assert sum(not outcome.adopted for outcome in outcomes) == 1
-    assert len({outcome.ref for outcome in outcomes}) == 1
+        refs = list(pool.map(write, range(WRITERS)))
+    assert len(created) == WRITERS and sum(created) == 1
+    assert {*refs} == {outcome.ref for outcome in outcomes} and len({*refs}) == 1
     assert sum(outcome.diverged for outcome in outcomes) == (WRITERS - 1 if bytes_differ else 0)
     committed = manifests.load(run.store, outcomes[0].ref)
     for stored in committed.objects.values():

@@ -23,8 +23,9 @@ from ddpo.errors import ConfigError
 from ddpo.runs.forks.checks import saved_rollouts
 from ddpo.runs.run import open_run, start_run
 from ddpo.store import manifests
-from ddpo.store.checkpoints import find_checkpoint, load_document
 from ddpo.store.epochs import read_epoch
+from ddpo.store.keys import Partition
+from ddpo.store.kinds import CHECKPOINT
 from ddpo.store.manifests import Manifest
 from ddpo.store.objects import Store
 from ddpo.store.tables import decode_rollouts
@@ -237,9 +238,9 @@ def test_offline_all_learn_from_what_the_first_checkpoint_drew(tiny_model: Path,
     shared = comparison.shared[0]
     run = start_run(shared.config, shared.run_id)
     sample_shared(run.handle, open_page(run).handle)
-    first = find_checkpoint(run.store, run.run_id, 0)
-    assert first is not None and find_checkpoint(run.store, run.run_id, 1) is None
-    untrained = load_document(run.store, first.manifest, "digests")["policy_digest"]
+    first = CHECKPOINT.commit_of(run.store, Partition(run.run_id, 0))
+    assert first is not None and CHECKPOINT.commit_of(run.store, Partition(run.run_id, 1)) is None
+    untrained = CHECKPOINT.read(run.store, first.manifest).digests["policy_digest"]
     assert not verify_run(run.store, run.run_id).damages
     # Its second epoch's parts are made again by what made them: the first checkpoint.
     epoch = read_epoch(run.store, run.run_id, 1)

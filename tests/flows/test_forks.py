@@ -9,9 +9,9 @@ import pytest
 
 from ddpo.analysis.report import reward_curve
 from ddpo.errors import ConfigError, PolicyMismatch, UnknownSchema
-from ddpo.runs.forks.records import forks_of
 from ddpo.store import keys, manifests
-from ddpo.store.checkpoints import find_checkpoint, load_document
+from ddpo.store.keys import Partition
+from ddpo.store.kinds import ADVANTAGES, CHECKPOINT, EPOCH, ROLLOUTS
 from ddpo.store.objects import Store
 from ddpo.store.tables import decode_advantages
 from ddpo_workflow.flows.fork import fork, forked_config
@@ -30,9 +30,9 @@ def test_a_fork_with_the_same_reward_ends_in_the_very_weights_of_its_run(place: 
     # Prompt statistics were rebuilt from the scores of epoch 0.
     for epoch in (1, EPOCHS):
         ours, theirs = (
-            load_document(place.store, found.manifest, "progress")
+            CHECKPOINT.read(place.store, found.manifest).document("progress")
             for run_id in ("again", NIGHT)
-            if (found := find_checkpoint(place.store, run_id, epoch))
+            if (found := CHECKPOINT.commit_of(place.store, Partition(run_id, epoch)))
         )
         assert ours == theirs
     assert theirs["statistics"]
@@ -40,12 +40,12 @@ def test_a_fork_with_the_same_reward_ends_in_the_very_weights_of_its_run(place: 
     # Nothing of epoch 1 was drawn or copied.
     for shard in range(2):
         found = [
-            manifests.find(place.store, keys.rollout_manifest_key(run_id, 1, shard))
+            ROLLOUTS.commit_of(place.store, Partition(run_id, 1, shard))
             for run_id in ("again", NIGHT)
         ]
         assert found[0] and found[1] and found[0].manifest.objects == found[1].manifest.objects
     # Lineage, both ways.
-    assert forks_of(place.store, NIGHT) == ["again"]
+    assert place.store.list(keys.forks_prefix(NIGHT)) == [keys.fork_key(NIGHT, "again")]
     assert place.run("again").config.fork.run_id == NIGHT
     tags = place.page("again").data.tags
     assert tags["mlflow.parentRunId"] == place.page(NIGHT).info.run_id
@@ -62,9 +62,8 @@ def test_a_fork_under_another_reward_scores_what_is_saved_and_goes_on(place: Pla
         decode_advantages(place.store.get(found.manifest.objects["advantages"]))
         for each in (place.run(NIGHT), run)
         if (
-            found := manifests.find(
-                place.store,
-                keys.advantage_manifest_key(each.reward.identity.reward_id, each.run_id, 2),
+            found := ADVANTAGES.commit_of(
+                place.store, Partition(each.run_id, 2, reward_id=each.reward.identity.reward_id)
             )
         )
     )
@@ -86,8 +85,11 @@ def test_a_fork_may_forget_the_rewards_before_it(
         monkeypatch, "fork", NIGHT, "--epoch", "1", "--reward", "jpeg_incompressibility",
         "--run-id", "reset", "--reset-statistics", "--epochs", "2", "--root", place.store.root,
     )  # fmt: skip
-    found = find_checkpoint(place.store, "reset", 1)
-    assert found and load_document(place.store, found.manifest, "progress")["statistics"] == {}
+    found = CHECKPOINT.commit_of(place.store, Partition("reset", 1))
+    assert (
+        found
+        and CHECKPOINT.read(place.store, found.manifest).document("progress")["statistics"] == {}
+    )
 
 
 @pytest.mark.slow
@@ -125,7 +127,7 @@ def test_rollouts_of_another_schema_version_are_refused_by_name(
     copied = tmp_path / "store"
     shutil.copytree(place.store.root.removeprefix("file://"), copied)
     store = Store.open(str(copied))
-    key = keys.epoch_manifest_key(NIGHT, 1)
+    key = EPOCH.key(Partition(NIGHT, 1))
     found = manifests.find(store, key)
     assert found is not None
     store.delete(key)
@@ -142,12 +144,14 @@ def test_a_fork_may_begin_an_average_of_the_weights_and_end_it(place: Place) -> 
     root = place.store.root
     fork(NIGHT, 1, fork_id="averaged", overrides=["optimizer.ema_decay=0.5"], storage=root)
     # It begins at the weights that it starts from, and trains the same ones.
-    first, last = (find_checkpoint(place.store, "averaged", epoch) for epoch in (1, EPOCHS))
+    first, last = (
+        CHECKPOINT.commit_of(place.store, Partition("averaged", epoch)) for epoch in (1, EPOCHS)
+    )
     assert first and first.manifest.objects["ema"] == first.manifest.objects["weights"]
     assert place.weights("averaged", EPOCHS) == place.weights(NIGHT, EPOCHS)
     assert last and last.manifest.objects["ema"] != last.manifest.objects["weights"]
     fork("averaged", 2, fork_id="plain", overrides=["optimizer.ema_decay=null"], storage=root)
-    plain = find_checkpoint(place.store, "plain", EPOCHS)
+    plain = CHECKPOINT.commit_of(place.store, Partition("plain", EPOCHS))
     assert plain and "ema" not in plain.manifest.objects
     assert place.weights("plain", EPOCHS) == place.weights(NIGHT, EPOCHS)
 
@@ -158,7 +162,7 @@ def test_a_history_is_trained_on_off_policy_where_the_config_says_so(place: Plac
     fork(NIGHT, 1, fork_id="history", overrides=settings, storage=place.store.root)
     for epoch in (1, 2):
         found = [
-            manifests.find(place.store, keys.rollout_manifest_key(run_id, epoch, 0))
+            ROLLOUTS.commit_of(place.store, Partition(run_id, epoch, 0))
             for run_id in ("history", NIGHT)
         ]
         assert found[0] and found[1] and found[0].manifest.objects == found[1].manifest.objects

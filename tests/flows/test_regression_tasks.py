@@ -10,8 +10,9 @@ import torch
 
 from ddpo.errors import ConfigError
 from ddpo.runs.run import Run, start_run
-from ddpo.store import keys, manifests
-from ddpo.store.checkpoints import find_checkpoint, load_checkpoint, load_document
+from ddpo.store import manifests
+from ddpo.store.keys import Partition
+from ddpo.store.kinds import ADVANTAGES, CHECKPOINT, ROLLOUTS
 from ddpo.store.manifests import Ref
 from ddpo.store.tables import decode_advantages, decode_rollouts
 from ddpo.store.tensors import decode_tensors
@@ -57,7 +58,7 @@ def manifest_objects(run: Run, key: str) -> dict[str, bytes]:
 
 
 def advantage_table(run: Run) -> list[Any]:
-    key = keys.advantage_manifest_key(run.reward.identity.reward_id, "r", 0)
+    key = ADVANTAGES.key(Partition("r", 0, reward_id=run.reward.identity.reward_id))
     return decode_advantages(manifest_objects(run, key)["advantages"])
 
 
@@ -66,9 +67,9 @@ def content(run: Run) -> dict[str, bytes]:
 
 
 def last_state(run: Run, epoch: int):
-    found = find_checkpoint(run.store, "r", epoch)
+    found = CHECKPOINT.commit_of(run.store, Partition("r", epoch))
     assert found is not None
-    return load_checkpoint(run.store, found.ref)
+    return CHECKPOINT.load(run.store, found.ref).state()
 
 
 @pytest.mark.slow
@@ -114,7 +115,7 @@ def test_shards_hold_the_final_latents_alone_and_train_as_whole_trajectories_do(
             rollouts={"store_trajectories": store_trajectories},
         )
         run_epochs(run, 1)
-        data = manifest_objects(run, keys.rollout_manifest_key("r", 0, 1))["trajectories"]
+        data = manifest_objects(run, ROLLOUTS.key(Partition("r", 0, 1)))["trajectories"]
         shards[store_trajectories] = decode_tensors(data)[0]
         states[store_trajectories] = last_state(run, 1)
     final, full = shards["auto"], shards["full"]
@@ -142,7 +143,7 @@ def test_tables_hold_weights_where_ddpo_has_advantages(tiny_model: Path, tmp_pat
                 row.prompt
                 for shard in range(2)
                 for row in decode_rollouts(
-                    manifest_objects(run, keys.rollout_manifest_key("r", 0, shard))["rollouts"]
+                    manifest_objects(run, ROLLOUTS.key(Partition("r", 0, shard)))["rollouts"]
                 )
             ]
             expected = sum(max(prompts.count(text) // 2, 1) for text in set(prompts))
@@ -155,7 +156,7 @@ def test_metrics_of_importance_ratios_are_absent_and_not_zero(
 ) -> None:
     run = a_run(tiny_model, tmp_path, "rwr")
     following = run_epochs(run, 1)
-    document = load_document(run.store, manifests.load(run.store, following), "metrics")
+    document = CHECKPOINT.load(run.store, following).metrics
     shown = _update_metrics(document)
     assert set(shown) == {
         f"update/{name}"
@@ -175,7 +176,7 @@ def test_regression_trains_on_deterministic_sampling(
     window = None if position is None else {"steps": 1, "position": position}
     run = a_run(tiny_model, tmp_path, "rwr", sampler={"eta": 0, "window": window})
     run_epochs(run, 1)
-    table = manifest_objects(run, keys.rollout_manifest_key("r", 0, 0))["rollouts"]
+    table = manifest_objects(run, ROLLOUTS.key(Partition("r", 0, 0)))["rollouts"]
     assert all(row.log_prob_mean is None for row in decode_rollouts(table))
     before, after = last_state(run, 0), last_state(run, 1)
     assert any(not torch.equal(before.weights[name], v) for name, v in after.weights.items())

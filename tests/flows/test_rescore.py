@@ -18,7 +18,8 @@ from ddpo.basics.images import decode_image
 from ddpo.errors import ConfigError, NotInHistory
 from ddpo.prompts import Prompt
 from ddpo.rewards import Scores
-from ddpo.store import keys, manifests
+from ddpo.store.keys import Partition
+from ddpo.store.kinds import ADVANTAGES, ROLLOUTS
 from ddpo.store.objects import Store
 from ddpo.store.tables import decode_advantages, decode_rollouts
 from ddpo.store.upkeep.epoch_retention import retire_epochs
@@ -52,8 +53,8 @@ def test_a_rescored_fork_has_the_advantages_of_one_that_had_that_reward_from_the
             decode_advantages(place.store.get(found.manifest.objects["advantages"]))
             for run_id in (name, other)
             if (
-                found := manifests.find(
-                    place.store, keys.advantage_manifest_key(reward_id, run_id, 1)
+                found := ADVANTAGES.commit_of(
+                    place.store, Partition(run_id, 1, reward_id=reward_id)
                 )
             )
         )
@@ -75,11 +76,7 @@ def test_rescoring_is_what_the_run_would_have_had_and_happens_once(place: Place)
         own, new = (
             decode_advantages(place.store.get(found.manifest.objects["advantages"]))
             for each in (own_id, reward_id)
-            if (
-                found := manifests.find(
-                    place.store, keys.advantage_manifest_key(each, NIGHT, epoch)
-                )
-            )
+            if (found := ADVANTAGES.commit_of(place.store, Partition(NIGHT, epoch, reward_id=each)))
         )
         assert [row.columns["advantage"] for row in new] == pytest.approx(
             [-row.columns["advantage"] for row in own]
@@ -129,7 +126,7 @@ def test_advantages_of_later_epochs_come_once_those_before_are_scored(place: Pla
 @pytest.mark.slow
 def test_an_epoch_that_cannot_be_scored_ends_no_rescoring(place: Place) -> None:
     for shard in range(2):
-        found = manifests.find(place.store, keys.rollout_manifest_key(NIGHT, 1, shard))
+        found = ROLLOUTS.commit_of(place.store, Partition(NIGHT, 1, shard))
         assert found is not None
         rows = decode_rollouts(place.store.get(found.manifest.objects["rollouts"]))
         _UNREADABLE.update(decode_image(row.image_png).tobytes() for row in rows)

@@ -15,7 +15,9 @@ from ddpo.config import RewardConfig
 from ddpo.prompts import Prompt
 from ddpo.runs.forks.checks import saved_rollouts
 from ddpo.runs.run import Run, start_run
-from ddpo.store import keys, manifests
+from ddpo.store import manifests
+from ddpo.store.keys import Partition
+from ddpo.store.kinds import ROLLOUTS, SCORES
 from ddpo.store.manifests import Ref
 from ddpo.store.tables import decode_rewards, decode_rollouts
 from ddpo_workflow.tasks.score import score_shard
@@ -69,8 +71,8 @@ def saved_samples(run: Run, epochs: Sequence[int]) -> Saved:
     for epoch in epochs:
         for shard in range(2):
             for key, role in (
-                (keys.rollout_manifest_key("r", epoch, shard), "rollouts"),
-                (keys.reward_manifest_key(run.reward_id, "r", epoch, shard), "rewards"),
+                (ROLLOUTS.key(Partition("r", epoch, shard)), "rollouts"),
+                (SCORES.key(Partition("r", epoch, shard, reward_id=run.reward_id)), "rewards"),
             ):
                 found = manifests.find(run.store, key)
                 assert found is not None

@@ -19,7 +19,7 @@ from ddpo.prompts import Prompt
 from ddpo.rewards import available_rewards, load_reward, score_images
 from ddpo.rewards.catalogue import describe_rewards
 from ddpo.runs.run import Run, start_run
-from ddpo.store import keys
+from ddpo.store.kinds import ROLLOUTS
 from ddpo_workflow.flows.cli import app as cli
 from ddpo_workflow.tasks.sample import sample_shard
 from ddpo_workflow.tasks.start import start
@@ -115,7 +115,7 @@ def kilobytes(run: Run, *epochs: int) -> np.ndarray:
     for epoch in epochs:
         folder = (
             Path(run.store.root.removeprefix("file://"))
-            / keys.rollouts_prefix(run.run_id)
+            / ROLLOUTS.data_folder("rollouts", run.run_id)
             / f"epoch={epoch:05d}"
         )
         for file in sorted(folder.glob("*.parquet")):

@@ -22,8 +22,9 @@ from ddpo.errors import (
     StoreCallFailed,
 )
 from ddpo.runs.run import Run, start_run
-from ddpo.store import keys, manifests
-from ddpo.store.checkpoints import load_checkpoint, load_document
+from ddpo.store import manifests
+from ddpo.store.keys import Partition
+from ddpo.store.kinds import CHECKPOINT
 from ddpo.store.manifests import Ref
 from ddpo.store.tables import decode_advantages, decode_rewards, decode_rollouts
 from ddpo.store.upkeep.retention import is_retired
@@ -230,12 +231,12 @@ def test_retention_keeps_the_newest_checkpoints_and_every_manifest(tiny_model: P
     kept = [epoch for epoch in range(5) if not is_retired(run.store, "r", epoch)]
     assert kept == [0, 2, 4]
     for epoch, ref in enumerate(refs):
-        assert manifests.find(run.store, keys.checkpoint_manifest_key("r", epoch)) is not None
+        assert CHECKPOINT.commit_of(run.store, Partition("r", epoch)) is not None
         if epoch in kept:
-            assert load_checkpoint(run.store, ref).epoch == epoch
+            assert CHECKPOINT.load(run.store, ref).state().epoch == epoch
         else:
             with pytest.raises(RetiredObject):
-                load_checkpoint(run.store, ref)
+                CHECKPOINT.load(run.store, ref).state()
 
 
 def data_of(run: Run, ref: Ref, role: str) -> bytes:
@@ -243,9 +244,7 @@ def data_of(run: Run, ref: Ref, role: str) -> bytes:
 
 
 def policy_digest(run: Run, checkpoint: Ref) -> str:
-    return load_document(run.store, manifests.load(run.store, checkpoint), "digests")[
-        "policy_digest"
-    ]
+    return CHECKPOINT.load(run.store, checkpoint).digests["policy_digest"]
 
 
 def test_pictures_of_a_retired_checkpoint_are_left_out(tiny_model: Path, root: Path):

@@ -18,7 +18,7 @@ from ddpo.prompts import Prompt
 from ddpo.rewards import Scores
 from ddpo.runs.run import Run, start_run
 from ddpo.store import manifests
-from ddpo.store.checkpoints import commit_checkpoint, load_checkpoint, load_document
+from ddpo.store.kinds import CHECKPOINT
 from ddpo.store.manifests import Ref
 from ddpo.store.objects import Store
 from ddpo.store.tables import decode_advantages
@@ -31,6 +31,7 @@ from ddpo_workflow.flows.fork import forked_config
 from ddpo_workflow.tasks.start import start
 from ddpo_workflow.tasks.worker import RunHandle
 from tests.fold import as_in_a_new_process, run_epoch, run_epochs
+from tests.states import commit_state
 from tests.tiny import (
     alternating_advantages,
     as_credit,
@@ -129,8 +130,8 @@ def test_a_checkpoint_remembers_v_and_retirement_deletes_it() -> None:
         value = {"weight/hidden.bias": torch.full((2,), float(epoch))} if epoch else {}
         weights = {"a": torch.full((2,), float(epoch))}
         state = TrainState(weights, {}, {}, epoch, updates=0, samples=0, value=value)
-        refs.append(commit_checkpoint(store, "r", state, inputs={}, documents={}).ref)
-        assert_same_tensors(load_checkpoint(store, refs[-1]).value, value)
+        refs.append(commit_state(store, state))
+        assert_same_tensors(CHECKPOINT.load(store, refs[-1]).state().value, value)
     assert retire_checkpoints(store, "r", keep_newest=1, keep_every=None) == [0, 1]
     assert [key for key in store.list("checkpoints") if "/value-" in key] == [
         manifests.load(store, refs[2]).objects["value"].key
@@ -188,8 +189,8 @@ def test_the_first_epoch_is_that_of_batch_advantages_and_the_second_is_not(
             for key in sorted(run.store.list("manifests/checkpoints"))
         ]
         loaded = [manifest for manifest in listed if manifest is not None]
-        weights.append([load_checkpoint(run.store, m.ref).weights for m in loaded])
-        measured.append([load_document(run.store, m.manifest, "metrics") for m in loaded[1:]])
+        weights.append([CHECKPOINT.load(run.store, m.ref).state().weights for m in loaded])
+        measured.append([CHECKPOINT.read(run.store, m.manifest).metrics for m in loaded[1:]])
         with_object = ["value" in m.manifest.objects for m in loaded]
         assert with_object == ([False, True, True] if kind == "value" else [False] * 3)
     batch, value = weights
@@ -262,7 +263,7 @@ def test_a_fork_takes_v_over_where_it_foretells_the_forks_own_reward(
     fork, first = forked(parent, "same", overrides=["optimizer.learning_rate=1e-3"])
     assert value_of(fork, first) == own
     following = run_epoch(fork, first, 1)
-    state = load_checkpoint(fork.store, following)
+    state = CHECKPOINT.load(fork.store, following).state()
     assert {float(v) for name, v in state.value.items() if name.startswith("step/")} == {20.0}
     other = build_tiny_model(tmp_path / "other", seed=5)
     for fork_id, changes in {
@@ -278,5 +279,5 @@ def test_a_fork_takes_v_over_where_it_foretells_the_forks_own_reward(
         assert value_of(*forked(parent, "exchanged")) is None
     fork, first = forked(parent, "other", reward="jpeg_incompressibility")
     following = run_epoch(fork, first, 1)
-    state = load_checkpoint(fork.store, following)
+    state = CHECKPOINT.load(fork.store, following).state()
     assert {float(v) for name, v in state.value.items() if name.startswith("step/")} == {10.0}

@@ -4,8 +4,10 @@ import pytest
 
 from ddpo.config import Keep
 from ddpo.errors import MissingObject, RetiredObject
-from ddpo.store import keys, manifests, runs
+from ddpo.store import keys, runs
 from ddpo.store.documents import seal
+from ddpo.store.keys import Partition
+from ddpo.store.kinds import ADVANTAGES, CHECKPOINT, EPOCH, ROLLOUTS, SCORES, Kind
 from ddpo.store.manifests import Ref
 from ddpo.store.objects import Store, StoredObject
 from ddpo.store.upkeep.epoch_retention import retire_epochs
@@ -14,7 +16,7 @@ from ddpo.store.upkeep.verify import verify_run
 from tests.store.records import record_fork
 
 REWARD = "jpeg-01234567"
-TREES = ("trajectories", "rollouts", "rewards", "statistics", "advantages")
+TREES = ("trajectories", "rollouts", "samples", "rewards", "statistics", "advantages")
 
 
 def put(store: Store, stem: str) -> StoredObject:
@@ -23,48 +25,37 @@ def put(store: Store, stem: str) -> StoredObject:
 
 def epoch(store: Store, run_id: str, number: int, *, from_run: str | None = None) -> None:
     """Commit an epoch of one shard; `from_run` gives its rollouts, as a fork's first epoch has."""
-    owner = from_run or run_id
-    parts: dict[str, tuple[str, dict[str, StoredObject]]] = {
-        "rollouts": (
-            keys.rollout_manifest_key(run_id, number, 0),
-            {
-                "rollouts": put(store, keys.rollout_stem(owner, number, 0)),
-                "trajectories": put(store, keys.trajectory_stem(owner, number, 0)),
-            },
-        ),
-        "rewards": (
-            keys.reward_manifest_key(REWARD, run_id, number, 0),
-            {"rewards": put(store, keys.reward_stem(REWARD, run_id, number, 0))},
-        ),
-        "advantages": (
-            keys.advantage_manifest_key(REWARD, run_id, number),
-            {
-                "advantages": put(store, keys.advantage_stem(REWARD, run_id, number)),
-                "statistics": put(store, keys.statistics_stem(REWARD, run_id, number)),
-            },
-        ),
+    shard = Partition(run_id, number, 0)
+    scored = Partition(run_id, number, 0, REWARD)
+    whole = Partition(run_id, number, reward_id=REWARD)
+
+    def committed(kind: Kind, where: Partition, owner: Partition) -> Ref:
+        objects = {role: put(store, kind.stem(role, owner)) for role in kind.roles}
+        return kind.commit(store, where, {}, objects).ref
+
+    inputs = {
+        "rollouts": [committed(ROLLOUTS, shard, Partition(from_run or run_id, number, 0))],
+        "rewards": [committed(SCORES, scored, scored)],
+        "advantages": [committed(ADVANTAGES, whole, whole)],
     }
-    refs: dict[str, Ref] = {
-        kind: manifests.commit(store, key, kind=kind, inputs={}, objects=objects).ref
-        for kind, (key, objects) in parts.items()
-    }
-    inputs = {kind: [ref.model_dump()] for kind, ref in refs.items()}
-    key = keys.epoch_manifest_key(run_id, number)
-    manifests.commit(store, key, kind="epoch", inputs=inputs, objects={})
+    EPOCH.commit(store, Partition(run_id, number), inputs, {})
 
 
 def begun(store: Store, run_id: str, number: int) -> None:
     """Commit the first checkpoint of a fork."""
-    key = keys.checkpoint_manifest_key(run_id, number)
-    manifests.commit(store, key, kind="checkpoint", inputs={}, objects={})
+    CHECKPOINT.commit(store, Partition(run_id, number), {}, {})
 
 
-def kept(store: Store, run_id: str = "R") -> dict[str, list[int | None]]:
+def epoch_of(key: str) -> int:
+    parsed = keys.parse_object(key)
+    assert parsed is not None
+    return parsed[1].epoch
+
+
+def kept(store: Store, run_id: str = "R") -> dict[str, list[int]]:
     """The epochs of which each tree still has an object of the run."""
     return {
-        tree: sorted(
-            keys.parse_epoch(key) for key in store.list(tree) if f"run_id={run_id}/" in key
-        )
+        tree: sorted(epoch_of(key) for key in store.list(tree) if f"run_id={run_id}/" in key)
         for tree in TREES
     }
 
@@ -74,7 +65,7 @@ def kept(store: Store, run_id: str = "R") -> dict[str, list[int | None]]:
     [
         ("everything", ()),
         ("images_and_scores", ("trajectories",)),
-        ("checkpoints", ("trajectories", "rollouts", "rewards", "statistics")),
+        ("checkpoints", ("trajectories", "rollouts", "samples", "rewards", "statistics")),
     ],
 )
 def test_what_each_setting_keeps_of_old_epochs(
@@ -99,9 +90,9 @@ def test_what_is_dropped_reads_as_retired_and_not_as_damage(store: Store) -> Non
         epoch(store, "R", number)
     store.put_if_absent(keys.run_key("R"), b"{}")
     retire_epochs(store, "R", keep="images_and_scores", older_than=1)
-    found = manifests.find(store, keys.rollout_manifest_key("R", 0, 0))
+    found = ROLLOUTS.commit_of(store, Partition("R", 0, 0))
     assert found is not None
-    record = keys.retired_epoch_key("trajectories", "R", 0)
+    record = keys.retired_key("trajectories", "R", 0)
     with pytest.raises(RetiredObject, match=record):
         store.get(found.manifest.objects["trajectories"])
     table = found.manifest.objects["rollouts"]
@@ -156,7 +147,9 @@ def test_what_a_fork_trains_on_stays(store: Store) -> None:
     epoch(store, "Fork", 1, from_run="R")
     epoch(store, "Fork", 2)
     retire_epochs(store, "R", keep="checkpoints", older_than=1)
-    assert kept(store)["trajectories"] == kept(store)["rollouts"] == [1, 3]
+    assert (
+        kept(store)["trajectories"] == kept(store)["rollouts"] == kept(store)["samples"] == [1, 3]
+    )
     assert kept(store)["rewards"] == [3]
     # The fork's own retention leaves the other run alone, too.
     retire_epochs(store, "Fork", keep="checkpoints", older_than=1)
@@ -171,7 +164,12 @@ def test_all_epochs_that_forks_of_several_adopted_stay(store: Store) -> None:
             epoch(store, fork, number, from_run="R")
         epoch(store, fork, adopted[-1] + 1)
     assert retire_epochs(store, "R", keep="checkpoints", older_than=2) == [0, 1, 2, 3, 4, 5]
-    assert kept(store)["trajectories"] == kept(store)["rollouts"] == [1, 2, 3, 4, 6, 7]
+    assert (
+        kept(store)["trajectories"]
+        == kept(store)["rollouts"]
+        == kept(store)["samples"]
+        == [1, 2, 3, 4, 6, 7]
+    )
     assert kept(store)["rewards"] == [6, 7]
 
 
@@ -182,10 +180,15 @@ def test_epochs_that_a_fork_is_still_to_adopt_stay_whole(store: Store) -> None:
     begun(store, "Fork", 1)
     epoch(store, "Fork", 1, from_run="R")
     assert retire_epochs(store, "R", keep="checkpoints", older_than=1) == [0, 1, 4, 5]
-    assert kept(store)["trajectories"] == kept(store)["rollouts"] == [1, 2, 3, 6]
+    assert (
+        kept(store)["trajectories"]
+        == kept(store)["rollouts"]
+        == kept(store)["samples"]
+        == [1, 2, 3, 6]
+    )
     assert kept(store)["rewards"] == [2, 3, 6]
     # Without a record of retirement either, which would keep the fork from adopting them.
-    gone = [n for n in range(7) if store.exists(keys.retired_epoch_key("samples", "R", n))]
+    gone = [n for n in range(7) if store.exists(keys.retired_key("samples", "R", n))]
     assert gone == [0, 1, 4, 5]
     # A fork that a person took away awaits nothing.
     store.delete(keys.run_key("Fork"))
@@ -242,7 +245,7 @@ def test_a_fork_whose_record_cannot_be_read_only_puts_it_off(store: Store) -> No
 
 def test_an_epoch_that_is_not_committed_is_left_alone(store: Store) -> None:
     epoch(store, "R", 0)
-    put(store, keys.trajectory_stem("R", 1, 0))
+    put(store, ROLLOUTS.stem("trajectories", Partition("R", 1, 0)))
     assert retire_epochs(store, "R", keep="checkpoints", older_than=1) == []
     assert kept(store)["trajectories"] == [0, 1]
     assert find_unreferenced(store, "R") == {}  # it is young
@@ -251,16 +254,16 @@ def test_an_epoch_that_is_not_committed_is_left_alone(store: Store) -> None:
 def test_another_run_that_cannot_be_read_only_puts_it_off(store: Store) -> None:
     for number in range(3):
         epoch(store, "R", number)
-    store.put_if_absent(keys.rollout_manifest_key("Broken", 0, 0), b"no manifest")
+    store.put_if_absent(ROLLOUTS.key(Partition("Broken", 0, 0)), b"no manifest")
     assert retire_epochs(store, "R", keep="checkpoints", older_than=1) == []
     assert kept(store) == {tree: [0, 1, 2] for tree in TREES}
-    store.delete(keys.rollout_manifest_key("Broken", 0, 0))
+    store.delete(ROLLOUTS.key(Partition("Broken", 0, 0)))
     assert retire_epochs(store, "R", keep="checkpoints", older_than=1) == [0, 1]
 
 
 def test_an_epoch_whose_commit_was_taken_away_is_left_alone(store: Store) -> None:
     for number in range(3):
         epoch(store, "R", number)
-    store.delete(keys.epoch_manifest_key("R", 0))
+    store.delete(EPOCH.key(Partition("R", 0)))
     assert retire_epochs(store, "R", keep="checkpoints", older_than=1) == [1]
     assert kept(store)["trajectories"] == [0, 2]

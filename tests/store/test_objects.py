@@ -13,7 +13,9 @@ from fsspec.implementations.dirfs import DirFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
 from ddpo.errors import CorruptObject, InvalidKey, MissingObject, StoreNotWritable
-from ddpo.store import keys, tables
+from ddpo.store import tables
+from ddpo.store.keys import Partition
+from ddpo.store.kinds import ROLLOUTS
 from ddpo.store.objects import Store, StoredObject
 from ddpo.store.upkeep.probe import probe
 from tests.store.store_samples import filler, is_whole, rollout_rows
@@ -156,7 +158,7 @@ getattr(store, sys.argv[2])(*sys.argv[3:-1], bytes.fromhex(sys.argv[-1]))
 def test_a_write_that_is_killed_leaves_nothing_that_anyone_sees(
     local_store: Store, spawn: Callable, call: tuple[str, ...]
 ) -> None:
-    stem = keys.rollout_stem("R", 0, 0)
+    stem = ROLLOUTS.stem("rollouts", Partition("R", 0, 0))
     whole = local_store.put(stem, ".parquet", tables.encode_rollouts(rollout_rows()))
     folder = local_path(local_store, whole.key).parent
     names = {"STEM": stem, "KEY": f"{stem}.parquet"}

@@ -4,25 +4,27 @@ import pytest
 
 from ddpo.errors import InvalidRetention, MissingObject, RetiredObject
 from ddpo.store import keys, manifests
+from ddpo.store.keys import Partition
+from ddpo.store.kinds import CHECKPOINT
 from ddpo.store.objects import Store, StoredObject
 from ddpo.store.upkeep.retention import is_retired, retire_checkpoints
 from tests.store.records import record_fork
 
 
 def checkpoint(store: Store, run_id: str, epoch: int, **shared: StoredObject) -> None:
-    stem = keys.checkpoint_stem(run_id, epoch, "weights")
+    stem = CHECKPOINT.stem("weights", Partition(run_id, epoch))
     weights = store.put(stem, ".safetensors", f"weights {epoch}".encode())
     commit(store, run_id, epoch, {"weights": weights, **shared})
 
 
 def commit(store: Store, run_id: str, epoch: int, objects: dict[str, StoredObject]) -> None:
-    key = keys.checkpoint_manifest_key(run_id, epoch)
+    key = CHECKPOINT.key(Partition(run_id, epoch))
     inputs = {"run_id": run_id, "epoch": epoch}
     manifests.commit(store, key, kind="checkpoint", inputs=inputs, objects=objects)
 
 
 def objects_of(store: Store, run_id: str, epoch: int) -> dict[str, StoredObject]:
-    found = manifests.find(store, keys.checkpoint_manifest_key(run_id, epoch))
+    found = CHECKPOINT.commit_of(store, Partition(run_id, epoch))
     assert found is not None
     return dict(found.manifest.objects)
 
@@ -43,7 +45,7 @@ def test_the_newest_and_every_nth_stay_and_every_manifest_does(store: Store) -> 
 
 def test_the_documents_of_a_retired_checkpoint_stay(store: Store) -> None:
     for epoch in range(2):
-        metrics = store.put(keys.checkpoint_stem("R", epoch, "metrics"), ".json", b"{}")
+        metrics = store.put(CHECKPOINT.stem("metrics", Partition("R", epoch)), ".json", b"{}")
         checkpoint(store, "R", epoch, metrics=metrics)
     assert retire_checkpoints(store, "R", keep_newest=1, keep_every=None) == [0]
     assert readable(store, "R", range(2)) == [1]
@@ -67,7 +69,7 @@ def test_a_retired_object_reads_as_retired_and_a_lost_one_as_missing(store: Stor
     for epoch in range(3):
         checkpoint(store, "R", epoch)
     retire_checkpoints(store, "R", keep_newest=2, keep_every=None)
-    with pytest.raises(RetiredObject, match=keys.retired_checkpoint_key("R", 0)):
+    with pytest.raises(RetiredObject, match=keys.retired_key("checkpoints", "R", 0)):
         store.get(objects_of(store, "R", 0)["weights"])
     lost = objects_of(store, "R", 1)["weights"]
     store.delete(lost.key)
@@ -77,7 +79,9 @@ def test_a_retired_object_reads_as_retired_and_a_lost_one_as_missing(store: Stor
 
 
 def test_an_object_that_a_kept_checkpoint_refers_to_stays(store: Store) -> None:
-    shared = store.put(keys.checkpoint_stem("R", 0, "base"), ".safetensors", b"shared")
+    shared = store.put(
+        keys.object_stem("checkpoints", Partition("R", 0), "base"), ".safetensors", b"shared"
+    )
     for epoch in range(3):
         checkpoint(store, "R", epoch, base=shared)
     assert retire_checkpoints(store, "R", keep_newest=1, keep_every=None) == [0, 1]
@@ -159,8 +163,8 @@ def test_a_fork_that_commits_during_a_retirement_keeps_its_start_or_learns_of_it
 def test_objects_that_are_not_committed_yet_are_left_alone(store: Store) -> None:
     for epoch in range(3):
         checkpoint(store, "R", epoch)
-    pending = store.put(keys.checkpoint_stem("R", 3, "weights"), ".safetensors", b"pending")
-    torn = store.put(keys.checkpoint_stem("R", 0, "weights"), ".safetensors", b"another try")
+    pending = store.put(CHECKPOINT.stem("weights", Partition("R", 3)), ".safetensors", b"pending")
+    torn = store.put(CHECKPOINT.stem("weights", Partition("R", 0)), ".safetensors", b"another try")
     retire_checkpoints(store, "R", keep_newest=1, keep_every=None)
     assert store.get(pending) == b"pending"
     assert store.get(torn) == b"another try"
@@ -213,7 +217,7 @@ def test_a_checkpoint_that_a_resume_needs_stays_beside_one_that_is_further_ahead
 def test_another_run_that_cannot_be_read_only_puts_it_off(store: Store) -> None:
     for epoch in range(3):
         checkpoint(store, "R", epoch)
-    broken = keys.checkpoint_manifest_key("Broken", 0)
+    broken = CHECKPOINT.key(Partition("Broken", 0))
     store.put_if_absent(broken, b"no manifest")
     assert retire_checkpoints(store, "R", keep_newest=1, keep_every=None) == []
     assert readable(store, "R", range(3)) == [0, 1, 2]

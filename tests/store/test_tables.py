@@ -14,6 +14,8 @@ import pytest
 from ddpo.algorithms import Rwr
 from ddpo.errors import InvalidTable, UnreadableData
 from ddpo.store import keys, tables
+from ddpo.store.keys import Partition
+from ddpo.store.kinds import ROLLOUTS
 from ddpo.store.objects import Store
 from tests.store.store_samples import (
     PNG,
@@ -144,7 +146,7 @@ def test_a_value_that_does_not_fit_its_column_is_refused() -> None:
 
 def test_the_partitions_of_several_runs_and_epochs_read_as_one_table(local_store: Store) -> None:
     for run_id, epoch in [("A", 0), ("A", 1), ("B", 1)]:
-        stem = keys.rollout_stem(run_id, epoch, 0)
+        stem = ROLLOUTS.stem("rollouts", Partition(run_id, epoch, 0))
         local_store.put(stem, ".parquet", tables.encode_rollouts(rollout_rows(run_id, epoch)))
     folder = Path(local_store.url("rollouts").removeprefix("file://"))
     rollouts = ds.dataset(folder, format="parquet", partitioning="hive")
@@ -163,3 +165,11 @@ def test_a_table_has_the_columns_of_its_algorithm_and_no_others() -> None:
     widths = pq.read_schema(pa.BufferReader(encode_advantages(advantage_rows())))
     kinds = {name: str(widths.field(name).type) for name in ("advantage", "mean", "std")}
     assert kinds == {"advantage": "float", "mean": "double", "std": "double"}
+
+
+def test_a_table_that_lacks_a_column_is_refused_by_its_name() -> None:
+    whole = pq.read_table(pa.BufferReader(encode_advantages(advantage_rows())))
+    sink = pa.BufferOutputStream()
+    pq.write_table(whole.drop_columns(["count"]), sink)
+    with pytest.raises(UnreadableData, match="column count is absent"):
+        tables.decode_advantages(sink.getvalue().to_pybytes())

@@ -11,12 +11,14 @@ from ddpo.basics.digests import tensors_digest
 from ddpo.config import ForkConfig, RunConfig
 from ddpo.errors import ConfigError, PolicyMismatch, RetiredObject
 from ddpo.runs.forks.checks import saved_rollouts
-from ddpo.runs.forks.records import forks_of, record_fork
+from ddpo.runs.forks.records import record_fork
 from ddpo.runs.run import Run, open_run, start_run
 from ddpo.store import keys, manifests
-from ddpo.store.checkpoints import find_checkpoint, load_checkpoint
+from ddpo.store.checkpoints import Checkpoint
+from ddpo.store.keys import Partition
+from ddpo.store.kinds import CHECKPOINT, EPOCH, ROLLOUTS
 from ddpo.store.manifests import Ref
-from ddpo.store.objects import Store
+from ddpo.store.upkeep import forks
 from ddpo.store.upkeep.epoch_retention import retire_epochs
 from ddpo.store.upkeep.retention import retire_checkpoints
 from ddpo.store.upkeep.verify import verify_run
@@ -24,7 +26,7 @@ from ddpo.training.state import TrainState
 from ddpo_workflow.flows.fork import forked_config, named_fork
 from ddpo_workflow.flows.start import first_checkpoint
 from ddpo_workflow.flows.train import train_run
-from ddpo_workflow.tasks.adopt import adopt_shard
+from ddpo_workflow.tasks.inherit import inherit_shard
 from ddpo_workflow.tasks.score import score_shard
 from ddpo_workflow.tasks.start import start
 from ddpo_workflow.tasks.worker import RunHandle
@@ -74,28 +76,34 @@ def adopted(run: Run) -> set[str]:
         stored.key
         for epoch in range(ADOPTED)
         for shard in range(run.shards)
-        if (found := manifests.find(run.store, keys.rollout_manifest_key(run.run_id, epoch, shard)))
+        if (found := ROLLOUTS.commit_of(run.store, Partition(run.run_id, epoch, shard)))
         for stored in found.manifest.objects.values()
     }
 
 
+def epoch_of(key: str) -> int:
+    parsed = keys.parse_object(key)
+    assert parsed is not None
+    return parsed[1].epoch
+
+
 def weights(run: Run) -> str:
-    found = find_checkpoint(run.store, run.run_id, ADOPTED + 1)
+    found = CHECKPOINT.commit_of(run.store, Partition(run.run_id, ADOPTED + 1))
     assert found is not None
-    return tensors_digest(load_checkpoint(run.store, found.ref).weights)
+    return tensors_digest(CHECKPOINT.load(run.store, found.ref).state().weights)
 
 
 def test_a_fork_keeps_every_epoch_that_it_adopted(history: Run, tiny_model: Path) -> None:
     fork = forked(history, tiny_model)
     run_epochs(fork, ADOPTED + 1)
     own = adopted(fork)
-    assert len(own) == ADOPTED * history.shards * 2
+    assert len(own) == ADOPTED * history.shards * 3
     assert all("run_id=history" in key for key in own)
     retired = retire_epochs(fork.store, "history", keep="checkpoints", older_than=1)
     assert retired == [0, 1, 2, 3]
-    trees = [keys.rollouts_prefix("history"), keys.trajectories_prefix("history")]
+    trees = [ROLLOUTS.data_folder(role, "history") for role in ROLLOUTS.roles]
     left = {key for tree in trees for key in fork.store.list(tree)}
-    assert {key for key in left if keys.parse_epoch(key) != 4} == own
+    assert {key for key in left if epoch_of(key) != 4} == own
     verified = verify_run(fork.store, "fork")
     assert not verified.damages and not verified.retired
 
@@ -118,7 +126,7 @@ def test_a_fork_that_was_stopped_between_two_epochs_finds_the_others_after_reten
     retire_epochs(fork.store, "history", keep="checkpoints", older_than=1)
     as_in_a_new_process()
     run_epochs(fork, ADOPTED + 1)
-    assert len(adopted(fork)) == ADOPTED * fork.shards * 2
+    assert len(adopted(fork)) == ADOPTED * fork.shards * 3
 
     # It ends as it would have without a stop, and without retention.
     as_in_a_new_process()
@@ -150,9 +158,9 @@ def test_a_fork_that_cannot_begin_is_refused_before_its_name_is_taken(history: R
     def retired(part: str, epoch: int) -> None:
         for key in set(store.list()) - set(keep_all):
             store.delete(key)
-        commit = manifests.find(store, keys.epoch_manifest_key("history", epoch))
+        commit = EPOCH.commit_of(store, Partition("history", epoch))
         assert commit is not None
-        record = keys.retired_epoch_key(part, "history", epoch)
+        record = keys.retired_key(part, "history", epoch)
         inputs = {"epoch": commit.ref.model_dump()}
         manifests.commit(store, record, kind=f"retired-{part}", inputs=inputs, objects={})
 
@@ -197,7 +205,7 @@ def test_an_epoch_that_a_run_adopted_off_policy_starts_no_on_policy_fork(
 def test_a_checkpoint_that_never_was_is_missed_before_a_name_is_taken(history: Run) -> None:
     """A comparison's shared run has its first alone."""
     config = forked_config(history, 1)
-    history.store.delete(keys.checkpoint_manifest_key("history", 1))
+    history.store.delete(CHECKPOINT.key(Partition("history", 1)))
     with pytest.raises(ConfigError, match="has no checkpoint 1"):
         named_fork(history, config, "fork")
 
@@ -210,9 +218,12 @@ def test_a_fork_is_told_what_retention_deletes_while_it_adopts_it(
     fork = start_run(config_of(tiny_model, root, ADOPTED + 1, fork=True), "fork")
     handle = RunHandle(root=fork.store.root, run_id="fork")
 
-    def overtaken_checkpoint(store: Store, ref: Ref) -> TrainState:
-        state = load_checkpoint(store, ref)
-        assert 0 in retire_checkpoints(store, "history", keep_newest=1, keep_every=None)
+    read_state = Checkpoint.state
+
+    def overtaken_state(checkpoint: Checkpoint) -> TrainState:
+        state = read_state(checkpoint)
+        retired = retire_checkpoints(fork.store, "history", keep_newest=1, keep_every=None)
+        assert 0 in retired
         return state
 
     def overtaken_rollouts(run: Run, epoch: int) -> list[Ref]:
@@ -220,12 +231,12 @@ def test_a_fork_is_told_what_retention_deletes_while_it_adopts_it(
         assert 0 in retire_epochs(run.store, "history", keep="images_and_scores", older_than=1)
         return saved
 
-    monkeypatch.setattr("ddpo_workflow.tasks.adopt.load_checkpoint", overtaken_checkpoint)
+    monkeypatch.setattr(Checkpoint, "state", overtaken_state)
     with pytest.raises(RetiredObject, match="checkpoint"):
         start.fn(handle)
-    monkeypatch.setattr("ddpo_workflow.tasks.adopt.saved_rollouts", overtaken_rollouts)
+    monkeypatch.setattr("ddpo_workflow.tasks.inherit.saved_rollouts", overtaken_rollouts)
     with pytest.raises(RetiredObject, match="trajectories"):
-        adopt_shard(fork, 0, 0)
+        inherit_shard(fork, 0, 0)
 
 
 def test_a_fork_that_was_killed_before_it_left_its_record_leaves_it_as_it_goes_on(
@@ -242,11 +253,11 @@ def test_a_fork_that_was_killed_before_it_left_its_record_leaves_it_as_it_goes_o
     root = tmp_path / "store"
     start_run(config_of(tiny_model, root, 5, fork=False), "history")
     fork = start_run(config_of(tiny_model, root, ADOPTED + 1, fork=True), "fork")
-    assert forks_of(fork.store, "history") == []
+    assert fork.store.list(keys.forks_prefix("history")) == []
     monkeypatch.setattr("ddpo_workflow.flows.train.picture_set", stop)
     with pytest.raises(Stopped):
         train_run(open_run(fork.store, "fork"))
-    assert forks_of(fork.store, "history") == ["fork"]
+    assert [name for name, _ in forks.recorded(fork.store, "history")] == ["fork"]
 
 
 def test_a_fork_that_has_its_statistics_does_not_ask_for_the_epochs_before_it_again(

@@ -10,7 +10,9 @@ import pytest
 from ddpo.config.files import read_config
 from ddpo.runs.run import Run, start_run
 from ddpo.store import keys
-from ddpo.store.upkeep.verify import NOTHING, Damage, verify_run
+from ddpo.store.keys import Partition
+from ddpo.store.kinds import CHECKPOINT, ROLLOUTS
+from ddpo.store.upkeep.verify import NOTHING, Damage, repairable_part, verify_run
 from ddpo_workflow.tasks.repair import repair
 from tests.fold import run_epochs
 
@@ -24,7 +26,8 @@ SETTINGS = (
     "numerics.threads=1",
     "epochs=2",
 )
-ROLLOUTS, TRAJECTORIES, REWARDS, ADVANTAGES = "rollouts", "trajectories", "rewards", "advantages"
+TABLES, SAMPLES, TRAJECTORIES = "rollouts", "samples", "trajectories"
+REWARDS, ADVANTAGES = "rewards", "advantages"
 
 
 SAMPLE = "ddpo_workflow.tasks.sample"
@@ -54,6 +57,11 @@ def run(whole: Path, tmp_path: Path, tiny_model: Path) -> Run:
 
 def content(run: Run) -> dict[str, bytes]:
     return {key: run.store.read(key) for key in run.store.list() if "/starts/" not in key}
+
+
+def kind_of(manifest: str) -> str:
+    (kind, _) = repairable_part(manifest) or pytest.fail(manifest)
+    return kind.name
 
 
 def objects(run: Run, table: str, epoch: int = 1) -> list[str]:
@@ -89,7 +97,7 @@ def test_a_whole_run_is_whole_and_every_object_is_read(run: Run) -> None:
 
 
 @pytest.mark.parametrize("how", DAMAGES)
-@pytest.mark.parametrize("table", [ROLLOUTS, TRAJECTORIES, REWARDS, ADVANTAGES])
+@pytest.mark.parametrize("table", [TABLES, SAMPLES, TRAJECTORIES, REWARDS, ADVANTAGES])
 def test_damage_to_what_is_derivable_is_named_and_mended(run: Run, table: str, how: str) -> None:
     before = content(run)
     key = objects(run, table)[-1]
@@ -99,7 +107,7 @@ def test_damage_to_what_is_derivable_is_named_and_mended(run: Run, table: str, h
     assert damage.expected[:12] in key
     assert (damage.found == NOTHING) == (how == "missing")
     (mended,) = repair(run, [damage])
-    assert mended.done, mended.said
+    assert mended.done, mended.reason
     assert content(run) == before
     assert verify_run(run.store, "r").damages == ()
 
@@ -125,18 +133,18 @@ def test_a_damaged_manifest_is_named_and_made_again(run: Run, kind: str, how: st
     damages = verify_run(run.store, "r").damages
     assert [damage.key for damage in damages] == [key]
     (mended,) = repair(run, damages)
-    assert mended.done, mended.said
+    assert mended.done, mended.reason
     assert content(run) == before
 
 
 def test_all_derivable_parts_of_an_epoch_are_mended_in_their_order(run: Run) -> None:
     before = content(run)
-    for table in (ROLLOUTS, TRAJECTORIES, REWARDS, ADVANTAGES):
+    for table in (TABLES, SAMPLES, TRAJECTORIES, REWARDS, ADVANTAGES):
         for key in objects(run, table):
             path_of(run, key).unlink()
     damages = verify_run(run.store, "r").damages
     repairs = repair(run, damages)
-    assert [keys.parse_part_manifest(mended.manifest)[0] for mended in repairs] == [
+    assert [kind_of(mended.manifest) for mended in repairs] == [
         "rollouts", "rollouts", "rewards", "rewards", "advantages",
     ]  # fmt: skip
     assert all(mended.done for mended in repairs)
@@ -147,18 +155,18 @@ def test_a_damaged_checkpoint_is_named_and_is_not_made_again(run: Run) -> None:
     key = next(key for key in objects(run, "checkpoints", epoch=1) if "weights" in key)
     flip(path_of(run, key))
     (damage,) = verify_run(run.store, "r").damages
-    assert damage.key == key and damage.manifest == keys.checkpoint_manifest_key("r", 1)
+    assert damage.key == key and damage.manifest == CHECKPOINT.key(Partition("r", 1))
     assert repair(run, [damage]) == []
 
 
 def test_a_part_whose_origin_is_damaged_too_says_so(run: Run) -> None:
-    path_of(run, keys.checkpoint_manifest_key("r", 1)).unlink()
-    path_of(run, objects(run, ROLLOUTS)[0]).unlink()
+    path_of(run, CHECKPOINT.key(Partition("r", 1))).unlink()
+    path_of(run, objects(run, TABLES)[0]).unlink()
     before = content(run)
     damages = verify_run(run.store, "r").damages
-    assert keys.checkpoint_manifest_key("r", 1) in [damage.key for damage in damages]
+    assert CHECKPOINT.key(Partition("r", 1)) in [damage.key for damage in damages]
     (mended,) = repair(run, damages)
-    assert not mended.done and "missing too" in mended.said
+    assert not mended.done and "missing too" in mended.reason
     assert content(run) == before
 
 
@@ -173,7 +181,7 @@ def test_what_comes_out_otherwise_is_said_and_nothing_is_touched(
         "ddpo_workflow.tasks.sample.encode_tensors", lambda tensors: b"rounded otherwise"
     )
     (mended,) = repair(run, damages)
-    assert not mended.done and "other bytes" in mended.said
+    assert not mended.done and "differ from the committed" in mended.reason
     assert content(run) == before
 
 
@@ -185,7 +193,7 @@ def test_no_manifest_is_made_again_that_would_list_what_nobody_wrote(
         kind, last = key.split("/")[1], "epoch=00001" in key
         if (last and kind in ("rewards", "advantages", "epochs")) or "epoch=00002" in key:
             run.store.delete(key)
-    manifest = keys.rollout_manifest_key("r", 1, 0)
+    manifest = ROLLOUTS.key(Partition("r", 1, 0))
     flip(path_of(run, manifest))
     before = content(run)
     damages = verify_run(run.store, "r").damages
@@ -195,7 +203,7 @@ def test_no_manifest_is_made_again_that_would_list_what_nobody_wrote(
             "ddpo_workflow.tasks.sample.encode_tensors", lambda tensors: b"rounded otherwise"
         )
         (mended,) = repair(run, damages)
-    assert not mended.done and "other bytes" in mended.said
+    assert not mended.done and "differ from the committed" in mended.reason
     assert content(run) == before
     (mended,) = repair(run, damages)
     assert mended.done and not verify_run(run.store, "r").damages
@@ -207,9 +215,9 @@ def test_an_error_of_any_kind_stops_no_other_repair(
     flip(path_of(run, objects(run, REWARDS)[0]))
     flip(path_of(run, objects(run, ADVANTAGES)[0]))
     damages = verify_run(run.store, "r").damages
-    monkeypatch.setattr("ddpo_workflow.tasks.repair.score_rollouts", lambda *_: 1 / 0)
+    monkeypatch.setattr("ddpo_workflow.tasks.repair.scores_of", lambda *_: 1 / 0)
     first, second = repair(run, damages)
-    assert not first.done and "ZeroDivisionError" in first.said
+    assert not first.done and "ZeroDivisionError" in first.reason
     assert not second.done  # made from the rewards, which are still damaged
     monkeypatch.undo()
     assert all(mended.done for mended in repair(run, verify_run(run.store, "r").damages))
@@ -219,7 +227,7 @@ def test_parts_of_another_reward_are_left_alone(run: Run) -> None:
     (key, *_) = objects(run, f"manifests/{REWARDS}")
     other = key.replace("jpeg_compressibility", "another_reward")
     (mended,) = repair(run, [Damage(other, other, "0" * 64, NOTHING)])
-    assert not mended.done and "another reward" in mended.said
+    assert not mended.done and "another reward" in mended.reason
 
 
 def test_damage_to_samples_that_a_fork_adopted_is_mended_in_the_run_that_drew_them(
@@ -234,17 +242,17 @@ def test_damage_to_samples_that_a_fork_adopted_is_mended_in_the_run_that_drew_th
     flip(path_of(run, objects(run, TRAJECTORIES)[0]))
     (damage,) = verify_run(run.store, "fork").damages
     (mended,) = repair(fork, [damage])
-    assert not mended.done and "`ddpo verify r --repair` makes it again" in mended.said
+    assert not mended.done and "`ddpo verify r --repair` rebuilds it" in mended.reason
     assert repair(run, verify_run(run.store, "r").damages)[0].done
     assert content(run) == before
     # Its own manifest of them is made again as it was: it names what is adopted.
-    path_of(run, keys.rollout_manifest_key("fork", 1, 0)).unlink()
+    path_of(run, ROLLOUTS.key(Partition("fork", 1, 0))).unlink()
     (mended,) = repair(fork, verify_run(run.store, "fork").damages)
-    assert mended.done, mended.said
+    assert mended.done, mended.reason
     # Where the other run's own manifest is gone, so is what a fork's is made from.
-    path_of(run, keys.rollout_manifest_key("r", 1, 0)).unlink()
+    path_of(run, ROLLOUTS.key(Partition("r", 1, 0))).unlink()
     (mended,) = repair(fork, verify_run(run.store, "fork").damages)
-    assert not mended.done and "belongs to run 'r'" in mended.said
+    assert not mended.done and "belongs to run 'r'" in mended.reason
     assert repair(run, verify_run(run.store, "r").damages)[0].done
     assert content(run) == before
 

@@ -19,12 +19,8 @@ from ddpo.diffusion.sampling import sample
 from ddpo.models import policy_digest
 from ddpo.runs.run import Run, start_run
 from ddpo.store import manifests
-from ddpo.store.checkpoints import (
-    commit_checkpoint,
-    find_checkpoint,
-    load_checkpoint,
-    load_document,
-)
+from ddpo.store.keys import Partition
+from ddpo.store.kinds import CHECKPOINT
 from ddpo.store.manifests import Ref
 from ddpo.store.objects import Store
 from ddpo.store.tables import RolloutRow, decode_rollouts
@@ -43,6 +39,7 @@ from ddpo_workflow.tasks.tracking.tracker import TrackingHandle
 from ddpo_workflow.tasks.update import update_policy
 from ddpo_workflow.tasks.worker import RunHandle, policy_at
 from tests.fold import as_in_a_new_process, run_epoch, run_epochs
+from tests.states import commit_state
 from tests.tiny import (
     alternating_advantages,
     as_credit,
@@ -130,11 +127,8 @@ def test_a_checkpoint_remembers_the_average_and_retirement_deletes_it(tiny_model
     drawn = rollouts_of(draw(policy, config))
     second, _ = update(policy, first, drawn, as_credit(ADVANTAGES), {}, config)
     store = Store.open(f"memory://{uuid.uuid4().hex}")
-    refs = [
-        commit_checkpoint(store, "r", state, inputs={}, documents={}).ref
-        for state in (first, second)
-    ]
-    assert_same_tensors(load_checkpoint(store, refs[1]).ema, second.ema)
+    refs = [commit_state(store, state) for state in (first, second)]
+    assert_same_tensors(CHECKPOINT.load(store, refs[1]).state().ema, second.ema)
     assert retire_checkpoints(store, "r", keep_newest=1, keep_every=None) == [0]
     assert [key for key in store.list("checkpoints") if "/ema-" in key] == [
         manifests.load(store, refs[1]).objects["ema"].key
@@ -159,7 +153,7 @@ def rows_of(run: Run, ref: Ref, role: str) -> list[RolloutRow]:
 
 
 def digests_of(run: Run, checkpoint: Ref) -> dict[str, str]:
-    return load_document(run.store, manifests.load(run.store, checkpoint), "digests")
+    return CHECKPOINT.load(run.store, checkpoint).digests
 
 
 @pytest.mark.slow
@@ -189,7 +183,7 @@ def test_pictures_are_drawn_with_the_average_and_rollouts_with_the_trained_weigh
 ) -> None:
     run, handle = a_run(tiny_model, tmp_path / "store")
     checkpoint = run_epochs(run, 1)
-    state = load_checkpoint(run.store, checkpoint)
+    state = CHECKPOINT.load(run.store, checkpoint).state()
     # In turns: each has to get its own weights back.
     shard = sample_shard.fn(handle, checkpoint, 1, 0)
     pictures = draw_pictures.fn(handle, checkpoint, CAT, 1)
@@ -228,7 +222,7 @@ def test_pictures_of_one_checkpoint_after_another_are_each_of_its_own_average(
         pictures = draw_pictures.fn(handle, checkpoint, CAT, epoch)
         assert pictures is not None
         (row,) = rows_of(run, pictures, "pictures")
-        policy.weights.load(load_checkpoint(run.store, checkpoint).ema)
+        policy.weights.load(CHECKPOINT.load(run.store, checkpoint).state().ema)
         (expected,) = sample(policy, ["a cat"], [row.seed], run.config.sampler).images
         assert decode_image(row.image_png).tobytes() == expected.tobytes(), epoch
         seen.add(expected.tobytes())
@@ -240,7 +234,7 @@ def test_an_update_right_after_pictures_is_of_the_trained_weights(
 ) -> None:
     """As on a resume that asks for other pictures of an epoch whose samples are there."""
     straight, _ = a_run(tiny_model, tmp_path / "straight")
-    expected = load_checkpoint(straight.store, run_epochs(straight, 2))
+    expected = CHECKPOINT.load(straight.store, run_epochs(straight, 2)).state()
     as_in_a_new_process()
     run, handle = a_run(tiny_model, tmp_path / "interrupted")
     checkpoint = run_epochs(run, 1)
@@ -249,7 +243,7 @@ def test_an_update_right_after_pictures_is_of_the_trained_weights(
     advantages = credit_of.fn(handle, checkpoint, rollouts, scores, 1)
     draw_pictures.fn(handle, checkpoint, CAT, 1)
     following = update_policy.fn(handle, checkpoint, rollouts, advantages, 1)
-    found = load_checkpoint(run.store, following)
+    found = CHECKPOINT.load(run.store, following).state()
     assert_same_tensors(found.weights, expected.weights)
     assert_same_tensors(found.ema, expected.ema)
 
@@ -263,7 +257,7 @@ def test_the_average_goes_on_where_the_last_epoch_left_it(tiny_model: Path, tmp_
     )
     run = start_run(config, "r")
     run_epochs(run, 3)
-    first, *states = [load_checkpoint(run.store, checkpoint_of(run, k)) for k in range(4)]
+    first, *states = [CHECKPOINT.load(run.store, checkpoint_of(run, k)).state() for k in range(4)]
     names = sorted(first.weights)  # files list theirs in orders of their own
 
     def joined(tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -282,7 +276,7 @@ def test_the_average_goes_on_where_the_last_epoch_left_it(tiny_model: Path, tmp_
 
 
 def checkpoint_of(run: Run, epoch: int) -> Ref:
-    found = find_checkpoint(run.store, run.run_id, epoch)
+    found = CHECKPOINT.commit_of(run.store, Partition(run.run_id, epoch))
     assert found is not None
     return found.ref
 
@@ -310,7 +304,7 @@ def test_what_is_exported_and_drawn_is_the_average_if_there_is_one(
     run = start_run(config, "r")
     handle = RunHandle(root=run.store.root, run_id="r")
     checkpoint = run_epochs(run, 1)
-    state = load_checkpoint(run.store, checkpoint)
+    state = CHECKPOINT.load(run.store, checkpoint).state()
     shown = state.ema if ema else state.weights
     page = Page()
     monkeypatch.setattr(export, "tracker", lambda _: page)

@@ -28,7 +28,7 @@ from ddpo.diffusion.ddim import NoiseSchedule, Transition
 from ddpo.models import Policy
 from ddpo.runs.run import start_run
 from ddpo.store import manifests
-from ddpo.store.checkpoints import load_checkpoint
+from ddpo.store.kinds import CHECKPOINT
 from ddpo.store.tables import AdvantageRow
 from ddpo.training.denoising import DenoisingGradient, Noising
 from ddpo.training.loop import initial_state, update
@@ -137,7 +137,7 @@ def check_the_update_task_joins_advantages_by_sample(model: Path) -> None:
     scores = [score_shard.fn(handle, ref, 0, shard) for shard, ref in enumerate(shards)]
     scored = credit_of.fn(handle, checkpoint, shards, scores, 0)
     following = ddpo_workflow.tasks.update.update_policy.fn(handle, checkpoint, shards, scored, 0)
-    found = load_checkpoint(run.store, following).weights
+    found = CHECKPOINT.load(run.store, following).state().weights
 
     table = run.store.get(manifests.load(run.store, scored).objects["advantages"])
     by_id = {

@@ -15,7 +15,7 @@ from ddpo.algorithms.rwr import Rwr, steps_of_pass
 from ddpo.config import RunConfig
 from ddpo.errors import ConfigError, NonFiniteError
 from ddpo.models import Policy
-from ddpo.store.checkpoints import commit_checkpoint, load_checkpoint
+from ddpo.store.kinds import CHECKPOINT
 from ddpo.store.objects import Store
 from ddpo.training.denoising import DenoisingGradient, Noising
 from ddpo.training.loop import initial_state, update
@@ -23,6 +23,7 @@ from ddpo.training.optimizer import take_step
 from ddpo.training.samples import FinalLatents, Rollouts
 from ddpo.training.state import TrainState
 from tests.checks import check_regression_is_each_samples_own, take_gradients
+from tests.states import commit_state
 from tests.tiny import (
     PROMPTS,
     as_credit,
@@ -182,8 +183,8 @@ def test_two_epochs_straight_are_one_and_one_more_from_the_store(
     first = epoch(policy, initial_state(policy))
     straight = epoch(policy, first)
     store = Store.open(f"memory://{uuid.uuid4().hex}")
-    committed = commit_checkpoint(store, "r", first, inputs={}, documents={})
-    loaded = load_checkpoint(store, committed.ref)
+    committed = commit_state(store, first)
+    loaded = CHECKPOINT.load(store, committed).state()
     another = load_policy(config)
     another.weights.load(loaded.weights)
     resumed = epoch(another, loaded)

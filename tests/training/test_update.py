@@ -10,13 +10,14 @@ import torch
 from ddpo.config import RunConfig
 from ddpo.errors import NonFiniteError
 from ddpo.models import Policy
-from ddpo.store.checkpoints import commit_checkpoint, load_checkpoint
+from ddpo.store.kinds import CHECKPOINT
 from ddpo.store.objects import Store
 from ddpo.training.loop import initial_state, update
 from ddpo.training.samples import Rollouts
 from ddpo.training.state import TrainState
 from ddpo.training.trajectories import TrajectoryGradient
 from tests.checks import accumulated
+from tests.states import commit_state
 from tests.tiny import (
     alternating_advantages,
     as_credit,
@@ -64,8 +65,8 @@ def test_two_epochs_straight_are_one_and_one_more_from_the_store(
     straight, _ = epoch_of(policy, first, config, 1)
 
     store = Store.open(f"memory://{uuid.uuid4().hex}")
-    committed = commit_checkpoint(store, "r", first, inputs={}, documents={})
-    loaded = load_checkpoint(store, committed.ref)
+    committed = commit_state(store, first)
+    loaded = CHECKPOINT.load(store, committed).state()
     another = load_policy(config)
     another.weights.load(loaded.weights)
     resumed, _ = epoch_of(another, loaded, config, 1)

@@ -10,8 +10,8 @@ from ddpo.analysis.comparison.statistics import Interval, interval
 from ddpo.analysis.report import reward_curve
 from ddpo.errors import MissingObject
 from ddpo.runs.run import Run, open_run
-from ddpo.store import keys
-from ddpo.store.checkpoints import find_checkpoint, load_document
+from ddpo.store.keys import Partition
+from ddpo.store.kinds import CHECKPOINT, EPOCH
 from ddpo.store.objects import Store
 
 
@@ -122,7 +122,7 @@ def _means(store: Store, member: Member, epochs: Sequence[int]) -> list[float]:
     means = {point.epoch: point.mean for point in reward_curve(open_run(store, member.run_id))}
     for epoch in epochs:
         if epoch not in means:
-            raise MissingObject(keys.epoch_manifest_key(member.run_id, epoch), store.root)
+            raise MissingObject(EPOCH.key(Partition(member.run_id, epoch)), store.root)
     return [means[epoch] for epoch in epochs]
 
 
@@ -144,7 +144,4 @@ def _ratios(store: Store, variant: str, members: Sequence[Member], epoch: int) -
 
 
 def _update_metrics(run: Run, epoch: int) -> dict[str, float]:
-    after = find_checkpoint(run.store, run.run_id, epoch + 1)
-    if after is None:
-        raise MissingObject(keys.checkpoint_manifest_key(run.run_id, epoch + 1), run.store.root)
-    return load_document(run.store, after.manifest, "metrics")
+    return CHECKPOINT.require(run.store, Partition(run.run_id, epoch + 1)).metrics

@@ -7,10 +7,11 @@ from collections.abc import Iterator
 from ddpo.config import ForkConfig, RunConfig
 from ddpo.errors import ConfigError, PolicyMismatch, RetiredObject
 from ddpo.runs.run import Run, open_run
-from ddpo.store import keys, manifests
-from ddpo.store.checkpoints import find_checkpoint, load_document
+from ddpo.store import keys
+from ddpo.store.artefacts import RolloutShard
+from ddpo.store.keys import Partition
+from ddpo.store.kinds import CHECKPOINT, EPOCH, ROLLOUTS
 from ddpo.store.manifests import Ref
-from ddpo.store.tables import decode_rollouts
 from ddpo.store.upkeep.retention import is_retired
 
 _OTHER_SAMPLER = (
@@ -19,7 +20,7 @@ _OTHER_SAMPLER = (
 )
 
 
-def saved_rollouts(run: Run, epoch: int) -> list[Ref]:
+def saved_rollouts(run: Run, epoch: int) -> list[Ref[RolloutShard]]:
     """Return the manifests of a committed epoch's rollouts.
 
     Args:
@@ -38,7 +39,7 @@ def saved_rollouts(run: Run, epoch: int) -> list[Ref]:
     return rollouts
 
 
-def committed_rollouts(run: Run, epoch: int) -> list[Ref]:
+def committed_rollouts(run: Run, epoch: int) -> list[Ref[RolloutShard]]:
     """Return the manifests of a committed epoch's rollouts, whether or not they are retired.
 
     Args:
@@ -51,14 +52,12 @@ def committed_rollouts(run: Run, epoch: int) -> list[Ref]:
     Raises:
         ConfigError: The epoch is not committed.
     """
-    commit = manifests.find(run.store, keys.epoch_manifest_key(run.run_id, epoch))
+    commit = EPOCH.get(run.store, Partition(run.run_id, epoch))
     if commit is None:
         raise ConfigError(
             f"run {run.run_id!r} has not committed epoch {epoch}: there are no saved rollouts of it"
         )
-    listed = commit.manifest.inputs["rollouts"]
-    assert isinstance(listed, list)
-    return [Ref.model_validate(ref) for ref in listed]
+    return list(commit.rollouts)
 
 
 def epochs_before(run: Run, fork: ForkConfig) -> Iterator[tuple[Run, int]]:
@@ -176,16 +175,16 @@ def check_kept(config: RunConfig, parent: Run) -> None:
     """
     fork = config.fork
     assert fork is not None
-    if find_checkpoint(parent.store, parent.run_id, fork.epoch) is None:
+    where = Partition(parent.run_id, fork.epoch)
+    if not CHECKPOINT.exists(parent.store, where):
         raise ConfigError(
             f"run {parent.run_id!r} has no checkpoint {fork.epoch}, which a fork at that epoch "
             "starts from; of a run that learns nothing, as a comparison's shared one, fork at "
             "epoch 0"
         )
     if is_retired(parent.store, parent.run_id, fork.epoch):
-        record = keys.retired_checkpoint_key(parent.run_id, fork.epoch)
-        checkpoint = keys.checkpoint_manifest_key(parent.run_id, fork.epoch)
-        raise RetiredObject(checkpoint, parent.store.root, record)
+        record = keys.retired_key("checkpoints", parent.run_id, fork.epoch)
+        raise RetiredObject(CHECKPOINT.key(where), parent.store.root, record)
     for epoch in range(fork.epoch, fork.epoch + fork.rollouts):
         saved_rollouts(parent, epoch)
         _check_kept(parent, epoch, "trajectories")
@@ -219,11 +218,10 @@ def check_on_policy(config: RunConfig, parent: Run) -> None:
     assert fork is not None
     if fork.off_policy or theirs is None or not theirs.off_policy or not theirs.adopts(fork.epoch):
         return
-    checkpoint = find_checkpoint(parent.store, parent.run_id, fork.epoch)
-    assert checkpoint is not None
-    own = load_document(parent.store, checkpoint.manifest, "digests")["policy_digest"]
-    table = manifests.load(parent.store, saved_rollouts(parent, fork.epoch)[0]).objects["rollouts"]
-    drawn = decode_rollouts(parent.store.get(table))[0].policy_digest
+    checkpoint = CHECKPOINT.require(parent.store, Partition(parent.run_id, fork.epoch))
+    own = checkpoint.digests["policy_digest"]
+    shard = ROLLOUTS.load(parent.store, saved_rollouts(parent, fork.epoch)[0])
+    drawn = shard.samples()[0].policy_digest
     if drawn != own:
         raise PolicyMismatch(
             f"epoch {fork.epoch} of run {parent.run_id!r} was trained on rollouts that it took "
@@ -233,8 +231,8 @@ def check_on_policy(config: RunConfig, parent: Run) -> None:
         )
 
 
-def _check_kept(run: Run, epoch: int, part: str) -> None:
-    record = keys.retired_epoch_key(part, run.run_id, epoch)
+def _check_kept(run: Run, epoch: int, part: keys.RetiredPart) -> None:
+    record = keys.retired_key(part, run.run_id, epoch)
     if run.store.exists(record):
         raise RetiredObject(
             f"the {part} of epoch {epoch} of run {run.run_id!r}", run.store.root, record

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 from ddpo.runs.run import Run
-from ddpo.store import keys, runs
-from ddpo.store.documents import seal
-from ddpo.store.objects import Store
-from ddpo.store.upkeep import forks
+from ddpo.store import runs
 
 
 def record_fork(run: Run) -> None:
@@ -14,10 +11,4 @@ def record_fork(run: Run) -> None:
     fork = run.config.fork
     if fork is None:
         return
-    document = {"schema_version": runs.SCHEMA_VERSION, "fork": run.run_id, "epoch": fork.epoch}
-    run.store.put_if_absent(keys.fork_key(fork.run_id, run.run_id), seal(document))
-
-
-def forks_of(store: Store, run_id: str) -> list[str]:
-    """List the runs that branch off a run, sorted."""
-    return forks.names(store, run_id)
+    runs.record_fork(run.store, fork.run_id, run.run_id, fork.epoch)

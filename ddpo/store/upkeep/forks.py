@@ -1,4 +1,4 @@
-"""The forks of a run, by the records that they leave beside it."""
+"""What a run's forks still need of it, by the records that they left beside it."""
 
 from __future__ import annotations
 
@@ -9,24 +9,21 @@ from pydantic import ValidationError
 from ddpo.config import ForkConfig
 from ddpo.errors import RunNotFound, UnreadableData
 from ddpo.store import keys, runs
+from ddpo.store.keys import Partition
+from ddpo.store.kinds import CHECKPOINT, EPOCH
 from ddpo.store.objects import Store
 
 
 def recorded(store: Store, run_id: str) -> Iterator[tuple[str, ForkConfig]]:
-    """Yield the runs that branch off a run, whether or not they have begun.
+    """Yield the name and the fork settings of a run's forks, started or not.
 
-    Args:
-        store: The store.
-        run_id: The run that they branch off.
-
-    Yields:
-        A fork's name, and where it branches off. None that a person took away, nor a run of the
-        same name that came after it and branches off elsewhere.
+    Left out are forks that were deleted, and later runs of the same name that fork elsewhere.
 
     Raises:
         StoreError: A fork's own record cannot be read.
     """
-    for name in names(store, run_id):
+    for key in store.list(keys.forks_prefix(run_id)):
+        name = keys.fork_of_record(key)
         try:
             raw = runs.load_run(store, name).identity.get("fork")
         except RunNotFound:
@@ -39,7 +36,46 @@ def recorded(store: Store, run_id: str) -> Iterator[tuple[str, ForkConfig]]:
             raise UnreadableData(keys.run_key(name), str(error)) from error
 
 
-def names(store: Store, run_id: str) -> list[str]:
-    """List the runs that have left a record that they branch off a run, sorted."""
-    found = store.list(keys.forks_prefix(run_id))
-    return sorted(key.rpartition("/")[2].removesuffix(".json") for key in found)
+def awaited_checkpoints(store: Store, run_id: str) -> set[int]:
+    """Return the checkpoints of a run that its forks have not started from yet.
+
+    A fork first scores the epochs before, which may take hours.
+    """
+    return {
+        fork.epoch
+        for name, fork in recorded(store, run_id)
+        if not CHECKPOINT.exists(store, Partition(name, fork.epoch))
+    }
+
+
+def awaited_epochs(store: Store, run_id: str) -> set[int]:
+    """Return the epochs of a run that its forks have not inherited yet.
+
+    A fork of several epochs may be stopped between two of them; its record names them all.
+    """
+    awaited: set[int] = set()
+    for name, fork in recorded(store, run_id):
+        done = {where.epoch for where in EPOCH.partitions_of(store, name)}
+        awaited |= set(range(fork.epoch, fork.epoch + fork.rollouts)) - done
+    return awaited
+
+
+def scored_epochs(store: Store, run_id: str) -> set[int]:
+    """Return the epochs of a run whose samples its forks score before they start.
+
+    The forks of a fork need them too, unless one in between resets its statistics.
+    """
+    return {
+        epoch
+        for name, fork in recorded(store, run_id)
+        if _is_rebuilding(store, name, fork)
+        for epoch in range(fork.epoch)
+    }
+
+
+def _is_rebuilding(store: Store, name: str, fork: ForkConfig) -> bool:
+    if fork.statistics == "reset":
+        return False
+    if not CHECKPOINT.exists(store, Partition(name, fork.epoch)):
+        return True
+    return any(_is_rebuilding(store, *branch) for branch in recorded(store, name))

@@ -1,4 +1,4 @@
-"""A store whose writes stay in memory: to make something again before anything is touched."""
+"""A store whose writes stay in memory: repair rebuilds an artefact before it touches anything."""
 
 from __future__ import annotations
 
@@ -10,40 +10,37 @@ from ddpo.store.objects import Store, StoredObject
 
 
 class ScratchStore(Store):
-    """Reads what another store holds, but for some keys; keeps what is written to itself.
+    """Reads what another store holds, except for hidden keys; keeps its own writes in memory."""
 
-    Attributes:
-        written: What was written, by key.
-    """
-
-    def __init__(self, below: Store, without: Collection[str]) -> None:
-        super().__init__(below._fs, below._path, below.s3)
-        self._without = frozenset(without)
+    def __init__(self, below: Store, hidden: Collection[str]) -> None:
+        super().__init__(*below.connection)
+        self._hidden = frozenset(hidden)
         self.written: dict[str, bytes] = {}
+        """What was written, by key."""
 
     def put(self, stem: str, suffix: str, data: bytes) -> StoredObject:
-        """Keeps an object under a key that carries its digest."""
+        """Keep an object under a key that carries its digest."""
         digest = sha256_bytes(data)
         key = keys.check_key(f"{stem}-{digest[:12]}{suffix}")
         self.written[key] = data
         return StoredObject(key=key, size=len(data), sha256=digest)
 
     def put_if_absent(self, key: str, data: bytes) -> bool:
-        """Keeps an object, unless there is one here or in the store below."""
+        """Keep an object, unless there is one here or in the store below."""
         if self.exists(key):
             return False
         self.written[keys.check_key(key)] = data
         return True
 
     def read(self, key: str) -> bytes:
-        """Reads what is kept here, else what the store below holds."""
+        """Return what is kept here, else what the store below holds."""
         if key in self.written:
             return self.written[key]
-        if key in self._without:
+        if key in self._hidden:
             raise self._missing(key)
         return super().read(key)
 
     def _size(self, key: str) -> int | None:
         if key in self.written:
             return len(self.written[key])
-        return None if key in self._without else super()._size(key)
+        return None if key in self._hidden else super()._size(key)

@@ -43,15 +43,15 @@ def find_unreferenced(
             "task has just written could be taken away"
         )
     limit = objects.now() - grace
-    part = f"run_id={keys.validate_run_id(run_id)}"
+    keys.validate_run_id(run_id)
     # Objects before manifests: what is committed in between is seen as referenced.
     old = {
         key: size
         for key, (size, modified) in store.ages().items()
-        if part in key.split("/") and not key.startswith("manifests/") and modified < limit
+        if keys.belongs_to(key, run_id) and not keys.is_manifest(key) and modified < limit
     }
     listed: set[str] = set()
-    pending = store.list("manifests")
+    pending = store.list(keys.MANIFESTS)
     seen = set(pending)
     while pending:
         key = pending.pop()

@@ -8,6 +8,8 @@ from typing import Any
 
 from ddpo.errors import CorruptObject, MissingObject, StoreCallFailed, StoreError
 from ddpo.store import keys, manifests, runs
+from ddpo.store.keys import Partition
+from ddpo.store.kinds import ADVANTAGES, CHECKPOINT, EPOCH, ROLLOUTS, SCORES, Kind
 from ddpo.store.manifests import Manifest
 from ddpo.store.objects import Store
 
@@ -15,41 +17,47 @@ NOTHING = "nothing"
 """Stands for the digest of an object that is not there."""
 
 
+REPAIRABLE: tuple[Kind[Any], ...] = (ROLLOUTS, SCORES, ADVANTAGES)
+"""What can be rebuilt, each from those before it (and from the checkpoint)."""
+
+
 @dataclass(frozen=True)
 class Damage:
-    """Something that is not what was committed.
-
-    Attributes:
-        key: Of the object, manifest or record.
-        manifest: Key of the manifest that lists the object; the key itself for a document.
-        expected: sha256 of what should be there, or what it should be.
-        found: sha256 of what is there, `NOTHING`, or why it cannot be read.
-    """
+    """Something that is not what was committed."""
 
     key: str
+    """Of the object, manifest or record."""
     manifest: str
+    """Key of the manifest that lists the object; the key itself for a document."""
     expected: str
+    """sha256 of what should be there, or what it should be."""
     found: str
+    """sha256 of what is there, `NOTHING`, or why it cannot be read."""
 
     def __str__(self) -> str:
         return f"{self.key}: expected {self.expected}, found {self.found}"
 
 
+def repairable_part(manifest: str) -> tuple[Kind[Any], Partition] | None:
+    """Return the kind and the partition of a repairable part's manifest; None for other keys."""
+    for kind in REPAIRABLE:
+        if where := kind.parse(manifest):
+            return kind, where
+    return None
+
+
 @dataclass(frozen=True)
 class Verification:
-    """The outcome of verifying a run.
-
-    Attributes:
-        objects: How many were read and compared, documents included.
-        bytes: How many bytes that were.
-        retired: Objects that retention deleted on purpose.
-        damages: What is damaged, sorted by key.
-    """
+    """The outcome of verifying a run."""
 
     objects: int
+    """How many were read and compared, documents included."""
     bytes: int
+    """How many bytes that was."""
     retired: int
+    """Objects that retention deleted on purpose."""
     damages: tuple[Damage, ...]
+    """What is damaged, sorted by key."""
 
 
 def verify_run(
@@ -89,8 +97,7 @@ def verify_run(
 
 def run_manifests(store: Store, run_id: str) -> list[str]:
     """List the keys of a run's manifests, sorted."""
-    part = f"run_id={keys.validate_run_id(run_id)}"
-    return [key for key in store.list("manifests") if part in key.split("/")]
+    return [key for key in store.list(keys.MANIFESTS) if keys.belongs_to(key, run_id)]
 
 
 class _Verifier:
@@ -137,16 +144,16 @@ class _Verifier:
     def gaps(self, present: list[str]) -> None:
         """Find commits that must have been there: those before a later one."""
         checkpoints, epochs = (
-            {int(key[-10:-5]) for key in present if key.startswith(f"manifests/{kind}/")}
-            for kind in ("checkpoints", "epochs")
+            {where.epoch for key in present if (where := kind.parse(key))}
+            for kind in (CHECKPOINT, EPOCH)
         )
         # Checkpoint k + 1 comes before the commit of epoch k, and that before checkpoint k + 2.
         last = max([*epochs, *(epoch - 2 for epoch in checkpoints)], default=-1)
         # A fork's first checkpoint has the number of the epoch at which it branches off.
         first = min([*epochs, *checkpoints], default=0) if self.is_fork else 0
-        wanted = [keys.epoch_manifest_key(self.run_id, epoch) for epoch in range(first, last + 1)]
+        wanted = [EPOCH.key(Partition(self.run_id, epoch)) for epoch in range(first, last + 1)]
         wanted += [
-            keys.checkpoint_manifest_key(self.run_id, epoch)
+            CHECKPOINT.key(Partition(self.run_id, epoch))
             for epoch in range(first, max(checkpoints, default=-1))
         ]
         starts = self.store.list(keys.starts_prefix(self.run_id))

@@ -1,0 +1,109 @@
+"""What the tasks of an epoch commit, typed: each object reads and verifies its parts when asked.
+
+Where each lies is in `kinds`; checkpoints and statistics have files of their own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from torch import Tensor
+
+from ddpo.store.checkpoints import Checkpoint
+from ddpo.store.manifests import Artefact, Ref
+from ddpo.store.statistics import statistics_from
+from ddpo.store.tables import (
+    AdvantageRow,
+    RewardRow,
+    RolloutRow,
+    SampleRow,
+    decode_advantages,
+    decode_rewards,
+    decode_rollouts,
+    decode_samples,
+)
+from ddpo.store.tensors import decode_tensors
+from ddpo.training.state import PromptStatistics
+
+
+@dataclass(frozen=True)
+class RolloutShard(Artefact):
+    """One shard of an epoch's samples and their trajectories."""
+
+    def samples(self) -> list[SampleRow]:
+        """Return the samples without their images, in the order of `sample_id`."""
+        return decode_samples(self.store.get(self.objects["samples"]))
+
+    def rows(self) -> list[RolloutRow]:
+        """Return the samples with their images, in the order of `sample_id`."""
+        return decode_rollouts(self.store.get(self.objects["rollouts"]))
+
+    def trajectories(self) -> dict[str, Tensor]:
+        """Return the tensors of B samples in T steps, on the CPU, in the order of `sample_id`.
+
+        Full: ``latents`` [B, T+1, C, h, w] from noise to clean, ``log_probs`` [B, T] and
+        ``timesteps`` [T]. Final only: ``latents`` [B, 1, C, h, w], the clean ones.
+        """
+        return decode_tensors(self.store.get(self.objects["trajectories"]))[0]
+
+
+@dataclass(frozen=True)
+class Scores(Artefact):
+    """One shard's scores under one reward."""
+
+    @property
+    def rollouts(self) -> Ref[RolloutShard]:
+        """The shard that was scored."""
+        return Ref.model_validate(self.inputs["rollouts"])
+
+    def rows(self) -> list[RewardRow]:
+        """Return the scores, in the order of `sample_id`."""
+        return decode_rewards(self.store.get(self.objects["rewards"]))
+
+
+@dataclass(frozen=True)
+class AdvantageTable(Artefact):
+    """An epoch's advantages or weights under one reward, and the prompt statistics after it."""
+
+    def rows(self) -> list[AdvantageRow]:
+        """Return a row per sample, in the order of `sample_id`."""
+        return decode_advantages(self.store.get(self.objects["advantages"]))
+
+    def statistics(self) -> PromptStatistics:
+        """Return the last rewards of each prompt after the epoch, the oldest first."""
+        return statistics_from(self.document("statistics"))
+
+
+@dataclass(frozen=True)
+class CheckpointImages(Artefact):
+    """A checkpoint's images of fixed prompts and seeds."""
+
+    def rows(self) -> list[RolloutRow]:
+        """Return the images with their prompts, in the order they were generated."""
+        return decode_rollouts(self.store.get(self.objects["pictures"]))
+
+
+@dataclass(frozen=True)
+class EpochCommit(Artefact):
+    """The commit that closes an epoch: it lists everything that the epoch made."""
+
+    @cached_property
+    def rollouts(self) -> tuple[Ref[RolloutShard], ...]:
+        """The epoch's shards, in order."""
+        return tuple(Ref.model_validate(ref) for ref in self.inputs["rollouts"])
+
+    @cached_property
+    def scores(self) -> tuple[Ref[Scores], ...]:
+        """Their scores under the run's reward, in order."""
+        return tuple(Ref.model_validate(ref) for ref in self.inputs["rewards"])
+
+    @cached_property
+    def advantages(self) -> Ref[AdvantageTable]:
+        """The epoch's advantages under the run's reward."""
+        return Ref.model_validate(self.inputs["advantages"])
+
+    @cached_property
+    def next_checkpoint(self) -> Ref[Checkpoint]:
+        """The checkpoint after the epoch."""
+        return Ref.model_validate(self.inputs["checkpoint"])

@@ -1,0 +1,308 @@
+"""The kinds of artefact, each described once: its name, its partitions, its objects, its reader."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+from ddpo.errors import MissingObject, UnreadableData
+from ddpo.store import keys, manifests
+from ddpo.store.artefacts import AdvantageTable, CheckpointImages, EpochCommit, RolloutShard, Scores
+from ddpo.store.checkpoints import TENSOR_ROLES, Checkpoint
+from ddpo.store.keys import TENSORS_SUFFIX, Partition
+from ddpo.store.manifests import Artefact, Committed, Manifest, Ref
+from ddpo.store.objects import Objects, Store, StoredObject
+from ddpo.store.statistics import Statistics
+
+T = TypeVar("T", bound=Artefact)
+A = TypeVar("A")
+
+_OPTIONAL = ("shard", "reward_id", "images_id")
+
+
+@dataclass(frozen=True)
+class Role:
+    """Where one of a kind's objects lies."""
+
+    folder: str
+    """Top folder of the store."""
+    suffix: str
+    """File suffix with its dot."""
+    name: str = "part"
+    """File name in an epoch's folder; a shard's objects are named for the shard."""
+
+
+@dataclass(frozen=True)
+class Kind(Generic[T]):
+    """A kind of artefact of type `T`."""
+
+    name: str
+    """What its manifests are called inside."""
+    tree: str
+    """Folder of its manifests."""
+    partitions: frozenset[str]
+    """Which of a partition's optional fields it has: 'shard', 'reward_id', 'images_id'."""
+    roles: Mapping[str, Role]
+    """Where its objects lie, by role."""
+    read: Callable[[Store, Manifest], T]
+    """Opens a manifest."""
+
+    def key(self, where: Partition) -> str:
+        """Return the key of the manifest of a partition."""
+        return keys.manifest_key(self.tree, self._checked(where))
+
+    def parse(self, key: str) -> Partition | None:
+        """Return the partition of a manifest of this kind; None for other keys."""
+        tree, where = keys.parse_manifest(key) or ("", None)
+        return where if tree == self.tree else None
+
+    def stem(self, role: str, where: Partition) -> str:
+        """Return the stem of one of its objects."""
+        described = self.roles[role]
+        return keys.object_stem(described.folder, self._checked(where), described.name)
+
+    def data_folder(self, role: str, run_id: str) -> str:
+        """Return the folder of a run's objects of a role, of a kind without a reward."""
+        return f"{self.roles[role].folder}/{keys.run_folder(run_id)}"
+
+    def partitions_of(
+        self,
+        store: Store,
+        run_id: str | None = None,
+        epoch: int | None = None,
+        reward_id: str | None = None,
+    ) -> list[Partition]:
+        """List what is committed of this kind, in the order of the keys, narrowed as given."""
+        folder = keys.manifest_folder(
+            self.tree, run_id, epoch, reward_id, by_set=bool(self.partitions - {"shard"})
+        )
+        found = (self.parse(key) for key in store.list(folder))
+        wanted = {"run_id": run_id, "epoch": epoch, "reward_id": reward_id}
+        return [
+            where
+            for where in found
+            if where and all(v in (None, getattr(where, name)) for name, v in wanted.items())
+        ]
+
+    def find_all(
+        self, store: Store, run_id: str, epoch: int, reward_id: str | None = None
+    ) -> list[Ref[T]]:
+        """Return what is committed of an epoch, its shards in order, whether or not it is whole."""
+        found = self.partitions_of(store, run_id, epoch, reward_id)
+        refs = (self.find(store, where) for where in found)
+        return [ref for ref in refs if ref is not None]
+
+    def exists(self, store: Store, where: Partition) -> bool:
+        """Return whether a partition is committed."""
+        return store.exists(self.key(where))
+
+    def commit_of(
+        self, store: Store, where: Partition, inputs: Mapping[str, Any] | None = None
+    ) -> Committed[T] | None:
+        """Return the commit of a partition, None if there is none.
+
+        Args:
+            store: The store.
+            where: The partition.
+            inputs: If given, what it must have been made from.
+
+        Raises:
+            ConflictingCommit: It was made from other inputs.
+            UnreadableData: The manifest is of another kind, or damaged.
+        """
+        key = self.key(where)
+        found = manifests.find(store, key, inputs=inputs)
+        if found is not None:
+            self._check(key, found.manifest)
+        return found
+
+    def find(
+        self, store: Store, where: Partition, inputs: Mapping[str, Any] | None = None
+    ) -> Ref[T] | None:
+        """Return the reference to what is committed of a partition; see `commit_of`."""
+        found = self.commit_of(store, where, inputs)
+        return None if found is None else found.ref
+
+    def get(self, store: Store, where: Partition) -> T | None:
+        """Open what is committed of a partition, None if nothing is."""
+        found = self.commit_of(store, where)
+        return None if found is None else self.read(store, found.manifest)
+
+    def require(self, store: Store, where: Partition) -> T:
+        """Open what must be committed of a partition.
+
+        Raises:
+            MissingObject: Nothing is.
+        """
+        artefact = self.get(store, where)
+        if artefact is None:
+            raise MissingObject(self.key(where), store.root)
+        return artefact
+
+    def load(self, store: Store, ref: Ref[T]) -> T:
+        """Open the artefact that a reference names.
+
+        Raises:
+            MissingObject: It is missing.
+            CorruptObject: Its manifest's bytes are not those of the reference.
+            UnreadableData: The manifest is of another kind, or damaged.
+        """
+        manifest = manifests.load(store, ref)
+        self._check(ref.key, manifest)
+        return self.read(store, manifest)
+
+    def commit(
+        self, store: Store, where: Partition, inputs: Mapping[str, Any], objects: Objects
+    ) -> Committed[T]:
+        """Write the objects that are given as bytes, then commit all of them.
+
+        Args:
+            store: The store.
+            where: The partition.
+            inputs: What the artefact was made from: JSON values and references.
+            objects: The objects by role.
+
+        Returns:
+            The commit: an earlier writer's, if there was one.
+
+        Raises:
+            ConflictingCommit: The partition is committed from other inputs.
+        """
+        stored = {
+            role: data
+            if isinstance(data, StoredObject)
+            else store.put(self.stem(role, where), self.roles[role].suffix, data)
+            for role, data in objects.items()
+        }
+        return manifests.commit(
+            store, self.key(where), kind=self.name, inputs=inputs, objects=stored
+        )
+
+    def _check(self, key: str, manifest: Manifest) -> None:
+        if manifest.kind != self.name:
+            raise UnreadableData(key, f"it commits {manifest.kind!r}, expected {self.name!r}")
+
+    def _checked(self, where: Partition) -> Partition:
+        given = {name for name in _OPTIONAL if getattr(where, name) is not None}
+        if given != self.partitions:
+            raise ValueError(
+                f"{where} names {sorted(given) or 'nothing'} beside run and epoch; {self.name} "
+                f"have {sorted(self.partitions) or 'nothing'}"
+            )
+        return where
+
+
+def committed(
+    store: Store,
+    kind: Kind[T],
+    where: Partition,
+    inputs: Mapping[str, Any],
+    make: Callable[[], Objects],
+) -> Ref[T]:
+    """Return what is committed of a partition; make and commit it if nothing is.
+
+    Args:
+        store: The store.
+        kind: What it is.
+        where: Its partition.
+        inputs: What it is made from: JSON values and references.
+        make: Makes its objects, by role.
+
+    Raises:
+        ConflictingCommit: The partition is committed from other inputs.
+    """
+    found = kind.find(store, where, inputs)
+    return found or kind.commit(store, where, inputs, make()).ref
+
+
+ROLLOUTS: Kind[RolloutShard] = Kind(
+    "rollouts",
+    "rollouts",
+    frozenset({"shard"}),
+    {
+        "rollouts": Role("rollouts", ".parquet"),
+        "samples": Role("samples", ".parquet"),
+        "trajectories": Role("trajectories", TENSORS_SUFFIX),
+    },
+    RolloutShard,
+)
+"""A shard of an epoch's samples: the table with the images, the same without, trajectories."""
+
+SCORES: Kind[Scores] = Kind(
+    "rewards",
+    "rewards",
+    frozenset({"shard", "reward_id"}),
+    {"rewards": Role("rewards", ".parquet")},
+    Scores,
+)
+"""A shard's scores under a reward."""
+
+ADVANTAGES: Kind[AdvantageTable] = Kind(
+    "advantages",
+    "advantages",
+    frozenset({"reward_id"}),
+    {
+        "advantages": Role("advantages", ".parquet"),
+        # Not beside the advantages: whoever globs that folder expects Parquet files only.
+        "statistics": Role("statistics", ".json"),
+    },
+    AdvantageTable,
+)
+"""An epoch's advantages under a reward, and the prompt statistics after it."""
+
+STATISTICS: Kind[Statistics] = Kind(
+    "statistics",
+    "statistics",
+    frozenset({"reward_id"}),
+    {"statistics": Role("statistics", ".json")},
+    Statistics,
+)
+"""Prompt statistics after an epoch that were rebuilt from scores, without advantages."""
+
+CHECKPOINT: Kind[Checkpoint] = Kind(
+    "checkpoint",
+    "checkpoints",
+    frozenset(),
+    {
+        **{role: Role("checkpoints", TENSORS_SUFFIX, role) for role in TENSOR_ROLES},
+        **{role: Role("checkpoints", ".json", role) for role in ("progress", "digests", "metrics")},
+    },
+    Checkpoint,
+)
+"""The state before an epoch."""
+
+IMAGES: Kind[CheckpointImages] = Kind(
+    "pictures",
+    "pictures",
+    frozenset({"images_id"}),
+    {"pictures": Role("pictures", ".parquet")},
+    CheckpointImages,
+)
+"""A checkpoint's images of fixed prompts and seeds."""
+
+EPOCH: Kind[EpochCommit] = Kind("epoch", "epochs", frozenset(), {}, EpochCommit)
+"""The commit of an epoch."""
+
+KINDS: tuple[Kind[Any], ...] = (
+    ROLLOUTS,
+    SCORES,
+    ADVANTAGES,
+    STATISTICS,
+    CHECKPOINT,
+    IMAGES,
+    EPOCH,
+)
+
+
+def open_ref(store: Store, ref: Ref[A]) -> A:
+    """Open an artefact of whatever kind the reference allows.
+
+    Raises:
+        UnreadableData: The manifest is of no known kind.
+    """
+    manifest = manifests.load(store, ref)
+    for kind in KINDS:
+        if kind.name == manifest.kind:
+            return kind.read(store, manifest)
+    raise UnreadableData(ref.key, f"it commits {manifest.kind!r}, which no release wrote")

@@ -1,0 +1,178 @@
+"""What a fork inherits from its parent: a checkpoint, saved rollouts, and their scores.
+
+Rollouts and tensors are not copied: the fork's manifests list the parent's objects, and retention
+and garbage collection leave alone what any run's manifest lists.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from ddpo.config import ForkConfig
+from ddpo.diffusion.sampling import sampler_digest
+from ddpo.errors import ConfigError, CorruptObject, MissingObject, RetiredObject
+from ddpo.models import Policy, policy_digest
+from ddpo.runs.forks.checks import check_policy, check_sampler, saved_rollouts
+from ddpo.runs.run import Run, open_run
+from ddpo.store import keys
+from ddpo.store.artefacts import RolloutShard, Scores
+from ddpo.store.checkpoints import TENSOR_ROLES, Checkpoint, checkpoint_objects
+from ddpo.store.keys import Partition
+from ddpo.store.kinds import CHECKPOINT, ROLLOUTS, SCORES, committed
+from ddpo.store.manifests import Ref
+from ddpo.store.objects import Objects
+from ddpo.store.upkeep.retention import is_retired
+from ddpo_workflow.tasks.statistics import statistics_of
+
+
+def inherit_shard(run: Run, epoch: int, shard: int) -> Ref[RolloutShard]:
+    """Commit the parent's saved shard as one of a fork's, or find it.
+
+    Args:
+        run: The fork.
+        epoch: The epoch, in both runs.
+        shard: The shard.
+
+    Raises:
+        ConfigError: The parent has no such shard.
+        RetiredObject: Retention deleted it.
+    """
+    assert run.config.fork is not None
+    where = Partition(run.run_id, epoch, shard)
+    if found := ROLLOUTS.find(run.store, where):
+        return found  # from then on retention spares it, and may record the epoch as retired
+    parent = open_run(run.store, run.config.fork.run_id)
+    saved = saved_rollouts(parent, epoch)[shard]
+    objects = ROLLOUTS.load(run.store, saved).objects
+    done = ROLLOUTS.commit(run.store, where, {"inherited": saved}, objects).ref
+    # After the commit: a retirement that began before it has left its record.
+    record = keys.retired_key("trajectories", parent.run_id, epoch)
+    if run.store.exists(record):
+        raise RetiredObject(objects["trajectories"].key, run.store.root, record)
+    return done
+
+
+def inherited_scores(
+    run: Run, rollouts: Ref[RolloutShard], epoch: int, shard: int
+) -> Objects | None:
+    """Return the parent's scores of an inherited shard by the same reward, None if there are none.
+
+    The table is copied: unlike rollouts, scores that another run lists are not spared by retention.
+    """
+    fork = run.config.fork
+    if fork is None or not fork.adopts(epoch):
+        return None
+    identity = run.reward.identity
+    scores = SCORES.get(run.store, Partition(fork.run_id, epoch, shard, identity.reward_id))
+    saved = ROLLOUTS.load(run.store, rollouts).inputs["inherited"]
+    if scores is None or scores.inputs != {"rollouts": saved, "reward_digest": identity.digest}:
+        return None
+    if run.store.exists(keys.retired_key("samples", fork.run_id, epoch)):
+        return None
+    try:
+        table = run.store.get(scores.objects["rewards"])
+        failed = any(row.reward is None for row in scores.rows())
+    except (CorruptObject, MissingObject):  # `ddpo verify` of the parent reports it
+        return None
+    return None if failed and run.config.reward.on_failure == "fail" else {"rewards": table}
+
+
+def inherit_checkpoint(run: Run, policy: Policy, scores: Sequence[Ref[Scores]]) -> Ref[Checkpoint]:
+    """Commit a fork's first checkpoint: the parent's weights and optimizer, statistics of its own.
+
+    A value function is inherited if it was trained on the same reward and embeddings and statistics
+    are not reset; otherwise the fork starts with a new one.
+
+    Args:
+        run: The fork.
+        policy: Its model, as loaded.
+        scores: Of all epochs before, in order, under this fork's reward; its prompt statistics are
+            rebuilt from them.
+
+    Raises:
+        PolicyMismatch: The base model, the sampler, or the place of its noise differs.
+        RetiredObject: Retention deleted the checkpoint.
+    """
+    fork = run.config.fork
+    assert fork is not None
+    check_inheritable(run, policy)
+    parent_ref = _parent_checkpoint(run, fork)
+    parent = CHECKPOINT.load(run.store, parent_ref)
+    state = parent.state()
+    digests = _digests(run, policy)
+    digests["policy_digest"] = policy_digest(policy.base_digest, state.weights)
+    tensors = {role: parent.objects[role] for role in TENSOR_ROLES if role in parent.objects}
+    ema = {}
+    if run.config.optimizer.ema_decay is not None:
+        # An average that the parent did not keep starts at its weights.
+        ema = state.shown_weights
+        tensors.setdefault("ema", tensors["weights"])
+        digests["ema_digest"] = policy_digest(policy.base_digest, ema)
+    value = state.value if _value_holds(run, fork, parent.digests, digests) else {}
+    ref = committed(
+        run.store,
+        CHECKPOINT,
+        Partition(run.run_id, fork.epoch),
+        {
+            "identity_digest": run.identity_digest,
+            "inherited": parent_ref,
+            "scores": list(scores),
+        },
+        lambda: checkpoint_objects(
+            replace(state, statistics=statistics_of(run, scores), ema=ema, value=value),
+            digests,
+            inherited=tensors,
+        ),
+    )
+    if is_retired(run.store, fork.run_id, fork.epoch):
+        record = keys.retired_key("checkpoints", fork.run_id, fork.epoch)
+        raise RetiredObject(parent_ref.key, run.store.root, record)
+    return ref
+
+
+def check_inheritable(run: Run, policy: Policy) -> None:
+    """Refuse a fork whose saved rollouts are of another base model or sampler.
+
+    Args:
+        run: The fork.
+        policy: Its model, as loaded.
+
+    Raises:
+        ConfigError: The parent has no such checkpoint.
+        PolicyMismatch: The base model, the sampler, or the place of its noise differs.
+    """
+    fork = run.config.fork
+    assert fork is not None
+    parent = CHECKPOINT.load(run.store, _parent_checkpoint(run, fork))
+    check_policy(fork, parent.digests, _digests(run, policy))
+    check_sampler(run.config, open_run(run.store, fork.run_id))
+
+
+def _parent_checkpoint(run: Run, fork: ForkConfig) -> Ref[Checkpoint]:
+    found = CHECKPOINT.find(run.store, Partition(fork.run_id, fork.epoch))
+    if found is None:
+        raise ConfigError(f"run {fork.run_id!r} has no checkpoint {fork.epoch}")
+    return found
+
+
+def _digests(run: Run, policy: Policy) -> dict[str, str]:
+    return {
+        "base_digest": policy.base_digest,
+        "sampler_digest": sampler_digest(policy, run.config.sampler),
+    }
+
+
+def _value_holds(
+    run: Run, fork: ForkConfig, of_rollouts: dict[str, str], digests: dict[str, str]
+) -> bool:
+    """Return whether the parent's value function applies to a fork's rewards.
+
+    It predicts one specific reward from one text encoder's embeddings.
+    """
+    if not run.config.algorithm.has_value_function or fork.statistics == "reset":
+        return False
+    # By digest: the code, the weights or the service behind a name may have been exchanged.
+    pinned = open_run(run.store, fork.run_id).pinned_reward
+    same_reward = pinned is not None and run.pinned_reward == pinned
+    return same_reward and of_rollouts["base_digest"] == digests["base_digest"]
