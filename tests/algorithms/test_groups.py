@@ -16,8 +16,8 @@ from ddpo.algorithms.advantages import GroupAdvantages
 from ddpo.errors import ConfigError, RewardError
 from ddpo.runs.run import start_run
 from ddpo.store import manifests
-from ddpo.store.checkpoints import load_document
 from ddpo.store.epochs import read_epoch
+from ddpo.store.kinds import CHECKPOINT
 from ddpo.store.tables import AdvantageRow, decode_advantages
 from ddpo_workflow.flows.fork import forked_config
 from ddpo_workflow.tasks.sample import prompt_of
@@ -150,13 +150,13 @@ def test_a_run_by_groups_stores_their_advantages_and_counts_those_that_teach_not
         ]
         found = [row.columns["advantage"] for row in rows[first : first + 4]]
         assert found == pytest.approx(expected, rel=1e-5) and len(group) == 4
-    document = load_document(run.store, manifests.load(run.store, after), "metrics")
+    document = CHECKPOINT.load(run.store, after).metrics
     spreads = [{row.reward for row in rows[first : first + 4]} for first in (0, 4)]
     assert document["zero_spread_groups"] == sum(len(rewards) == 1 for rewards in spreads)
 
 
 def credit_rows(run) -> list[AdvantageRow]:
-    manifest = manifests.load(run.store, read_epoch(run.store, run.run_id, 0).advantages)
+    manifest = manifests.load(run.store, read_epoch(run.store, run.run_id, 0).commit.advantages)
     return decode_advantages(run.store.get(manifest.objects["advantages"]))
 
 

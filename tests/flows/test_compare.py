@@ -245,8 +245,8 @@ def test_offline_all_learn_from_what_the_first_checkpoint_drew(tiny_model: Path,
     # Its second epoch's parts are made again by what made them: the first checkpoint.
     epoch = read_epoch(run.store, run.run_id, 1)
     lost = [
-        epoch.shards[0].trajectories.key,
-        manifests.load(run.store, epoch.advantages).objects["advantages"].key,
+        epoch.shards[0].objects["trajectories"].key,
+        manifests.load(run.store, epoch.commit.advantages).objects["advantages"].key,
     ]
     kept = [run.store.read(key) for key in lost]
     for key in lost:
