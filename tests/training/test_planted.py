@@ -28,6 +28,7 @@ from ddpo.diffusion.ddim import NoiseSchedule, Transition
 from ddpo.models import Policy
 from ddpo.runs.run import start_run
 from ddpo.store import manifests
+from ddpo.store.artefacts import AdvantageTable
 from ddpo.store.kinds import CHECKPOINT
 from ddpo.store.tables import AdvantageRow
 from ddpo.training.denoising import DenoisingGradient, Noising
@@ -107,16 +108,16 @@ def test_credit_of_the_neighbouring_sample_are_caught(
 def test_advantages_joined_to_the_neighbouring_sample_are_caught(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right = ddpo_workflow.tasks.update.decode_advantages
+    right = AdvantageTable.rows
 
-    def shifted(data: bytes) -> list[AdvantageRow]:
-        rows = right(data)
+    def shifted(table: AdvantageTable) -> list[AdvantageRow]:
+        rows = right(table)
         ahead = [*rows[1:], rows[0]]
         return [replace(row, columns=other.columns) for row, other in zip(rows, ahead, strict=True)]
 
     assert_turns_red(
         lambda: check_the_update_task_joins_advantages_by_sample(tiny_model),
-        lambda: monkeypatch.setattr(ddpo_workflow.tasks.update, "decode_advantages", shifted),
+        lambda: monkeypatch.setattr(AdvantageTable, "rows", shifted),
         "weights of another join",
     )
 
