@@ -18,7 +18,7 @@ from PIL import Image
 from ddpo.basics.randomness import derive_seed
 from ddpo.diffusion.sampling import sample
 from ddpo.diffusion.window import sampler_of_epoch
-from ddpo.models import Policy
+from ddpo.models import load_policy
 from ddpo.prompts import Prompt
 from ddpo.rewards import score_images
 from ddpo.runs.run import Run, open_run, storage_root
@@ -106,7 +106,8 @@ def evaluate(
     checkpoint = CHECKPOINT.commit_of(run.store, Partition(run.run_id, epoch))
     if checkpoint is None:
         raise ValueError(f"run {run.run_id} has no checkpoint {epoch}")
-    policy = Policy(run.config.model, run.config.trainable, run.numerics, seed=run.config.seed)
+    config = run.config
+    policy = load_policy(config.model, config.trainable, run.numerics, seed=config.seed)
     policy.weights.load(CHECKPOINT.load(run.store, checkpoint.ref).state().shown_weights)
     repeated = [prompt for prompt in prompts for _ in seeds]
     shown = [scenes[prompt.text] for prompt in repeated]

@@ -27,8 +27,8 @@ from ddpo.basics.randomness import derive_seed
 from ddpo.config import RunConfig
 from ddpo.config.files import read_config
 from ddpo.diffusion.sampling import sample
-from ddpo.models import Policy
-from ddpo.models.numerics import settle_numerics
+from ddpo.models import Policy, load_policy
+from ddpo.models.numerics import resolve_numerics
 from ddpo.rewards.builtin.jpeg import jpeg_kb
 from ddpo.starter import JUDGE_PATH, STARTER_PATH
 from ddpo.starter.glyphs import ACTIVITIES, ANIMALS
@@ -182,9 +182,9 @@ def load(model: Path, threads: int) -> tuple[Policy, RunConfig]:
         "numerics.threads": threads,
     }
     config = read_config(CONFIG, [f"{name}={value}" for name, value in settings.items()])
-    numerics = settle_numerics(config.numerics)
+    numerics = resolve_numerics(config.numerics)
     numerics.apply()
-    return Policy(config.model, config.trainable, numerics, seed=config.seed), config
+    return load_policy(config.model, config.trainable, numerics, seed=config.seed), config
 
 
 @dataclass(frozen=True)

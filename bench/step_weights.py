@@ -8,13 +8,15 @@ all steps move alike with the weights.
 from __future__ import annotations
 
 import argparse
-from typing import Any, cast
+import json
+from typing import Any
 
 import torch
-from diffusers import DDIMScheduler  # pyright: ignore[reportPrivateImportUsage]
 from torch import Tensor
 
-from ddpo.diffusion.ddim import NoiseSchedule, ddim_transition
+from ddpo.config import DdimSampler
+from ddpo.diffusion.ddim import Ddim
+from ddpo.models.schedule import NoiseSchedule
 from ddpo.starter import STARTER_PATH
 
 _PUBLISHED = {
@@ -29,18 +31,18 @@ _PUBLISHED = {
 """Scheduler of Stable Diffusion 1.x, as its `scheduler_config.json` has it."""
 
 
-def score_weights(schedule: NoiseSchedule) -> Tensor:
+def score_weights(process: Ddim) -> Tensor:
     """Return |d mean / d prediction| / std of each step.
 
     Args:
-        schedule: The steps; each draws noise.
+        process: Each of its steps draws noise.
 
     Returns:
         [T] float64.
     """
-    timesteps = schedule.timesteps
-    prediction = torch.zeros(len(timesteps), 1, 1, 1, dtype=torch.float64, requires_grad=True)
-    step = ddim_transition(schedule, prediction, torch.zeros_like(prediction), timesteps)
+    prediction = torch.zeros(process.steps, 1, 1, 1, dtype=torch.float64, requires_grad=True)
+    steps = torch.arange(process.steps)
+    step = process.transition(steps, prediction, torch.zeros_like(prediction))
     (slope,) = torch.autograd.grad(step.mean.sum(), prediction)
     return (slope.abs() / step.std).flatten()
 
@@ -53,16 +55,16 @@ def main() -> None:
     arguments = parser.parse_args()
     config: Any = _PUBLISHED
     if arguments.model == "starter":
-        config = DDIMScheduler.load_config(str(STARTER_PATH / "scheduler"))
-    scheduler = cast(DDIMScheduler, DDIMScheduler.from_config(config))
-    schedule = NoiseSchedule.from_scheduler(scheduler, steps=arguments.steps, eta=1.0)
-    weights = score_weights(schedule)
+        config = json.loads((STARTER_PATH / "scheduler" / "scheduler_config.json").read_text())
+    schedule = NoiseSchedule.from_scheduler(config)
+    process = Ddim(schedule, DdimSampler(steps=arguments.steps), torch.device("cpu"))
+    weights = score_weights(process)
     shares = weights**2 / (weights**2).sum()
     print("step  timestep  noise  weight  share")
-    stds = schedule.stds(schedule.timesteps).flatten()
-    for step, timestep in enumerate(schedule.timesteps):
+    stds = process.stds(torch.arange(process.steps))
+    for step, time in enumerate(process.times):
         print(
-            f"{step:4d}  {int(timestep):8d}  {stds[step]:5.3f}  {weights[step]:6.2f}  "
+            f"{step:4d}  {int(time):8d}  {stds[step]:5.3f}  {weights[step]:6.2f}  "
             f"{shares[step]:5.1%}"
         )
 

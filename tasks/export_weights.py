@@ -45,7 +45,7 @@ def export_weights(
     exported = {name: digests[name] for name in names if name in digests}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / (PIPELINE_FOLDER if whole else ADAPTER_FOLDER)
-        with policy_at(run, checkpoint, shown=True) as lease:
+        with policy_at(run, checkpoint, weights="average") as lease:
             lease.policy.export(folder)
             local = str(lease.policy.folder)
         if whole:

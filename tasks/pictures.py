@@ -95,7 +95,7 @@ def _generated(run: Run, checkpoint: Ref[Checkpoint], pictures: PictureSet, epoc
     pairs = pictures.pairs
     seeds = [derive_seed(seed, "pictures", prompt) for prompt, seed in pairs]
     report("pictures", 0, len(pairs))
-    with policy_at(run, checkpoint, shown=True) as lease:
+    with policy_at(run, checkpoint, weights="average") as lease:
         # Always the window of epoch 0: the images differ by the policy alone.
         sampler = sampler_of_epoch(lease.policy, run.config, 0)
         generated = sample(lease.policy, [prompt for prompt, _ in pairs], seeds, sampler)

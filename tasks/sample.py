@@ -70,7 +70,7 @@ def _sampled(run: Run, checkpoint: Ref[Checkpoint], epoch: int, shard: int) -> O
     seeds = [derive_seed(run.config.seed, "noise", epoch, index) for index in indices]
     before = indices[0]
 
-    def on_pictures(count: int) -> None:
+    def on_images(count: int) -> None:
         nonlocal before
         before += count
         report("sample", before, run.config.rollouts.samples_per_epoch)
@@ -82,7 +82,7 @@ def _sampled(run: Run, checkpoint: Ref[Checkpoint], epoch: int, shard: int) -> O
             [p.text for p in prompts],
             seeds,
             sampler_of_epoch(lease.policy, run.config, epoch),
-            on_pictures=on_pictures,
+            on_images=on_images,
         )
     rows = _rows(run, checkpoint, epoch, shard, indices, prompts, seeds, sampled)
     return {
@@ -105,7 +105,7 @@ def _tensors(run: Run, sampled: Trajectories) -> dict[str, Tensor]:
     return {
         "latents": sampled.latents,
         "log_probs": sampled.log_probs,
-        "timesteps": sampled.timesteps,
+        "timesteps": sampled.times,
     }
 
 

@@ -10,7 +10,7 @@ from functools import lru_cache
 
 from ddpo.config import RewardConfig
 from ddpo.errors import PolicyMismatch
-from ddpo.models import Policy
+from ddpo.models import Policy, WeightSet, load_policy
 from ddpo.runs.run import Run, RunHandle
 from ddpo.store.checkpoints import Checkpoint
 from ddpo.store.kinds import CHECKPOINT
@@ -26,16 +26,12 @@ _loaded: _Loaded | None = None
 
 @dataclass
 class _Loaded:
-    """The one model of this process, and the checkpoint whose weights it holds.
-
-    ``shown``: it holds those that are shown, which may be an average, in place of the trained ones.
-    """
+    """The one model of this process, and the checkpoint whose trained weights it holds."""
 
     key: tuple[str, str]
     policy: Policy
     checkpoint: Ref[Checkpoint] | None = None
     state: TrainState | None = None
-    shown: bool = False
 
 
 @dataclass(frozen=True)
@@ -78,7 +74,11 @@ def fresh_policy(run: Run) -> Iterator[Policy]:
 
 @contextmanager
 def policy_at(
-    run: Run, checkpoint: Ref[Checkpoint], *, training: bool = False, shown: bool = False
+    run: Run,
+    checkpoint: Ref[Checkpoint],
+    *,
+    training: bool = False,
+    weights: WeightSet = "trained",
 ) -> Iterator[Lease]:
     """Hold the device and the run's model with a checkpoint's weights.
 
@@ -87,8 +87,8 @@ def policy_at(
         checkpoint: The checkpoint's manifest.
         training: The weights are going to change; without :meth:`Lease.hold` they are loaded anew
             next time.
-        shown: Take the weights that are drawn with and exported: their moving average, where the
-            run keeps one.
+        weights: What the policy computes with. "average" is what images are sampled with and what
+            is exported: the moving average, or the trained weights if the run keeps none.
 
     Yields:
         Policy and state; nobody else computes on the device meanwhile.
@@ -103,15 +103,21 @@ def policy_at(
             state = CHECKPOINT.load(run.store, checkpoint).state()
             loaded.policy.weights.load(state.weights)
             _check_base(run, loaded.policy, checkpoint)
-            loaded.checkpoint, loaded.state, loaded.shown = checkpoint, state, False
-        if loaded.state.ema and loaded.shown != shown:
-            loaded.checkpoint = None  # until they are in
-            state = loaded.state
-            loaded.policy.weights.load(state.shown_weights if shown else state.weights)
-            loaded.checkpoint, loaded.shown = checkpoint, shown
+            loaded.checkpoint, loaded.state = checkpoint, state
+        lease = Lease(loaded, loaded.policy, loaded.state)
         if training:
             loaded.checkpoint = None
-        yield Lease(loaded, loaded.policy, loaded.state)
+        if weights == "average" and loaded.state.ema:
+            loaded.policy.weights.keep("average", loaded.state.ema)
+        elif weights == "average":
+            weights = "trained"
+        if weights == "trained":
+            yield lease
+            return
+        loaded.checkpoint = None  # until the trained weights are back
+        with loaded.policy.weights.use(weights):
+            yield lease
+        loaded.checkpoint = checkpoint
 
 
 def _load(run: Run, *, anew: bool = False) -> _Loaded:
@@ -120,7 +126,7 @@ def _load(run: Run, *, anew: bool = False) -> _Loaded:
     if _loaded is None or _loaded.key != key or anew:
         _loaded = None  # the old model's memory is free before the new one's is taken
         config = run.config
-        policy = Policy(config.model, config.trainable, run.numerics, seed=config.seed)
+        policy = load_policy(config.model, config.trainable, run.numerics, seed=config.seed)
         _loaded = _Loaded(key, policy)
     return _loaded
 

@@ -20,16 +20,17 @@ from torch import Tensor
 from ddpo.algorithms import Rwr
 from ddpo.algorithms.advantages import PerPromptAdvantages
 from ddpo.algorithms.base import PromptStatistics
-from ddpo.config import RunConfig
-from ddpo.diffusion.ddim import NoiseSchedule, ddim_transition
+from ddpo.config import DdimSampler, RunConfig
+from ddpo.diffusion.ddim import Ddim
 from ddpo.diffusion.sampling import sample
 from ddpo.models import Policy
+from ddpo.models.schedule import NoiseSchedule
 from ddpo.training.denoising import DenoisingGradient, Noising
 from ddpo.training.loop import initial_state, update
 from ddpo.training.samples import FinalLatents, Rollouts
 from ddpo.training.trajectories import TrajectoryGradient
 from tests.scored import compute_advantages, compute_weights
-from tests.tiny import alternating_advantages, as_credit, flat
+from tests.tiny import alternating_advantages, as_credit, ddim_on, flat
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -73,13 +74,16 @@ def stable_diffusion_scheduler(**changes: object) -> DDIMScheduler:
     return DDIMScheduler(**{**settings, **changes})
 
 
+def ddim(scheduler: DDIMScheduler, *, steps: int, eta: float = 1.0) -> Ddim:
+    schedule = NoiseSchedule.from_scheduler(scheduler.config)
+    return Ddim(schedule, DdimSampler(steps=steps, eta=eta), torch.device("cpu"))
+
+
 def check_log_probs_are_golden() -> None:
     for step in golden_steps():
-        schedule = NoiseSchedule.from_scheduler(
-            stable_diffusion_scheduler(), steps=step.steps, eta=1.0
-        )
-        timesteps = torch.full((3,), step.timestep)
-        found = ddim_transition(schedule, step.model_output, step.latents, timesteps)
+        process = ddim(stable_diffusion_scheduler(), steps=step.steps)
+        steps = torch.full((3,), process.times.tolist().index(step.timestep))
+        found = process.transition(steps, step.model_output, step.latents)
         difference = (found.log_prob(step.next_latents) - step.log_prob).abs().max()
         assert difference < 1e-5, f"{step.key}: log-prob off by {difference}"
 
@@ -105,7 +109,7 @@ def check_initial_ratio_is_one(policy: Policy, config: RunConfig) -> None:
     count = config.rollouts.samples_per_epoch
     prompts = [("a cat", "a dog", "a horse")[i % 3] for i in range(count)]
     drawn = sample(policy, prompts, list(range(count)), config.sampler)
-    rollouts = Rollouts(prompts, drawn.latents, drawn.log_probs, drawn.timesteps)
+    rollouts = Rollouts(prompts, drawn.latents, drawn.log_probs)
     advantages = torch.linspace(-2, 2, count)
     _, metrics = update(policy, initial_state(policy), rollouts, as_credit(advantages), {}, config)
     deviations = metrics["initial_ratio_deviation_by_timestep"]
@@ -133,6 +137,7 @@ def check_gradient_is_each_samples_own(
     found = take_gradients(policy)
 
     scheduler = policy.pipeline.scheduler
+    scheduler.set_timesteps(steps)
     timesteps = [int(t) for t in scheduler.timesteps]
     assert len(timesteps) == steps
     unet, guidance = policy.pipeline.unet, config.sampler.guidance_scale
@@ -251,7 +256,7 @@ def check_regression_is_each_samples_own(
         noising: Of all samples.
     """
     count = len(finals.prompts)
-    gradient = DenoisingGradient(policy, Rwr(type="rwr"))
+    gradient = DenoisingGradient(policy, ddim_on(policy), Rwr(type="rwr"))
     found_loss = gradient.accumulate(finals, weights, range(count), noising)
     found = take_gradients(policy)
 
@@ -259,7 +264,7 @@ def check_regression_is_each_samples_own(
     loss = torch.zeros((), dtype=torch.float64)
     for row, prompt in enumerate(finals.prompts):
         text = policy.pipeline.encode_prompt(prompt, policy.device, 1, False)[0]
-        timestep = int(noising.timesteps[row])
+        timestep = int(noising.times[row])
         alpha = math.prod(1 - float(beta) for beta in scheduler.betas[: timestep + 1])
         clean, noise = finals.latents[row : row + 1], noising.noise[row : row + 1].double()
         noisy = alpha**0.5 * clean + (1 - alpha) ** 0.5 * noise

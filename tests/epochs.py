@@ -55,7 +55,7 @@ def run_epoch(policy: Policy, state: TrainState, config: RunConfig) -> MeasuredE
     drawn = sample(policy, prompts, list(range(first_seed, first_seed + count)), config.sampler)
     sampling_peak = peak_bytes()
     reset_peak()
-    rollouts = Rollouts(prompts, drawn.latents, drawn.log_probs, drawn.timesteps)
+    rollouts = Rollouts(prompts, drawn.latents, drawn.log_probs)
     after, metrics = update(policy, state, rollouts, as_credit(advantages(count)), {}, config)
     digest = tensors_digest({**after.weights, **after.optimizer})
     return MeasuredEpoch(after, metrics, digest, sampling_peak, peak_bytes())

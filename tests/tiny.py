@@ -19,11 +19,14 @@ from diffusers import (
 )
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from ddpo import models
 from ddpo.config import RunConfig
 from ddpo.config.files import parse_config
+from ddpo.diffusion import Process
 from ddpo.diffusion.sampling import Trajectories, sample
+from ddpo.diffusion.window import process_of
 from ddpo.models import Policy
-from ddpo.models.numerics import settle_numerics
+from ddpo.models.numerics import resolve_numerics
 from ddpo.starter.text import build_tokenizer
 from ddpo.training.samples import Rollouts
 
@@ -128,8 +131,8 @@ def tiny_config(folder: Path | str, /, **changes: Any) -> RunConfig:
 
 
 def load_policy(config: RunConfig) -> Policy:
-    return Policy(
-        config.model, config.trainable, settle_numerics(config.numerics), seed=config.seed
+    return models.load_policy(
+        config.model, config.trainable, resolve_numerics(config.numerics), seed=config.seed
     )
 
 
@@ -143,10 +146,15 @@ def draw(
     return sample(policy, prompts, list(seeds), config.sampler)
 
 
+def ddim_on(policy: Policy, **changes: float) -> Process:
+    """Return the process of `tiny_config`'s sampler."""
+    return process_of(policy, tiny_config(policy.folder, sampler=changes).sampler)
+
+
 def rollouts_of(drawn: Trajectories, prompts: Sequence[str] | None = None) -> Rollouts:
     if prompts is None:
         prompts = [PROMPTS[i % len(PROMPTS)] for i in range(len(drawn.latents))]
-    return Rollouts(prompts, drawn.latents, drawn.log_probs, drawn.timesteps)
+    return Rollouts(prompts, drawn.latents, drawn.log_probs)
 
 
 def alternating_advantages(count: int) -> torch.Tensor:
@@ -175,7 +183,7 @@ def make_float64(policy: Policy) -> None:
     """Let the UNet and the text encoder compute in float64: sums then agree to 1e-10."""
     policy.pipeline.unet.double()
     policy.pipeline.text_encoder.double()
-    policy._embeddings.clear()
+    policy._encoded.clear()
 
 
 def as_float64(rollouts: Rollouts) -> Rollouts:
@@ -183,7 +191,6 @@ def as_float64(rollouts: Rollouts) -> Rollouts:
         rollouts.prompts,
         rollouts.latents.double(),
         rollouts.log_probs.double(),
-        rollouts.timesteps,
     )
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ddpo.basics.tensors import mean_per_row
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -21,4 +23,4 @@ def gaussian_kl(mean: Tensor, base_mean: Tensor, std: Tensor) -> Tensor:
     Returns:
         [N], not negative.
     """
-    return ((mean - base_mean) ** 2 / (2 * std**2)).mean(dim=tuple(range(1, mean.ndim)))
+    return mean_per_row((mean - base_mean) ** 2 / (2 * std**2))

@@ -186,7 +186,6 @@ def _card(
         f"| `{policies[epoch][:12]}` |"
         for epoch, mean in means.items()
     ]
-    sampler = config.sampler
     return _CARD.format(
         header=yaml.safe_dump(header, sort_keys=False),
         count=len(samples),
@@ -198,7 +197,7 @@ def _card(
         run_reward_id=history.reward_id,
         reward_digest=digests.get("reward"),
         algorithm=config.algorithm.type,
-        sampler=f"{sampler.steps} steps, eta {sampler.eta}, guidance {sampler.guidance_scale}",
+        sampler=config.sampler.summary,
         sampler_digests=", ".join(f"`{digest}`" for digest in sorted(samplers)),
         seed=config.seed,
         epochs="\n".join(rows),

@@ -7,7 +7,7 @@ from PIL import Image
 from ddpo.diffusion.sampling import sample
 from ddpo.diffusion.window import sampler_of_epoch
 from ddpo.errors import ConfigError
-from ddpo.models import Policy
+from ddpo.models import load_policy
 from ddpo.runs.run import Run
 from ddpo.store.checkpoints import Checkpoint
 from ddpo.store.keys import Partition
@@ -29,7 +29,8 @@ def draw(run: Run, prompt: str, *, seed: int, checkpoint: int | None = None) -> 
         RetiredObject: Retention has deleted its weights.
     """
     policy_weights = _checkpoint(run, checkpoint).state().shown_weights
-    policy = Policy(run.config.model, run.config.trainable, run.numerics, seed=run.config.seed)
+    config = run.config
+    policy = load_policy(config.model, config.trainable, run.numerics, seed=config.seed)
     policy.weights.load(policy_weights)
     sampler = sampler_of_epoch(policy, run.config, 0)
     return sample(policy, [prompt], [seed], sampler).images[0]

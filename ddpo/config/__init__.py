@@ -7,6 +7,8 @@ seed, numerics) makes a run what it is and may not change under a ``run_id``; it
 
 from ddpo.config.compare import CompareConfig
 from ddpo.config.fork import ForkConfig
+from ddpo.config.model import FullConfig, LoraConfig, ModelConfig, Trainable
+from ddpo.config.numerics import NumericsConfig
 from ddpo.config.operation import (
     Keep,
     PicturesConfig,
@@ -16,23 +18,20 @@ from ddpo.config.operation import (
 )
 from ddpo.config.run import (
     OPERATION_FIELDS,
-    FullConfig,
-    LoraConfig,
-    ModelConfig,
     NamedConfig,
-    NumericsConfig,
     OptimizerConfig,
     RewardConfig,
     RolloutsConfig,
     RunConfig,
-    SamplerConfig,
-    Trainable,
-    WindowConfig,
 )
+from ddpo.config.sampler import SAMPLERS, AnySampler, DdimSampler, SamplerConfig, WindowConfig
 
 __all__ = [
     "OPERATION_FIELDS",
+    "SAMPLERS",
+    "AnySampler",
     "CompareConfig",
+    "DdimSampler",
     "ForkConfig",
     "FullConfig",
     "Keep",

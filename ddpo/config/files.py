@@ -197,7 +197,7 @@ def _walk(
         annotation = field.annotation if field else None
         models = _models(annotation)
         inside = models[0] if len(models) == 1 else None
-        choices = {_tag(model): model for model in models} if len(models) > 1 else {}
+        choices = {_tag(model): model for model in models if "type" in model.model_fields}
         plain_union = not models and get_origin(annotation) in (Union, UnionType)
     return path, owner, list(choices)
 

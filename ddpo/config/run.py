@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from pydantic import (
     Field,
     JsonValue,
     NonNegativeFloat,
-    NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     field_validator,
@@ -19,36 +18,10 @@ from ddpo.algorithms import AnyAlgorithm, DdpoIs
 from ddpo.algorithms.base import RunSettings
 from ddpo.basics.part import Part, check_divides, is_auto, is_off, is_one
 from ddpo.config.fork import ForkConfig
+from ddpo.config.model import LoraConfig, ModelConfig, Trainable
+from ddpo.config.numerics import NumericsConfig
 from ddpo.config.operation import StorageConfig, TrackingConfig
-
-
-class ModelConfig(Part):
-    """The diffusion pipeline that is fine-tuned: Stable Diffusion 1.x or 2.x, or the starter."""
-
-    path: str
-    """`starter`, a folder that holds `model_index.json`, or a hub id such as `owner/name`."""
-    revision: str | None = None
-    """Commit of a hub model. Pin it: a branch may move under a run."""
-    resolution: PositiveInt | None = None
-    """Pixels a side; by default the size that the model was trained at."""
-
-
-class LoraConfig(Part):
-    """Train low-rank adapters on the UNet's attention (peft)."""
-
-    type: Literal["lora"] = "lora"
-    rank: PositiveInt = 4
-    """Rank of the adapters; 4 is the paper's code's, and its file is a few MB."""
-    alpha: PositiveFloat = 4.0
-    """The adapter's output is scaled by alpha / rank."""
-    target_modules: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
-    """Names of the layers that get an adapter, as peft matches them."""
-
-
-class FullConfig(Part):
-    """Train every weight of the UNet. Wants a learning rate near 1e-5: LoRA's collapses it."""
-
-    type: Literal["full"]
+from ddpo.config.sampler import AnySampler, DdimSampler
 
 
 class NamedConfig(Part):
@@ -69,50 +42,6 @@ class RewardConfig(NamedConfig):
     """`drop`: failed samples stay out of all statistics and train nothing. `impute`: they count as
     their prompt's mean in the update, and stay out of all statistics; where the prompt has no
     reward yet, they are dropped. `fail`: the shard's task fails, and with it the run."""
-
-
-class WindowConfig(Part):
-    """Train some consecutive denoising steps only."""
-
-    steps: PositiveInt
-    """How many. An update costs steps / T of what all of them cost."""
-    position: NonNegativeInt | Literal["random"] = "random"
-    """The first of them, 0 being the noisiest step; or `random`, drawn anew for each epoch."""
-    noise_only_there: bool = False
-    """Draw with noise in the window alone, and deterministically outside: what a picture's reward
-    says about noise is then about the noise of the window."""
-
-
-class SamplerConfig(Part):
-    """How trajectories are drawn: DDIM with eta (arXiv 2010.02502)."""
-
-    steps: PositiveInt = 50
-    """Denoising steps a picture, T."""
-    eta: float = Field(default=1.0, ge=0.0, le=1.0)
-    """Noise of a step: 1 is DDPM's, 0 is deterministic and leaves nothing to train on but for
-    regression."""
-    guidance_scale: float = Field(default=5.0, ge=1.0)
-    """Classifier-free guidance, in sampling and in the update alike; 1 is none."""
-    window: WindowConfig | None = Field(default=None, exclude_if=is_off)
-    """Which steps are trained; by default all."""
-
-    @model_validator(mode="after")
-    def _window_fits(self) -> SamplerConfig:
-        window = self.window
-        if window is None:
-            return self
-        if window.steps > self.steps:
-            raise ValueError(
-                f"window.steps {window.steps} is more than the {self.steps} denoising steps; "
-                f"set it to at most {self.steps}"
-            )
-        last = self.steps - window.steps
-        if window.position != "random" and window.position > last:
-            raise ValueError(
-                f"a window of {window.steps} steps at position {window.position} reaches beyond "
-                f"the last of {self.steps} denoising steps; set window.position to at most {last}"
-            )
-        return self
 
 
 class RolloutsConfig(Part):
@@ -150,29 +79,6 @@ class OptimizerConfig(Part):
     exported; rollouts are of the trained weights. By default none."""
 
 
-class NumericsConfig(Part):
-    """What the bytes of a result depend on. `auto` is settled at the first start and frozen."""
-
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """`auto` takes a GPU if there is one."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Of the UNet's arithmetic; trained weights stay float32. `auto`: bfloat16 on CUDA, or float16
-    where the GPU lacks it; float32 elsewhere."""
-    sample_batch_size: PositiveInt = 8
-    """Pictures a forward while sampling (guidance doubles it inside)."""
-    micro_batch_size: PositiveInt = 8
-    """(sample, timestep) pairs a forward and backward in the update. Any size gives the same
-    gradient; equal to sample_batch_size it repeats the sampler's forwards to the bit."""
-    threads: PositiveInt | Literal["auto"] = "auto"
-    """CPU threads of torch."""
-    tf32: bool = True
-    """TF32 matrix products on CUDA."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward: less memory, about a third more time."""
-
-
-Trainable = Annotated[LoraConfig | FullConfig, Field(discriminator="type")]
-
 OPERATION_FIELDS = frozenset({"epochs", "storage", "tracking", "outputs"})
 """The half of a config that may change under a run_id."""
 
@@ -190,8 +96,8 @@ class RunConfig(Part):
     """The prompts to draw from, all with equal chance."""
     rollouts: RolloutsConfig = RolloutsConfig()
     """How many samples an epoch draws, and what is stored of them."""
-    sampler: SamplerConfig = SamplerConfig()
-    """How pictures are drawn."""
+    sampler: AnySampler = DdimSampler()
+    """How images are sampled."""
     reward: RewardConfig
     """What is to be raised."""
     algorithm: AnyAlgorithm = DdpoIs()
@@ -250,7 +156,7 @@ class RunConfig(Part):
             RunSettings(
                 samples_per_epoch=self.rollouts.samples_per_epoch,
                 samples_per_prompt=self.rollouts.samples_per_prompt,
-                stochastic=self.sampler.eta > 0,
+                stochastic=self.sampler.stochastic,
                 final_latents_only=self.rollouts.store_trajectories == "final",
                 keeps_base_model=isinstance(self.trainable, LoraConfig),
                 off_policy=self.fork is not None and self.fork.off_policy,

@@ -1,4 +1,4 @@
-"""Prompts and seeds to trajectories: the sampling round of DDPO (arXiv 2305.13301, algorithm 1).
+"""Prompts and seeds to trajectories: the sampling phase of DDPO (arXiv 2305.13301, algorithm 1).
 
 Shapes: B samples, T denoising steps, C latent channels, h x w latent pixels.
 """
@@ -15,32 +15,29 @@ from torch import Tensor
 from ddpo.basics.digests import json_digest
 from ddpo.basics.randomness import generator
 from ddpo.config import SamplerConfig
-from ddpo.diffusion.ddim import NoiseSchedule, ddim_transition
-from ddpo.diffusion.window import noise_schedule
+from ddpo.diffusion.base import Process
+from ddpo.diffusion.window import process_of, whole_process
 from ddpo.errors import NonFiniteError
 from ddpo.models import Policy
 
 
 @dataclass(frozen=True)
 class Trajectories:
-    """Denoising trajectories, all that an update needs, and the pictures they end in.
-
-    Attributes:
-        latents: [B, T+1, C, h, w] float32 from noise to clean, as log-probs were computed on.
-        log_probs: [B, T] float32, averaged over latent dimensions; 0 where a step is deterministic.
-        timesteps: [T] int64, from noisy to clean.
-        images: B RGB pictures.
-    """
+    """Denoising trajectories, with all that an update needs, and the images they end in."""
 
     latents: Tensor
+    """[B, T+1, C, h, w] float32 from noise to clean, as log-probs were computed on."""
     log_probs: Tensor
-    timesteps: Tensor
+    """[B, T] float32, averaged over latent dimensions; 0 where a step is deterministic."""
+    times: Tensor
+    """[T] float32, from noisy to clean."""
     images: list[Image.Image]
+    """B RGB images."""
 
     def log_prob_mean(self, row: int) -> float | None:
-        """Return the mean log-prob of a sample's steps, None where every step is deterministic."""
-        own = self.log_probs[row]
-        return float(own.mean()) if own.any() else None
+        """Return a sample's mean log-prob over its steps; None if every step is deterministic."""
+        log_probs = self.log_probs[row]
+        return float(log_probs.mean()) if log_probs.any() else None
 
 
 @torch.no_grad()
@@ -50,17 +47,18 @@ def sample(
     seeds: Sequence[int],
     sampler: SamplerConfig,
     *,
-    on_pictures: Callable[[int], None] = lambda count: None,
+    on_images: Callable[[int], None] = lambda count: None,
 ) -> Trajectories:
-    """Draw trajectories from the policy as it is now.
+    """Sample trajectories from the policy as it is now.
 
     Args:
-        policy: Its numerics say how many pictures share a forward.
-        prompts: B texts.
-        seeds: B noise seeds: what a sample draws depends on its own alone. The first C·h·w normal
+        policy: Its numerics say how many images share a forward.
+        prompts: B prompts.
+        seeds: B noise seeds; a sample's noise depends on its own seed alone. The first C·h·w normal
             numbers of a seed's generator are the starting latents.
-        sampler: Steps, eta, guidance; a window that noise is drawn in has its place settled.
-        on_pictures: Called with the number of pictures that just got ready.
+        sampler: Process and guidance; if noise is drawn in a window only, as
+            :func:`~ddpo.diffusion.window.sampler_of_epoch` resolved it.
+        on_images: Called with the number of images that were just finished.
 
     Returns:
         Trajectories on the CPU.
@@ -68,46 +66,42 @@ def sample(
     Raises:
         NonFiniteError: A log-prob or latent is NaN or infinite.
     """
-    schedule = noise_schedule(policy, sampler)
+    process = process_of(policy, sampler)
     size = policy.numerics.sample_batch_size
     batches: list[Trajectories] = []
     for start in range(0, len(prompts), size):
         batch = slice(start, start + size)
-        batches.append(_sample_batch(policy, prompts[batch], seeds[batch], sampler, schedule))
-        on_pictures(len(batches[-1].images))
+        batches.append(
+            _sample_batch(policy, prompts[batch], seeds[batch], process, sampler.guidance_scale)
+        )
+        on_images(len(batches[-1].images))
     return Trajectories(
         latents=torch.cat([b.latents for b in batches]),
         log_probs=torch.cat([b.log_probs for b in batches]),
-        timesteps=batches[0].timesteps,
+        times=batches[0].times,
         images=[image for b in batches for image in b.images],
     )
 
 
 def sampler_digest(policy: Policy, sampler: SamplerConfig) -> str:
-    """Return ``sampler_digest``: what makes two samplers the same.
+    """Return ``sampler_digest``, the identity of a sampler on a model.
 
     Args:
-        policy: Gives the scheduler's config, resolution and dtype.
-        sampler: Steps, eta, guidance, and the window where noise is drawn in it only: as the
-            config has it, since run seed and epoch settle its place.
+        policy: Gives the noise schedule, image size and dtype.
+        sampler: Process, guidance, and the window if noise is drawn in it only: as the config has
+            it, since run seed and epoch decide its position.
 
     Returns:
         sha256, hexadecimal.
     """
     window = sampler.window
     noisy = {} if window is None or not window.noise_only_there else {"noise": window.model_dump()}
-    scheduler = {
-        name: value
-        for name, value in policy.pipeline.scheduler.config.items()
-        if not name.startswith("_") and isinstance(value, str | int | float | bool | None)
-    }
+    width, height = policy.size
     return json_digest(
         {
-            "scheduler": scheduler,
-            "steps": sampler.steps,
-            "eta": sampler.eta,
+            "process": whole_process(policy, sampler).identity(),
             "guidance_scale": sampler.guidance_scale,
-            "resolution": policy.resolution,
+            "resolution": width if width == height else [width, height],
             "dtype": policy.numerics.dtype,
             **noisy,
         }
@@ -118,25 +112,27 @@ def _sample_batch(
     policy: Policy,
     prompts: Sequence[str],
     seeds: Sequence[int],
-    sampler: SamplerConfig,
-    schedule: NoiseSchedule,
+    process: Process,
+    guidance_scale: float,
 ) -> Trajectories:
     generators = [generator(seed) for seed in seeds]
-    embeddings = policy.embed(prompts)
-    latents = [_noise(policy, generators) * policy.pipeline.scheduler.init_noise_sigma]
+    conditioning = policy.encode(prompts)
+    latents = [_noise(policy, generators) * process.initial_noise_scale]
     log_probs: list[Tensor] = []
-    for timestep in schedule.timesteps:
-        timesteps = timestep.expand(len(prompts))
-        output = policy.predict(latents[-1], timesteps, embeddings, sampler.guidance_scale)
-        transition = ddim_transition(schedule, output, latents[-1], timesteps)
-        # Without eta plain diffusers draws no noise either.
-        noise = _noise(policy, generators) if sampler.eta > 0 else torch.zeros_like(latents[-1])
+    draws_noise = bool(process.stochastic().any())
+    for number in range(process.steps):
+        steps = torch.full((len(prompts),), number, device=policy.device)
+        output = policy.predict(latents[-1], process.times[steps], conditioning, guidance_scale)
+        transition = process.transition(steps, output, latents[-1])
+        # A step's noise is the same whichever other steps draw any; plain diffusers draws none for
+        # a process without noise.
+        noise = _noise(policy, generators) if draws_noise else torch.zeros_like(latents[-1])
         latents.append(transition.draw(noise))
         log_probs.append(transition.log_prob(latents[-1]))
     result = Trajectories(
         latents=torch.stack(latents, dim=1).cpu(),
         log_probs=torch.stack(log_probs, dim=1).cpu(),
-        timesteps=schedule.timesteps.cpu(),
+        times=process.times.cpu(),
         images=policy.decode(latents[-1]),
     )
     _check_finite(result, prompts)
@@ -149,12 +145,13 @@ def _noise(policy: Policy, generators: Sequence[torch.Generator]) -> Tensor:
 
 
 def _check_finite(result: Trajectories, prompts: Sequence[str]) -> None:
-    bad = ~(torch.isfinite(result.log_probs) & torch.isfinite(result.latents[:, 1:]).all((2, 3, 4)))
+    latents = torch.isfinite(result.latents[:, 1:]).flatten(2).all(dim=-1)
+    bad = ~(torch.isfinite(result.log_probs) & latents)
     if bad.any():
-        sample_index, step = (int(i) for i in bad.nonzero()[0])
+        row, step = (int(i) for i in bad.nonzero()[0])
         raise NonFiniteError(
-            f"sampling gave a non-finite latent or log-prob for prompt {prompts[sample_index]!r} "
-            f"at timestep {int(result.timesteps[step])} (step {step}); nothing was stored. The "
-            "weights have diverged: go back to an earlier checkpoint with a lower learning rate, "
-            "or use numerics.dtype float32 or bfloat16."
+            f"sampling produced a non-finite latent or log-prob for prompt {prompts[row]!r} at "
+            f"step {step} (time {float(result.times[step]):g}); nothing was stored. The weights "
+            "have diverged: return to an earlier checkpoint with a lower learning rate, or use "
+            "numerics.dtype float32 or bfloat16."
         )

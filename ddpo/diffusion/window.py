@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from ddpo.basics.randomness import derive_seed
 from ddpo.config import RunConfig, SamplerConfig
-from ddpo.diffusion.ddim import NoiseSchedule
+from ddpo.diffusion import PROCESSES, Process
 from ddpo.errors import ConfigError
 from ddpo.models import Policy
 
 
 def sampler_of_epoch(policy: Policy, config: RunConfig, epoch: int) -> SamplerConfig:
-    """Settle where the window of an epoch lies; it depends on run seed and epoch alone.
+    """Resolve where the window of an epoch lies, which depends on run seed and epoch alone.
 
-    A random window is one of those that hold a step to train on, all with equal chance,
-    whatever the algorithm: samples may be trained on by another one. Regression trains clean
-    latents, and takes any window.
+    A random window is one of those that contain a step to train on, all with equal chance, whatever
+    the algorithm: samples may be trained on by another one. An algorithm that trains final latents
+    takes any window.
 
     Args:
-        policy: Its scheduler says which steps draw noise.
+        policy: Its noise schedule says which steps draw noise.
         config: Sampler and seed.
         epoch: The epoch, from 0.
 
@@ -25,14 +25,14 @@ def sampler_of_epoch(policy: Policy, config: RunConfig, epoch: int) -> SamplerCo
         The sampler, with a window (if any) whose position is a number.
 
     Raises:
-        ConfigError: The window holds no step that draws noise, so nothing would be trained.
+        ConfigError: The window contains no step that draws noise, so nothing would be trained.
     """
     window = config.sampler.window
     if window is None:
         return config.sampler
-    schedule = _whole_schedule(policy, config.sampler)
-    stochastic = schedule.stochastic()
-    every = range(config.sampler.steps - window.steps + 1)
+    process = whole_process(policy, config.sampler)
+    stochastic = process.stochastic()
+    every = range(process.steps - window.steps + 1)
     positions = [first for first in every if stochastic[first : first + window.steps].any()]
     steps_are_trained = config.algorithm.needs.data == "trajectories"
     if not steps_are_trained and (window.position != "random" or not positions):
@@ -42,47 +42,48 @@ def sampler_of_epoch(policy: Policy, config: RunConfig, epoch: int) -> SamplerCo
         position = positions[derive_seed(config.seed, "window", epoch) % len(positions)]
     elif position not in positions:
         raise ConfigError(
-            f"sampler.window holds no step to train on: at position {position} there is timestep "
-            f"{int(schedule.timesteps[position])} alone, a step that this model's scheduler takes "
-            "without noise, so that it has no log-prob and no gradient; set "
-            f"sampler.window.position to at most {positions[-1]}"
+            f"sampler.window contains no step to train on: at position {position} there is only "
+            f"step {position} (time {float(process.times[position]):g}), which this model takes "
+            "without noise, so it has no log-prob and no gradient; set sampler.window.position to "
+            f"at most {positions[-1]}"
         )
     return config.sampler.model_copy(
         update={"window": window.model_copy(update={"position": position})}
     )
 
 
-def noise_schedule(policy: Policy, sampler: SamplerConfig) -> NoiseSchedule:
-    """Return a sampler's schedule on the policy's device.
+def process_of(policy: Policy, sampler: SamplerConfig) -> Process:
+    """Return a sampler's process on the policy's noise schedule and device.
 
     Args:
-        policy: Whose scheduler it is.
-        sampler: Steps, eta and, if noise is drawn there only, a window whose place is settled.
+        policy: Whose latents are denoised.
+        sampler: If noise is drawn in a window only, as :func:`sampler_of_epoch` resolved it.
     """
-    schedule = _whole_schedule(policy, sampler)
-    if sampler.window is not None and sampler.window.noise_only_there:
-        schedule = schedule.with_noise_only_at(window_steps(sampler))
-    return schedule.to(policy.device)
+    window = sampler.window
+    noisy = window_steps(sampler) if window is not None and window.noise_only_there else None
+    make = PROCESSES[sampler.type]
+    return make(policy.schedule, sampler, policy.device, noisy)
+
+
+def whole_process(policy: Policy, sampler: SamplerConfig) -> Process:
+    """Return a sampler's process as it is without a window."""
+    return process_of(policy, sampler.model_copy(update={"window": None}))
 
 
 def window_steps(sampler: SamplerConfig) -> range:
-    """Return the steps of a sampler's window, or all, as columns of a trajectory.
+    """Return the numbers of the steps in a sampler's window, or of all steps.
 
     Args:
-        sampler: As :func:`sampler_of_epoch` settled it.
+        sampler: As :func:`sampler_of_epoch` resolved it.
 
     Raises:
-        ValueError: The window's place is still to be drawn.
+        ValueError: The window is random and has no position yet.
     """
     if sampler.window is None:
         return range(sampler.steps)
     first = sampler.window.position
     if first == "random":
-        raise ValueError("a random window has a place in an epoch only: ask `sampler_of_epoch`")
+        raise ValueError(
+            "a random window has a position within an epoch only; call `sampler_of_epoch` first"
+        )
     return range(first, first + sampler.window.steps)
-
-
-def _whole_schedule(policy: Policy, sampler: SamplerConfig) -> NoiseSchedule:
-    return NoiseSchedule.from_scheduler(
-        policy.pipeline.scheduler, steps=sampler.steps, eta=sampler.eta
-    )

@@ -1,4 +1,4 @@
-"""What the bytes of a result depend on beside the config: device, dtype, threads, versions."""
+"""What the bytes of a result depend on besides the config: device, dtype, threads, versions."""
 
 from __future__ import annotations
 
@@ -18,49 +18,42 @@ _VERSIONED = ("torch", "diffusers", "transformers", "peft", "pillow")
 
 
 class Numerics(BaseModel):
-    """Numerics with every ``auto`` settled; frozen in ``run.json`` at a run's first start.
+    """Numerics without any ``auto``; frozen in ``run.json`` at a run's first start."""
 
-    Attributes:
-        device: Kind of device.
-        device_name: The device's own name; equal bytes are promised on one kind of device.
-        dtype: Of the UNet's arithmetic.
-        sample_batch_size: Pictures a forward while sampling.
-        micro_batch_size: Pairs a forward in the update.
-        threads: CPU threads of torch.
-        tf32: TF32 matrix products on CUDA.
-        gradient_checkpointing: Activations recomputed in the backward.
-        attention: Attention backend of the UNet.
-        update_ranks: Processes that share an update.
-        versions: Of the libraries that compute.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     device: Literal["cpu", "cuda", "mps"]
+    """Kind of device."""
     device_name: str
+    """The device's own name; equal bytes are promised on one kind of device only."""
     dtype: Literal["float32", "bfloat16", "float16"]
+    """Dtype of the denoising network's arithmetic."""
     sample_batch_size: int
+    """Images per forward while sampling."""
     micro_batch_size: int
+    """Items per forward in the update."""
     threads: int
+    """CPU threads of torch."""
     tf32: bool
+    """Whether CUDA uses TF32 matrix products."""
     gradient_checkpointing: bool
-    attention: str = "sdpa"
-    update_ranks: int = 1
+    """Whether activations are recomputed in the backward."""
     versions: dict[str, str]
+    """Versions of the libraries that compute."""
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """The UNet's dtype as torch names it."""
+        """The denoising network's dtype as a torch dtype."""
         return getattr(torch, self.dtype)
 
     @property
     def torch_device(self) -> torch.device:
-        """The device as torch names it."""
+        """The device as a torch device."""
         return torch.device(self.device)
 
     @property
     def low_precision(self) -> bool:
-        """Whether the UNet computes in 16 bits."""
+        """Whether the denoising network computes in 16 bits."""
         return self.dtype != "float32"
 
     def apply(self) -> None:
@@ -71,24 +64,18 @@ class Numerics(BaseModel):
 
     @contextmanager
     def autocast(self) -> Iterator[None]:
-        """Compute in the 16-bit dtype inside, where one is set."""
+        """Compute in the 16-bit dtype inside the block, if one is set."""
         with torch.autocast(self.device, dtype=self.torch_dtype, enabled=self.low_precision):
             yield
 
 
-def settle_numerics(config: NumericsConfig) -> Numerics:
-    """Settle every ``auto`` on this machine.
-
-    Args:
-        config: The config's numerics.
-
-    Returns:
-        Numerics without ``auto``.
+def resolve_numerics(config: NumericsConfig) -> Numerics:
+    """Resolve every ``auto`` on this machine.
 
     Raises:
-        ConfigError: The device that is asked for is not there.
+        ConfigError: The configured device is missing.
     """
-    device = _settle_device(config.device)
+    device = _resolve_device(config.device)
     dtype = config.dtype
     if dtype == "auto":
         dtype = "float32"
@@ -108,20 +95,20 @@ def settle_numerics(config: NumericsConfig) -> Numerics:
     )
 
 
-def settle_again(config: NumericsConfig, frozen: Numerics) -> Numerics:
-    """Settle ``auto`` as a run's first start did.
+def resolve_again(config: NumericsConfig, frozen: Numerics) -> Numerics:
+    """Resolve ``auto`` as a run's first start did.
 
     Args:
         config: The config's numerics at this start.
-        frozen: What the first start found.
+        frozen: The numerics of the first start.
 
     Returns:
         The config's explicit values, and the frozen ones for every ``auto``.
 
     Raises:
-        ConfigError: The frozen device is not there.
+        ConfigError: The frozen device is missing.
     """
-    device = _settle_device(frozen.device if config.device == "auto" else config.device)
+    device = _resolve_device(frozen.device if config.device == "auto" else config.device)
     explicit = {
         name: value
         for name in NumericsConfig.model_fields
@@ -131,13 +118,13 @@ def settle_again(config: NumericsConfig, frozen: Numerics) -> Numerics:
 
 
 def changed_versions(frozen: Numerics) -> list[str]:
-    """Name the libraries that are no longer of the version a run was started with.
+    """List the libraries whose version has changed since a run's first start.
 
     Args:
         frozen: The run's numerics.
 
     Returns:
-        One text a library, such as ``torch 2.12.0, now 2.13.0``; empty if none changed.
+        One text per library, such as ``torch 2.12.0, now 2.13.0``.
     """
     now = {name: version(name) for name in _VERSIONED}
     return [
@@ -147,18 +134,18 @@ def changed_versions(frozen: Numerics) -> list[str]:
     ]
 
 
-def _settle_device(asked: str) -> Literal["cpu", "cuda", "mps"]:
-    if asked == "cuda" and not torch.cuda.is_available():
+def _resolve_device(requested: str) -> Literal["cpu", "cuda", "mps"]:
+    if requested == "cuda" and not torch.cuda.is_available():
         raise ConfigError(
             "numerics.device is 'cuda', but torch finds no CUDA device here. Set it to 'cpu', or "
             "install a CUDA build of torch and check `nvidia-smi`."
         )
-    if asked == "mps" and not torch.backends.mps.is_available():
+    if requested == "mps" and not torch.backends.mps.is_available():
         raise ConfigError(
             "numerics.device is 'mps', but torch finds no Apple GPU here. Set it to 'cpu'."
         )
-    if asked == "auto":
+    if requested == "auto":
         if torch.cuda.is_available():
             return "cuda"
         return "mps" if torch.backends.mps.is_available() else "cpu"
-    return "cpu" if asked == "cpu" else "cuda" if asked == "cuda" else "mps"
+    return "cpu" if requested == "cpu" else "cuda" if requested == "cuda" else "mps"

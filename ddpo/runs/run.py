@@ -19,7 +19,7 @@ from ddpo.config.files import parse_config
 from ddpo.config.s3 import S3Options
 from ddpo.errors import ConfigError, RewardError, RunIdentityMismatch
 from ddpo.models import check_model
-from ddpo.models.numerics import Numerics, changed_versions, settle_again, settle_numerics
+from ddpo.models.numerics import Numerics, changed_versions, resolve_again, resolve_numerics
 from ddpo.prompts import Prompt, load_prompts, prompt_set_digest
 from ddpo.rewards import Reward, load_reward
 from ddpo.rewards.identity import reward_id_of
@@ -168,7 +168,7 @@ def check_config(config: RunConfig) -> Numerics:
     """
     load_prompts(config.prompts.name, config.prompts.parameters)
     load_reward(config.reward.name, config.reward.parameters)
-    numerics = settle_numerics(config.numerics)
+    numerics = resolve_numerics(config.numerics)
     check_model(config.model)
     return numerics
 
@@ -202,7 +202,7 @@ def check_run(config: RunConfig, run_id: str) -> tuple[Store, Numerics]:
         )
     record = runs.load_run(store, run_id)
     frozen = Numerics.model_validate(record.numerics)
-    numerics = settle_again(config.numerics, frozen)
+    numerics = resolve_again(config.numerics, frozen)
     changed = differences(record.identity, _pinned_identity(config))
     changed += differences(record.numerics, numerics.model_dump(mode="json"), "numerics")
     if changed:

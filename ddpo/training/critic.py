@@ -6,7 +6,7 @@ Shapes: S samples, T denoising steps.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -14,15 +14,15 @@ from torch import Tensor
 from ddpo.algorithms.advantages.base import CriticSettings
 from ddpo.basics.randomness import derive_seed
 from ddpo.config import OptimizerConfig
+from ddpo.diffusion import Process
 from ddpo.errors import NonFiniteError
 from ddpo.models import Policy
 from ddpo.training.optimizer import copies, make_adamw, optimizer_state
-from ddpo.training.samples import Rollouts
 from ddpo.training.value_network import (
     ValueNetwork,
     explained_variance,
     prompt_features,
-    timestep_features,
+    time_features,
     value_loss,
 )
 
@@ -32,7 +32,8 @@ class Critic:
 
     Args:
         policy: Gives the prompts' embeddings.
-        rollouts: All samples of the epoch.
+        process: Gives the steps' times.
+        prompts: S prompts, one per sample of the epoch.
         kept: V and its AdamW as :meth:`state` returned them; empty before the first training,
             when V is initialised from ``seed``.
         settings: How V is trained, and what advantages are clipped to.
@@ -42,18 +43,18 @@ class Critic:
     def __init__(
         self,
         policy: Policy,
-        rollouts: Rollouts,
+        process: Process,
+        prompts: Sequence[str],
         kept: Mapping[str, Tensor],
         settings: CriticSettings,
         *,
         seed: int,
     ) -> None:
         self.settings = settings
-        texts = list(dict.fromkeys(rollouts.prompts))
-        self._rows = torch.tensor([texts.index(text) for text in rollouts.prompts])
-        self._prompts = prompt_features(policy.embed(texts), policy.embed([""]))
-        last = policy.pipeline.scheduler.config.num_train_timesteps
-        self._timesteps = timestep_features(rollouts.timesteps, last)
+        texts = list(dict.fromkeys(prompts))
+        self._rows = torch.tensor([texts.index(text) for text in prompts])
+        self._prompts = prompt_features(policy.encode(texts)["text"], policy.encode([""])["text"])
+        self._times = time_features(process.times, process.time_scale)
         self.network = ValueNetwork(self._prompts.shape[1], seed=derive_seed(seed, "value"))
         weights = {name: value for name, value in kept.items() if name.startswith(_WEIGHT)}
         if weights:
@@ -68,8 +69,8 @@ class Critic:
         )
 
     def values(self) -> Tensor:
-        """Return V of each sample's prompt at each timestep, [S, T], with a gradient."""
-        return self.network(self._prompts, self._timesteps)[self._rows]
+        """Return V of each sample's prompt at each step, [S, T], with a gradient."""
+        return self.network(self._prompts, self._times)[self._rows]
 
     @torch.no_grad()
     def advantages(self, rewards: Tensor, scored: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Training on final latents: the denoising loss that diffusion models are trained with.
 
-On the model's own images: for noise eps ~ N(0, I) and a training timestep t ~ Uniform,
+On the model's own images. With DDIM, for noise eps ~ N(0, I) and a training timestep t ~ Uniform,
 x_t = sqrt(alpha_t) x_0 + sqrt(1 - alpha_t) eps, and the model predicts eps, or
 v = sqrt(alpha_t) eps - sqrt(1 - alpha_t) x_0, from x_t, t and the prompt, without guidance.
 
@@ -21,6 +21,8 @@ from ddpo.algorithms.base import Update
 from ddpo.algorithms.rwr import DenoisingBatch
 from ddpo.basics.randomness import derive_seed, generator
 from ddpo.config import RunConfig
+from ddpo.diffusion import Process
+from ddpo.diffusion.window import whole_process
 from ddpo.errors import NonFiniteError
 from ddpo.models import Policy
 from ddpo.training.objective import Objective, float16_loss_scale, unscale
@@ -32,34 +34,40 @@ from ddpo.training.state import TrainState
 class Noising:
     """The noise that the samples of one update are given."""
 
-    timesteps: Tensor
-    """[N] int64, training timesteps."""
+    times: Tensor
+    """[N] float32, as the process draws them for training."""
     noise: Tensor
     """[N, C, h, w] float32, standard normal."""
 
     @classmethod
     def draw(
-        cls, run_seed: int, epoch: int, inner_epoch: int, samples: Sequence[int], policy: Policy
+        cls,
+        run_seed: int,
+        epoch: int,
+        inner_epoch: int,
+        samples: Sequence[int],
+        policy: Policy,
+        process: Process,
     ) -> Noising:
-        """Sample timesteps and noise; a sample's depend on its own index and pass alone.
+        """Sample times and noise; a sample's depend on its own index and pass alone.
 
         Args:
             run_seed: The config's ``seed``.
             epoch: The epoch.
             inner_epoch: The pass over the epoch's samples.
             samples: N indices within the epoch.
-            policy: Gives the shape of its latents and the number of its training timesteps.
+            policy: Gives the shape of its latents.
+            process: Gives the distribution of training times.
 
         Returns:
-            Timesteps and noise on the CPU.
+            Times and noise on the CPU.
         """
-        last = policy.pipeline.scheduler.config.num_train_timesteps
-        timesteps, noise = [], []
+        times, noise = [], []
         for index in samples:
             source = generator(derive_seed(run_seed, "regression", epoch, inner_epoch, index))
-            timesteps.append(torch.randint(last, (), generator=source))
+            times.append(process.training_time(source))
             noise.append(torch.randn(policy.latent_shape, generator=source))
-        return cls(torch.stack(timesteps), torch.stack(noise))
+        return cls(torch.stack(times), torch.stack(noise))
 
 
 class DenoisingGradient:
@@ -67,11 +75,13 @@ class DenoisingGradient:
 
     Args:
         policy: Its weights are updated in place.
+        process: Noises clean latents.
         algorithm: Gives the loss.
     """
 
-    def __init__(self, policy: Policy, algorithm: Algorithm) -> None:
+    def __init__(self, policy: Policy, process: Process, algorithm: Algorithm) -> None:
         self.policy = policy
+        self.process = process
         self.algorithm = algorithm
         self.parameters = policy.weights.parameters()
         self.loss_scale = float16_loss_scale(policy.numerics)
@@ -90,14 +100,10 @@ class DenoisingGradient:
         Returns:
             [N], with a gradient where gradients are on.
         """
-        scheduler, device = self.policy.pipeline.scheduler, self.policy.device
-        clean, timesteps = latents.to(device), noising.timesteps.to(device)
-        noise = noising.noise.to(clean)
-        noisy = scheduler.add_noise(clean, noise, timesteps)
-        output = self.policy.predict(noisy, timesteps, self.policy.embed(prompts), 1.0)
-        target = noise
-        if scheduler.config.prediction_type == "v_prediction":
-            target = scheduler.get_velocity(clean, noise, timesteps)
+        device = self.policy.device
+        clean, times = latents.to(device), noising.times.to(device)
+        noisy, target = self.process.noised(clean, noising.noise.to(clean), times)
+        output = self.policy.predict(noisy, times, self.policy.encode(prompts), 1.0)
         return self.algorithm.losses(DenoisingBatch(output, target, weights))
 
     def accumulate(
@@ -132,7 +138,7 @@ class DenoisingGradient:
         for part in torch.arange(count).split(self.policy.numerics.micro_batch_size):
             rows: list[int] = [samples[int(i)] for i in part]
             prompts = [finals.prompts[row] for row in rows]
-            noised = Noising(noising.timesteps[part], noising.noise[part])
+            noised = Noising(noising.times[part], noising.noise[part])
             losses = self.losses(prompts, finals.latents[rows], weights[rows], noised)
             _check_finite(rows, prompts, noised, losses)
             loss = losses.sum() / count
@@ -169,12 +175,15 @@ class DenoisingObjective(Objective):
         self.policy = policy
         self.finals = samples.final if isinstance(samples, Rollouts) else samples
         self.weights = credit["weight"]
-        self.gradient = DenoisingGradient(policy, config.algorithm)
+        process = whole_process(policy, config.sampler)
+        self.gradient = DenoisingGradient(policy, process, config.algorithm)
         self._path = (config.seed, state.epoch)
 
     def accumulate(self, update: Update, on_items: Callable[[int], None]) -> float:
         """Add the gradient of one update's loss to the policy's parameters."""
-        noising = Noising.draw(*self._path, update.inner_epoch, update.samples, self.policy)
+        noising = Noising.draw(
+            *self._path, update.inner_epoch, update.samples, self.policy, self.gradient.process
+        )
         return self.gradient.accumulate(
             self.finals, self.weights, update.samples, noising, on_items
         )
@@ -195,7 +204,7 @@ def _check_finite(
         first = int(bad.nonzero()[0])
         raise NonFiniteError(
             f"denoising loss {float(losses.detach()[first])} for sample {rows[first]} (prompt "
-            f"{prompts[first]!r}) at timestep {int(noising.timesteps[first])}; the weights were "
+            f"{prompts[first]!r}) at time {float(noising.times[first]):g}; the weights were "
             "left as they were. Lower optimizer.learning_rate, or use numerics.dtype float32 or "
             "bfloat16."
         )

@@ -31,8 +31,6 @@ class Rollouts:
     """[S, T+1, C, h, w] float32, from noise to clean."""
     log_probs: Tensor
     """[S, T] float32, of the policy that sampled."""
-    timesteps: Tensor
-    """[T] int64."""
 
     @property
     def final(self) -> FinalLatents:
@@ -48,9 +46,9 @@ def samples_of(prompts: Sequence[str], tensors: Mapping[str, Tensor]) -> Samples
 
     Args:
         prompts: S prompts.
-        tensors: ``latents`` [S, T+1, C, h, w], ``log_probs`` and ``timesteps``; or ``latents``
+        tensors: ``latents`` [S, T+1, C, h, w] and ``log_probs`` [S, T], or ``latents``
             [S, 1, C, h, w] alone.
     """
     if "log_probs" not in tensors:
         return FinalLatents(prompts, tensors["latents"][:, -1])
-    return Rollouts(prompts, tensors["latents"], tensors["log_probs"], tensors["timesteps"])
+    return Rollouts(prompts, tensors["latents"], tensors["log_probs"])

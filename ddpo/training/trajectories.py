@@ -18,8 +18,8 @@ from torch import Tensor
 from ddpo.algorithms.base import Update
 from ddpo.algorithms.policy_gradient import PairBatch, PolicyGradient
 from ddpo.config import RunConfig, SamplerConfig
-from ddpo.diffusion.ddim import Transition, ddim_transition
-from ddpo.diffusion.window import noise_schedule, sampler_of_epoch, window_steps
+from ddpo.diffusion import Transition
+from ddpo.diffusion.window import process_of, sampler_of_epoch, window_steps
 from ddpo.errors import ConfigError, NonFiniteError
 from ddpo.models import Policy
 from ddpo.training.critic import Critic
@@ -82,7 +82,7 @@ class TrajectoryGradient:
         self.policy = policy
         self.sampler = sampler
         self.algorithm = algorithm
-        self.schedule = noise_schedule(policy, sampler)
+        self.process = process_of(policy, sampler)
         self.parameters = policy.weights.parameters()
         self.loss_scale = float16_loss_scale(policy.numerics)
 
@@ -98,10 +98,11 @@ class TrajectoryGradient:
         """
         device = self.policy.device
         latents = rollouts.latents[pairs.samples, pairs.steps].to(device)
-        timesteps = rollouts.timesteps[pairs.steps].to(device)
-        embeddings = self.policy.embed([rollouts.prompts[int(row)] for row in pairs.samples])
-        output = self.policy.predict(latents, timesteps, embeddings, self.sampler.guidance_scale)
-        return ddim_transition(self.schedule, output, latents, timesteps)
+        steps = pairs.steps.to(device)
+        conditioning = self.policy.encode([rollouts.prompts[int(row)] for row in pairs.samples])
+        times = self.process.times[steps]
+        output = self.policy.predict(latents, times, conditioning, self.sampler.guidance_scale)
+        return self.process.transition(steps, output, latents)
 
     def log_probs(self, rollouts: Rollouts, pairs: Pairs) -> Tensor:
         """Compute the log-prob of each pair's own next latent under the policy as it is now.
@@ -163,7 +164,7 @@ class TrajectoryGradient:
             losses = self.algorithm.losses(batch)
             if with_base:
                 total_kl += float(batch.kl_to_base.detach().sum()) / count
-            _check_finite(rollouts, pairs, log_probs, losses)
+            _check_finite(rollouts, pairs, self.process.times, log_probs, losses)
             loss = losses.sum() / count
             (loss * scale).backward()
             total += float(loss.detach())
@@ -194,13 +195,13 @@ class TrajectoryGradient:
 
         They have a log-prob, and are in the window where there is one.
         """
-        stochastic = self.schedule.stochastic().tolist()
+        stochastic = self.process.stochastic().tolist()
         return [step for step in window_steps(self.sampler) if stochastic[step]]
 
     @torch.no_grad()
     def _base_transition(self, rollouts: Rollouts, pairs: Pairs) -> Transition:
         """Return the same under the base model: the same guidance, the adapter switched off."""
-        with self.policy.weights.switched_off():
+        with self.policy.weights.use("base"):
             return self.transition(rollouts, pairs)
 
     def _next_latents(self, rollouts: Rollouts, pairs: Pairs) -> Tensor:
@@ -249,7 +250,14 @@ class TrajectoryObjective(Objective):
         self.old = samples.log_probs if off_policy else self._old_log_probs(updates)
         self.rewards, self.scored = credit["advantage"], torch.isfinite(credit["reward"])
         critic = self.algorithm.advantages.critic
-        self.critic = critic and Critic(policy, samples, state.value, critic, seed=config.seed)
+        self.critic = critic and Critic(
+            policy,
+            self.gradient.process,
+            samples.prompts,
+            state.value,
+            critic,
+            seed=config.seed,
+        )
         self.advantages = credit["advantage"]
         if self.critic is not None:
             self.advantages = self.critic.advantages(self.rewards, self.scored)
@@ -276,7 +284,8 @@ class TrajectoryObjective(Objective):
         ``kl_to_base`` is there with a KL penalty only, ``value_loss`` and
         ``value_explained_variance`` with a value function only.
         """
-        rollouts, first = self.rollouts, self._done[0].log_probs
+        rollouts, times = self.rollouts, self.gradient.process.times
+        first = self._done[0].log_probs
         new = torch.stack([done.log_probs for done in self._done]).nansum(0)[:, self.steps]
         ratio, metrics = ratio_metrics(new, self.old[:, self.steps])
         divergences = [done.kl_to_base for done in self._done if done.kl_to_base is not None]
@@ -290,7 +299,7 @@ class TrajectoryObjective(Objective):
             "recomputed_log_probs": self.old is not rollouts.log_probs,
             "initial_ratio_deviation": asdict(RatioDeviation.of(first, rollouts.log_probs)),
             "initial_ratio_deviation_by_timestep": {
-                str(int(rollouts.timesteps[i])): asdict(
+                f"{float(times[i]):g}": asdict(
                     RatioDeviation.of(first[:, i], rollouts.log_probs[:, i])
                 )
                 for i in self.steps
@@ -324,14 +333,16 @@ class TrajectoryObjective(Objective):
         return torch.stack(recomputed).nansum(0)
 
 
-def _check_finite(rollouts: Rollouts, pairs: Pairs, log_probs: Tensor, losses: Tensor) -> None:
+def _check_finite(
+    rollouts: Rollouts, pairs: Pairs, times: Tensor, log_probs: Tensor, losses: Tensor
+) -> None:
     bad = ~(torch.isfinite(log_probs) & torch.isfinite(losses))
     if bad.any():
         first = int(bad.nonzero()[0])
         row, step = int(pairs.samples[first]), int(pairs.steps[first])
         raise NonFiniteError(
             f"log-prob {float(log_probs.detach()[first])}, loss {float(losses.detach()[first])} "
-            f"for sample {row} (prompt {rollouts.prompts[row]!r}) at timestep "
-            f"{int(rollouts.timesteps[step])} (step {step}); the weights were left as they "
+            f"for sample {row} (prompt {rollouts.prompts[row]!r}) at step {step} "
+            f"(time {float(times[step]):g}); the weights were left as they "
             "were. Lower optimizer.learning_rate, or use numerics.dtype float32 or bfloat16."
         )

@@ -43,18 +43,18 @@ class ValueNetwork(nn.Module):
             self.value.weight.zero_()
             self.value.bias.zero_()
 
-    def forward(self, prompts: Tensor, timesteps: Tensor) -> Tensor:
-        """Return V of every prompt at every timestep.
+    def forward(self, prompts: Tensor, times: Tensor) -> Tensor:
+        """Return V of every prompt at every step.
 
         Args:
             prompts: [U, D], from :func:`prompt_features`.
-            timesteps: [T, 1], from :func:`timestep_features`.
+            times: [T, 1], from :func:`time_features`.
 
         Returns:
             [U, T], on the scale of normalised rewards.
         """
         # The first layer on both inputs concatenated, without computing each prompt T times.
-        first = functional.silu(self.prompt(prompts)[:, None] + self.timestep(timesteps))
+        first = functional.silu(self.prompt(prompts)[:, None] + self.timestep(times))
         return self.value(functional.silu(self.hidden(first))).squeeze(-1)
 
 
@@ -75,17 +75,17 @@ def prompt_features(embeddings: Tensor, empty: Tensor) -> Tensor:
     return functional.layer_norm(means, means.shape[-1:])
 
 
-def timestep_features(timesteps: Tensor, training_timesteps: int) -> Tensor:
-    """Return V's input for timesteps: their position among the training timesteps, in [-1, 1].
+def time_features(times: Tensor, scale: float) -> Tensor:
+    """Return V's input for the times of steps: their position in the process, in [-1, 1].
 
     Args:
-        timesteps: [T] int64.
-        training_timesteps: The number of timesteps the model was trained with.
+        times: [T] float32, in [0, ``scale``).
+        scale: The end of the process's time axis.
 
     Returns:
         [T, 1] float32 on the CPU.
     """
-    return (2 * timesteps.float().cpu() / training_timesteps - 1).unsqueeze(-1)
+    return (2 * times.cpu() / scale - 1).unsqueeze(-1)
 
 
 def value_loss(values: Tensor, rewards: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from ddpo.basics.redaction import hide_credentials
 from ddpo.config import RunConfig
 from ddpo.errors import DdpoError
 from ddpo.models import check_model
-from ddpo.models.numerics import settle_numerics
+from ddpo.models.numerics import resolve_numerics
 from ddpo.prompts import load_prompts
 from ddpo.rewards import load_reward
 from ddpo.runs.run import storage_root
@@ -92,7 +92,7 @@ def _model(config: RunConfig) -> str:
 
 
 def _device(config: RunConfig) -> str:
-    numerics = settle_numerics(config.numerics)
+    numerics = resolve_numerics(config.numerics)
     if numerics.device == "cuda":
         free, total = torch.cuda.mem_get_info()
         memory = f"{free / GIB:.1f} of {total / GIB:.1f} GiB free"

@@ -8,8 +8,8 @@ import pytest
 from diffusers import DDIMScheduler
 
 from bench.step_weights import score_weights
-from ddpo.diffusion.ddim import NoiseSchedule
 from ddpo.starter import STARTER_PATH
+from tests.checks import ddim
 
 STABLE_DIFFUSION = {
     "beta_start": 0.00085,
@@ -44,7 +44,7 @@ def test_most_of_the_squared_score_is_the_last_step_but_ones(model: str, steps: 
     if model == "starter":
         config = DDIMScheduler.load_config(str(STARTER_PATH / "scheduler"))
     scheduler = DDIMScheduler.from_config(config)
-    found = score_weights(NoiseSchedule.from_scheduler(scheduler, steps=steps, eta=1.0)).tolist()
+    found = score_weights(ddim(scheduler, steps=steps)).tolist()
     assert found == pytest.approx(by_hand(scheduler, steps), rel=1e-5)
     squares = [weight**2 for weight in found]
     assert round(100 * squares[-2] / sum(squares)) == percent

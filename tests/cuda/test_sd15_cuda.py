@@ -75,7 +75,7 @@ def test_low_precision_trains_on_ratios_near_1(sd15: Path, dtype: str, micro: in
     config = config_on(sd15, "cuda", dtype, micro=micro)
     policy = load_policy(config)
     parameters = sum(p.numel() for p in policy.pipeline.unet.parameters() if not p.requires_grad)
-    assert 859e6 < parameters < 861e6 and policy.resolution == 512
+    assert 859e6 < parameters < 861e6 and policy.size == (512, 512)
     epoch = run_epoch(policy, initial_state(policy), config)
     print(f"\nSD 1.5 at 512 px, {dtype}, batches of 4 sampled and {micro} updated: {epoch}")
     assert_ratio_is_fit_to_train_on(epoch, config)

@@ -9,15 +9,24 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from PIL import Image
 
-from ddpo.config import SamplerConfig
+from ddpo.config import DdimSampler
 from ddpo.diffusion.sampling import Trajectories, sample, sampler_digest
 from ddpo.errors import NonFiniteError
 from ddpo.models import Policy
+from ddpo.training.loop import initial_state, update
 from ddpo.training.samples import Rollouts
 from ddpo.training.trajectories import TrajectoryGradient
-from tests.tiny import PROMPTS, grow_adapter, load_policy, tiny_config
+from tests.tiny import (
+    PROMPTS,
+    alternating_advantages,
+    as_credit,
+    flat,
+    grow_adapter,
+    load_policy,
+    tiny_config,
+)
 
-SAMPLER = SamplerConfig(steps=4, guidance_scale=3.0, eta=1.0)
+SAMPLER = DdimSampler(steps=4, guidance_scale=3.0, eta=1.0)
 SEEDS = (11, 22, 33, 44)
 
 
@@ -50,7 +59,7 @@ def test_trajectories_run_from_the_seeds_noise_to_the_picture(policy: Policy) ->
     drawn = draw(policy, PROMPTS[:4], SEEDS)
     assert drawn.latents.shape == (4, 5, 4, 8, 8) and drawn.latents.dtype == torch.float32
     assert drawn.log_probs.shape == (4, 4) and drawn.log_probs.dtype == torch.float32
-    assert drawn.timesteps.tolist() == [751, 501, 251, 1]
+    assert drawn.times.tolist() == [751, 501, 251, 1] and drawn.times.dtype == torch.float32
     for row, seed in enumerate(SEEDS):
         noise = torch.randn((4, 8, 8), generator=torch.Generator().manual_seed(seed))
         assert torch.equal(drawn.latents[row, 0], noise)
@@ -123,7 +132,7 @@ def test_stored_latents_reproduce_stored_log_probs(policy: Policy, v_policy: Pol
         config = tiny_config(each.folder)
         each.numerics = each.numerics.model_copy(update={"micro_batch_size": 4})
         gradient = TrajectoryGradient(each, config.sampler, config.algorithm)
-        rollouts = Rollouts(PROMPTS[:4], drawn.latents, drawn.log_probs, drawn.timesteps)
+        rollouts = Rollouts(PROMPTS[:4], drawn.latents, drawn.log_probs)
         assert torch.equal(gradient.recompute(rollouts, range(4)), drawn.log_probs)
         assert drawn.log_probs.std() > 0.1
 
@@ -136,14 +145,15 @@ def test_deterministic_sampling_has_no_log_probs(policy: Policy) -> None:
 
 def test_guidance_1_is_the_conditional_prediction_alone(policy: Policy) -> None:
     latents = torch.randn((2, 4, 8, 8), generator=torch.Generator().manual_seed(0))
-    timesteps = torch.tensor([501, 501])
-    text, empty = policy.embed(["a cat", "a dog"]), policy.embed(["", ""])
+    times = torch.tensor([501.0, 501.0])
+    text, empty = policy.encode(["a cat", "a dog"]), policy.encode(["", ""])
     with torch.no_grad():
-        conditional = policy.pipeline.unet(latents, timesteps, text).sample
-        without = policy.pipeline.unet(latents, timesteps, empty).sample
-        assert torch.equal(policy.predict(latents, timesteps, text, 1.0), conditional)
+        # As plain diffusers calls it, with a timestep that is an integer.
+        conditional = policy.pipeline.unet(latents, 501, text["text"]).sample
+        without = policy.pipeline.unet(latents, 501, empty["text"]).sample
+        assert torch.equal(policy.predict(latents, times, text, 1.0), conditional)
         for scale in (2.0, 7.5):
-            found = policy.predict(latents, timesteps, text, scale)
+            found = policy.predict(latents, times, text, scale)
             expected = without + scale * (conditional - without)
             torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
             assert (found - conditional).abs().max() > 1e-2
@@ -161,7 +171,7 @@ def test_non_finite_weights_stop_sampling_by_name(tiny_model: Path) -> None:
         policy.pipeline.unet.conv_out.bias[0] = torch.nan
     with (
         pytest.warns(RuntimeWarning, match="invalid value"),  # pictures of NaN
-        pytest.raises(NonFiniteError, match=r"'a cat' at timestep 751 \(step 0\)"),
+        pytest.raises(NonFiniteError, match=r"'a cat' at step 0 \(time 751\)"),
     ):
         draw(policy, PROMPTS[:4], SEEDS)
 
@@ -171,16 +181,61 @@ def test_the_error_names_the_sample_and_step_that_went_wrong_first(
 ) -> None:
     predict = policy.predict
 
-    def overflow(latents: torch.Tensor, timesteps: torch.Tensor, *rest: object) -> torch.Tensor:
-        output = predict(latents, timesteps, *rest)
-        if int(timesteps[0]) == 251:
+    def overflow(latents: torch.Tensor, times: torch.Tensor, *rest: object) -> torch.Tensor:
+        output = predict(latents, times, *rest)
+        if int(times[0]) == 251:
             output[2, 0, 0, 0] = torch.inf
         return output
 
     monkeypatch.setattr(policy, "predict", overflow)
     monkeypatch.setattr(policy, "decode", lambda latents: [])
-    with pytest.raises(NonFiniteError, match=r"'a horse' at timestep 251 \(step 2\)"):
+    with pytest.raises(NonFiniteError, match=r"'a horse' at step 2 \(time 251\)"):
         draw(policy, PROMPTS[:4], SEEDS)
+
+
+def test_images_need_not_be_square(tiny_model: Path) -> None:
+    """Width and height keep their order from the config to the pixels, and an update trains."""
+    config = tiny_config(tiny_model, model={"resolution": [32, 16]})
+    policy = load_policy(config)
+    assert policy.size == (32, 16) and policy.latent_shape == (4, 8, 16)
+    prompts = [PROMPTS[i % 4] for i in range(8)]
+    drawn = sample(policy, prompts, list(range(8)), config.sampler)
+    assert drawn.latents.shape == (8, 5, 4, 8, 16)
+    assert [image.size for image in drawn.images] == [(32, 16)] * 8
+    plain = StableDiffusionPipeline.from_pretrained(tiny_model)
+    plain.scheduler = DDIMScheduler.from_config(plain.scheduler.config)
+    seeds = [torch.Generator().manual_seed(seed) for seed in range(4)]
+    theirs = plain(
+        prompts[:4],
+        width=32,
+        height=16,
+        num_inference_steps=4,
+        guidance_scale=3.0,
+        eta=1.0,
+        generator=seeds,
+    ).images
+    assert np.array_equal(pixels(drawn.images[:4]), pixels(theirs))
+    before = initial_state(policy)
+    after, metrics = update(
+        policy,
+        before,
+        Rollouts(prompts, drawn.latents, drawn.log_probs),
+        as_credit(alternating_advantages(8)),
+        {},
+        config,
+    )
+    assert metrics["initial_ratio_deviation"]["max"] == 0.0 and metrics["grad_norm"] > 0
+    assert not torch.equal(flat(after.weights), flat(before.weights))
+
+
+def test_a_sampler_digest_knows_width_and_height(policy: Policy, tiny_model: Path) -> None:
+    sizes = [16, [16, 16], [32, 16], [16, 32]]
+    digests = [
+        sampler_digest(load_policy(tiny_config(tiny_model, model={"resolution": size})), SAMPLER)
+        for size in sizes
+    ]
+    assert digests[0] == digests[1] == sampler_digest(policy, SAMPLER)
+    assert len(set(digests)) == 3
 
 
 def test_sampler_digest_tells_samplers_apart(policy: Policy, v_policy: Policy) -> None:

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMScheduler
 from torch.distributions import Normal
 
 from ddpo.algorithms import Rwr
@@ -17,6 +16,7 @@ from ddpo.diffusion.sampling import sample, sampler_digest
 from ddpo.diffusion.window import sampler_of_epoch, window_steps
 from ddpo.errors import ConfigError, PolicyMismatch
 from ddpo.models import Policy
+from ddpo.models.schedule import NoiseSchedule
 from ddpo.runs.run import Run, start_run
 from ddpo.store import manifests
 from ddpo.store.kinds import CHECKPOINT
@@ -60,8 +60,8 @@ def windowed(model: Path | str, seed: int = 0, **window: Any) -> RunConfig:
 
 def end_without_noise(policy: Policy) -> None:
     """Let the last step be deterministic, as with `set_alpha_to_one`."""
-    scheduler = policy.pipeline.scheduler
-    policy.pipeline.scheduler = DDIMScheduler.from_config(scheduler.config, set_alpha_to_one=True)
+    settings = {**policy.schedule.settings, "set_alpha_to_one": True}
+    policy.schedule = NoiseSchedule.from_scheduler(settings)
 
 
 # What is trained
@@ -133,7 +133,10 @@ def test_outside_of_the_window_steps_are_ddims_without_eta(policy: Policy) -> No
             latents, following = drawn.latents[row, step], drawn.latents[row, step + 1]
             with torch.no_grad():
                 output = policy.predict(
-                    latents[None], torch.tensor([timestep]), policy.embed([PROMPTS[row]]), 3.0
+                    latents[None],
+                    torch.tensor([float(timestep)]),
+                    policy.encode([PROMPTS[row]]),
+                    3.0,
                 )[0]
             eta = 1.0 if step in (1, 2) else 0.0
             mean, std = ddim_reference(
@@ -181,7 +184,7 @@ def test_samplers_that_draw_noise_elsewhere_are_told_apart(policy: Policy) -> No
 
 def test_a_place_that_is_still_to_be_drawn_is_no_sampler(policy: Policy) -> None:
     config = windowed(policy.folder, steps=2, position="random", noise_only_there=True)
-    with pytest.raises(ValueError, match="a random window has a place in an epoch only"):
+    with pytest.raises(ValueError, match="a random window has a position within an epoch only"):
         draw(policy, config)
 
 
@@ -328,7 +331,7 @@ def test_a_random_window_lies_in_the_same_place_for_every_algorithm(policy: Poli
 def test_a_window_without_a_step_to_train_on_is_refused_with_the_reason(policy: Policy) -> None:
     end_without_noise(policy)
     config = windowed(policy.folder, steps=1, position=3)
-    message = r"timestep 1 alone.*without noise.*sampler.window.position to at most 2"
+    message = r"only step 3 \(time 1\).*without noise.*sampler.window.position to at most 2"
     with pytest.raises(ConfigError, match=message):
         sampler_of_epoch(policy, config, 0)
 

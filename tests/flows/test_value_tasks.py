@@ -37,6 +37,7 @@ from tests.tiny import (
     as_credit,
     assert_same_tensors,
     build_tiny_model,
+    ddim_on,
     draw,
     flat,
     load_policy,
@@ -86,7 +87,7 @@ def test_an_update_trains_on_rewards_less_v_and_v_after_it(
     plain = load_policy(config)
     plain.weights.load(state.weights)
     settings = config.algorithm.advantages.critic
-    critic = Critic(plain, drawn, state.value, settings, seed=config.seed)
+    critic = Critic(plain, ddim_on(plain), drawn.prompts, state.value, settings, seed=config.seed)
     values = critic.values().detach()
     advantages = (REWARDS[:, None] - values).clamp(-5, 5)
     advantages[7] = 0.0

@@ -11,14 +11,21 @@ import pytest
 import torch
 from PIL import Image
 
-from ddpo.config import ModelConfig, SamplerConfig
+from ddpo.config import DdimSampler, ModelConfig
 from ddpo.diffusion.sampling import sample
 from ddpo.errors import ConfigError, ModelError
-from ddpo.models import Policy, check_model
-from ddpo.models.hub import base_digest
-from tests.tiny import PROMPTS, build_tiny_model, grow_adapter, load_policy, tiny_config
+from ddpo.models import Conditioning, Policy, base, check_model, hub
+from ddpo.models.stable_diffusion import StableDiffusion
+from tests.tiny import (
+    PROMPTS,
+    assert_same_tensors,
+    build_tiny_model,
+    grow_adapter,
+    load_policy,
+    tiny_config,
+)
 
-STILL = SamplerConfig(steps=4, guidance_scale=3.0, eta=0.0)
+STILL = DdimSampler(steps=4, guidance_scale=3.0, eta=0.0)
 
 # What a user runs who has never heard of this project.
 _PLAIN_DIFFUSERS = """
@@ -99,13 +106,17 @@ def test_the_lora_file_says_its_rank_and_alpha(tiny_model: Path, tmp_path: Path)
 # The base model's digest
 
 
+def digest_of(folder: Path) -> str:
+    return hub.base_digest(folder, StableDiffusion.parts)
+
+
 def test_base_digest_does_not_depend_on_the_place(tiny_model: Path, tmp_path: Path) -> None:
     shutil.copytree(tiny_model, tmp_path / "elsewhere")
-    assert base_digest(tmp_path / "elsewhere") == base_digest(tiny_model)
+    assert digest_of(tmp_path / "elsewhere") == digest_of(tiny_model)
     # Files that are not loaded do not count.
     (tmp_path / "elsewhere" / "README.md").write_text("a model")
     (tmp_path / "elsewhere" / "unet" / "diffusion_pytorch_model.bin").write_bytes(b"pickle")
-    assert base_digest(tmp_path / "elsewhere") == base_digest(tiny_model)
+    assert digest_of(tmp_path / "elsewhere") == digest_of(tiny_model)
 
 
 @pytest.mark.parametrize(
@@ -128,7 +139,7 @@ def test_base_digest_sees_one_bit_of_every_file(
     data = bytearray((copy / file).read_bytes())
     data[-1] ^= 1
     (copy / file).write_bytes(data)
-    assert base_digest(copy) != base_digest(tiny_model)
+    assert digest_of(copy) != digest_of(tiny_model)
 
 
 def test_policy_digest_is_of_base_and_trained_weights(tiny_model: Path) -> None:
@@ -158,6 +169,46 @@ def test_a_fresh_adapter_changes_no_picture(tiny_model: Path) -> None:
     assert all(np.array_equal(a, b) for a, b in zip(draw(adapted), draw(whole), strict=True))
 
 
+# Weight sets
+
+
+def test_a_kept_set_is_computed_with_inside_the_block_alone(tiny_model: Path) -> None:
+    for kind in ("lora", "full"):
+        policy = load_policy(tiny_config(tiny_model, trainable={"type": kind}))
+        grow_adapter(policy)
+        trained = {name: value.clone() for name, value in policy.weights.state().items()}
+        average = {name: 0.5 * value for name, value in trained.items()}
+        handles = policy.weights.parameters()
+        before = draw(policy)
+        policy.weights.keep("average", average)
+        with policy.weights.use("trained"):
+            assert_same_tensors(policy.weights.state(), trained)
+        with pytest.raises(InterruptedError), policy.weights.use("average"):
+            assert_same_tensors(policy.weights.state(), average)
+            inside = draw(policy)
+            raise InterruptedError
+        assert not np.array_equal(inside[0], before[0])
+        assert_same_tensors(policy.weights.state(), trained)
+        assert np.array_equal(draw(policy)[0], before[0])
+        after = policy.weights.parameters()
+        assert all(after[name] is parameter for name, parameter in handles.items())
+
+
+def test_the_base_set_is_the_model_without_its_adapter(tiny_model: Path) -> None:
+    policy = load_policy(tiny_config(tiny_model))
+    base = draw(policy)
+    grow_adapter(policy)
+    with policy.weights.use("base"):
+        assert all(np.array_equal(a, b) for a, b in zip(draw(policy), base, strict=True))
+    assert not np.array_equal(draw(policy)[0], base[0])
+
+
+def test_a_set_that_is_not_kept_is_refused(tiny_model: Path) -> None:
+    policy = load_policy(tiny_config(tiny_model))
+    with pytest.raises(KeyError, match="average"), policy.weights.use("average"):
+        pass
+
+
 # Text
 
 
@@ -179,12 +230,39 @@ def test_each_distinct_prompt_is_encoded_once(
     assert sorted(encoded) == ["", "a cat", "a dog", "a fox"]
 
 
+def test_the_cache_of_encoded_prompts_is_bounded(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(base, "_CACHED_PROMPTS", 3)
+    policy = load_policy(tiny_config(tiny_model))
+    whole = policy.encode(PROMPTS)  # more distinct prompts than are kept
+    assert len(whole) == len(PROMPTS) and list(policy._encoded) == list(PROMPTS[-3:])
+    policy.encode([PROMPTS[-3], "a cat"])  # the one that was used longest ago has to go
+    assert list(policy._encoded) == [PROMPTS[-1], PROMPTS[-3], "a cat"]
+    assert torch.equal(policy.encode(PROMPTS)["text"], whole["text"])
+
+
+def test_conditioning_is_a_bundle_of_rows(tiny_model: Path) -> None:
+    whole = load_policy(tiny_config(tiny_model)).encode(["a cat", "a dog", "a fox"])
+    bundle = Conditioning({**whole.tensors, "pooled": torch.arange(3)[:, None]})
+    for index in (slice(1, 3), [1, 2], torch.tensor([1, 2]), torch.tensor([False, True, True])):
+        some = bundle.rows(index)
+        assert len(some) == 2 and some["pooled"].flatten().tolist() == [1, 2]
+        assert torch.equal(some["text"], whole["text"][1:])
+    one = bundle.rows(2)
+    assert len(one) == 1 and torch.equal(one["text"], whole["text"][2:])
+    assert one.expand(4)["pooled"].flatten().tolist() == [2, 2, 2, 2]
+    joined = Conditioning.cat([one, bundle.rows(slice(0, 2))])
+    assert joined["pooled"].flatten().tolist() == [2, 0, 1]
+    assert torch.equal(joined["text"], whole["text"][[2, 0, 1]])
+
+
 def test_an_embedding_is_its_own_prompts(tiny_model: Path) -> None:
     policy = load_policy(tiny_config(tiny_model))
-    together = policy.embed(PROMPTS)
+    together = policy.encode(PROMPTS)["text"]
     fresh = load_policy(tiny_config(tiny_model))
     for index, prompt in enumerate(PROMPTS):
-        assert torch.equal(fresh.embed([prompt])[0], together[index])
+        assert torch.equal(fresh.encode([prompt])["text"][0], together[index])
     assert len({tuple(row.flatten().tolist()) for row in together}) == len(PROMPTS)
 
 
@@ -198,8 +276,8 @@ def test_text_is_encoded_in_float32_whatever_the_unet_computes_in(tiny_model: Pa
         sample(policy, ["a cat"], [0], STILL)
     wide, narrow = policies
     for text in ("", "a cat"):
-        assert narrow.embed([text]).dtype == torch.float32
-        assert torch.equal(narrow.embed([text]), wide.embed([text]))
+        found, expected = (each.encode([text])["text"] for each in (narrow, wide))
+        assert found.dtype == torch.float32 and torch.equal(found, expected)
 
 
 def test_low_precision_keeps_the_trained_weights_in_float32(tiny_model: Path) -> None:
@@ -222,7 +300,7 @@ def test_a_folder_without_a_pipeline_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_path_that_is_neither_folder_nor_hub_id_is_refused() -> None:
-    with pytest.raises(ModelError, match="no folder here and no hub id"):
+    with pytest.raises(ModelError, match="neither a folder here nor a Hub id"):
         check_model(ModelConfig(path="/no/such/folder"))
 
 
@@ -231,7 +309,7 @@ def test_a_hub_model_that_cannot_be_reached_is_refused_at_once(
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(ModelError, match="'nobody/no-model' is neither on disk nor in the hub"):
+    with pytest.raises(ModelError, match="'nobody/no-model' is neither on disk nor in the Hub"):
         check_model(ModelConfig(path="nobody/no-model"))
 
 
@@ -243,20 +321,44 @@ def test_a_pipeline_that_lost_its_weights_is_refused(tiny_model: Path, tmp_path:
         load_policy(tiny_config(copy))
 
 
+def test_a_pipeline_of_another_family_is_refused_before_it_is_loaded(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(tiny_model, copy)
+    index = json.loads((copy / "model_index.json").read_text())
+    (copy / "model_index.json").write_text(json.dumps({**index, "_class_name": "FluxPipeline"}))
+    message = r"is a FluxPipeline, which is not supported; expected.*StableDiffusionPipeline"
+    with pytest.raises(ModelError, match=message):
+        check_model(ModelConfig(path=str(copy)))
+    with pytest.raises(ModelError, match=message):
+        load_policy(tiny_config(copy))
+
+
+@pytest.mark.parametrize("text", ["no json", "[]", "{}"])
+def test_an_index_that_names_no_class_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "model_index.json").write_text(text)
+    with pytest.raises(ModelError, match=r"does not name a pipeline class \(_class_name\)"):
+        check_model(ModelConfig(path=str(tmp_path)))
+
+
 def test_target_modules_that_match_nothing_are_refused(tiny_model: Path) -> None:
     config = tiny_config(tiny_model, trainable={"type": "lora", "target_modules": ["to_nowhere"]})
     with pytest.raises(ConfigError, match=r"to_nowhere.*match no layer"):
         load_policy(config)
 
 
-def test_a_resolution_that_latents_cannot_have_is_refused(tiny_model: Path) -> None:
-    config = tiny_config(tiny_model, model={"resolution": 17})
-    with pytest.raises(ConfigError, match="17 is not a multiple of 2"):
+@pytest.mark.parametrize("resolution", [17, [32, 17], [17, 32]])
+def test_a_resolution_that_latents_cannot_have_is_refused(
+    tiny_model: Path, resolution: int | list[int]
+) -> None:
+    config = tiny_config(tiny_model, model={"resolution": resolution})
+    with pytest.raises(ConfigError, match=r"17.* is not a multiple of 2"):
         load_policy(config)
 
 
 def test_resolution_is_the_models_own_unless_asked(tiny_model: Path) -> None:
-    assert load_policy(tiny_config(tiny_model)).resolution == 16
+    assert load_policy(tiny_config(tiny_model)).size == (16, 16)
     config = tiny_config(tiny_model, model={"resolution": 32})
     policy = load_policy(config)
     drawn = sample(policy, ["a cat"], [0], STILL)

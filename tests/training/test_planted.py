@@ -10,13 +10,13 @@ import uuid
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import safetensors.torch
 import torch
-from diffusers import DDIMScheduler
 
 import ddpo_workflow.tasks.update
 from ddpo.algorithms import rwr as rwr_module
@@ -24,8 +24,10 @@ from ddpo.algorithms.advantages import PerPromptAdvantages
 from ddpo.algorithms.advantages import base as advantages_module
 from ddpo.algorithms.advantages.base import Moments
 from ddpo.algorithms.base import PromptStatistics, Scored
-from ddpo.diffusion.ddim import NoiseSchedule, Transition
-from ddpo.models import Policy
+from ddpo.diffusion import Transition
+from ddpo.diffusion.ddim import Ddim
+from ddpo.models import Conditioning, Policy
+from ddpo.models.stable_diffusion import StableDiffusion
 from ddpo.runs.run import start_run
 from ddpo.store import manifests
 from ddpo.store.artefacts import AdvantageTable
@@ -53,6 +55,7 @@ from tests.tiny import (
     alternating_advantages,
     as_credit,
     as_float64,
+    ddim_on,
     draw,
     grow_adapter,
     load_policy,
@@ -155,7 +158,6 @@ def check_the_update_task_joins_advantages_by_sample(model: Path) -> None:
         [prompt for _, prompt in samples],
         torch.cat([shard["latents"] for shard in tensors]),
         torch.cat([shard["log_probs"] for shard in tensors]),
-        tensors[0]["timesteps"],
     )
     policy = load_policy(config)
     own = torch.tensor([by_id[sample_id] for sample_id, _ in samples])
@@ -164,16 +166,21 @@ def check_the_update_task_joins_advantages_by_sample(model: Path) -> None:
     assert same, "weights of another join"
 
 
-def neighbouring_timestep(
+def neighbouring_step(
     self: TrajectoryGradient,
     rollouts: Rollouts,
     pairs: Pairs,
     right: Callable = TrajectoryGradient.transition,
 ) -> Transition:
-    shifted = Rollouts(
-        rollouts.prompts, rollouts.latents, rollouts.log_probs, rollouts.timesteps.roll(1)
+    process = self.process
+    self.process = SimpleNamespace(
+        times=process.times.roll(1),
+        transition=lambda steps, *rest: process.transition((steps - 1) % process.steps, *rest),
     )
-    return right(self, shifted, pairs)
+    try:
+        return right(self, rollouts, pairs)
+    finally:
+        self.process = process
 
 
 def test_log_probs_of_the_neighbouring_timestep_are_caught_by_the_ratio(
@@ -181,7 +188,7 @@ def test_log_probs_of_the_neighbouring_timestep_are_caught_by_the_ratio(
 ) -> None:
     assert_turns_red(
         ratio_check,
-        lambda: monkeypatch.setattr(TrajectoryGradient, "transition", neighbouring_timestep),
+        lambda: monkeypatch.setattr(TrajectoryGradient, "transition", neighbouring_step),
         "initial ratio off by",
     )
 
@@ -191,7 +198,7 @@ def test_log_probs_of_the_neighbouring_timestep_are_caught_by_the_gradient(
 ) -> None:
     assert_turns_red(
         gradient_check,
-        lambda: monkeypatch.setattr(TrajectoryGradient, "transition", neighbouring_timestep),
+        lambda: monkeypatch.setattr(TrajectoryGradient, "transition", neighbouring_step),
         "gradient off by",
     )
 
@@ -200,34 +207,32 @@ def test_a_neighbouring_timestep_in_sampler_and_update_alike_is_caught(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The ratio cannot see it, since both sides agree; golden values do."""
-    right = NoiseSchedule.alphas
+    right = Ddim.alphas
 
-    def one_step_late(
-        self: NoiseSchedule, timesteps: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        return right(self, (timesteps - self.stride).clamp(min=1))
+    def one_step_late(self: Ddim, steps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return right(self, (steps + 1).clamp(max=self.steps - 1))
 
     assert_turns_red(
         check_log_probs_are_golden,
-        lambda: monkeypatch.setattr(NoiseSchedule, "alphas", one_step_late),
+        lambda: monkeypatch.setattr(Ddim, "alphas", one_step_late),
         "log-prob off by",
     )
 
 
 def forget_guidance(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = Policy.predict
+    right = StableDiffusion.predict
 
     def unguided(
         self: Policy,
         latents: torch.Tensor,
-        timesteps: torch.Tensor,
-        embeddings: torch.Tensor,
+        times: torch.Tensor,
+        conditioning: Conditioning,
         guidance_scale: float,
     ) -> torch.Tensor:
         training = torch.is_grad_enabled()
-        return right(self, latents, timesteps, embeddings, 1.0 if training else guidance_scale)
+        return right(self, latents, times, conditioning, 1.0 if training else guidance_scale)
 
-    monkeypatch.setattr(Policy, "predict", unguided)
+    monkeypatch.setattr(StableDiffusion, "predict", unguided)
 
 
 def test_guidance_left_out_of_the_update_is_caught_by_the_ratio(
@@ -285,7 +290,7 @@ def regression_check(tiny_v_model: Path) -> Callable[[], None]:
     latents = draw(policy, tiny_config(tiny_v_model), PROMPTS[:4]).latents[:, -1].double()
     make_float64(policy)
     finals, weights = FinalLatents(PROMPTS[:4], latents), torch.tensor([0.25, 1.0, 2.0, 0.75])
-    noising = Noising.draw(0, 0, 0, range(4), policy)
+    noising = Noising.draw(0, 0, 0, range(4), policy, ddim_on(policy))
     return lambda: check_regression_is_each_samples_own(policy, finals, weights, noising)
 
 
@@ -310,11 +315,16 @@ def test_regression_on_the_other_prediction_type_is_caught(
     regression_check: Callable[[], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Noise as the target of a model that predicts v."""
+    right = Ddim.noised
+
+    def with_the_noise_as_target(
+        self: Ddim, clean: torch.Tensor, noise: torch.Tensor, times: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return right(self, clean, noise, times)[0], noise
+
     assert_turns_red(
         regression_check,
-        lambda: monkeypatch.setattr(
-            DDIMScheduler, "get_velocity", lambda self, sample, noise, timesteps: noise
-        ),
+        lambda: monkeypatch.setattr(Ddim, "noised", with_the_noise_as_target),
         "gradient off by",
     )
 
@@ -322,14 +332,14 @@ def test_regression_on_the_other_prediction_type_is_caught(
 def test_guidance_in_the_regression_is_caught(
     regression_check: Callable[[], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right = Policy.predict
+    right = StableDiffusion.predict
 
     def guided(self: Policy, *rest: torch.Tensor) -> torch.Tensor:
         return right(self, *rest[:3], 3.0)
 
     assert_turns_red(
         regression_check,
-        lambda: monkeypatch.setattr(Policy, "predict", guided),
+        lambda: monkeypatch.setattr(StableDiffusion, "predict", guided),
         "gradient off by",
     )
 

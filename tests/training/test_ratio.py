@@ -113,7 +113,6 @@ def other_order(rollouts: Rollouts) -> Rollouts:
         rollouts.prompts,
         rollouts.latents,
         rollouts.log_probs + 1e-3 * noise,
-        rollouts.timesteps,
     )
 
 
@@ -201,7 +200,7 @@ def test_auto_trusts_float32(policy: Policy, config: RunConfig, rollouts: Rollou
 def test_the_deviation_is_told_apart_by_timestep(
     policy: Policy, config: RunConfig, rollouts: Rollouts
 ) -> None:
-    rollouts.log_probs[1, 2] += 1e-3  # sample 1 at timestep 251
+    rollouts.log_probs[1, 2] += 1e-3  # sample 1 at step 2
     _, metrics = update(policy, initial_state(policy), rollouts, as_credit(ADVANTAGES), {}, config)
     by_timestep = metrics["initial_ratio_deviation_by_timestep"]
     assert {timestep: d["max"] > 0 for timestep, d in by_timestep.items()} == {

@@ -28,6 +28,7 @@ from tests.tiny import (
     PROMPTS,
     as_credit,
     assert_same_tensors,
+    ddim_on,
     draw,
     flat,
     grow_adapter,
@@ -65,8 +66,8 @@ def test_the_gradient_is_each_samples_weight_times_that_of_its_denoising_loss(
     grow_adapter(policy)
     latents = draw(policy, config, PROMPTS[:4]).latents[:, -1].double()
     make_float64(policy)
-    noising = Noising.draw(0, 0, 0, range(4), policy)
-    assert len(set(noising.timesteps.tolist())) == 4
+    noising = Noising.draw(0, 0, 0, range(4), policy, ddim_on(policy))
+    assert len(set(noising.times.tolist())) == 4
     finals = FinalLatents(PROMPTS[:4], latents)
     check_regression_is_each_samples_own(policy, finals, WEIGHTS[:4], noising)
 
@@ -79,8 +80,10 @@ def test_micro_batches_of_any_size_give_the_same_gradient(
     found = []
     for micro in (8, 1, 3, 7):
         policy.numerics = policy.numerics.model_copy(update={"micro_batch_size": micro})
-        noising = Noising.draw(0, 0, 0, range(8), policy)
-        loss = DenoisingGradient(policy, RWR).accumulate(finals, WEIGHTS, range(8), noising)
+        noising = Noising.draw(0, 0, 0, range(8), policy, ddim_on(policy))
+        loss = DenoisingGradient(policy, ddim_on(policy), RWR).accumulate(
+            finals, WEIGHTS, range(8), noising
+        )
         found.append((loss, flat(take_gradients(policy))))
     whole_loss, whole = found[0]
     assert whole.abs().max() > 1e-3
@@ -94,12 +97,12 @@ def test_the_loss_scale_of_float16_leaves_the_gradient_as_it_is(
 ) -> None:
     make_float64(policy)
     finals = exact(finals_of(rollouts))
-    noising = Noising.draw(0, 0, 0, range(8), policy)
-    plain = DenoisingGradient(policy, RWR)
+    noising = Noising.draw(0, 0, 0, range(8), policy, ddim_on(policy))
+    plain = DenoisingGradient(policy, ddim_on(policy), RWR)
     loss = plain.accumulate(finals, WEIGHTS, range(8), noising)
     expected = flat(take_gradients(policy))
     policy.numerics = policy.numerics.model_copy(update={"dtype": "float16"})
-    scaled = DenoisingGradient(policy, RWR)
+    scaled = DenoisingGradient(policy, ddim_on(policy), RWR)
     assert scaled.loss_scale > plain.loss_scale == 1.0
     policy.numerics = policy.numerics.model_copy(update={"dtype": "float32"})
     assert scaled.accumulate(finals, WEIGHTS, range(8), noising) == pytest.approx(loss, abs=1e-12)
@@ -109,8 +112,8 @@ def test_the_loss_scale_of_float16_leaves_the_gradient_as_it_is(
 def test_guidance_stays_out_of_the_loss(policy: Policy, rollouts: Rollouts) -> None:
     """One forward a sample: with guidance the UNet would see each twice."""
     seen = count_forwards(policy)
-    finals, noising = finals_of(rollouts), Noising.draw(0, 0, 0, range(8), policy)
-    DenoisingGradient(policy, RWR).accumulate(finals, WEIGHTS, range(8), noising)
+    finals, noising = finals_of(rollouts), Noising.draw(0, 0, 0, range(8), policy, ddim_on(policy))
+    DenoisingGradient(policy, ddim_on(policy), RWR).accumulate(finals, WEIGHTS, range(8), noising)
     assert seen == [4, 4]
 
 
@@ -125,17 +128,19 @@ def count_forwards(policy: Policy) -> list[int]:
 
 
 def test_what_a_sample_draws_depends_on_its_index_and_its_pass_alone(policy: Policy) -> None:
-    together = Noising.draw(3, 5, 1, [4, 0, 7], policy)
-    alone = Noising.draw(3, 5, 1, [7], policy)
+    together = Noising.draw(3, 5, 1, [4, 0, 7], policy, ddim_on(policy))
+    alone = Noising.draw(3, 5, 1, [7], policy, ddim_on(policy))
     assert torch.equal(together.noise[2:], alone.noise)
-    assert torch.equal(together.timesteps[2:], alone.timesteps)
+    assert torch.equal(together.times[2:], alone.times)
     for other in ((4, 5, 1), (3, 6, 1), (3, 5, 2)):
-        assert not torch.equal(Noising.draw(*other, [7], policy).noise, alone.noise)
+        assert not torch.equal(
+            Noising.draw(*other, [7], policy, ddim_on(policy)).noise, alone.noise
+        )
 
 
 def test_timesteps_are_uniform_over_training_and_noise_is_standard_normal(policy: Policy) -> None:
-    drawn = Noising.draw(0, 0, 0, range(2000), policy)
-    timesteps, noise = drawn.timesteps.double(), drawn.noise.double()
+    drawn = Noising.draw(0, 0, 0, range(2000), policy, ddim_on(policy))
+    timesteps, noise = drawn.times.double(), drawn.noise.double()
     assert 0 <= timesteps.min() < 5 and 994 < timesteps.max() <= 999
     # Five standard errors of uniform numbers from 0 to 999; and of 512,000 normal ones.
     assert abs(float(timesteps.mean()) - 499.5) < 5 * 288.7 / 2000**0.5
@@ -211,9 +216,9 @@ def test_steps_are_those_of_one_adamw_over_the_passes(
     for inner in range(2):
         for step in steps_of_pass(0, 0, inner, range(8), 2):
             assert len(step) == 4
-            drawn = Noising.draw(0, 0, inner, step, policy)
+            drawn = Noising.draw(0, 0, inner, step, policy, ddim_on(policy))
             own = [finals.prompts[row] for row in step]
-            losses_of = DenoisingGradient(policy, RWR).losses
+            losses_of = DenoisingGradient(policy, ddim_on(policy), RWR).losses
             loss = losses_of(own, finals.latents[step], WEIGHTS[step], drawn).sum() / 4
             loss.backward()
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -280,12 +285,12 @@ def test_training_lowers_the_weighted_denoising_loss(tiny_model: Path) -> None:
     finals = FinalLatents((PROMPTS * 2)[:8], draw(policy, config).latents[:, -1])
     # Noise that the training does not draw: what is learnt must hold beyond it.
     many = [index % 8 for index in range(32)]
-    noising = Noising.draw(77, 0, 0, range(32), policy)
+    noising = Noising.draw(77, 0, 0, range(32), policy, ddim_on(policy))
 
     def weighted_loss() -> float:
         with torch.no_grad():
             prompts = [finals.prompts[row] for row in many]
-            losses = DenoisingGradient(policy, RWR).losses(
+            losses = DenoisingGradient(policy, ddim_on(policy), RWR).losses(
                 prompts, finals.latents[many], WEIGHTS[many], noising
             )
         return float(losses.mean())
@@ -324,7 +329,7 @@ def test_a_loss_that_is_not_finite_is_named_and_leaves_the_weights(
     finals = finals_of(rollouts)
     finals.latents[6] = torch.nan
     before = initial_state(policy)
-    with pytest.raises(NonFiniteError, match=r"for sample 6 \(prompt 'a cat'\) at timestep \d+"):
+    with pytest.raises(NonFiniteError, match=r"for sample 6 \(prompt 'a cat'\) at time \d+"):
         regressed(policy, rwr_config(policy.folder), finals)
     assert_same_tensors(policy.weights.state(), before.weights)
 

@@ -176,9 +176,7 @@ def test_metrics_are_their_plain_formulas(policy: Policy, tiny_model: Path) -> N
 
     # The first half's update by itself, and what it makes of the second half's log-probs.
     policy.weights.load(start.weights)
-    half = Rollouts(
-        rollouts.prompts[:4], rollouts.latents[:4], rollouts.log_probs[:4], rollouts.timesteps
-    )
+    half = Rollouts(rollouts.prompts[:4], rollouts.latents[:4], rollouts.log_probs[:4])
     once = tiny_config(
         tiny_model, optimizer={"learning_rate": 2e-3}, algorithm={"updates_per_epoch": 1}
     )
@@ -240,7 +238,7 @@ def test_a_nan_advantage_stops_before_any_weight_changes(
     for place in (0, 6):  # in the first update, and after it
         advantages = ADVANTAGES.clone()
         advantages[place] = torch.nan
-        with pytest.raises(NonFiniteError, match=rf"sample {place} .*at timestep 751"):
+        with pytest.raises(NonFiniteError, match=rf"sample {place} .*at step 0 \(time 751\)"):
             update(policy, before, rollouts, as_credit(advantages), {}, config)
         assert_same_tensors(policy.weights.state(), before.weights)
 

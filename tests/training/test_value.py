@@ -13,19 +13,18 @@ from ddpo.algorithms.advantages import BatchAdvantages, ValueAdvantages
 from ddpo.errors import NonFiniteError
 from ddpo.models import Policy
 from ddpo.training.critic import Critic
-from ddpo.training.samples import Rollouts
 from ddpo.training.value_network import (
     ValueNetwork,
     explained_variance,
     prompt_features,
-    timestep_features,
+    time_features,
     value_loss,
 )
 from tests.scored import compute_advantages
-from tests.tiny import PROMPTS, assert_same_tensors, load_policy, tiny_config
+from tests.tiny import PROMPTS, assert_same_tensors, ddim_on, load_policy, tiny_config
 
-TIMESTEPS = torch.tensor([981, 401, 1])
-STEPS = len(TIMESTEPS)
+TIMES = torch.tensor([667.0, 334.0, 1.0])  # of DDIM in three steps
+STEPS = len(TIMES)
 
 
 @pytest.fixture(scope="module")
@@ -58,14 +57,14 @@ def written_out(network: ValueNetwork, prompt: NDArray, timestep: float) -> floa
 def test_values_are_those_of_a_network_on_prompt_and_timestep_side_by_side() -> None:
     network = lively_network()
     prompts = torch.randn((4, 5), generator=torch.Generator().manual_seed(0))
-    found = network(prompts, timestep_features(TIMESTEPS, 1000))
+    found = network(prompts, time_features(TIMES, 1000))
     expected = [
-        [written_out(network, prompt.double().numpy(), float(t)) for t in TIMESTEPS]
+        [written_out(network, prompt.double().numpy(), float(t)) for t in TIMES]
         for prompt in prompts
     ]
     assert found.shape == (4, STEPS)
     assert found.detach().numpy() == pytest.approx(np.array(expected), abs=1e-5)
-    assert np.ptp(np.array(expected), axis=0).min() > 0.01  # prompts and timesteps matter
+    assert np.ptp(np.array(expected), axis=0).min() > 0.01  # prompts and times matter
     assert np.ptp(np.array(expected), axis=1).min() > 0.01
 
 
@@ -83,7 +82,7 @@ def test_a_new_network_is_0_everywhere_and_the_same_for_the_same_seed() -> None:
     prompts = torch.randn((4, 5), generator=torch.Generator().manual_seed(0))
     torch.manual_seed(1)
     network = ValueNetwork(5, seed=3)
-    assert not network(prompts, timestep_features(TIMESTEPS, 1000)).any()
+    assert not network(prompts, time_features(TIMES, 1000)).any()
     torch.manual_seed(2)
     assert_same_tensors(ValueNetwork(5, seed=3).state_dict(), network.state_dict())
     other = ValueNetwork(5, seed=4).state_dict()
@@ -94,18 +93,18 @@ def test_the_losss_gradient_is_that_of_finite_differences() -> None:
     network = lively_network().double()
     prompts = torch.randn((4, 5), generator=torch.Generator().manual_seed(0)).double()
     rewards = torch.tensor([1.5, -0.5, 0.25, -2.0], dtype=torch.float64)
-    timesteps = timestep_features(TIMESTEPS, 1000).double()
+    times = time_features(TIMES, 1000).double()
 
     def loss_written_out() -> float:
         return sum(
             (written_out(network, prompt.numpy(), float(t)) - float(reward)) ** 2
             for prompt, reward in zip(prompts, rewards, strict=True)
-            for t in TIMESTEPS
+            for t in TIMES
         ) / (4 * STEPS)
 
-    loss = value_loss(network(prompts, timesteps), rewards)
+    loss = value_loss(network(prompts, times), rewards)
     loss.backward()
-    assert loss.item() == pytest.approx(loss_written_out(), abs=1e-7)  # float32 timesteps
+    assert loss.item() == pytest.approx(loss_written_out(), abs=1e-7)  # float32 times
     step = 1e-5
     for name, parameter in network.named_parameters():
         assert parameter.grad is not None
@@ -139,10 +138,8 @@ def test_explained_variance_is_its_formula() -> None:
 # As a baseline of an epoch
 
 
-def rollouts_on(prompts: list[str]) -> Rollouts:
-    """Rollouts of which the baseline sees prompts and timesteps only."""
-    count = len(prompts)
-    return Rollouts(prompts, torch.zeros(count, STEPS + 1), torch.zeros(count, STEPS), TIMESTEPS)
+def features_of(policy: Policy, prompts: list[str]) -> torch.Tensor:
+    return prompt_features(policy.encode(prompts)["text"], policy.encode([""])["text"])
 
 
 def settings(**changes: float) -> ValueAdvantages:
@@ -155,7 +152,14 @@ def baseline_on(
     kept: dict[str, torch.Tensor] | None = None,
     **changes: float,
 ) -> Critic:
-    return Critic(policy, rollouts_on(prompts), kept or {}, settings(**changes).critic, seed=0)
+    return Critic(
+        policy,
+        ddim_on(policy, steps=STEPS),
+        prompts,
+        kept or {},
+        settings(**changes).critic,
+        seed=0,
+    )
 
 
 def normalised_rewards(prompts: list[str], rewards: NDArray) -> torch.Tensor:
@@ -182,10 +186,10 @@ def test_advantages_are_rewards_less_v_clipped_and_0_without_a_reward(policy: Po
     trained.learn(torch.tensor([0.7, -1.0, 0.7, 1.0]), everybody)
     scored = torch.tensor([True, True, False, True])
     found = trained.advantages(rewards, scored)
-    embedded = prompt_features(policy.embed(prompts), policy.embed([""])).double().numpy()
+    embedded = features_of(policy, prompts).double().numpy()
     for row in range(4):
-        for column, timestep in enumerate(TIMESTEPS.tolist()):
-            value = written_out(trained.network, embedded[row], timestep)
+        for column, time in enumerate(TIMES.tolist()):
+            value = written_out(trained.network, embedded[row], time)
             expected = min(max(float(rewards[row]) - value, -1.5), 1.5) if scored[row] else 0.0
             assert float(found[row, column]) == pytest.approx(expected, abs=1e-5)
     assert found[3].eq(1.5).all() and found[1].abs().max() < 1.5  # clipped, and not
@@ -242,10 +246,10 @@ def test_trainings_are_those_of_one_adamw_that_lives_on(policy: Policy) -> None:
     assert_same_tensors(kept, whole.state())
     network = baseline_on(policy, prompts).network
     adamw = torch.optim.AdamW(network.parameters(), lr=1e-3, weight_decay=1e-4)
-    embedded = prompt_features(policy.embed(prompts), policy.embed([""]))
+    embedded = features_of(policy, prompts)
     for _ in range(6):
         adamw.zero_grad()
-        loss = (network(embedded, timestep_features(TIMESTEPS, 1000)) - rewards[:, None]).square()
+        loss = (network(embedded, time_features(TIMES, 1000)) - rewards[:, None]).square()
         loss.mean().backward()
         adamw.step()
     for name, value in network.state_dict().items():

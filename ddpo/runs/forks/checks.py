@@ -101,9 +101,9 @@ def check_sampler(config: RunConfig, parent: Run) -> None:
     """
     mine, theirs = _sampling(config), _sampling(parent.config)
     said = [
-        f"{name} is {value}, expected {theirs[name]}"
+        f"{name} is {value}, expected {theirs.get(name)}"
         for name, value in mine.items()
-        if value != theirs[name]
+        if value != theirs.get(name)
     ]
     if said:
         raise PolicyMismatch(
@@ -126,9 +126,7 @@ def _sampling(config: RunConfig) -> dict[str, object]:
     sampler, window = config.sampler, config.sampler.window
     noisy = window is not None and window.noise_only_there
     return {
-        "sampler.steps": sampler.steps,
-        "sampler.eta": sampler.eta,
-        "sampler.guidance_scale": sampler.guidance_scale,
+        **{f"sampler.{name}": value for name, value in sampler if name != "window"},
         "the window that noise is drawn in": window.model_dump() if window and noisy else "all",
     }
 

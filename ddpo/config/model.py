@@ -1,0 +1,61 @@
+"""Settings of the model and of the weights that are trained."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, PositiveFloat, PositiveInt, field_validator
+
+from ddpo.basics.part import Part
+
+Size = tuple[PositiveInt, PositiveInt]
+"""Width and height in pixels."""
+
+
+class ModelConfig(Part):
+    """The diffusion pipeline to fine-tune: Stable Diffusion 1.x or 2.x, or the starter."""
+
+    path: str
+    """`starter`, a folder that contains `model_index.json`, or a Hub id such as `owner/name`."""
+    revision: str | None = None
+    """Commit of a Hub model. Pin it: a branch may move while a run is going on."""
+    resolution: PositiveInt | Size | None = None
+    """Image size in pixels: one number for a square, or `[width, height]`. The model's own size by
+    default."""
+
+    @field_validator("resolution")
+    @classmethod
+    def _square_is_one_number(cls, value: int | Size | None) -> int | Size | None:
+        # Two ways to write one size must not make two runs.
+        return value[0] if isinstance(value, tuple) and value[0] == value[1] else value
+
+    @property
+    def size(self) -> Size | None:
+        """Width and height in pixels; None for the model's own size."""
+        if isinstance(self.resolution, int):
+            return (self.resolution, self.resolution)
+        return self.resolution
+
+
+class LoraConfig(Part):
+    """Train low-rank adapters (peft) on the denoising network's attention."""
+
+    type: Literal["lora"] = "lora"
+    rank: PositiveInt = 4
+    """Rank of the adapters. The paper's code uses 4, which makes a file of a few MB."""
+    alpha: PositiveFloat = 4.0
+    """The adapter's output is scaled by alpha / rank."""
+    target_modules: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
+    """Names of the layers that get an adapter, as peft matches them."""
+
+
+class FullConfig(Part):
+    """Train every weight of the denoising network.
+
+    Needs a learning rate near 1e-5: LoRA's makes it collapse.
+    """
+
+    type: Literal["full"]
+
+
+Trainable = Annotated[LoraConfig | FullConfig, Field(discriminator="type")]

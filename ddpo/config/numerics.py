@@ -1,0 +1,30 @@
+"""Settings that the bytes of a result depend on."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import PositiveInt
+
+from ddpo.basics.part import Part
+
+
+class NumericsConfig(Part):
+    """Device, dtype and batch sizes. `auto` is resolved at the first start, then frozen."""
+
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """`auto` uses a GPU if there is one."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Dtype of the denoising network's arithmetic; trained weights stay float32. `auto` is bfloat16
+    on CUDA (float16 on GPUs without it) and float32 elsewhere."""
+    sample_batch_size: PositiveInt = 8
+    """Images per forward while sampling; guidance doubles the batch internally."""
+    micro_batch_size: PositiveInt = 8
+    """(sample, timestep) pairs per forward and backward in the update. Any size gives the same
+    gradient; if equal to sample_batch_size, the update repeats the sampler's forwards exactly."""
+    threads: PositiveInt | Literal["auto"] = "auto"
+    """CPU threads of torch."""
+    tf32: bool = True
+    """Allow TF32 matrix products on CUDA."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward: less memory for about a third more time."""

@@ -1,0 +1,123 @@
+"""What a denoising process has to provide: the Gaussian of each step, and the noising of images.
+
+Steps are indexed by number, 0 being the noisiest; times are floats on the model's own axis.
+
+Shapes: B samples or (sample, step) pairs, T denoising steps; [B, ...] are latents of any rank.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pydantic import JsonValue
+from torch import Tensor
+
+from ddpo.basics.tensors import mean_per_row
+from ddpo.models.schedule import NoiseSchedule
+
+
+@dataclass(frozen=True)
+class Transition:
+    """Normal(mean, std² I), one per pair: p(x_{t-1} | x_t)."""
+
+    mean: Tensor
+    """[B, ...]."""
+    std: Tensor
+    """[B, 1, ...]; 0 where a step is deterministic."""
+
+    def draw(self, noise: Tensor) -> Tensor:
+        """Return x_{t-1} [B, ...] for standard normal ``noise`` of the same shape."""
+        return self.mean + self.std * noise
+
+    def log_prob(self, next_latents: Tensor) -> Tensor:
+        """Return the log-density of ``next_latents``, averaged over latent dimensions.
+
+        Averaged, not summed, as in every published implementation: the clip range of 1e-4 is made
+        for it.
+
+        Args:
+            next_latents: [B, ...], x_{t-1}.
+
+        Returns:
+            [B]; 0 where the step is deterministic.
+        """
+        deterministic = self.std == 0
+        std = torch.where(deterministic, torch.ones_like(self.std), self.std)
+        density = (
+            -((next_latents.detach() - self.mean) ** 2) / (2 * std**2)
+            - torch.log(std)
+            - math.log(math.sqrt(2 * math.pi))
+        )
+        return mean_per_row(density).masked_fill(deterministic.flatten(), 0.0)
+
+
+class Process(ABC):
+    """A denoising process on a model's noise schedule.
+
+    Args:
+        schedule: The model's.
+        sampler: Settings, of the process's own class.
+        device: Where it computes.
+        noisy: Steps that may draw noise; all others are deterministic. All steps by default.
+    """
+
+    times: Tensor
+    """[T] float32, from noisy to clean: the time that the model is asked at, by step."""
+    time_scale: float
+    """Times lie in [0, ``time_scale``)."""
+    initial_noise_scale: float
+    """Standard deviation of the starting latents."""
+
+    @abstractmethod
+    def __init__(
+        self,
+        schedule: NoiseSchedule,
+        sampler: Any,
+        device: torch.device,
+        noisy: range | None = None,
+    ) -> None: ...
+
+    @property
+    def steps(self) -> int:
+        """T, the number of denoising steps."""
+        return len(self.times)
+
+    @abstractmethod
+    def transition(self, steps: Tensor, output: Tensor, latents: Tensor) -> Transition:
+        """Return the distribution of the next latents.
+
+        Args:
+            steps: [B] int64, the number of each pair's step.
+            output: [B, ...], the model's prediction at that step's time, after guidance.
+            latents: [B, ...], x_t.
+        """
+
+    @abstractmethod
+    def stochastic(self) -> Tensor:
+        """Return [T] bool: steps that draw noise. The others have no log-prob and no gradient."""
+
+    @abstractmethod
+    def noised(self, clean: Tensor, noise: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:
+        """Noise clean latents as in the model's training.
+
+        Args:
+            clean: [B, ...], x_0.
+            noise: [B, ...], standard normal.
+            times: [B] float32, as :meth:`training_time` draws them.
+
+        Returns:
+            x_t, and what the model should predict from it; [B, ...] each.
+        """
+
+    @abstractmethod
+    def training_time(self, generator: torch.Generator) -> Tensor:
+        """Draw one time from the distribution that the model was trained with, a float32 scalar."""
+
+    @abstractmethod
+    def identity(self) -> Mapping[str, JsonValue]:
+        """Return what makes two processes draw from the same distributions, as plain JSON."""

@@ -1,0 +1,224 @@
+"""What a model family has to provide: a text-to-image pipeline as policy p_theta(x_{t-1} | x_t, c).
+
+Shapes: B images, C latent channels, h x w latent pixels, L tokens, D text features.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ddpo.basics.digests import json_digest, tensors_digest
+from ddpo.basics.randomness import derive_seed
+from ddpo.config import FullConfig, LoraConfig, ModelConfig
+from ddpo.models import hub
+from ddpo.models.full import FullWeights
+from ddpo.models.lora import LoraWeights
+from ddpo.models.numerics import Numerics
+from ddpo.models.schedule import NoiseSchedule
+from ddpo.models.weights import Network, Weights
+
+_CACHED_PROMPTS = 1024
+"""Encoded prompts that a policy keeps; a prompt of Stable Diffusion 1.x takes 236 kB."""
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """Encoded prompts: named tensors with one row per prompt.
+
+    Every family provides ``text``, [B, L, D], the text encoder's output per token; any other tensor
+    is private to the family.
+    """
+
+    tensors: Mapping[str, Tensor]
+    """[B, ...] each."""
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.tensors[name]
+
+    def __len__(self) -> int:
+        return len(next(iter(self.tensors.values())))
+
+    def rows(self, index: int | slice | Sequence[int] | Tensor) -> Conditioning:
+        """Return some of the rows; a single index gives one row."""
+        if isinstance(index, int):
+            index = [index]
+        return Conditioning({name: value[index] for name, value in self.tensors.items()})
+
+    def expand(self, count: int) -> Conditioning:
+        """Repeat a single row ``count`` times, without copying it."""
+        return Conditioning(
+            {name: value.expand(count, *value.shape[1:]) for name, value in self.tensors.items()}
+        )
+
+    @classmethod
+    def cat(cls, parts: Sequence[Conditioning]) -> Conditioning:
+        """Concatenate rows; all parts have the same names."""
+        names = parts[0].tensors
+        return cls({name: torch.cat([part.tensors[name] for part in parts]) for name in names})
+
+
+class Policy(ABC):
+    """A loaded pipeline with trainable weights. Loaded once per process; weights are swapped.
+
+    Args:
+        model: Path or Hub id, and the size of its images.
+        trainable: Weights to train.
+        numerics: Device, dtype, batch sizes; applied to the whole process.
+        seed: The run's seed; an adapter's initial weights are derived from it.
+
+    Raises:
+        ConfigError: Size or trainable weights do not fit the model.
+        ModelError: The model cannot be downloaded or loaded.
+    """
+
+    parts: ClassVar[Sequence[str]]
+    """Subfolders of the pipeline that the family loads."""
+
+    numerics: Numerics
+    """Device, dtype, batch sizes."""
+    folder: Path
+    """Where the base model was loaded from."""
+    base_digest: str
+    """sha256 of the base model's files."""
+    weights: Weights
+    """The trained weights, in and out."""
+    schedule: NoiseSchedule
+    """What the model was trained to denoise; all that a denoising process knows of it."""
+    size: tuple[int, int]
+    """Width and height of an image in pixels."""
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        trainable: LoraConfig | FullConfig,
+        numerics: Numerics,
+        *,
+        seed: int,
+    ) -> None:
+        numerics.apply()
+        self.numerics = numerics
+        self.folder = hub.fetch_model(model, self.parts)
+        self.base_digest = hub.base_digest(self.folder, self.parts)
+        network = self._load(model)
+        if isinstance(trainable, FullConfig):
+            self.weights = FullWeights(network)
+        else:
+            adapter_seed = derive_seed(seed, "adapter")
+            self.weights = LoraWeights(
+                network, trainable, seed=adapter_seed, dtype=numerics.torch_dtype
+            )
+        if numerics.gradient_checkpointing:
+            network.enable_gradient_checkpointing()
+        self._move(numerics.torch_device)
+        self._encoded: OrderedDict[str, Conditioning] = OrderedDict()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the policy computes."""
+        return self.numerics.torch_device
+
+    @property
+    @abstractmethod
+    def latent_shape(self) -> tuple[int, ...]:
+        """Shape of one image's latents, [C, h, w]."""
+
+    @property
+    def digest(self) -> str:
+        """``policy_digest`` of the base model and the trained weights as they are now."""
+        return policy_digest(self.base_digest, self.weights.state())
+
+    def encode(self, prompts: Sequence[str]) -> Conditioning:
+        """Encode prompts, each distinct one by itself and once as long as it is cached.
+
+        Args:
+            prompts: B prompts.
+
+        Returns:
+            B rows, float32 on the device.
+        """
+        cache = self._encoded
+        for prompt in dict.fromkeys(prompts):
+            if prompt not in cache:
+                with torch.no_grad():
+                    cache[prompt] = self._encode(prompt)
+            cache.move_to_end(prompt)
+        conditioning = Conditioning.cat([cache[prompt] for prompt in prompts])
+        while len(cache) > _CACHED_PROMPTS:
+            cache.popitem(last=False)
+        return conditioning
+
+    @abstractmethod
+    def predict(
+        self, latents: Tensor, times: Tensor, conditioning: Conditioning, guidance_scale: float
+    ) -> Tensor:
+        """Predict what the schedule says the model predicts, with classifier-free guidance.
+
+        Args:
+            latents: [B, C, h, w] float32.
+            times: [B] float32, on the schedule's axis.
+            conditioning: B rows.
+            guidance_scale: 1 is none, at half the cost.
+
+        Returns:
+            [B, C, h, w], at least float32.
+        """
+
+    @abstractmethod
+    def decode(self, latents: Tensor) -> list[Image.Image]:
+        """Turn clean latents into images.
+
+        Args:
+            latents: [B, C, h, w] float32.
+
+        Returns:
+            B RGB images.
+        """
+
+    @abstractmethod
+    def export(self, folder: Path) -> None:
+        """Write the weights in use as plain diffusers loads them: an adapter or a whole pipeline.
+
+        Args:
+            folder: Created if missing.
+        """
+
+    @abstractmethod
+    def _load(self, model: ModelConfig) -> Network:
+        """Load the pipeline from :attr:`folder`, on the CPU, and set ``schedule`` and ``size``.
+
+        Args:
+            model: Gives the size.
+
+        Returns:
+            The denoising network: frozen, float32.
+        """
+
+    @abstractmethod
+    def _move(self, device: torch.device) -> None:
+        """Move the pipeline to a device."""
+
+    @abstractmethod
+    def _encode(self, prompt: str) -> Conditioning:
+        """Encode one prompt: one row, float32 on the device."""
+
+
+def policy_digest(base: str, weights: Mapping[str, Tensor]) -> str:
+    """Return ``policy_digest``, the identity of a base model and trained weights together.
+
+    Args:
+        base: ``base_digest`` of the model.
+        weights: The trained weights by name.
+
+    Returns:
+        sha256, hexadecimal.
+    """
+    return json_digest({"base": base, "weights": tensors_digest(weights)})

@@ -1,0 +1,40 @@
+"""Full fine-tuning: every weight of the network is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+from torch import Tensor
+
+from ddpo.errors import ConfigError
+from ddpo.models.weights import Network, Weights
+
+
+class FullWeights(Weights):
+    """All weights of a network, in float32 whatever it computes in.
+
+    Args:
+        network: Frozen, float32; all of it becomes trainable.
+    """
+
+    def __init__(self, network: Network) -> None:
+        super().__init__(network)
+        network.requires_grad_(True)
+
+    def state(self) -> dict[str, Tensor]:
+        """Return the network's own state."""
+        return self.network.state_dict()
+
+    def load(self, weights: Mapping[str, Tensor]) -> None:
+        """Load a network's weights in place."""
+        self.network.load_state_dict(weights)
+
+    @contextmanager
+    def _use_base(self) -> Iterator[None]:
+        """Refuse: full fine-tuning overwrites the base model."""
+        raise ConfigError(
+            "full fine-tuning leaves no base model to compare with, since it overwrites the base "
+            "model's weights; use `trainable: {type: lora}`"
+        )
+        yield

@@ -1,0 +1,89 @@
+"""What a denoising process needs to know of a model: its noise schedule, free of any pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import torch
+from diffusers import DDIMScheduler  # pyright: ignore[reportPrivateImportUsage]
+from pydantic import JsonValue
+from torch import Tensor
+
+from ddpo.errors import ModelError
+
+
+@dataclass(frozen=True)
+class NoiseSchedule:
+    """The variance-preserving diffusion that a model was trained to undo.
+
+    x_t = sqrt(alpha_t) x_0 + sqrt(1 - alpha_t) eps at training timesteps t = 0 ... N - 1.
+    """
+
+    alphas_cumprod: Tensor
+    """[N] float32 on the CPU: alpha_t, the signal's share of variance."""
+    final_alpha_cumprod: Tensor
+    """Scalar float32: the share after the last denoising step."""
+    prediction_type: Literal["epsilon", "v_prediction"]
+    """What the model predicts."""
+    spacing: Literal["leading", "linspace", "trailing"]
+    """How denoising steps are placed on the training timesteps, in diffusers' terms."""
+    steps_offset: int
+    """Added to each timestep of a leading spacing."""
+    settings: Mapping[str, JsonValue]
+    """The settings that the schedule was made from, for digests."""
+
+    @classmethod
+    def from_scheduler(cls, config: Mapping[str, Any]) -> NoiseSchedule:
+        """Read the config of a diffusers scheduler.
+
+        Args:
+            config: As ``scheduler_config.json`` holds it.
+
+        Returns:
+            The schedule.
+
+        Raises:
+            ModelError: The scheduler clips its predictions, or the model predicts something else.
+        """
+        scheduler = ddim_scheduler(config)
+        settings: Any = scheduler.config
+        if settings.prediction_type not in ("epsilon", "v_prediction"):
+            raise ModelError(
+                f"the model's scheduler predicts {settings.prediction_type!r}; "
+                "expected 'epsilon' or 'v_prediction'"
+            )
+        if settings.thresholding or settings.clip_sample:
+            raise ModelError(
+                "the model's scheduler clips its predictions (clip_sample or thresholding), so a "
+                "step is not a Gaussian around the model's output; latent models set both to false"
+            )
+        return cls(
+            alphas_cumprod=scheduler.alphas_cumprod.cpu(),
+            final_alpha_cumprod=torch.as_tensor(scheduler.final_alpha_cumprod).cpu(),
+            prediction_type=settings.prediction_type,
+            spacing=settings.timestep_spacing,
+            steps_offset=settings.steps_offset,
+            settings={
+                name: value
+                for name, value in settings.items()
+                if not name.startswith("_") and isinstance(value, str | int | float | bool | None)
+            },
+        )
+
+    @property
+    def training_timesteps(self) -> int:
+        """N, the number of timesteps that the model was trained with."""
+        return len(self.alphas_cumprod)
+
+
+def ddim_scheduler(config: Mapping[str, Any]) -> DDIMScheduler:
+    """Return diffusers' DDIM scheduler on the noise schedule of another scheduler.
+
+    Args:
+        config: Of any scheduler, as ``scheduler_config.json`` holds it.
+    """
+    # Other schedulers have no such setting, and DDIM's own default of true is for pixel models.
+    clip_sample = config.get("clip_sample", False)
+    return cast(DDIMScheduler, DDIMScheduler.from_config(dict(config), clip_sample=clip_sample))
