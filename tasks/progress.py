@@ -1,4 +1,4 @@
-"""Progress within a task, for whoever shows it in the same process."""
+"""Progress of tasks, for a display in the same process."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from typing import Protocol
 
 
 class Progress(Protocol):
-    """Told how far a task is; called from the task's thread."""
+    """A display of progress; called from the threads of tasks."""
 
     def stage(self, name: str, done: float, total: float) -> None:
-        """Say that stage ``name`` has done ``done`` of ``total``."""
+        """Show that ``done`` of ``total`` units of a stage are done."""
         ...
 
     def epoch(self, done: int, total: int, metrics: Mapping[str, float]) -> None:
-        """Say that ``done`` of ``total`` epochs are done, and what the last one measured."""
+        """Show that ``done`` of ``total`` epochs are done, and the metrics of the last one."""
         ...
 
 
 class _Silent:
     def stage(self, name: str, done: float, total: float) -> None:
-        """Say nothing."""
+        """Show nothing."""
 
     def epoch(self, done: int, total: int, metrics: Mapping[str, float]) -> None:
-        """Say nothing."""
+        """Show nothing."""
 
 
 _shown: Progress = _Silent()
@@ -32,7 +32,7 @@ _shown: Progress = _Silent()
 
 @contextmanager
 def shown_by(progress: Progress) -> Iterator[None]:
-    """Show progress of this process's tasks by ``progress`` meanwhile."""
+    """Show the progress of this process's tasks on a display within this context."""
     global _shown
     before, _shown = _shown, progress
     try:
@@ -43,38 +43,38 @@ def shown_by(progress: Progress) -> Iterator[None]:
 
 @contextmanager
 def as_part(before: int, total: int) -> Iterator[None]:
-    """Count the epochs of a run as some of many, meanwhile.
+    """Show the epochs of a run as part of several runs within this context.
 
     Args:
-        before: Epochs of the runs before it.
-        total: Epochs of all runs together.
+        before: Number of epochs of the runs before it.
+        total: Number of epochs of all runs together.
     """
     with shown_by(_Part(_shown, before, total)):
         yield
 
 
 class _Part:
-    """One of several runs that are shown as one."""
+    """The display of one of several runs that are shown as one."""
 
     def __init__(self, whole: Progress, before: int, total: int) -> None:
         self._whole, self._before, self._total = whole, before, total
 
     def stage(self, name: str, done: float, total: float) -> None:
-        """Show how far a stage is, as it is."""
+        """Show a stage unchanged."""
         self._whole.stage(name, done, total)
 
     def epoch(self, done: int, total: int, metrics: Mapping[str, float]) -> None:
-        """Show an epoch as one of all."""
+        """Show an epoch as one of the epochs of all runs."""
         self._whole.epoch(self._before + done, self._total, metrics)
 
 
 def report(name: str, done: float, total: float) -> None:
-    """Report how far a stage is.
+    """Report the progress of a stage.
 
     Args:
-        name: What is being done: ``sample``, ``update``.
-        done: How much of it is done.
-        total: How much it is.
+        name: The stage: ``pictures``, ``sample`` or ``update``.
+        done: Units that are done.
+        total: Units in all.
     """
     _shown.stage(name, done, total)
 
@@ -83,8 +83,8 @@ def finished_epoch(done: int, total: int, metrics: Mapping[str, float]) -> None:
     """Report that an epoch is done.
 
     Args:
-        done: Epochs done.
-        total: Epochs in all.
-        metrics: What the last one measured.
+        done: Number of epochs done.
+        total: Number of epochs in all.
+        metrics: Metrics of the last one.
     """
     _shown.epoch(done, total, metrics)

@@ -1,4 +1,4 @@
-"""How often a task is tried again."""
+"""Which failures of a task are retried, and how often."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from prefect.tasks import exponential_backoff
 from ddpo.errors import DdpoError, RewardError, StoreCallFailed
 
 
-def _worth_another_try(task: object, task_run: object, state: Any) -> bool:
-    """Tell what may pass by itself from what will fail again.
+def _may_be_temporary(task: object, task_run: object, state: Any) -> bool:
+    """Return whether a failure may be temporary.
 
-    Our own errors name something a person has to mend. The exceptions are a call to the store and
-    the reward, whose cause may be a server that is away for a moment.
+    Our own errors name something that a person has to fix, except for failed calls to the store
+    and to the reward, whose server may be unavailable for a moment.
     """
     try:
         state.result()
@@ -30,6 +30,6 @@ STORAGE: dict[str, Any] = {
     "retries": 3,
     "retry_delay_seconds": exponential_backoff(backoff_factor=1),
     "retry_jitter_factor": 0.5,
-    "retry_condition_fn": _worth_another_try,
+    "retry_condition_fn": _may_be_temporary,
 }
-"""Options of tasks that talk to the store or to a reward: 1, 2 and 4 seconds, jittered."""
+"""Options of tasks that call the store or a reward: retry after 1, 2 and 4 s, with jitter."""

@@ -1,4 +1,4 @@
-"""The half of a config that may change under a run_id: where a run is remembered and shown."""
+"""The half of a config that may change between starts: storage and tracking."""
 
 from __future__ import annotations
 
@@ -13,57 +13,56 @@ Keep = Literal["everything", "images_and_scores", "checkpoints"]
 
 
 class RetentionConfig(Part):
-    """What is kept of old epochs. Checkpoints have settings of their own, beside this."""
+    """What is kept of old epochs. Checkpoints have their own settings in `storage`."""
 
     keep: Keep = "everything"
-    """`images_and_scores` drops trajectories, which are most of the bytes; such epochs can be
-    scored again, but not trained on again. `checkpoints` drops pictures and scores too; what is
-    left beside checkpoints is each sample's reward and advantage, and the pictures of fixed
-    prompts."""
+    """`images_and_scores` deletes trajectories, which are most of the bytes; such epochs can still
+    be rescored, but not trained on. `checkpoints` also deletes images and scores; besides
+    checkpoints it keeps each sample's reward and advantage, and the images of fixed prompts."""
     older_than: PositiveInt = 10
-    """So many of the newest epochs keep everything."""
+    """Keep everything for this many of the most recent epochs."""
 
 
 class StorageConfig(Part):
-    """Where a run is remembered."""
+    """Where a run is stored."""
 
     root: str | None = None
     """Folder or fsspec URL (`s3://bucket/prefix`). By default DDPO_ROOT, else `ddpo-data/store`."""
     s3: S3Options = S3Options()
-    """How a bucket is reached; what is not said here comes from the usual AWS variables."""
+    """How to connect to a bucket; anything not set here comes from the usual AWS variables."""
     keep_newest_checkpoints: PositiveInt | None = None
-    """Keep this many of the newest checkpoints; by default all. A whole UNet's are about 10 GB
-    each."""
+    """Keep this many of the newest checkpoints; by default all. With full fine-tuning of Stable
+    Diffusion 1.x, each has about 10 GB."""
     keep_every_checkpoint: PositiveInt | None = None
-    """Of the older ones keep each n-th."""
+    """Of the older checkpoints, keep every n-th."""
     retention: RetentionConfig = RetentionConfig()
-    """What is kept of old epochs' rollouts; by default everything."""
+    """What is kept of old epochs; by default everything."""
 
 
 class PicturesConfig(Part):
-    """The same prompts and seeds drawn before every epoch, to watch the model change."""
+    """Fixed prompts and seeds that are sampled before every epoch, to watch the model change."""
 
     prompts: tuple[str, ...] = ()
-    """By default the first four of the run's own prompt set."""
+    """The prompts; by default the first four of the run's prompt set."""
     seeds: tuple[int, ...] = (0,)
-    """Each prompt is drawn with each seed."""
+    """The seeds; each prompt is sampled with each seed."""
 
 
 class TrackingConfig(Part):
-    """Where a run is shown (MLflow)."""
+    """Where a run is shown: MLflow."""
 
     uri: str = "sqlite:///ddpo-data/mlflow.db"
-    """MLflow's tracking URI: a SQLite file or a server. Holds no password: a server's stands in
-    MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD."""
+    """MLflow's tracking URI: a SQLite file or a server. It must not contain a password; set
+    MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD for a server."""
     experiment: str = "ddpo"
-    """MLflow experiment that the run appears in."""
+    """The MLflow experiment of the run."""
     parent: str | None = Field(default=None, exclude_if=is_off)
-    """Name of the run, or of the comparison, below whose page this run's is shown. By default that
-    of the run that it branches off, if any."""
+    """Name of the run or comparison below which MLflow nests this run. By default a fork's
+    parent."""
     pictures: PicturesConfig = PicturesConfig()
-    """What is drawn at every step."""
+    """The images that are logged at every step."""
     adapter_every: PositiveInt = 10
-    """Log the adapter every so many epochs, and after the last."""
+    """Log the adapter every this many epochs, and after the last."""
     system_metrics: bool = True
     """Log CPU, memory and GPU use."""
 
@@ -74,8 +73,8 @@ class TrackingConfig(Part):
         user, at, _ = value.partition("://")[2].rpartition("@")
         if at and ":" in user:
             raise ValueError(
-                "a password does not belong in a config; a server's stands in "
-                "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, a database's where its "
-                "driver looks for it (PGPASSWORD)"
+                "a config must not contain a password; set MLFLOW_TRACKING_USERNAME and "
+                "MLFLOW_TRACKING_PASSWORD for a server, or what the driver of a database reads "
+                "(PGPASSWORD)"
             )
         return value

@@ -1,6 +1,7 @@
-"""The `ddpo` command: the modules of `flows/commands/`, put together.
+"""The `ddpo` command, assembled from the modules of this folder.
 
-Exit status: 0 done, 1 the run failed, 2 bad input, 130 stopped by Ctrl-C, 143 by SIGTERM.
+Exit status: 0 for success, 1 for a failed run, 2 for invalid input, 130 after Ctrl-C, 143 after
+SIGTERM.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ for _module in (training, forks, data, storage, pages, rewards):  # the order of
 
 
 def main() -> None:
-    """Run the command; bad input is one message and exit status 2."""
+    """Run the command; invalid input ends it with one message and exit status 2."""
     set_defaults()
     try:
         app()

@@ -1,4 +1,4 @@
-"""Progress bars: epoch, stage, pictures a second, reward so far, time left."""
+"""Progress bars: epoch, stage, images per second, latest reward, time left."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
 _VERBS = {
-    "pictures": "drawing the fixed pictures",
+    "pictures": "sampling the fixed prompts",
     "sample": "sampling",
     "update": "updating",
 }
 
 
 class Bars:
-    """A bar for the run and one for the stage at hand; shown while used as a context."""
+    """A bar for the run and one for its current stage; shown while used as a context."""
 
     def __init__(self, console: Console, run_id: str, epochs: int) -> None:
         self._progress = Progress(
@@ -44,7 +44,7 @@ class Bars:
         self._progress.stop()
 
     def stage(self, name: str, done: float, total: float) -> None:
-        """Show how far a stage is."""
+        """Show the progress of a stage."""
         now = time.monotonic()
         if name != self._name:
             self._name, self._began, self._done_at_start = name, now, done
@@ -55,12 +55,12 @@ class Bars:
         note = ""
         if name == "sample" and done > self._done_at_start:
             speed = (done - self._done_at_start) / (now - self._began)
-            note = f"{speed:.1f} pictures/s"
+            note = f"{speed:.1f} images/s"
         verb = _VERBS.get(name, name)
         self._progress.update(self._stage, description=f"  {verb}", completed=done, note=note)
 
     def epoch(self, done: int, total: int, metrics: Mapping[str, float]) -> None:
-        """Show that an epoch is done, its reward, and the time that is left."""
+        """Show that an epoch is done, its reward, and the time left."""
         now = time.monotonic()
         self._epochs_done = done
         began, since = self._first_epoch or (now, done)
@@ -70,7 +70,7 @@ class Bars:
         if done < total and self._first_epoch is not None:
             notes.append(f"{_duration(left_s)} left")
         if self._name == "":
-            # Nothing was computed: this epoch was committed by an earlier start.
+            # Nothing was computed: an earlier start has committed this epoch.
             notes.append("already done")
         else:
             self._first_epoch = (began, since)

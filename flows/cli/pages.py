@@ -1,4 +1,4 @@
-"""`ddpo ui`: MLflow's and Prefect's pages."""
+"""`ddpo ui`: the web pages of MLflow and Prefect."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ def ui(
     tracking: Annotated[
         str, typer.Option(help="MLflow's tracking URI.")
     ] = "sqlite:///ddpo-data/mlflow.db",
-    mlflow_port: Annotated[int, typer.Option(help="Of MLflow's page.")] = 5000,
-    prefect_port: Annotated[int, typer.Option(help="Of Prefect's page.")] = 4200,
+    mlflow_port: Annotated[int, typer.Option(help="Port of MLflow's page.")] = 5000,
+    prefect_port: Annotated[int, typer.Option(help="Port of Prefect's page.")] = 4200,
 ) -> None:
-    """Show MLflow's and Prefect's pages on this machine, until Ctrl-C."""
+    """Serve the web pages of MLflow and Prefect, until Ctrl-C."""
     from ddpo_workflow.flows.cli.ui import serve_pages
 
     serve_pages(console, tracking, mlflow_port=mlflow_port, prefect_port=prefect_port)

@@ -1,19 +1,19 @@
-"""A calm screen: what libraries say about themselves goes to the logs, or nowhere."""
+"""Environment defaults that keep the output of libraries off the screen."""
 
 from __future__ import annotations
 
 import os
 
 _DEFAULTS = {
-    # The console shows ours; Prefect's own lines stay in its database and UI.
+    # Prefect's log lines go to its database and UI, not to the console.
     "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
     "PREFECT_SERVER_ALLOW_EPHEMERAL_MODE": "true",
     "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
-    # By default each task run is written at once, and that lock on SQLite keeps the next flow from
-    # starting for 2 to 6 s. So many at a time, every second, and it starts in 0.2 s.
+    # By default each task run is written at once, which locks SQLite and delays the next flow by 2
+    # to 6 s. In batches, once a second, the delay is 0.2 s.
     "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_BATCH_SIZE": "100",
     "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_FLUSH_INTERVAL": "1",
-    # Nothing is reported to anyone but the user's own servers.
+    # No telemetry.
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "DO_NOT_TRACK": "1",
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -26,13 +26,13 @@ _DEFAULTS = {
 
 
 def set_defaults() -> None:
-    """Set the environment's defaults; before Prefect, MLflow or diffusers are imported."""
+    """Set the defaults; call this before Prefect, MLflow or diffusers are imported."""
     for name, value in _DEFAULTS.items():
         os.environ.setdefault(name, value)
 
 
 def hide_loading_bars() -> None:
-    """Keep diffusers' bars of loading a pipeline off the screen; it has no variable for them."""
+    """Hide the progress bars of diffusers, which no environment variable controls."""
     from diffusers.utils import logging
 
     logging.disable_progress_bar()

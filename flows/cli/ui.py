@@ -1,4 +1,4 @@
-"""MLflow's and Prefect's own pages, started together on loopback."""
+"""Serve the web pages of MLflow and Prefect together, on loopback."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ _STARTUP_S = 120.0
 
 
 class PagesError(DdpoError):
-    """A page's server did not start."""
+    """The server of a page did not start."""
 
 
 def serve_pages(console: Console, tracking: str, *, mlflow_port: int, prefect_port: int) -> None:
     """Serve both pages until SIGINT (Ctrl-C) or SIGTERM.
 
     Args:
-        console: Where the addresses go.
-        tracking: MLflow's tracking URI; a server's is shown as it is.
-        mlflow_port: Of MLflow's page.
-        prefect_port: Of Prefect's page.
+        console: Receives the addresses.
+        tracking: MLflow's tracking URI; the address of a server is only printed.
+        mlflow_port: Port of MLflow's page.
+        prefect_port: Port of Prefect's page.
 
     Raises:
-        PagesError: A server ended, or did not answer in time.
+        PagesError: A server exited, or did not answer in time.
     """
-    # Also where a shell had SIGINT ignored, as it does for jobs in the background; and SIGTERM must
-    # not leave the servers behind.
+    # Also where the shell ignores SIGINT, as it does for background jobs; and SIGTERM must not
+    # leave the servers running.
     for sign in (signal.SIGINT, signal.SIGTERM):
         signal.signal(sign, signal.default_int_handler)
     pages: dict[str, str] = {}
@@ -55,11 +55,11 @@ def serve_pages(console: Console, tracking: str, *, mlflow_port: int, prefect_po
             _wait(name, pages[name], server)
         for name, address in pages.items():
             console.print(f"{name:8} {address}")
-        console.print("[dim]Ctrl-C ends both[/]")
+        console.print("[dim]Press Ctrl-C to stop[/]")
         while all(server.poll() is None for server in servers.values()):
             time.sleep(0.5)
     except KeyboardInterrupt:
-        console.print("ended")
+        console.print("stopped")
     finally:
         for server in servers.values():
             server.terminate()
@@ -84,6 +84,6 @@ def _wait(name: str, address: str, server: subprocess.Popen[bytes]) -> None:
         except (urllib.error.URLError, OSError):
             time.sleep(0.5)
     raise PagesError(
-        f"{name}'s server at {address} did not start; is the port taken? "
-        f"Choose another with --{name.lower()}-port"
+        f"{name}'s server at {address} did not start; if the port is in use, choose another with "
+        f"--{name.lower()}-port"
     )

@@ -134,8 +134,8 @@ def test_rewards_are_listed_with_parameters_defaults_and_needs(ddpo):
     ocr = lines[lines.index("ocr_text") + 1 :][:5]
     assert ocr[0].startswith("    Reward = 1 - edits")
     assert "needs: the program tesseract" in ocr[1]
-    assert '    - language: str; by default "eng"' in ocr
-    assert "    - rewards: tuple[Component, ...]; must be given" in lines
+    assert '    - language: str; default "eng"' in ocr
+    assert "    - rewards: tuple[Component, ...]; required" in lines
     assert any("Literal['species', 'activity', 'count']" in line for line in lines)
 
 
@@ -236,15 +236,15 @@ def test_prompts_metadata_and_parameters_reach_the_reward(ddpo, own, pictures):
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["colorfulness"], "name the pictures to score, or a run"),
-        (["colorfulness", "PICTURE", "--run", "r", "--prompt", "x"], "one of the two"),
+        (["colorfulness"], "give either image files to score, or a run"),
+        (["colorfulness", "PICTURE", "--run", "r", "--prompt", "x"], "give either image files"),
         (["colorfulness", "PICTURE"], "1 images and 0 prompts"),
         (["colorfulness", "PICTURE", "--prompt", "x", "--prompt", "y"], "1 images and 2 prompts"),
         (["colorfulness", "PICTURE", "--prompt", " "], "must be text that is not blank"),
         (["colorfulness", "gone.png", "--prompt", "x"], "cannot read gone.png as an image"),
         (["colorfulness", "README.md", "--prompt", "x"], "cannot read README.md as an image"),
-        (["colorfulness", "PICTURE", "--prompt", "x", "--metadata", "{"], "cannot be read as JSON"),
-        (["colorfulness", "PICTURE", "--prompt", "x", "--metadata", "[]"], "no JSON object"),
+        (["colorfulness", "PICTURE", "--prompt", "x", "--metadata", "{"], "is not valid JSON"),
+        (["colorfulness", "PICTURE", "--prompt", "x", "--metadata", "[]"], "is not a JSON object"),
         (["colourfulness", "PICTURE", "--prompt", "x"], "did you mean 'colorfulness'?"),
         (["colorfulness", "PICTURE", "--prompt", "x", "--param", "k=1"], "no parameter 'k'"),
         (["colorfulness", "PICTURE", "--prompt", "x", "--param", "k"], "is no `a=value`"),
@@ -267,7 +267,7 @@ def test_a_picture_that_claims_too_many_pixels_is_refused(ddpo, tmp_path):
 def calibrate(ddpo, run: Run, *words: object) -> tuple[str, list]:
     status, screen = ddpo("score", *words, "--run", "drawn", "--root", run.store.root)
     assert status == 0, screen
-    pasted = screen.partition("`weighted` adds up:\n")[2]
+    pasted = screen.partition("of `weighted`:\n")[2]
     return screen, yaml.safe_load(pasted)
 
 
