@@ -35,13 +35,13 @@ SEEDS = (101, 102, 103, 104)
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Pictures of every prompt with every fixed seed, and their rewards.
+    """Images of every prompt with every fixed seed, and their rewards.
 
     Attributes:
         rewards: [P, S], prompts by seeds.
-        diversity: Root mean square difference between two pictures of one prompt, in grey levels
+        diversity: Root mean square difference between two images of one prompt, in grey levels
             (0 to 255), mean over prompts and pairs of seeds.
-        recognised: Share of pictures in which the starter's judge finds what the prompt names
+        recognised: Share of images in which the starter's judge finds what the prompt names
             (`Verdicts.right`), 0 to 1.
     """
 
@@ -64,7 +64,7 @@ class Gain:
 
     @classmethod
     def of(cls, trained: Evaluation, base: Evaluation) -> Gain:
-        """Compare picture by picture: same prompt, same noise."""
+        """Compare image by image: same prompt, same noise."""
         difference = (trained.rewards - base.rewards).ravel()
         return cls(
             float(difference.mean()),

@@ -1,6 +1,6 @@
 """What scoring again costs beside a bare loop: ``python -m bench.rescoring``.
 
-Saves 1,024 pictures of 512 px as an epoch of 16 shards, then scores them twice with the same JPEG
+Saves 1,024 images of 512 px as an epoch of 16 shards, then scores them twice with the same JPEG
 reward, in turn: by the flow (tasks, digests, tables, advantages, MLflow; Prefect's server is up
 before), and by a loop that reads the same Parquet files with pyarrow and scores. ``--starter`` does
 it with the starter's 64 px instead and prints what a shard costs.
@@ -51,7 +51,7 @@ REWARD = "bench.rescoring:jpeg"
 
 
 def save_epoch(config: RunConfig, side: int) -> Run:
-    """Commit an epoch of pictures: soft colours with some noise, as large as a photograph's PNG.
+    """Commit an epoch of images: soft colors with some noise, as large as a photograph's PNG.
 
     Args:
         config: Of a run with as many samples; its model draws none of them.

@@ -37,7 +37,7 @@ class Task:
 
     Attributes:
         config: Its file.
-        seeds: Noise seeds of a prompt's pictures.
+        seeds: Noise seeds of a prompt's images.
         beyond: Prompts that training never draws, by what they are; evaluated too.
     """
 
@@ -53,7 +53,7 @@ TASKS = {
     "compressibility": Task("configs/starter.yaml", SEEDS),
     "incompressibility": Task("configs/starter_incompressibility.yaml", SEEDS),
     "colorfulness": Task("configs/starter_colorfulness.yaml", SEEDS),
-    # 27 prompts, 16 pictures each: 432 pairs.
+    # 27 prompts, 16 images each: 432 pairs.
     "counting": Task("configs/starter_counting.yaml", range(101, 117)),
     "alignment": Task(
         "configs/starter_alignment.yaml", range(101, 117), {"held-out pairs": HELD_OUT}

@@ -8,6 +8,8 @@ Starts `mlflow server` on a free loopback port, visits it with a headless Chromi
 `test`, and a Chromium on the PATH.
 """
 
+from __future__ import annotations
+
 import argparse
 import os
 import shutil
@@ -70,7 +72,7 @@ class TrackedRun:
     columns: tuple[str, ...]
     """Metrics to show in the table of runs."""
     pictures: str
-    """What the names of the pictures have before the `/`."""
+    """What the names of the images have before the `/`."""
     model_id: str
     """The newest adapter's id."""
     base_model: str
@@ -80,7 +82,7 @@ class TrackedRun:
 
 
 def newest_run(client: MlflowClient) -> str:
-    """Returns our id of the run that finished last.
+    """Return the id of the run that finished last.
 
     Raises:
         LookupError: If none has finished.
@@ -98,14 +100,14 @@ def newest_run(client: MlflowClient) -> str:
 
 
 def find_run(client: MlflowClient, run_id: str) -> TrackedRun:
-    """Looks the run up, with its pictures and its newest adapter.
+    """Look up the run, with its images and its newest adapter.
 
     Args:
         client: The tracking store.
         run_id: Our id of the run.
 
     Raises:
-        LookupError: If no experiment has the run, or the run lacks pictures or an adapter.
+        LookupError: If no experiment has the run, or the run lacks images or an adapter.
     """
     experiments = [experiment.experiment_id for experiment in client.search_experiments()]
     runs = client.search_runs(experiments, filter_string=f"tags.`{RUN_ID_TAG}` = '{run_id}'")
@@ -140,7 +142,7 @@ def find_run(client: MlflowClient, run_id: str) -> TrackedRun:
 
 @contextmanager
 def serve_ui(tracking_uri: str) -> Iterator[str]:
-    """Runs `mlflow server` for as long as the context lasts; yields its address.
+    """Run `mlflow server` for as long as the context lasts; yield its address.
 
     Args:
         tracking_uri: The database to show.
@@ -220,9 +222,9 @@ def visit_curves(context: BrowserContext, address: str, run: TrackedRun) -> Page
 
 
 def visit_pictures(context: BrowserContext, address: str, run: TrackedRun) -> Page:
-    """The run's pictures at the last step, once all are loaded, without the run's parameters.
+    """The run's images at the last step, once all are loaded, without the run's parameters.
 
-    MLflow prints all parameters of the run above each picture, which then is out of sight: hence
+    MLflow prints all parameters of the run above each image, which then is out of sight: hence
     the switch in each chart's dialog.
     """
     page = _visit(context, address, f"{_run_path(run)}/model-metrics")
@@ -294,7 +296,7 @@ def _end(server: subprocess.Popen[bytes]) -> None:
 
 
 def main() -> None:
-    """Takes the screenshots."""
+    """Take the screenshots."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     default = TrackingConfig().uri
     parser.add_argument("--tracking-uri", default=default, help="the MLflow database")

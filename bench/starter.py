@@ -2,7 +2,7 @@
 
 Draws 45 animals x 20 seeds of singles, of activities and of counts, and the 24 other words x 5
 seeds, with 20 steps, and asks the judge. Prints the figures of docs/starter.md and
-makes its pictures. Ends with status 1 where a share is below its bar.
+makes its images. Ends with status 1 where a share is below its bar.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from ddpo_workflow.flows.cli.quiet import hide_loading_bars
 from starter_training.report import grid
 
 CONFIG = Path("configs/starter.yaml")
-STEPS = 20  # the demo takes fewer, to learn from more pictures; this is what the model can do
+STEPS = 20  # the demo takes fewer, to learn from more images; this is what the model can do
 SEEDS = 20
 BARS = {Kind.SINGLE: 0.90, Kind.ACTIVITY: 0.75, Kind.COUNT: 0.70}
 
@@ -48,7 +48,7 @@ def asked(kind: Kind, seeds: int) -> list[Scene]:
 
     Args:
         kind: Activities and numbers take turns, so that each animal has each of them.
-        seeds: Pictures an animal.
+        seeds: Images an animal.
 
     Returns:
         Scenes, the seeds of an animal together. Of others, every word with every seed.
@@ -75,7 +75,7 @@ def draw(policy: Policy, config: RunConfig, wanted: Sequence[Scene]) -> list[Ima
         wanted: What to draw.
 
     Returns:
-        One picture a scene.
+        One image a scene.
     """
     noise = [
         derive_seed(0, "starter report", scene.prompt, place) for place, scene in enumerate(wanted)
@@ -88,7 +88,7 @@ def spread(images: Sequence[Image.Image], seeds: int) -> str:
 
     Args:
         images: Seeds of a prompt together.
-        seeds: Pictures a prompt.
+        seeds: Images a prompt.
 
     Returns:
         One line.
@@ -105,17 +105,17 @@ def spread(images: Sequence[Image.Image], seeds: int) -> str:
 
 
 def digest(images: Sequence[Image.Image]) -> str:
-    """Return the sha256 of pictures' pixels, 64 hex digits."""
+    """Return the sha256 of images' pixels, 64 hex digits."""
     return hashlib.sha256(b"".join(image.tobytes() for image in images)).hexdigest()
 
 
 def error(share: float, count: int) -> float:
-    """Return the standard error of a share of `count` pictures."""
+    """Return the standard error of a share of `count` images."""
     return float(np.sqrt(share * (1 - share) / count))
 
 
 def groups(kind: Kind, wanted: Sequence[Scene]) -> dict[str, NDArray[np.bool_]]:
-    """Return the rows of the table for a kind: which of its pictures each is about."""
+    """Return the rows of the table for a kind: which of its images each is about."""
     found = {kind.value: np.full(len(wanted), True)}
     if kind is Kind.ACTIVITY:
         held_out = np.array([scene.held_out for scene in wanted])
@@ -129,7 +129,7 @@ def groups(kind: Kind, wanted: Sequence[Scene]) -> dict[str, NDArray[np.bool_]]:
 
 
 def print_origin(model: Path) -> None:
-    """Print what made the weights, and how autoencoder and judge did on fresh pictures.
+    """Print what made the weights, and how autoencoder and judge did on fresh images.
 
     Args:
         model: Folder of the pipeline.
@@ -152,10 +152,10 @@ class Job:
 
     Attributes:
         kind: The scenes it draws.
-        seeds: Pictures an animal.
+        seeds: Images an animal.
         model: Folder of the pipeline.
         judge: Folder of the judge.
-        images: Folder that gets a sheet of the first seed's pictures.
+        images: Folder that gets a sheet of the first seed's images.
     """
 
     kind: Kind
@@ -193,7 +193,7 @@ class Measured:
 
     Attributes:
         rows: Of the table.
-        notes: About the pictures.
+        notes: About the images.
         missed: The bar that was missed, in words.
     """
 
