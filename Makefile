@@ -37,7 +37,7 @@ lint: $(READY)  ## Check style and docstrings (ruff) and types (pyright)
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
-format: $(READY)  ## Bring the code into ruff's format, and mend what ruff can
+format: $(READY)  ## Format the code with ruff, and fix what ruff can
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .

@@ -75,7 +75,7 @@ class S3Options(BaseModel):
             client["verify"] = False
         elif self.ca_bundle:
             client["verify"] = str(self.ca_bundle)
-        # What is not said is left to ~/.aws/config, which any value here would override.
+        # Unset options are left to ~/.aws/config, which any value here would override.
         chosen = self.addressing_style != "auto"
         return {
             "endpoint_url": self.endpoint_url,

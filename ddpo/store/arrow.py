@@ -86,7 +86,7 @@ def read_table(
     Raises:
         MissingObject: It is not there (RetiredObject: it was deleted on purpose).
         CorruptObject: Its bytes are not those that were committed.
-        UnreadableData: They are no such table.
+        UnreadableData: The bytes are not such a table.
     """
     data = pa.BufferReader(store.get(stored))
     try:

@@ -90,10 +90,10 @@ def named_call(call: str, key: str, root: str, *, writes: bool = False) -> Itera
     except CALL_ERRORS as error:
         if isinstance(error, FileNotFoundError) and not writes:
             raise
-        # fsspec's own error for a time that is up is empty.
-        told = error.__cause__ or error if isinstance(error, FSTimeoutError) else error
-        reason = f"{type(told).__name__}: {hide_credentials(str(told))}"
-        # Not chained: what it quotes may hold credentials.
+        # fsspec's own timeout error has no message.
+        cause = error.__cause__ or error if isinstance(error, FSTimeoutError) else error
+        reason = f"{type(cause).__name__}: {hide_credentials(str(cause))}"
+        # Not chained: its message may contain credentials.
         raise StoreCallFailed(call, key, root, reason, _way_out(error, root)) from None
 
 

@@ -15,7 +15,7 @@ from ddpo.errors import UnreadableData
 
 HEADER_LIMIT_BYTES = 16 * 2**20
 TENSOR_LIMIT = 100_000
-"""A whole UNet of Stable Diffusion has 686, with its optimizer some 2,800."""
+"""Full fine-tuning of Stable Diffusion has 686 tensors, about 2,800 with the optimizer."""
 
 METADATA_KEY = "ddpo"
 """The one metadata key: with several, the order in the header differs from process to process."""
@@ -53,7 +53,7 @@ def decode_tensors(data: bytes) -> tuple[dict[str, torch.Tensor], JsonValue]:
         The tensors on the CPU by name, and the metadata (None if there was none).
 
     Raises:
-        UnreadableData: The bytes are no safetensors file.
+        UnreadableData: The bytes are not a safetensors file.
     """
     try:
         header_size = int.from_bytes(data[:8], "little")
