@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from os import PathLike, fspath
 
@@ -226,41 +226,52 @@ class History:
                 wanted = ["sample_id", "prompt", "seed"]
                 rows = read_table(store, shard.objects["samples"], wanted)
                 rows = with_constants(rows, pa.schema([_SCORED.field("epoch")]), [epoch])
-                # The scores last: theirs are the columns that give way to others of their name.
+                # Scores come last, since their columns are the ones renamed on a clash.
                 rewards = read_table(store, scores.objects["rewards"])
                 tables.append(join(join(rows, advantages), rewards, prefix="reward."))
         return union(tables, SAMPLES)
 
     def reward_table(self) -> pa.Table:
-        """Read the scores of all rewards.
+        """Read the scores of all rewards, in all epochs whose samples are kept.
 
         Returns:
-            A row a sample and reward, of all epochs that are kept: ``reward_name``, ``run_id``,
-            ``epoch``, and the columns of the scores.
+            One row per sample and reward: ``reward_name``, ``run_id``, ``epoch``, then the columns
+            of the scores.
         """
-        tables = []
-        for reward_id in self.rewards:
-            for epoch in self._chosen(None):
-                for _, scores in self._epoch(epoch).scores(reward_id):
-                    rows = read_table(self.run.store, scores.objects["rewards"])
-                    tables.append(with_constants(rows, _SCORED, [reward_id, self.run_id, epoch]))
-        return union(tables, pa.schema([*_SCORED, *REWARD_SCHEMA]))
+        return self._by_reward(
+            REWARD_SCHEMA,
+            lambda epoch, reward_id: [
+                scores.objects["rewards"] for _, scores in epoch.scores(reward_id)
+            ],
+        )
 
     def advantage_table(self) -> pa.Table:
-        """Read the advantages by all rewards.
+        """Read the advantages under all rewards, in all epochs whose samples are kept.
 
         Returns:
-            A row a sample and reward, of all epochs that are kept: ``reward_name``, ``run_id``,
-            ``epoch``, and the columns of the advantages.
+            One row per sample and reward: ``reward_name``, ``run_id``, ``epoch``, then the columns
+            of the advantages.
         """
-        tables = []
-        for reward_id in self.rewards:
-            for epoch in self._chosen(None):
-                table = self._epoch(epoch).advantages_by(reward_id)
-                if table is not None:
-                    rows = read_table(self.run.store, table.objects["advantages"])
-                    tables.append(with_constants(rows, _SCORED, [reward_id, self.run_id, epoch]))
-        return union(tables, pa.schema([*_SCORED, *ADVANTAGE_SCHEMA]))
+
+        def advantages(epoch: Epoch, reward_id: str) -> list[StoredObject]:
+            table = epoch.advantages_by(reward_id)
+            return [] if table is None else [table.objects["advantages"]]
+
+        return self._by_reward(ADVANTAGE_SCHEMA, advantages)
+
+    def _by_reward(
+        self, schema: pa.Schema, objects: Callable[[Epoch, str], Sequence[StoredObject]]
+    ) -> pa.Table:
+        """Read tables of all rewards and kept epochs; ``objects`` lists those of one of each."""
+        tables = [
+            with_constants(
+                read_table(self.run.store, stored), _SCORED, [reward_id, self.run_id, epoch]
+            )
+            for reward_id in self.rewards
+            for epoch in self._chosen(None)
+            for stored in objects(self._epoch(epoch), reward_id)
+        ]
+        return union(tables, pa.schema([*_SCORED, *schema]))
 
     def image(self, sample_id: str) -> Image.Image:
         """Read a sample's image, exactly as it was committed (PNG is lossless).
@@ -317,7 +328,7 @@ class History:
         return tensors[name][row].clone()
 
     def _find(self, sample_id: str, *columns: str) -> tuple[RolloutShard, pa.Table, int]:
-        """Return a sample's shard, its table's columns, and the sample's row, of tensors too."""
+        """Return a sample's shard, the columns of its table, and its row (the same in tensors)."""
         parsed = keys.parse_sample_id(sample_id)
         if parsed is None:
             raise NotInHistory(
@@ -325,7 +336,7 @@ class History:
                 f"{self.run_id}/00003/000017"
             )
         _, epoch, index = parsed
-        if epoch in self.epochs:  # whoever drew it: a fork adopts samples of another run
+        if epoch in self.epochs:  # whichever run it names: a fork inherits samples of its parent
             likely = index // self.config.rollouts.shard_size
             shards = list(enumerate(self._epoch(epoch).shards))
             for _, shard in sorted(shards, key=lambda numbered: numbered[0] != likely):

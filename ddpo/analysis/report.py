@@ -51,15 +51,12 @@ def reward_curve(run: Run) -> list[EpochRewards]:
 
 
 def checkpoint_pictures(run: Run, pictures_id: str, epoch: int) -> list[RolloutRow]:
-    """Read the pictures that a checkpoint drew of the fixed prompts and seeds.
+    """Read a checkpoint's images of the fixed prompts and seeds; none if not committed.
 
     Args:
         run: The run.
-        pictures_id: Which set.
-        epoch: The checkpoint's epoch.
-
-    Returns:
-        The rows; none where they are not committed.
+        pictures_id: The set of fixed prompts and seeds.
+        epoch: Number of epochs trained.
     """
     images = IMAGES.get(run.store, Partition(run.run_id, epoch, images_id=pictures_id))
     return images.rows() if images else []

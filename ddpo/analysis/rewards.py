@@ -1,4 +1,4 @@
-"""What the rewards of an epoch are like, in numbers."""
+"""Summary statistics of rewards."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class RewardSummary:
-    """Rewards of an epoch; NaN where none of its samples has one."""
+    """Statistics of the rewards of an epoch; NaN if no sample has one."""
 
     scored: int
     """Samples with a reward."""

@@ -145,8 +145,9 @@ def test_hugging_face_datasets(read, history: History):
 
 def test_pyarrow_and_what_a_glob_sees_beside_the_committed(read, store: Path, tmp_path: Path):
     copied = Path(shutil.copytree(store, tmp_path / "store"))
-    some = sorted(copied.glob("rollouts/run_id=mine/epoch=00000/*"))[0]
-    shutil.copy(some, some.with_name("shard-00000-0123456789ab.parquet"))
+    for tree in ("rollouts", "samples"):
+        shard = sorted(copied.glob(f"{tree}/run_id=mine/epoch=00000/*"))[0]
+        shutil.copy(shard, shard.with_name("shard-00000-0123456789ab.parquet"))
     history = open_run(copied, "mine")
     rows = history.samples().select(["sample_id", "epoch", "prompt"]).to_pylist()
     assert read("pyarrow")["table"].to_pylist() == rows
