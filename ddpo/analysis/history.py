@@ -262,7 +262,7 @@ class History:
     def _by_reward(
         self, schema: pa.Schema, objects: Callable[[Epoch, str], Sequence[StoredObject]]
     ) -> pa.Table:
-        """Read tables of all rewards and kept epochs; ``objects`` lists those of one of each."""
+        """Read the objects that ``objects`` lists for each reward and kept epoch into one table."""
         tables = [
             with_constants(
                 read_table(self.run.store, stored), _SCORED, [reward_id, self.run_id, epoch]
@@ -351,22 +351,22 @@ class History:
 
     def _chosen(self, epochs: Iterable[int] | None) -> list[int]:
         if epochs is None:
-            gone = self.retired_epochs
-            if gone and not self._warned:
+            retired = self.retired_epochs
+            if retired and not self._warned:
                 self._warned = True
                 _logger.warning(
                     "run %s: the samples of %d of %d epochs (%s) were retired and are skipped",
-                    *(self.run_id, len(gone), len(self.epochs), _ranges(gone)),
+                    *(self.run_id, len(retired), len(self.epochs), _ranges(retired)),
                 )
-            return [epoch for epoch in self.epochs if epoch not in gone]
+            return [epoch for epoch in self.epochs if epoch not in retired]
         chosen = sorted(set(epochs))
         unknown = [epoch for epoch in chosen if epoch not in self.epochs]
         if unknown:
             problem = f"run {self.run_id!r} has not committed epoch {_ranges(unknown)}"
             raise NotInHistory(f"{problem}. {self._extent()}")
         for epoch in chosen:
-            if retired := self._epoch(epoch).retirement():
-                raise retired
+            if error := self._epoch(epoch).retirement():
+                raise error
         return chosen
 
     def _epoch(self, epoch: int) -> Epoch:

@@ -83,8 +83,8 @@ def measure_range(
         RewardError: The reward raised an error, or could not score any sample.
         StoreError: Samples are damaged, or retention has deleted them.
     """
-    found = run.store.list(ROLLOUTS.data_folder("rollouts", run.run_id))
-    kept = sorted({where.epoch for _, where in filter(None, map(keys.parse_object, found))})
+    listed = run.store.list(ROLLOUTS.data_folder("rollouts", run.run_id))
+    kept = sorted({where.epoch for _, where in filter(None, map(keys.parse_object, listed))})
     chosen = sorted(set(epochs)) or kept[:1]
     if not chosen:
         raise ConfigError(f"run {run.run_id!r} has no samples; choose a run listed by `ddpo runs`")

@@ -40,9 +40,9 @@ def _checkpoint(run: Run, epoch: int | None) -> Checkpoint:
     committed = [where.epoch for where in CHECKPOINT.partitions_of(run.store, run.run_id)]
     if not committed:
         raise ConfigError(f"run {run.run_id!r} has no checkpoint yet; start it with `ddpo resume`")
-    wanted = committed[-1] if epoch is None else epoch
-    found = CHECKPOINT.get(run.store, Partition(run.run_id, wanted))
-    if found is None:
+    requested = committed[-1] if epoch is None else epoch
+    checkpoint = CHECKPOINT.get(run.store, Partition(run.run_id, requested))
+    if checkpoint is None:
         known = f"{committed[0]} to {committed[-1]}"
         raise ConfigError(f"run {run.run_id!r} has no checkpoint {epoch}; it has {known}")
-    return found
+    return checkpoint

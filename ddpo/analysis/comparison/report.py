@@ -90,8 +90,8 @@ def explanation(comparison: Comparison) -> list[str]:
     if controls := comparison.config.controls:
         pairs = ", ".join(f"{control} of {name}" for name, control in controls.items())
         paragraphs.append(
-            "A control trains like its variant but is blind to the reward: whatever it gains, "
-            f"training gains without one. Controls: {pairs}."
+            "A control trains like its variant but does not see the reward, so its gain is what "
+            f"training achieves without one. Controls: {pairs}."
         )
     if comparison.config.offline:
         paragraphs.append(
