@@ -198,8 +198,7 @@ def test_a_query_reads_only_the_tables_that_it_names(copied: Path):
 
 @pytest.mark.parametrize("table", TABLES)
 def test_damage_under_a_query_is_the_stores_own_error(ddpo, copied: Path, table: str):
-    tree = "rollouts" if table == "samples" else table
-    file = next(iter(sorted(copied.glob(f"{tree}/**/epoch=00001/*"))))
+    file = next(iter(sorted(copied.glob(f"{table}/**/epoch=00001/*"))))
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 1
     file.write_bytes(data)
@@ -315,8 +314,8 @@ def test_a_scorers_own_image_gives_way_to_the_picture(
         (["export", "mine", "--to-hf-dataset", "FULL"], "is not an empty folder"),
         (["export", "mine", "--to-hf-dataset", "FULL/file"], "is not an empty folder"),
         (["export", "mine", "--to-hf-dataset", "FULL/file/x"], "cannot write"),
-        (["export", "mine", "--to-hf-dataset", "OUT", "--epochs", "2:"], "committed epochs 0-1"),
-        (["export", "mine", "--to-hf-dataset", "OUT", "--epochs", "2"], "committed epochs 0-1"),
+        (["export", "mine", "--to-hf-dataset", "OUT", "--epochs", "2:"], "Committed epochs: 0-1"),
+        (["export", "mine", "--to-hf-dataset", "OUT", "--epochs", "2"], "Committed epochs: 0-1"),
         (["export", "mine", "--to-hf-dataset", "OUT", "--epochs", "-1:2"], "nor a range a:b"),
         (["export", "mine", "--to-hf-dataset", "OUT", "--reward", "beauty"], "colorfulness-"),
         (["query", "mine", "select 1", "--csv", "FULL/file/x"], "cannot be written"),
