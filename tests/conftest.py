@@ -39,7 +39,7 @@ from tests.tiny import (  # noqa: E402
 torch.set_num_threads(1)
 
 
-END_TO_END = Path(__file__).parent / "end_to_end"
+FOLDERS = {"cuda": "slow", "end_to_end": "e2e", "faults": "slow"}  # marks of all that is in them
 SERVERS = {"seaweedfs", "moto"}
 LENGTHS = {"servers": 1, "slow": 4, "e2e": 16}  # about how many seconds a test of each mark takes
 
@@ -53,8 +53,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     be left with the last of them, and the other with nothing.
     """
     for item in items:
-        if item.path.is_relative_to(END_TO_END):
-            item.add_marker("e2e")
+        if mark := FOLDERS.get(item.path.parent.name):
+            item.add_marker(mark)
         parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
         if SERVERS & {*item.fixturenames, *(p for p in parameters if isinstance(p, str))}:
             item.add_marker("servers")

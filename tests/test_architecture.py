@@ -347,6 +347,7 @@ print(json.dumps({"imported": names, "workflow": sorted(roots & {"prefect", "mlf
 """
 
 
+@pytest.mark.slow
 def test_the_library_imports_neither_prefect_nor_mlflow_at_any_depth() -> None:
     report = output_of(_IMPORT_EVERYTHING)
     expected = [module.name for module in pkgutil.walk_packages(ddpo.__path__, "ddpo.")]

@@ -19,10 +19,11 @@ from ddpo_workflow.flows.rescore import rescore
 from tests.night import EPOCHS, NIGHT, Place, typed
 from tests.tiny import build_tiny_model
 
+pytestmark = pytest.mark.slow
+
 _DEAR = "jpeg_incompressibility"
 
 
-@pytest.mark.slow
 def test_a_fork_with_the_same_reward_ends_in_the_very_weights_of_its_run(place: Place) -> None:
     fork(NIGHT, 1, fork_id="again", storage=place.store.root)
     for epoch in range(1, EPOCHS + 1):
@@ -52,7 +53,6 @@ def test_a_fork_with_the_same_reward_ends_in_the_very_weights_of_its_run(place: 
     assert (tags["ddpo.forked_from"], tags["ddpo.forked_at"]) == (NIGHT, "1")
 
 
-@pytest.mark.slow
 def test_a_fork_under_another_reward_scores_what_is_saved_and_goes_on(place: Place) -> None:
     name = fork(NIGHT, 2, "jpeg_incompressibility", storage=place.store.root, epochs=4)
     run = place.run(name)
@@ -77,7 +77,6 @@ def test_a_fork_under_another_reward_scores_what_is_saved_and_goes_on(place: Pla
     assert place.weights(name, 2) == place.weights(NIGHT, 2)
 
 
-@pytest.mark.slow
 def test_a_fork_may_forget_the_rewards_before_it(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -92,7 +91,6 @@ def test_a_fork_may_forget_the_rewards_before_it(
     )
 
 
-@pytest.mark.slow
 def test_a_fork_of_one_that_forgot_rewards_forgets_them_too(place: Place) -> None:
     fork(NIGHT, 1, fork_id="forgot", statistics="reset", storage=place.store.root)
     fork("forgot", 2, fork_id="forgot-too", storage=place.store.root)
@@ -105,7 +103,6 @@ def test_a_fork_of_another_sampler_is_refused_by_name(place: Place) -> None:
     assert not place.store.exists(keys.run_key("other"))  # its name is free
 
 
-@pytest.mark.slow
 def test_a_fork_of_another_base_model_is_refused_by_name(place: Place, tmp_path: Path) -> None:
     other = build_tiny_model(tmp_path / "other", seed=5)
     changed = [f"model.path={other}"]
@@ -139,7 +136,6 @@ def test_rollouts_of_another_schema_version_are_refused_by_name(
     assert not store.exists(keys.run_key("newer"))
 
 
-@pytest.mark.slow
 def test_a_fork_may_begin_an_average_of_the_weights_and_end_it(place: Place) -> None:
     root = place.store.root
     fork(NIGHT, 1, fork_id="averaged", overrides=["optimizer.ema_decay=0.5"], storage=root)
@@ -156,7 +152,6 @@ def test_a_fork_may_begin_an_average_of_the_weights_and_end_it(place: Place) -> 
     assert place.weights("plain", EPOCHS) == place.weights(NIGHT, EPOCHS)
 
 
-@pytest.mark.slow
 def test_a_history_is_trained_on_off_policy_where_the_config_says_so(place: Place) -> None:
     settings = ["fork.rollouts=2", "fork.off_policy=true", "optimizer.learning_rate=5e-3"]
     fork(NIGHT, 1, fork_id="history", overrides=settings, storage=place.store.root)

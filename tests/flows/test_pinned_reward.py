@@ -32,6 +32,8 @@ from tests.rewards.served import serving
 from tests.servers import free_port
 from tests.tiny import tiny_config
 
+pytestmark = pytest.mark.slow
+
 IMPATIENT = {"retries": 0, "start_within_s": 0.2}
 OWN = "def constant(images, prompts): return [7.0] * len(images)\n"
 

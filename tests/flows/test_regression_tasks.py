@@ -30,6 +30,8 @@ from ddpo_workflow.tasks.worker import RunHandle
 from tests.fold import as_in_a_new_process, run_epochs
 from tests.tiny import assert_same_tensors, tiny_config
 
+pytestmark = pytest.mark.slow
+
 ALGORITHMS: dict[str, dict[str, Any]] = {
     "rwr": {"type": "rwr", "inner_epochs": 2, "updates_per_epoch": 4},
     "rwr_sparse": {"type": "rwr_sparse", "inner_epochs": 3, "updates_per_epoch": 3, "keep": 0.5},
@@ -72,7 +74,6 @@ def last_state(run: Run, epoch: int):
     return CHECKPOINT.load(run.store, found.ref).state()
 
 
-@pytest.mark.slow
 @each_type
 def test_a_new_process_for_every_task_changes_no_byte(
     tiny_model: Path, tmp_path: Path, kind: str

@@ -27,6 +27,8 @@ from ddpo_workflow.flows.fork import fork
 from ddpo_workflow.flows.rescore import chosen_epochs, rescore
 from tests.night import EPOCHS, NIGHT, Place, typed
 
+pytestmark = pytest.mark.slow
+
 _UNREADABLE: set[bytes] = set()
 
 
@@ -38,7 +40,6 @@ def picky(images: Sequence[Image.Image], prompts: Sequence[Prompt]) -> Scores:
     )
 
 
-@pytest.mark.slow
 def test_a_rescored_fork_has_the_advantages_of_one_that_had_that_reward_from_the_start(
     place: Place,
 ) -> None:
@@ -68,7 +69,6 @@ def test_a_rescored_fork_has_the_advantages_of_one_that_had_that_reward_from_the
     assert {key: place.store.read(key) for key in place.store.list()} == before
 
 
-@pytest.mark.slow
 def test_rescoring_is_what_the_run_would_have_had_and_happens_once(place: Place) -> None:
     reward_id = rescore(NIGHT, "jpeg_incompressibility", storage=place.store.root)
     own_id = place.run(NIGHT).reward.identity.reward_id
@@ -107,7 +107,6 @@ def brightness(images: Sequence[Image.Image], prompts: Sequence[Prompt]) -> list
     return [float(np.asarray(image, dtype=np.float64).mean()) for image in images]
 
 
-@pytest.mark.slow
 def test_advantages_of_later_epochs_come_once_those_before_are_scored(place: Place) -> None:
     def known() -> list[tuple[int, bool, bool]]:
         rows = open_history(place.store.root, NIGHT).samples(reward_id).to_pylist()
@@ -123,7 +122,6 @@ def test_advantages_of_later_epochs_come_once_those_before_are_scored(place: Pla
     assert set(scored) < set(place.store.list(f"rewards/reward_name={reward_id}"))
 
 
-@pytest.mark.slow
 def test_an_epoch_that_cannot_be_scored_ends_no_rescoring(place: Place) -> None:
     for shard in range(2):
         found = ROLLOUTS.commit_of(place.store, Partition(NIGHT, 1, shard))
@@ -158,7 +156,6 @@ def test_only_epochs_with_saved_samples_are_rescored(place: Place) -> None:
         rescore(NIGHT, "jpeg_compressibility", storage=place.store.root)
 
 
-@pytest.mark.slow
 def test_what_retention_left_is_rescored_and_shown(
     place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:

@@ -28,6 +28,8 @@ from ddpo_workflow.tasks.worker import RunHandle
 from tests.fold import as_in_a_new_process, run_epochs
 from tests.tiny import tiny_config
 
+pytestmark = pytest.mark.slow
+
 EPOCHS = 2
 NOWHERE = TrackingHandle(uri="", experiment_id="", mlflow_run_id="")
 

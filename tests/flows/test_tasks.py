@@ -113,7 +113,7 @@ def fresh_process() -> None:
     as_in_a_new_process()
 
 
-pytestmark = pytest.mark.usefixtures("fresh_process")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("fresh_process")]
 
 
 @pytest.fixture
@@ -141,7 +141,6 @@ def test_a_task_whose_manifest_exists_returns_it_and_loads_no_model(
     assert digests_of_all_keys(run) == before
 
 
-@pytest.mark.slow
 def test_a_new_process_for_every_task_changes_no_byte(tiny_model: Path, tmp_path: Path):
     stores = []
     for name, between in (("one", nothing), ("many", as_in_a_new_process)):

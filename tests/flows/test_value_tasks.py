@@ -45,6 +45,8 @@ from tests.tiny import (
     tiny_config,
 )
 
+pytestmark = pytest.mark.slow
+
 REWARDS = alternating_advantages(8)
 VALUE = {"type": "value", "value_learning_rate": 1e-2}
 FAST = {"learning_rate": 1e-2}
@@ -152,7 +154,6 @@ def bytes_of(run: Run) -> dict[str, bytes]:
     return {key: run.store.read(key) for tree in trees for key in run.store.list(tree)}
 
 
-@pytest.mark.slow
 def test_a_run_that_loads_its_state_anew_for_every_epoch_ends_in_the_same_bytes(
     tiny_model: Path, tmp_path: Path
 ) -> None:

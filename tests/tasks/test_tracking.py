@@ -259,6 +259,7 @@ def test_a_logged_adapter_loads_into_a_diffusers_pipeline(
         torch.testing.assert_close(pipeline.unet(*inputs).sample, adapted)
 
 
+@pytest.mark.slow
 def test_a_new_database_is_made_with_its_folder(tmp_path: Path):
     open_tracker(f"sqlite:///{tmp_path}/some/where/mlflow.db")
     assert (tmp_path / "some" / "where" / "mlflow.db").exists()

@@ -51,6 +51,8 @@ from tests.tiny import (
     tiny_config,
 )
 
+pytestmark = pytest.mark.slow
+
 ADVANTAGES = alternating_advantages(8)
 DECAY = 0.9
 FAST = {"learning_rate": 1e-2}
@@ -156,7 +158,6 @@ def digests_of(run: Run, checkpoint: Ref) -> dict[str, str]:
     return CHECKPOINT.load(run.store, checkpoint).digests
 
 
-@pytest.mark.slow
 def test_a_run_that_loads_its_state_anew_for_every_epoch_ends_in_the_same_bytes(
     tiny_model: Path, tmp_path: Path
 ) -> None:
@@ -293,7 +294,6 @@ class Page:
         self.metadata = metadata
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("ema", [True, False], ids=["ema", "none"])
 def test_what_is_exported_and_drawn_is_the_average_if_there_is_one(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ema: bool
