@@ -54,6 +54,7 @@ def test_there_is_an_example_of_everything_that_is_often_added() -> None:
         "Add a reward",
         "Add a prompt set",
         "Add an algorithm",
+        "Add a model family",
         "Add an MLflow metric",
     ]
 
