@@ -148,7 +148,7 @@ def test_only_epochs_with_saved_samples_are_rescored(place: Place) -> None:
     assert chosen_epochs(run, ":1") == [0]
     assert chosen_epochs(run, "0:2") == [0, 1]
     assert chosen_epochs(run, "1") == [1]
-    with pytest.raises(NotInHistory, match="committed epochs 0-2"):
+    with pytest.raises(NotInHistory, match="Committed epochs: 0-2"):
         chosen_epochs(run, "5:9")
     with pytest.raises(ConfigError, match="nor a range"):
         chosen_epochs(run, "one")
