@@ -32,7 +32,7 @@ from ddpo.runs.run import Run, start_run
 from ddpo.store import keys, manifests
 from ddpo.store.keys import Partition
 from ddpo.store.kinds import CHECKPOINT, EPOCH, ROLLOUTS
-from ddpo.store.tables import RolloutRow, encode_rollouts
+from ddpo.store.tables import RolloutRow, encode_rollouts, encode_samples
 from ddpo_workflow.flows.cli.quiet import hide_loading_bars, set_defaults
 from ddpo_workflow.flows.flow import without_heartbeats
 from ddpo_workflow.flows.rescore import rescore
@@ -85,14 +85,9 @@ def save_epoch(config: RunConfig, side: int) -> Run:
                     image_png=encode_image(picture),
                 )
             )
-        table = run.store.put(
-            ROLLOUTS.stem("rollouts", Partition(run.run_id, 0, shard)),
-            ".parquet",
-            encode_rollouts(rows),
-        )
-        key = ROLLOUTS.key(Partition(run.run_id, 0, shard))
-        done = manifests.commit(
-            run.store, key, kind="rollouts", inputs={"shard": shard}, objects={"rollouts": table}
+        objects = {"rollouts": encode_rollouts(rows), "samples": encode_samples(rows)}
+        done = ROLLOUTS.commit(
+            run.store, Partition(run.run_id, 0, shard), {"shard": shard}, objects
         )
         shards.append(done.ref)
     inputs = {"rollouts": [ref.model_dump() for ref in shards], "rewards": []}

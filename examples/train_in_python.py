@@ -52,6 +52,6 @@ for epoch in range(config.epochs):
     rollouts = Rollouts(texts, drawn.latents, drawn.log_probs)
     state, metrics = update(policy, state, rollouts, table, credit.statistics, config)
     print(f"epoch {epoch}: mean reward {scores.mean():.3f}, loss {metrics['loss']:.5f}")
+    drawn.images[0].save("sample.png")
 
-drawn.images[0].save("sample.png")
 policy.export(Path("adapter"))  # loads into plain diffusers
