@@ -9,36 +9,36 @@ from pydantic import Field, JsonValue, NonNegativeInt, field_validator, model_va
 from ddpo.basics.part import Part
 
 VARIED = ("algorithm", "optimizer")
-"""What variants may differ in; all else decides what is drawn, or how it is scored."""
+"""What variants may differ in; all else decides what is sampled, or how it is scored."""
 
 SHARED = "shared"
-"""What the run that draws the shared samples is called, so that no variant is."""
+"""The name of the run that generates the shared samples, which no variant may have."""
 
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,40}")
 
 
 class CompareConfig(Part):
-    """What is compared, and how long; `ddpo compare` reads it from a YAML of its own."""
+    """What is compared, and for how long; `ddpo compare` reads it from its own YAML file."""
 
     base: str | dict[str, JsonValue]
-    """A run's config: a YAML file, found from the folder of this one; or its content. Its seed does
-    not count, its epochs do where this says none."""
+    """A run's config: the path of a YAML file, relative to this one, or its content. Its seed is
+    ignored; its epochs apply if none are given here."""
     variants: dict[str, dict[str, JsonValue]]
     """Name to what differs from the base: `algorithm`, `optimizer`. A part that names a `type`
     replaces the base's, any other changes some of its settings; so does `advantages` within
     `algorithm`. The first variant is what the others are compared with."""
     controls: dict[str, str] = Field(default_factory=dict)
-    """Variant to the variant that controls it: trained alike, but blind to the reward, by
-    `algorithm: {advantages: {shuffle: true}}` or `algorithm: {beta: 0}`. The result says how far
-    above its control it is."""
+    """Variant to its control, a variant that is trained the same way but blind to the reward, by
+    `algorithm: {advantages: {shuffle: true}}` or `algorithm: {beta: 0}`. The result says how far a
+    variant is above its control."""
     seeds: tuple[NonNegativeInt, ...] = (0, 1, 2)
-    """Each variant is run with each of them. The intervals are over seeds: they want at least 2,
-    and are narrower with more."""
+    """Each variant is run with each seed. Confidence intervals are over seeds: they need at least
+    2, and more make them narrower."""
     epochs: int | None = Field(default=None, ge=2)
-    """Epochs of each run; by default the base's. The last one's samples measure the result."""
+    """Epochs of each run; by default the base's. The samples of the last one measure the result."""
     offline: bool = False
-    """All variants train on one history that the base model drew, off-policy after the first
-    update, and draw the last epoch themselves. By default they share the first epoch alone."""
+    """All variants train on one history that the base model generated, off-policy after the first
+    update, and generate only the last epoch themselves. By default they share the first epoch."""
 
     @field_validator("variants")
     @classmethod
@@ -46,7 +46,7 @@ class CompareConfig(Part):
         cls, value: dict[str, dict[str, JsonValue]]
     ) -> dict[str, dict[str, JsonValue]]:
         if len(value) < 2:
-            raise ValueError(f"a comparison of {len(value)}; expected at least two variants")
+            raise ValueError(f"there is only {len(value)} variant; expected at least two variants")
         for name, changes in value.items():
             if name == SHARED or not _NAME.fullmatch(name):
                 raise ValueError(
@@ -55,9 +55,9 @@ class CompareConfig(Part):
                 )
             if others := [part for part in changes if part not in VARIED]:
                 raise ValueError(
-                    f"variant {name!r} changes {', '.join(others)}, and runs that share samples "
-                    "draw and score them alike; variants may differ in "
-                    f"{', '.join(VARIED)}, all else belongs in the base"
+                    f"variant {name!r} changes {', '.join(others)}, but runs that share samples "
+                    "must generate and score them the same way; variants may differ in "
+                    f"{' and '.join(VARIED)}, everything else belongs in the base"
                 )
         return value
 

@@ -1,4 +1,4 @@
-"""Reading configs: YAML, overrides, and one clear message for each thing that is wrong."""
+"""Reading configs: YAML, overrides, and one clear message for each problem."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         overrides: ``a.b=value``, the value as YAML; applied in order.
 
     Returns:
-        The config, checked as far as it can be without anything loaded.
+        The config, checked as far as possible without loading anything.
 
     Raises:
         ConfigError: One message that names every problem and its way out.
@@ -43,10 +43,10 @@ def read_mapping(path: str | Path, expected: str) -> dict[str, Any]:
         expected: Keys that it should have, for the message.
 
     Returns:
-        What it holds, unchecked.
+        Its content, unchecked.
 
     Raises:
-        ConfigError: There is no such file, or it holds something else.
+        ConfigError: There is no such file, or its content is something else.
     """
     file = Path(path)
     try:
@@ -65,21 +65,21 @@ def read_mapping(path: str | Path, expected: str) -> dict[str, Any]:
 
 
 def apply_overrides(raw: dict[str, Any], overrides: Sequence[str]) -> None:
-    """Change settings of a config that is not checked yet, in place.
+    """Change settings of an unchecked config, in place.
 
     Args:
         raw: Nested keys and values.
         overrides: ``a.b=value``, the value as YAML; applied in order.
 
     Raises:
-        ConfigError: One of them is nothing of the kind.
+        ConfigError: One of them is malformed.
     """
     for override in overrides:
         _apply(raw, override)
 
 
 def parse_config(raw: Mapping[str, Any], source: str) -> RunConfig:
-    """Check a config that is already read.
+    """Check a config that was read already.
 
     Args:
         raw: Nested keys and values.
@@ -95,7 +95,7 @@ def parse_config(raw: Mapping[str, Any], source: str) -> RunConfig:
 
 
 def parse_comparison(raw: Mapping[str, Any], source: str) -> CompareConfig:
-    """Check what a comparison's file holds; its runs' configs are checked by their own.
+    """Check the content of a comparison's file; the configs of its runs are checked separately.
 
     Args:
         raw: Nested keys and values.
@@ -107,7 +107,7 @@ def parse_comparison(raw: Mapping[str, Any], source: str) -> CompareConfig:
     Raises:
         ConfigError: One message that names every problem and its way out.
     """
-    return _parsed(CompareConfig, raw, f"{source} is no comparison")
+    return _parsed(CompareConfig, raw, f"{source} is not a valid comparison")
 
 
 def _parsed(kind: type[_Model], raw: Mapping[str, Any], refusal: str) -> _Model:
@@ -115,37 +115,39 @@ def _parsed(kind: type[_Model], raw: Mapping[str, Any], refusal: str) -> _Model:
         return kind.model_validate(raw)
     except ValidationError as error:
         problems: dict[str, list[str]] = {}
-        for each in error.errors(include_url=False):
-            wrong, hint = _problem(dict(each), kind)
+        for details in error.errors(include_url=False):
+            wrong, hint = _problem(dict(details), kind)
             problems.setdefault(wrong, []).append(hint)
         lines = "".join(f"\n  {wrong}; {' or '.join(hints)}" for wrong, hints in problems.items())
-        # Not chained: pydantic's own error quotes every value, and one may be a misplaced secret.
+        # Not chained: pydantic's error quotes every value, and one may be a misplaced secret.
         raise ConfigError(f"{refusal}:{lines}") from None
 
 
 def _apply(raw: dict[str, Any], override: str) -> None:
     name, separator, text = override.partition("=")
     if not separator or not name.strip():
-        raise ConfigError(f"--set {override!r} is no `a.b=value`")
+        raise ConfigError(
+            f"--set expects KEY=VALUE with a dotted key, such as sampler.steps=20; got {override!r}"
+        )
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ConfigError(f"--set {override!r}: the value is no YAML: {error}") from error
+        raise ConfigError(f"--set {override!r}: the value is not valid YAML: {error}") from error
     *parents, last = name.strip().split(".")
     if parents[:1] == ["model"] and isinstance(raw.get("model"), str):
         raw["model"] = {"path": raw["model"]}
-    place = raw
+    part = raw
     for depth, parent in enumerate(parents):
-        below = place.setdefault(parent, {})
+        below = part.setdefault(parent, {})
         if not isinstance(below, dict):
             above = ".".join(parents[: depth + 1])
-            raise ConfigError(f"--set {override!r}: {above} is {below!r}, which has no parts")
-        place = below
-    place[last] = value
+            raise ConfigError(f"--set {override!r}: {above} is {below!r}, which has no settings")
+        part = below
+    part[last] = value
 
 
 def _problem(error: dict[str, Any], kind_of_config: type[BaseModel]) -> tuple[str, str]:
-    """Return what is wrong with which key, and what would be right."""
+    """Return what is wrong with which key, and what was expected."""
     path, model, tags = _walk(error["loc"], kind_of_config)
     name = ".".join(path) or "the config"
     kind, found = error["type"], error.get("input")
@@ -173,7 +175,7 @@ def _problem(error: dict[str, Any], kind_of_config: type[BaseModel]) -> tuple[st
 def _walk(
     location: Sequence[int | str], root: type[BaseModel]
 ) -> tuple[list[str], type[BaseModel] | None, list[str]]:
-    """Follow an error's location; what stands for a union's member there is no key of the file.
+    """Follow an error's location, whose names of union members are not keys of the file.
 
     Returns:
         The dotted path's parts; the model that should have held the last of them; and the values

@@ -25,58 +25,59 @@ from ddpo.config.sampler import AnySampler, DdimSampler
 
 
 class NamedConfig(Part):
-    """Something by name, with its parameters."""
+    """A plug-in by name, with its parameters."""
 
     name: str
     """A registered name, or an import path `package.module:attribute` of your own."""
     parameters: dict[str, JsonValue] = Field(default_factory=dict)
-    """Checked against what the named thing takes."""
+    """Checked against what the plug-in accepts."""
 
 
 class RewardConfig(NamedConfig):
-    """A reward, and what becomes of samples that it cannot score."""
+    """A reward, and what happens to samples that it cannot score."""
 
     tries: PositiveInt = 2
-    """How often a sample is scored before it counts as failed."""
+    """How often scoring a sample is tried before it counts as failed."""
     on_failure: Literal["drop", "impute", "fail"] = "drop"
-    """`drop`: failed samples stay out of all statistics and train nothing. `impute`: they count as
-    their prompt's mean in the update, and stay out of all statistics; where the prompt has no
-    reward yet, they are dropped. `fail`: the shard's task fails, and with it the run."""
+    """`drop`: failed samples are excluded from all statistics and from training. `impute`: they
+    count as their prompt's mean in the update, but are excluded from all statistics; where the
+    prompt has no reward yet, they are dropped. `fail`: the shard's task fails, and with it the
+    run."""
 
 
 class RolloutsConfig(Part):
-    """How many samples an epoch draws, and what is stored of them."""
+    """How many samples an epoch has, and what is stored of them."""
 
     samples_per_epoch: PositiveInt = 256
-    """Pictures an epoch. More make the gradient truer and the epoch longer."""
+    """Images per epoch. More of them reduce the gradient's variance and lengthen the epoch."""
     samples_per_prompt: PositiveInt = Field(default=1, exclude_if=is_one)
-    """Size of a group: this many consecutive samples share a prompt. 1 samples a prompt for each
-    image."""
+    """Size of a group: this many consecutive samples share a prompt. By default each image has a
+    prompt of its own."""
     shard_size: PositiveInt = 64
-    """Pictures a task: what is committed, scored and redone as one."""
+    """Images per task: the unit that is committed, scored and retried."""
     store_trajectories: Literal["auto", "full", "final"] = Field(default="auto", exclude_if=is_auto)
-    """`full`: all latents of a trajectory and its log-probs, which DDPO trains on. `final`: the
-    last latents alone, 1 / (steps + 1) of the bytes, which is all that regression needs. `auto`
-    takes what the algorithm needs."""
+    """`full`: all latents of a trajectory and its log-probs, which DDPO trains on. `final`: only
+    the last latents, 1 / (steps + 1) of the bytes, which is all that regression needs. `auto`
+    stores what the algorithm needs."""
 
 
 class OptimizerConfig(Part):
-    """AdamW, as the paper's code sets it."""
+    """AdamW, with the defaults of the paper's code."""
 
     learning_rate: PositiveFloat = 3e-4
-    """3e-4 for LoRA on Stable Diffusion, 1e-5 for the whole UNet."""
+    """3e-4 for LoRA on Stable Diffusion, 1e-5 for full fine-tuning."""
     betas: tuple[float, float] = (0.9, 0.999)
-    """Decay of the two moments."""
+    """Decay rates of the two moments."""
     weight_decay: NonNegativeFloat = 1e-4
     """Decoupled weight decay."""
     epsilon: PositiveFloat = 1e-8
-    """Added to the root of the second moment."""
+    """Added to the square root of the second moment."""
     max_grad_norm: PositiveFloat = 1.0
     """The gradient's global norm is clipped to this."""
     ema_decay: float | None = Field(default=None, gt=0.0, lt=1.0, exclude_if=is_off)
-    """Keep an exponential moving average of the trained weights beside them: after each optimizer
-    step ema = decay * ema + (1 - decay) * weights. Pictures are drawn with it and it is what is
-    exported; rollouts are of the trained weights. By default none."""
+    """Keep an exponential moving average of the trained weights: after each optimizer step ema =
+    decay * ema + (1 - decay) * weights. Images of fixed prompts and exports use the average;
+    rollouts use the trained weights. By default there is none."""
 
 
 OPERATION_FIELDS = frozenset({"epochs", "storage", "tracking", "outputs"})
@@ -84,39 +85,39 @@ OPERATION_FIELDS = frozenset({"epochs", "storage", "tracking", "outputs"})
 
 
 class RunConfig(Part):
-    """One run, whole."""
+    """The config of a run."""
 
     seed: int = Field(default=0, ge=0, lt=2**63)
-    """What everything random is derived from."""
+    """All randomness is derived from it."""
     model: ModelConfig
     """A path alone (`model: starter`) is short for `model: {path: starter}`."""
     trainable: Trainable = LoraConfig()
     """`type: lora` or `type: full`."""
     prompts: NamedConfig
-    """The prompts to draw from, all with equal chance."""
+    """The prompt set, sampled uniformly."""
     rollouts: RolloutsConfig = RolloutsConfig()
-    """How many samples an epoch draws, and what is stored of them."""
+    """How many samples an epoch has, and what is stored of them."""
     sampler: AnySampler = DdimSampler()
     """How images are sampled."""
     reward: RewardConfig
-    """What is to be raised."""
+    """The reward to maximize."""
     algorithm: AnyAlgorithm = DdpoIs()
-    """How rewards become gradients."""
+    """How rewards become a loss."""
     optimizer: OptimizerConfig = OptimizerConfig()
     """How gradients become weights."""
     numerics: NumericsConfig = NumericsConfig()
     """Batches, dtype, device."""
     fork: ForkConfig | None = Field(default=None, exclude_if=is_off)
-    """Where the run branches off another; by default it starts from the base model."""
+    """The run and epoch that this run is a fork of; by default it starts from the base model."""
     epochs: PositiveInt = 100
-    """Rounds of sampling and updating. May be raised later: the run goes on. A fork's are counted
-    from the start of the run that it branches off."""
+    """Rounds of sampling and updating. May be increased later, and the run resumes. A fork's epochs
+    are counted from its parent's start."""
     storage: StorageConfig = StorageConfig()
-    """Where the run is remembered."""
+    """Where the run is stored."""
     tracking: TrackingConfig = TrackingConfig()
     """Where the run is shown."""
     outputs: str = "ddpo-data/outputs"
-    """Local folder for the report and the trained weights, a folder a run."""
+    """Local folder for reports and trained weights, with a subfolder for each run."""
 
     @field_validator("model", mode="before")
     @classmethod

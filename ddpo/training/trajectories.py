@@ -54,12 +54,12 @@ class Accumulated:
 def micro_batches(samples: Sequence[int], steps: Sequence[int], size: int) -> Iterator[Pairs]:
     """Cut the pairs of one update into micro-batches, timestep by timestep.
 
-    With ``size`` equal to the sampler's batch, each micro-batch repeats a forward of the sampler's.
+    With ``size`` equal to the sampler's batch size, each micro-batch repeats one of its forwards.
 
     Args:
         samples: Rows of the rollouts.
         steps: Columns with a log-prob.
-        size: Pairs a micro-batch; the last may be smaller.
+        size: Pairs per micro-batch; the last may be smaller.
 
     Yields:
         Micro-batches that cover every pair once.
@@ -87,10 +87,10 @@ class TrajectoryGradient:
         self.loss_scale = float16_loss_scale(policy.numerics)
 
     def transition(self, rollouts: Rollouts, pairs: Pairs) -> Transition:
-        """Compute the distribution of each pair's next latent under the policy as it is now.
+        """Compute the distribution of each pair's next latents under the current policy.
 
         Args:
-            rollouts: Where the latents are.
+            rollouts: The pairs' trajectories.
             pairs: N pairs.
 
         Returns:
@@ -105,10 +105,10 @@ class TrajectoryGradient:
         return self.process.transition(steps, output, latents)
 
     def log_probs(self, rollouts: Rollouts, pairs: Pairs) -> Tensor:
-        """Compute the log-prob of each pair's own next latent under the policy as it is now.
+        """Compute the log-prob of each pair's stored next latents under the current policy.
 
         Args:
-            rollouts: Where the latents are.
+            rollouts: The pairs' trajectories.
             pairs: N pairs.
 
         Returns:
@@ -134,10 +134,10 @@ class TrajectoryGradient:
             advantages: [S], or [S, T] where a sample's differ from step to step.
             samples: Rows that this update sees.
             old: [S, T], the log-probs in the ratio's denominator.
-            on_pairs: Called with the number of pairs that were just done.
+            on_pairs: Called with the number of pairs just processed.
 
         Returns:
-            The loss and what it was made of.
+            The loss and what it was computed from.
 
         Raises:
             NonFiniteError: A log-prob or loss is NaN or infinite.
@@ -175,7 +175,7 @@ class TrajectoryGradient:
 
     @torch.no_grad()
     def recompute(self, rollouts: Rollouts, samples: Sequence[int]) -> Tensor:
-        """Compute the log-probs of whole trajectories as the update's own forwards give them.
+        """Compute the log-probs of whole trajectories in the update's own forwards.
 
         Args:
             rollouts: All samples of the epoch.
@@ -191,9 +191,9 @@ class TrajectoryGradient:
         return result
 
     def trained_steps(self) -> list[int]:
-        """Return the columns of a trajectory that are trained, noisiest first.
+        """Return the trained columns of a trajectory, noisiest first.
 
-        They have a log-prob, and are in the window where there is one.
+        These have a log-prob and are inside the window, if there is one.
         """
         stochastic = self.process.stochastic().tolist()
         return [step for step in window_steps(self.sampler) if stochastic[step]]

@@ -205,10 +205,10 @@ def test_a_models_path_can_be_overridden_in_both_notations(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("epochs", "is no `a.b=value`"),
-        ("=3", "is no `a.b=value`"),
-        ("epochs=[", "the value is no YAML"),
-        ("epochs.more=3", "epochs is 3, which has no parts"),
+        ("epochs", "--set expects KEY=VALUE with a dotted key"),
+        ("=3", "--set expects KEY=VALUE with a dotted key"),
+        ("epochs=[", "the value is not valid YAML"),
+        ("epochs.more=3", "epochs is 3, which has no settings"),
         ("sampler.step=3", "did you mean `steps`"),
     ],
 )

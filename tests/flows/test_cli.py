@@ -64,7 +64,7 @@ def test_help_lists_all_commands_from_training_to_rewards(ddpo):
             "exactly one update per sampling round",
         ),
         ("tracking.uri=./mlruns", "sqlite"),
-        ("epochs", "is no `a.b=value`"),
+        ("epochs", "expects KEY=VALUE"),
     ],
 )
 def test_bad_settings_are_told_with_the_way_out(ddpo, setting: str, told: str):
