@@ -21,7 +21,7 @@ from ddpo.diffusion.window import sampler_of_epoch
 from ddpo.models import load_policy
 from ddpo.prompts import Prompt
 from ddpo.rewards import score_images
-from ddpo.runs.run import Run, open_run, storage_root
+from ddpo.runs import Run, open_run, storage_root
 from ddpo.starter import JUDGE_PATH
 from ddpo.starter.judge import Judge
 from ddpo.starter.scenes import SCENES

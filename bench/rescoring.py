@@ -28,7 +28,7 @@ from ddpo.config.files import read_config
 from ddpo.prompts import Prompt
 from ddpo.rewards import load_reward, score_images
 from ddpo.rewards.builtin.jpeg import jpeg_kb
-from ddpo.runs.run import Run, start_run
+from ddpo.runs import Run, start_run
 from ddpo.store import keys, manifests
 from ddpo.store.keys import Partition
 from ddpo.store.kinds import CHECKPOINT, EPOCH, ROLLOUTS

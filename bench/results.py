@@ -23,7 +23,7 @@ from bench.evaluate import SEEDS, Evaluation, Gain, evaluate
 from ddpo.basics.digests import json_digest, sha256_bytes
 from ddpo.prompts import Prompt
 from ddpo.prompts.sets import starter_scenes
-from ddpo.runs.run import open_run
+from ddpo.runs import open_run
 from ddpo.starter import JUDGE_PATH, STARTER_PATH
 from ddpo.store.objects import Store
 from ddpo_workflow.flows.cli.quiet import hide_loading_bars

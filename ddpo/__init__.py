@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Any
 from ddpo.basics.version import VERSION as __version__
 
 if TYPE_CHECKING:
-    from ddpo.analysis.history import open_run
+    from ddpo.analysis.history import open_history
 
-__all__ = ["__version__", "open_run"]
+__all__ = ["__version__", "open_history"]
 
 
 def __getattr__(name: str) -> Any:
     """Import what notebooks use when it is asked for: `import ddpo` itself loads nothing heavy."""
-    if name == "open_run":
-        from ddpo.analysis.history import open_run
+    if name == "open_history":
+        from ddpo.analysis.history import open_history
 
-        return open_run
+        return open_history
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

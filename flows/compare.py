@@ -1,4 +1,4 @@
-"""Algorithms compared on equal terms: same first samples, same number of reward queries."""
+"""Compare algorithms on equal terms: the same first samples, the same number of reward queries."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from pathlib import Path
 from prefect.artifacts import create_markdown_artifact
 from prefect.runtime import flow_run
 
-from ddpo.analysis.comparison.plan import Comparison, comparison_name, read_comparison
+from ddpo.analysis.comparison.plan import Comparison, comparison_name
 from ddpo.analysis.comparison.report import PLOT, markdown, write_report
 from ddpo.analysis.comparison.result import Result, read_result
-from ddpo.errors import ConfigError, RunIdentityMismatch
-from ddpo.runs.run import Run, check_run, start_run
+from ddpo.runs import Run
 from ddpo.store.keys import Partition
 from ddpo.store.kinds import EPOCH
-from ddpo.store.objects import Store
 from ddpo_workflow.flows.epoch import submit_shards
 from ddpo_workflow.flows.flow import artifact_key, ddpo_flow, without_heartbeats
-from ddpo_workflow.flows.train import Text, outputs_folder, train_run
+from ddpo_workflow.flows.forms import Text
+from ddpo_workflow.flows.requests import CompareRequest, ComparisonPlan
+from ddpo_workflow.flows.train import outputs_folder, train_run
 from ddpo_workflow.tasks.commit import commit_epoch
 from ddpo_workflow.tasks.credit import credit_of
 from ddpo_workflow.tasks.progress import as_part, finished_epoch
@@ -31,8 +31,8 @@ from ddpo_workflow.tasks.worker import RunHandle, opened
 
 
 def _comparison_name() -> str:
-    asked = flow_run.get_parameters()
-    return asked.get("name") or comparison_name(asked["config_file"])
+    parameters = flow_run.get_parameters()
+    return parameters.get("name") or comparison_name(parameters["config_file"])
 
 
 @ddpo_flow(name="ddpo-compare", run_name=_comparison_name)
@@ -43,27 +43,30 @@ def compare(
     tracking: Text = None,
     overrides: Sequence[str] = (),
 ) -> str:
-    """Train a model by several algorithms, several seeds each, and compare what they achieve.
+    """Train a model by several algorithms, with several seeds each, and compare the results.
 
     Args:
-        config_file: A YAML file with `base`, `variants`, `seeds`; `configs/starter_compare.yaml`
-            is one.
-        name: The comparison's name; that of an existing one goes on with it. Empty: the file's.
-        storage: Folder or URL that remembers the runs, as `s3://bucket/prefix`. Empty: the
-            config's.
-        tracking: MLflow's tracking URI, as `http://host:5000`. Empty: the config's.
-        overrides: Any setting of the base, one an item, as `sampler.steps=20`.
+        config_file: A YAML file with `base`, `variants` and `seeds`, such as
+            `configs/starter_compare.yaml`.
+        name: The comparison's name. An existing comparison is resumed. Empty: the file's name.
+        storage: Folder or URL of the store, such as `s3://bucket/prefix`. Empty: the config's.
+        tracking: MLflow's tracking URI, such as `http://host:5000`. Empty: the config's.
+        overrides: Any setting of the base, one an item, such as `sampler.steps=20`.
 
     Returns:
         The folder with the comparison's page and plot.
     """
-    form = {"storage.root": storage, "tracking.uri": tracking}
-    named = [f"{key}={value}" for key, value in form.items() if value is not None]
-    comparison = read_comparison(config_file, name, [*overrides, *named])
-    check_comparison(comparison)
+    plan = CompareRequest(
+        config_file=config_file,
+        name=name,
+        storage=storage,
+        tracking=tracking,
+        overrides=tuple(overrides),
+    ).plan()
+    comparison = plan.comparison
     with open_comparison_page(comparison) as page:
-        store = _run_members(comparison)
-        result = read_result(comparison, store)
+        _run_members(plan)
+        result = read_result(comparison, plan.store)
         folder = comparison_folder(comparison)
         for file in write_report(comparison, result, folder):
             page.log_file(file)
@@ -93,70 +96,32 @@ def sample_shared(handle: RunHandle, tracking: TrackingHandle) -> None:
         finished_epoch(epoch + 1, run.config.epochs, metrics)
 
 
-def check_comparison(comparison: Comparison) -> None:
-    """Check that all runs can start or go on, before one of them does.
-
-    Args:
-        comparison: The comparison.
-
-    Raises:
-        ConfigError: One is there already, of other settings.
-        DdpoError: One cannot; or MLflow cannot be reached.
-    """
-    for member in comparison.members:
-        try:
-            check_run(member.config, member.run_id)
-        except RunIdentityMismatch as error:
-            shared = member is comparison.shared[member.seed]
-            which = "the run that drew its samples" if shared else "its run"
-            lines = "".join(f"\n  {difference}" for difference in error.differences)
-            raise ConfigError(
-                f"comparison {comparison.name!r} exists, and {which}, {member.run_id!r}, is of "
-                f"other settings:{lines}\nWhat has run stays as it is: give the changed comparison "
-                "a name of its own (--name), or take the change back"
-            ) from error
-    connect(comparison.members[0].config.tracking.uri)
-
-
 def comparison_folder(comparison: Comparison) -> Path:
-    """Return the local folder that receives a comparison's page and plot."""
+    """Return the local folder of a comparison's report and plot."""
     return outputs_folder(comparison.members[0].config, comparison.name)
 
 
-def total_epochs(comparison: Comparison) -> int:
-    """Return the epochs of all runs together."""
-    return sum(member.config.epochs for member in comparison.members)
-
-
-def _run_members(comparison: Comparison) -> Store:
-    """Start or go on with each run in turn; returns the store that has them."""
-    total, before = total_epochs(comparison), 0
-    store = None
+def _run_members(plan: ComparisonPlan) -> None:
+    """Start or resume each run in turn."""
+    comparison, before = plan.comparison, 0
     for member in comparison.members:
-        run = start_run(member.config, member.run_id)
-        store = run.store
-        with as_part(before, total):
+        run = plan.runs[member.run_id].start()
+        with as_part(before, plan.epochs):
             if member is comparison.shared[member.seed]:
-                _draw_run(run)
+                # The flow around it has heartbeats.
+                with open_page(run) as page, without_heartbeats():
+                    sample_shared(run.handle, page.handle)
             elif _is_whole(run):
                 finished_epoch(run.config.epochs, run.config.epochs, {})
             else:
                 train_run(run)
         before += member.config.epochs
-    assert store is not None
-    return store
-
-
-def _draw_run(run: Run) -> None:
-    """Draw the samples that the variants of a seed share, shown in MLflow as a run."""
-    with open_page(run) as page, without_heartbeats():  # the flow around it has its own
-        sample_shared(run.handle, page.handle)
 
 
 def _is_whole(run: Run) -> bool:
-    """Return whether an earlier start has brought a run to its end, its report and page included.
+    """Return whether an earlier start has finished a run, including its report and page.
 
-    A whole run would be found done step by step all the same, for the price of loading its model.
+    Training it again would change nothing, but would load its model for nothing.
     """
     committed = range(run.first_epoch, run.config.epochs)
     if not all(EPOCH.exists(run.store, Partition(run.run_id, e)) for e in committed):
@@ -170,7 +135,7 @@ def _is_whole(run: Run) -> bool:
 
 
 def _show(comparison: Comparison, result: Result) -> None:
-    """Show the page among the flow run's artifacts, without its plot, which is in MLflow."""
+    """Add the report to the flow run's artifacts, without its plot, which is in MLflow."""
     page = markdown(comparison, result)
     create_markdown_artifact(
         key=f"{artifact_key(comparison.name)}-comparison",

@@ -6,6 +6,7 @@ from prefect.artifacts import create_table_artifact
 from prefect.futures import PrefectFuture
 from pydantic import BaseModel, ConfigDict
 
+from ddpo.store.artefacts import RolloutShard, Scores
 from ddpo.store.checkpoints import Checkpoint
 from ddpo.store.keys import Partition
 from ddpo.store.kinds import EPOCH
@@ -94,8 +95,8 @@ def run_epoch(plan: EpochPlan, checkpoint: Ref[Checkpoint], epoch: int) -> Epoch
 
 
 def submit_shards(
-    run: RunHandle, checkpoint: Ref, epoch: int
-) -> tuple[list[PrefectFuture[Ref]], list[PrefectFuture[Ref]]]:
+    run: RunHandle, checkpoint: Ref[Checkpoint], epoch: int
+) -> tuple[list[PrefectFuture[Ref[RolloutShard]]], list[PrefectFuture[Ref[Scores]]]]:
     """Start sampling an epoch; each shard is scored while the next one is sampled.
 
     Args:
@@ -106,7 +107,11 @@ def submit_shards(
     Returns:
         The rollouts and the scores to come, one future a shard.
     """
-    shards = range(opened(run).shards)
+    shards = range(opened(run).shards_per_epoch)
     sampling = [sample_shard.submit(run, checkpoint, epoch, shard) for shard in shards]
-    scoring = [score_shard.submit(run, sampling[shard], epoch, shard) for shard in shards]
+    scoring = [
+        # Prefect resolves a future to its result before the task runs.
+        score_shard.submit(run, rollouts, epoch, shard)  # pyright: ignore[reportArgumentType]
+        for shard, rollouts in enumerate(sampling)
+    ]
     return sampling, scoring

@@ -1,4 +1,4 @@
-"""A run's saved samples under another reward: scored again, shown beside the run, nothing drawn."""
+"""Score a run's saved samples with another reward, shown beside the run; nothing is sampled."""
 
 from __future__ import annotations
 
@@ -6,28 +6,22 @@ from collections.abc import Sequence
 
 from prefect import get_run_logger
 
-from ddpo.analysis.history import History
-from ddpo.config import RewardConfig
-from ddpo.errors import ConfigError, RetiredObject
-from ddpo.rewards import load_reward
-from ddpo.runs.forks.checks import rebuilds_statistics, saved_rollouts
-from ddpo.runs.run import Run, open_run, storage_root
-from ddpo.store import keys
+from ddpo.errors import RetiredObject
+from ddpo.runs.forks.checks import saved_rollouts
 from ddpo.store.artefacts import RolloutShard, Scores
 from ddpo.store.keys import Partition
 from ddpo.store.kinds import ADVANTAGES, CHECKPOINT, STATISTICS
 from ddpo.store.manifests import Ref
-from ddpo.store.objects import Store
 from ddpo.store.statistics import HoldsStatistics
 from ddpo_workflow.flows.flow import ddpo_flow
+from ddpo_workflow.flows.forms import Parameters, Text
+from ddpo_workflow.flows.requests import RescoreRequest, Rescoring
 from ddpo_workflow.flows.start import scores_before
-from ddpo_workflow.flows.train import Parameters, Text
 from ddpo_workflow.tasks.credit import credit_of
 from ddpo_workflow.tasks.score import score_shard
 from ddpo_workflow.tasks.statistics import rebuild_statistics
 from ddpo_workflow.tasks.tracking.page import open_rescored_page
 from ddpo_workflow.tasks.tracking.rescored import track_disagreement, track_rescored
-from ddpo_workflow.tasks.worker import RunHandle, opened
 
 
 @ddpo_flow(name="ddpo-rescore", run_name="{run_id} by {reward}")
@@ -39,102 +33,77 @@ def rescore(
     storage: Text = None,
     tracking: Text = None,
 ) -> str:
-    """Score a run's saved samples with another reward; what is scored already is not scored again.
+    """Score a run's saved samples with another reward; committed scores are reused.
 
     Args:
-        run_id: The run.
-        reward: Name of the new reward.
-        parameters: Its parameters.
-        epochs: Which: one, or `a:b`, without b; either may be left out. Empty: all.
-        storage: Folder or URL that remembers the run. Empty: the worker's DDPO_ROOT, or the local
-            store.
+        run_id: The run's name.
+        reward: Name of the reward.
+        parameters: Parameters of the reward.
+        epochs: One epoch, or a range `a:b` without b; either end may be left out. Empty: all.
+        storage: Folder or URL of the store. Empty: the worker's DDPO_ROOT, or the local store.
         tracking: MLflow's tracking URI. Empty: the run's.
 
     Returns:
-        The new reward's id: the part `reward_name=` of its tables in the store.
+        The reward's id, which is `reward_name=` of its tables in the store.
     """
-    run = open_run(Store.open(storage_root(storage)), run_id)
-    chosen = chosen_epochs(run, epochs)
-    config = RewardConfig(
-        name=reward,
-        parameters=dict(parameters or {}),
-        tries=run.config.reward.tries,
-        on_failure=run.config.reward.on_failure,
-    )
-    reward_id = load_reward(config.name, config.parameters).identity.reward_id
-    if reward_id == run.reward_id:
-        raise ConfigError(f"{reward_id} is the run's own reward: its samples have these scores")
-    handle = run.handle.model_copy(update={"reward": config.model_dump_json()})
-    rescored = opened(handle)
-    with open_rescored_page(run, config, reward_id, uri=tracking) as page:
-        for epoch in chosen:
+    rescoring = RescoreRequest(
+        run_id=run_id,
+        reward=reward,
+        parameters=parameters,
+        epochs=epochs,
+        storage=storage,
+        tracking=tracking,
+    ).plan()
+    run, new = rescoring.run, rescoring.reward
+    with open_rescored_page(run, new, rescoring.reward_id, uri=tracking) as page:
+        for epoch in rescoring.epochs:
             rollouts = saved_rollouts(run, epoch)
-            scores = [score_shard(handle, ref, epoch, shard) for shard, ref in enumerate(rollouts)]
-            metrics = track_rescored(handle, page.handle, scores, epoch)
-            reason = "not one of its samples could be scored"
+            scores = [
+                score_shard(run.handle, ref, epoch, shard, new)
+                for shard, ref in enumerate(rollouts)
+            ]
+            metrics = track_rescored(run.handle, page.handle, scores, epoch)
+            reason = "none of its samples could be scored"
             if "reward/mean" in metrics:
-                reason = _advantages(rescored, handle, rollouts, scores, epoch)
+                reason = _commit_advantages(rescoring, rollouts, scores, epoch)
             if reason:
                 get_run_logger().warning("epoch %d has no advantages: %s", epoch, reason)
-        track_disagreement(handle, page.handle, chosen)
-    return reward_id
+        track_disagreement(run.handle, page.handle, rescoring.epochs, new)
+    return rescoring.reward_id
 
 
-def chosen_epochs(run: Run, asked: str | None) -> list[int]:
-    """Return the committed epochs of a run that are asked for and whose samples are kept.
-
-    Args:
-        run: The run.
-        asked: One epoch, or `a:b`, without b; either may be left out. None for all.
-
-    Returns:
-        Epochs, in order.
-
-    Raises:
-        ConfigError: The words are no range; or retention deleted all that is asked for.
-        NotInHistory: None of them is committed.
-    """
-    wanted = History(run).epochs_within(asked)
-    kept = [
-        epoch
-        for epoch in wanted
-        if not run.store.exists(keys.retired_key("samples", run.run_id, epoch))
-    ]
-    if not kept:
-        raise ConfigError(
-            f"run {run.run_id!r} has no saved samples of the epochs {asked or 'asked for'}: "
-            "retention deleted them (storage.retention)"
-        )
-    return kept
-
-
-def _advantages(
-    run: Run,
-    handle: RunHandle,
+def _commit_advantages(
+    rescoring: Rescoring,
     rollouts: Sequence[Ref[RolloutShard]],
     scores: Sequence[Ref[Scores]],
     epoch: int,
 ) -> str:
-    """Commit an epoch's advantages under the new reward; returns why there are none, if so."""
+    """Commit an epoch's advantages under the new reward; returns the reason if there are none."""
     try:
-        before = _statistics_before(run, handle, epoch)
+        statistics = _statistics_before(rescoring, epoch)
     except RetiredObject as error:
         return str(error)
-    if before is None:
-        return f"there are no prompt statistics before it by {run.reward_id}"
-    credit_of(handle, before, rollouts, scores, epoch)
+    if statistics is None:
+        return f"there are no prompt statistics before it by {rescoring.reward_id}"
+    handle = rescoring.run.handle
+    credit_of(handle, statistics, rollouts, scores, epoch, rescoring.reward)
     return ""
 
 
-def _statistics_before(run: Run, handle: RunHandle, epoch: int) -> Ref[HoldsStatistics] | None:
-    """Return what holds the prompt statistics before an epoch, under the run's (new) reward.
+def _statistics_before(rescoring: Rescoring, epoch: int) -> Ref[HoldsStatistics] | None:
+    """Return what holds the prompt statistics before an epoch, under the new reward.
 
-    A fork's own are of its own reward, on another scale: the epochs before it are scored again.
+    Those of a fork's first checkpoint are on the scale of the fork's own reward, so the epochs
+    before the fork are scored again.
     """
-    before = Partition(run.run_id, epoch - 1, reward_id=run.reward_id)
+    run = rescoring.run
+    before = Partition(run.run_id, epoch - 1, reward_id=rescoring.reward_id)
     if epoch > run.first_epoch:
         return ADVANTAGES.find(run.store, before)
-    if rebuilds_statistics(run.config) and epoch:
-        found = STATISTICS.find(run.store, before)
-        return found or rebuild_statistics(handle, scores_before(run), epoch)
+    if epoch and run.fork and run.fork.rebuilds_statistics:
+        statistics = STATISTICS.find(run.store, before)
+        if statistics is None:
+            scores = scores_before(run.fork, rescoring.reward)
+            return rebuild_statistics(run.handle, scores, epoch, rescoring.reward)
+        return statistics
     return CHECKPOINT.find(run.store, Partition(run.run_id, epoch))

@@ -1,9 +1,10 @@
-"""How a run gets its first checkpoint: from the base model, or from the run it branches off."""
+"""How a run gets its first checkpoint: from the base model, or from a fork's parent."""
 
 from __future__ import annotations
 
-from ddpo.runs.forks.checks import epochs_before, rebuilds_statistics, saved_rollouts
-from ddpo.runs.run import Run
+from ddpo.config import RewardConfig
+from ddpo.runs import Fork, Run
+from ddpo.runs.forks.checks import saved_rollouts
 from ddpo.store.artefacts import Scores
 from ddpo.store.checkpoints import Checkpoint
 from ddpo.store.keys import Partition
@@ -17,39 +18,37 @@ def first_checkpoint(run: Run) -> Ref[Checkpoint]:
     """Commit a run's first checkpoint, or find it.
 
     A fork's prompt statistics are on the scale of its own reward: the epochs before it are scored
-    again, a task a shard, unless its config resets them. Scores of the same reward are found.
+    again, one task a shard, unless its config resets them. Scores of the same reward are reused.
 
     Args:
         run: The run.
 
     Returns:
-        The checkpoint's manifest.
+        The checkpoint.
     """
-    if found := CHECKPOINT.find(run.store, Partition(run.run_id, run.first_epoch)):
-        return found  # the epochs before it may be retired by now
-    if not rebuilds_statistics(run.config):
+    if checkpoint := CHECKPOINT.find(run.store, Partition(run.run_id, run.first_epoch)):
+        return checkpoint  # without the epochs before it, which may be retired by now
+    if run.fork is None or not run.fork.rebuilds_statistics:
         return start(run.handle)
     check_fork(run.handle)
-    return start(run.handle, scores_before(run))
+    return start(run.handle, scores_before(run.fork, run.config.reward))
 
 
-def scores_before(run: Run) -> list[Ref[Scores]]:
-    """Score the epochs whose rewards a fork's prompt statistics are rebuilt from, a task a shard.
+def scores_before(fork: Fork, reward: RewardConfig) -> list[Ref[Scores]]:
+    """Score the epochs that a fork's prompt statistics are rebuilt from, one task a shard.
 
     Args:
-        run: The fork, of whose reward the scores are.
+        fork: The fork.
+        reward: The reward.
 
     Returns:
-        The scores' manifests, in order.
+        The scores, in order.
 
     Raises:
-        RetiredObject: Retention deleted samples of one of them.
+        RetiredObject: Retention deleted samples of one of the epochs.
     """
-    fork = run.config.fork
-    assert fork is not None
-    reward = run.config.reward.model_dump_json()
     return [
-        score_shard(owner.handle.model_copy(update={"reward": reward}), ref, epoch, shard)
-        for owner, epoch in epochs_before(run, fork)
-        for shard, ref in enumerate(saved_rollouts(owner, epoch))
+        score_shard(owner.handle, rollouts, epoch, shard, reward)
+        for owner, epoch in fork.epochs_before()
+        for shard, rollouts in enumerate(saved_rollouts(owner, epoch))
     ]

@@ -1,12 +1,10 @@
-"""A whole run: start or go on, epoch by epoch, and hand over what was learnt."""
+"""A whole run, epoch by epoch: start it or resume it, then export the result."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any
 
 from prefect import get_run_logger
 from prefect.artifacts import (
@@ -15,24 +13,21 @@ from prefect.artifacts import (
     update_progress_artifact,
 )
 from prefect.runtime import flow_run
-from pydantic import WithJsonSchema
 
-from ddpo.analysis.comparison.plan import check_not_shared
 from ddpo.analysis.report import write_report
 from ddpo.config import RunConfig
-from ddpo.config.files import read_config
-from ddpo.config.s3 import S3Options
-from ddpo.errors import ConfigError, MissingObject
+from ddpo.errors import MissingObject
+from ddpo.runs import Run
 from ddpo.runs.forks.records import record_fork
-from ddpo.runs.run import Run, open_run, start_run, storage_root
 from ddpo.store.checkpoints import Checkpoint
 from ddpo.store.keys import Partition
 from ddpo.store.kinds import CHECKPOINT, EPOCH
 from ddpo.store.manifests import Ref
-from ddpo.store.objects import Store
 from ddpo_workflow.flows.epoch import EpochPlan, run_epoch
 from ddpo_workflow.flows.flow import artifact_key, ddpo_flow, without_heartbeats
+from ddpo_workflow.flows.forms import Number, Text, Whole
 from ddpo_workflow.flows.messages import resume_command
+from ddpo_workflow.flows.requests import ResumeRequest, TrainRequest, run_name_stem
 from ddpo_workflow.flows.start import first_checkpoint
 from ddpo_workflow.tasks.export_weights import export_weights
 from ddpo_workflow.tasks.pictures import draw_pictures, picture_set
@@ -41,21 +36,14 @@ from ddpo_workflow.tasks.stops import recognise_stop
 from ddpo_workflow.tasks.tracking.metrics import track_pictures
 from ddpo_workflow.tasks.tracking.page import log_samples, open_page
 
-# In Prefect's form, one field that may stay empty; of `str | None` it makes a switch of types.
-Text = Annotated[str | None, WithJsonSchema({"type": "string"})]
-Whole = Annotated[int | None, WithJsonSchema({"type": "integer"})]
-Number = Annotated[float | None, WithJsonSchema({"type": "number"})]
-Parameters = Annotated[
-    Mapping[str, Any] | None, WithJsonSchema({"type": "object", "additionalProperties": True})
-]
-
 _SHOWN = ("reward/mean", "reward/std", "update/approx_kl", "update/clip_fraction", "time/epoch_s")
 
 
 def _run_name() -> str:
-    """Name a flow run after its run, one without a name so that Prefect's retry goes on with it."""
-    asked = flow_run.get_parameters()
-    return asked.get("run_id") or f"{_stem(asked['config_file'])}-{(flow_run.get_id() or '')[:8]}"
+    """Name a flow run after its run; one without a name such that Prefect's retry resumes it."""
+    parameters = flow_run.get_parameters()
+    stem = run_name_stem(parameters["config_file"])
+    return parameters.get("run_id") or f"{stem}-{(flow_run.get_id() or '')[:8]}"
 
 
 @ddpo_flow(name="ddpo-train", run_name=_run_name)
@@ -72,69 +60,45 @@ def train(
     """Fine-tune a diffusion model on a reward.
 
     Args:
-        config_file: A YAML file; `configs/` holds some.
-        run_id: The run's name; that of an existing run goes on with it. Empty: a new name.
-        epochs: Rounds of sampling and updating. Empty: the config's.
-        seed: What everything random is derived from. Empty: the config's.
-        learning_rate: Step size of AdamW. Empty: the config's.
-        storage: Folder or URL that remembers the run, as `s3://bucket/prefix`. Empty: the config's.
-        tracking: MLflow's tracking URI, as `http://host:5000`. Empty: the config's.
-        overrides: Any other setting, one an item, as `sampler.steps=20`.
+        config_file: A YAML file; `configs/` has examples.
+        run_id: The run's name. An existing run is resumed. Empty: a new name.
+        epochs: Number of rounds of sampling and training. Empty: the config's.
+        seed: The seed of everything random. Empty: the config's.
+        learning_rate: Learning rate of AdamW. Empty: the config's.
+        storage: Folder or URL of the store, such as `s3://bucket/prefix`. Empty: the config's.
+        tracking: MLflow's tracking URI, such as `http://host:5000`. Empty: the config's.
+        overrides: Any other setting, one an item, such as `sampler.steps=20`.
 
     Returns:
         The run's name.
     """
-    form = {
-        "epochs": epochs,
-        "seed": seed,
-        "optimizer.learning_rate": learning_rate,
-        "storage.root": storage,
-        "tracking.uri": tracking,
-    }
-    named = [f"{name}={value}" for name, value in form.items() if value is not None]
-    config = read_config(config_file, [*named, *overrides])
-    run_id = run_id or _run_name()
-    check_not_shared(Store.open(storage_root(config.storage.root), config.storage.s3), run_id)
-    train_run(start_run(config, run_id))
-    return run_id
+    request = TrainRequest(
+        config_file=config_file,
+        run_id=run_id or _run_name(),
+        epochs=epochs,
+        seed=seed,
+        learning_rate=learning_rate,
+        storage=storage,
+        tracking=tracking,
+        overrides=tuple(overrides),
+    )
+    return train_run(request.plan().start())
 
 
 @ddpo_flow(name="ddpo-resume", run_name="{run_id}")
 def resume(run_id: str, storage: Text = None, epochs: Whole = None) -> str:
-    """Go on with a run as its last start operated it.
+    """Resume a run with the settings of its last start.
 
     Args:
         run_id: The run's name.
-        storage: Folder or URL that remembers it. Empty: the worker's DDPO_ROOT, or the local store.
-        epochs: How many epochs it is to have in the end. Empty: as before.
+        storage: Folder or URL of the store. Empty: the worker's DDPO_ROOT, or the local store.
+        epochs: Total number of epochs. Empty: as before.
 
     Returns:
         The run's name.
     """
-    store = Store.open(storage_root(storage))
-    check_not_shared(store, run_id)
-    config = open_run(store, run_id).config
-    changes: dict[str, object] = {
-        # Found by its address and the AWS variables, and not by what an earlier start was told.
-        "storage": config.storage.model_copy(
-            update={"root": storage_root(storage), "s3": S3Options()}
-        )
-    }
-    if epochs is not None:
-        if epochs < 1:
-            raise ConfigError(f"epochs is {epochs}; a run has at least 1")
-        changes["epochs"] = epochs
-    train_run(start_run(config.model_copy(update=changes), run_id))
-    return run_id
-
-
-def new_run_id(config_file: str) -> str:
-    """Name a run after its config and the time, to the second."""
-    return f"{_stem(config_file)}-{datetime.now():%Y%m%d-%H%M%S}"
-
-
-def _stem(config_file: str) -> str:
-    return Path(config_file).stem.replace("_", "-")
+    request = ResumeRequest(run_id=run_id, storage=storage, epochs=epochs)
+    return train_run(request.plan().start())
 
 
 def outputs_folder(config: RunConfig, run_id: str) -> Path:
@@ -142,11 +106,14 @@ def outputs_folder(config: RunConfig, run_id: str) -> Path:
     return Path(config.outputs) / run_id
 
 
-def train_run(run: Run) -> None:
-    """Train a run epoch by epoch, from where it stands, and export the result.
+def train_run(run: Run) -> str:
+    """Train a run from its last committed epoch on, and export the result.
 
     Args:
         run: The run, as this start operates it.
+
+    Returns:
+        The run's name.
     """
     record_fork(run)  # also on a resume, in case an earlier start was killed before it
     epochs = run.config.epochs
@@ -182,6 +149,7 @@ def train_run(run: Run) -> None:
             table=rows,
             description=f"Mean reward: {_mean(rows[0])} at first, {_mean(rows[-1])} at the end",
         )
+    return run.run_id
 
 
 @contextmanager

@@ -10,7 +10,8 @@ from prefect.cache_policies import NO_CACHE
 
 from ddpo.algorithms.base import PromptStatistics, Scored
 from ddpo.basics.randomness import derive_seed
-from ddpo.runs.run import Run
+from ddpo.config import RewardConfig
+from ddpo.runs import Run, Scorer
 from ddpo.store.artefacts import AdvantageTable, RolloutShard, Scores
 from ddpo.store.keys import Partition
 from ddpo.store.kinds import ADVANTAGES, ROLLOUTS, SCORES, committed, open_ref
@@ -19,7 +20,7 @@ from ddpo.store.objects import Objects
 from ddpo.store.statistics import HoldsStatistics, encode_statistics
 from ddpo.store.tables import AdvantageRow, encode_advantages
 from ddpo_workflow.tasks.retries import STORAGE
-from ddpo_workflow.tasks.worker import RunHandle, opened
+from ddpo_workflow.tasks.worker import RunHandle, opened, scorer_of
 
 
 @task(name="advantages", task_run_name="advantages epoch {epoch}", cache_policy=NO_CACHE, **STORAGE)
@@ -29,6 +30,7 @@ def credit_of(
     rollouts: Sequence[Ref[RolloutShard]],
     scores: Sequence[Ref[Scores]],
     epoch: int,
+    reward: RewardConfig | None = None,
 ) -> Ref[AdvantageTable]:
     """Commit the credit of an epoch's samples, and the prompt statistics after them.
 
@@ -39,15 +41,18 @@ def credit_of(
         rollouts: The epoch's shards, in order.
         scores: Their scores, in order.
         epoch: The epoch.
+        reward: The reward of the scores; by default the run's own.
 
     Raises:
         RewardError: No sample has a reward.
     """
-    return committed_credit(opened(handle), before, rollouts, scores, epoch)
+    run = opened(handle)
+    return committed_credit(run, scorer_of(run, reward), before, rollouts, scores, epoch)
 
 
 def committed_credit(
     run: Run,
+    scorer: Scorer,
     before: Ref[HoldsStatistics],
     rollouts: Sequence[Ref[RolloutShard]],
     scores: Sequence[Ref[Scores]],
@@ -57,14 +62,15 @@ def committed_credit(
     return committed(
         run.store,
         ADVANTAGES,
-        Partition(run.run_id, epoch, reward_id=run.reward.identity.reward_id),
+        Partition(run.run_id, epoch, reward_id=scorer.reward_id),
         {"checkpoint": before, "rollouts": list(rollouts), "rewards": list(scores)},
-        lambda: _computed(run, before, rollouts, scores, epoch),
+        lambda: _computed(run, scorer, before, rollouts, scores, epoch),
     )
 
 
 def _computed(
     run: Run,
+    scorer: Scorer,
     before: Ref[HoldsStatistics],
     rollouts: Sequence[Ref[RolloutShard]],
     scores: Sequence[Ref[Scores]],
@@ -76,6 +82,7 @@ def _computed(
     }
     rows, after = _rows(
         run,
+        scorer.config.on_failure == "impute",
         epoch,
         [
             (sample.sample_id, sample.prompt, reward_by_id[sample.sample_id])
@@ -91,6 +98,7 @@ def _computed(
 
 def _rows(
     run: Run,
+    impute: bool,
     epoch: int,
     samples: Sequence[tuple[str, str, float | None]],
     statistics: PromptStatistics,
@@ -102,7 +110,7 @@ def _rows(
             [prompt for _, prompt, _ in samples],
             np.asarray([_or_nan(reward) for _, _, reward in samples], dtype=np.float64),
             samples_per_prompt=config.rollouts.samples_per_prompt,
-            impute=config.reward.on_failure == "impute",
+            impute=impute,
             shuffle_seed=derive_seed(config.seed, "shuffle", epoch),
         ),
         statistics,

@@ -9,12 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from ddpo.config import ForkConfig
 from ddpo.diffusion.sampling import sampler_digest
 from ddpo.errors import ConfigError, CorruptObject, MissingObject, RetiredObject
 from ddpo.models import Policy, policy_digest
+from ddpo.runs import Fork, Run, Scorer
 from ddpo.runs.forks.checks import check_policy, check_sampler, saved_rollouts
-from ddpo.runs.run import Run, open_run
 from ddpo.store import keys
 from ddpo.store.artefacts import RolloutShard, Scores
 from ddpo.store.checkpoints import TENSOR_ROLES, Checkpoint, checkpoint_objects
@@ -38,11 +37,10 @@ def inherit_shard(run: Run, epoch: int, shard: int) -> Ref[RolloutShard]:
         ConfigError: The parent has no such shard.
         RetiredObject: Retention deleted it.
     """
-    assert run.config.fork is not None
+    parent = _fork_of(run).parent
     where = Partition(run.run_id, epoch, shard)
     if found := ROLLOUTS.find(run.store, where):
         return found  # from then on retention spares it, and may record the epoch as retired
-    parent = open_run(run.store, run.config.fork.run_id)
     saved = saved_rollouts(parent, epoch)[shard]
     objects = ROLLOUTS.load(run.store, saved).objects
     done = ROLLOUTS.commit(run.store, where, {"inherited": saved}, objects).ref
@@ -54,28 +52,28 @@ def inherit_shard(run: Run, epoch: int, shard: int) -> Ref[RolloutShard]:
 
 
 def inherited_scores(
-    run: Run, rollouts: Ref[RolloutShard], epoch: int, shard: int
+    run: Run, scorer: Scorer, rollouts: Ref[RolloutShard], epoch: int, shard: int
 ) -> Objects | None:
     """Return the parent's scores of an inherited shard by the same reward, None if there are none.
 
     The table is copied: unlike rollouts, scores that another run lists are not spared by retention.
     """
-    fork = run.config.fork
-    if fork is None or not fork.adopts(epoch):
+    fork = run.fork
+    if fork is None or not fork.inherits(epoch):
         return None
-    identity = run.reward.identity
-    scores = SCORES.get(run.store, Partition(fork.run_id, epoch, shard, identity.reward_id))
+    identity = scorer.reward.identity
+    scores = SCORES.get(run.store, Partition(fork.parent_id, epoch, shard, identity.reward_id))
     saved = ROLLOUTS.load(run.store, rollouts).inputs["inherited"]
     if scores is None or scores.inputs != {"rollouts": saved, "reward_digest": identity.digest}:
         return None
-    if run.store.exists(keys.retired_key("samples", fork.run_id, epoch)):
+    if run.store.exists(keys.retired_key("samples", fork.parent_id, epoch)):
         return None
     try:
         table = run.store.get(scores.objects["rewards"])
         failed = any(row.reward is None for row in scores.rows())
     except (CorruptObject, MissingObject):  # `ddpo verify` of the parent reports it
         return None
-    return None if failed and run.config.reward.on_failure == "fail" else {"rewards": table}
+    return None if failed and scorer.config.on_failure == "fail" else {"rewards": table}
 
 
 def inherit_checkpoint(run: Run, policy: Policy, scores: Sequence[Ref[Scores]]) -> Ref[Checkpoint]:
@@ -94,10 +92,9 @@ def inherit_checkpoint(run: Run, policy: Policy, scores: Sequence[Ref[Scores]]) 
         PolicyMismatch: The base model, the sampler, or the place of its noise differs.
         RetiredObject: Retention deleted the checkpoint.
     """
-    fork = run.config.fork
-    assert fork is not None
+    fork = _fork_of(run)
     check_inheritable(run, policy)
-    parent_ref = _parent_checkpoint(run, fork)
+    parent_ref = _parent_checkpoint(fork)
     parent = CHECKPOINT.load(run.store, parent_ref)
     state = parent.state()
     digests = _digests(run, policy)
@@ -125,8 +122,8 @@ def inherit_checkpoint(run: Run, policy: Policy, scores: Sequence[Ref[Scores]]) 
             inherited=tensors,
         ),
     )
-    if is_retired(run.store, fork.run_id, fork.epoch):
-        record = keys.retired_key("checkpoints", fork.run_id, fork.epoch)
+    if is_retired(run.store, fork.parent_id, fork.epoch):
+        record = keys.retired_key("checkpoints", fork.parent_id, fork.epoch)
         raise RetiredObject(parent_ref.key, run.store.root, record)
     return ref
 
@@ -142,17 +139,22 @@ def check_inheritable(run: Run, policy: Policy) -> None:
         ConfigError: The parent has no such checkpoint.
         PolicyMismatch: The base model, the sampler, or the place of its noise differs.
     """
-    fork = run.config.fork
-    assert fork is not None
-    parent = CHECKPOINT.load(run.store, _parent_checkpoint(run, fork))
+    fork = _fork_of(run)
+    parent = CHECKPOINT.load(run.store, _parent_checkpoint(fork))
     check_policy(fork, parent.digests, _digests(run, policy))
-    check_sampler(run.config, open_run(run.store, fork.run_id))
+    check_sampler(fork)
 
 
-def _parent_checkpoint(run: Run, fork: ForkConfig) -> Ref[Checkpoint]:
-    found = CHECKPOINT.find(run.store, Partition(fork.run_id, fork.epoch))
+def _fork_of(run: Run) -> Fork:
+    if run.fork is None:
+        raise ValueError(f"run {run.run_id!r} is not a fork")
+    return run.fork
+
+
+def _parent_checkpoint(fork: Fork) -> Ref[Checkpoint]:
+    found = CHECKPOINT.find(fork.store, Partition(fork.parent_id, fork.epoch))
     if found is None:
-        raise ConfigError(f"run {fork.run_id!r} has no checkpoint {fork.epoch}")
+        raise ConfigError(f"run {fork.parent_id!r} has no checkpoint {fork.epoch}")
     return found
 
 
@@ -164,15 +166,14 @@ def _digests(run: Run, policy: Policy) -> dict[str, str]:
 
 
 def _value_holds(
-    run: Run, fork: ForkConfig, of_rollouts: dict[str, str], digests: dict[str, str]
+    run: Run, fork: Fork, of_rollouts: dict[str, str], digests: dict[str, str]
 ) -> bool:
     """Return whether the parent's value function applies to a fork's rewards.
 
     It predicts one specific reward from one text encoder's embeddings.
     """
-    if not run.config.algorithm.has_value_function or fork.statistics == "reset":
+    if not run.config.algorithm.has_value_function or fork.settings.statistics == "reset":
         return False
     # By digest: the code, the weights or the service behind a name may have been exchanged.
-    pinned = open_run(run.store, fork.run_id).pinned_reward
-    same_reward = pinned is not None and run.pinned_reward == pinned
+    same_reward = run.reward_digest == fork.parent.reward_digest
     return same_reward and of_rollouts["base_digest"] == digests["base_digest"]

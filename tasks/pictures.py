@@ -12,7 +12,7 @@ from ddpo.basics.randomness import derive_seed
 from ddpo.config import PicturesConfig
 from ddpo.diffusion.sampling import sample
 from ddpo.diffusion.window import sampler_of_epoch
-from ddpo.runs.run import Run
+from ddpo.runs import Run
 from ddpo.store import keys
 from ddpo.store.artefacts import CheckpointImages
 from ddpo.store.checkpoints import Checkpoint

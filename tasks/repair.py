@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from ddpo.basics.digests import sha256_bytes
 from ddpo.errors import DdpoError
-from ddpo.runs.run import Run
+from ddpo.runs import Run
 from ddpo.store.artefacts import RolloutShard, Scores
 from ddpo.store.keys import Partition
 from ddpo.store.kinds import CHECKPOINT, ROLLOUTS, SCORES, Kind
@@ -77,20 +77,21 @@ def _rebuild(run: Run, manifest: str, damages: list[Damage], kind: Kind, where: 
     scratch = ScratchStore(run.store, damaged | {manifest})
     aside = replace(run, store=scratch)
     known = None if manifest in damaged else find(run.store, manifest)
-    fork = run.config.fork
-    if kind is ROLLOUTS and fork and fork.adopts(epoch):
+    fork = run.fork
+    if kind is ROLLOUTS and fork and fork.inherits(epoch):
         if known:  # what it lists is the parent's
-            raise _belongs_to(fork.run_id)
+            raise _belongs_to(fork.parent_id)
         inherit_shard(aside, epoch, shard)
     elif kind is ROLLOUTS:
         shard_of(aside, _made_with(aside, known, epoch), epoch, shard)
     elif kind is SCORES:
-        scores_of(aside, _rollouts(aside, epoch, shard), epoch, shard)
+        scores_of(aside, run.scorer, _rollouts(aside, epoch, shard), epoch, shard)
     else:
-        shards = range(run.shards)
+        shards = range(run.shards_per_epoch)
         rollouts = [_rollouts(aside, epoch, number) for number in shards]
         scores = [_scores(aside, epoch, number) for number in shards]
-        committed_credit(aside, _made_with(aside, known, epoch), rollouts, scores, epoch)
+        before = _made_with(aside, known, epoch)
+        committed_credit(aside, run.scorer, before, rollouts, scores, epoch)
     # No digest is known of a manifest that nothing refers to: what is undamaged must be equal too.
     differs = any(
         run.store.read(key) != made if key == manifest else not run.store.exists(key)

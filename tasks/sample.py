@@ -13,7 +13,7 @@ from ddpo.basics.randomness import derive_seed, generator
 from ddpo.diffusion.sampling import Trajectories, sample
 from ddpo.diffusion.window import sampler_of_epoch
 from ddpo.prompts import Prompt, draw_prompt
-from ddpo.runs.run import Run
+from ddpo.runs import Run
 from ddpo.store import keys
 from ddpo.store.artefacts import RolloutShard
 from ddpo.store.checkpoints import Checkpoint
@@ -52,7 +52,7 @@ def sample_shard(
 
 def shard_of(run: Run, checkpoint: Ref[Checkpoint], epoch: int, shard: int) -> Ref[RolloutShard]:
     """Return the shard; sample and commit it if it is not committed. See `sample_shard`."""
-    if run.config.fork and run.config.fork.adopts(epoch):
+    if run.fork and run.fork.inherits(epoch):
         return inherit_shard(run, epoch, shard)
     return committed(
         run.store,

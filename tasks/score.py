@@ -6,10 +6,11 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from ddpo.basics.images import decode_image
+from ddpo.config import RewardConfig
 from ddpo.errors import RewardError
 from ddpo.prompts import Prompt
 from ddpo.rewards.scoring import score_samples
-from ddpo.runs.run import Run
+from ddpo.runs import Run, Scorer
 from ddpo.store.artefacts import RolloutShard, Scores
 from ddpo.store.keys import Partition
 from ddpo.store.kinds import ROLLOUTS, SCORES, committed
@@ -18,7 +19,7 @@ from ddpo.store.objects import Objects
 from ddpo.store.tables import RewardRow, encode_rewards
 from ddpo_workflow.tasks.inherit import inherited_scores
 from ddpo_workflow.tasks.retries import STORAGE
-from ddpo_workflow.tasks.worker import RunHandle, opened
+from ddpo_workflow.tasks.worker import RunHandle, opened, scorer_of
 
 
 @task(
@@ -28,7 +29,11 @@ from ddpo_workflow.tasks.worker import RunHandle, opened
     **STORAGE,
 )
 def score_shard(
-    handle: RunHandle, rollouts: Ref[RolloutShard], epoch: int, shard: int
+    handle: RunHandle,
+    rollouts: Ref[RolloutShard],
+    epoch: int,
+    shard: int,
+    reward: RewardConfig | None = None,
 ) -> Ref[Scores]:
     """Score and commit one shard, or find its scores.
 
@@ -39,32 +44,38 @@ def score_shard(
         rollouts: The shard's samples.
         epoch: The epoch.
         shard: The shard.
+        reward: The reward; by default the run's own.
 
     Raises:
         RewardError: The reward is broken or unavailable; or it could not score a sample, and
             `reward.on_failure` is 'fail'.
     """
-    return scores_of(opened(handle), rollouts, epoch, shard)
+    run = opened(handle)
+    return scores_of(run, scorer_of(run, reward), rollouts, epoch, shard)
 
 
-def scores_of(run: Run, rollouts: Ref[RolloutShard], epoch: int, shard: int) -> Ref[Scores]:
+def scores_of(
+    run: Run, scorer: Scorer, rollouts: Ref[RolloutShard], epoch: int, shard: int
+) -> Ref[Scores]:
     """Return a shard's scores; score and commit it if there are none. See `score_shard`."""
-    identity = run.reward.identity
+    identity = scorer.reward.identity
     return committed(
         run.store,
         SCORES,
         Partition(run.run_id, epoch, shard, identity.reward_id),
         {"rollouts": rollouts, "reward_digest": identity.digest},
-        lambda: inherited_scores(run, rollouts, epoch, shard) or _scored(run, rollouts),
+        lambda: (
+            inherited_scores(run, scorer, rollouts, epoch, shard) or _scored(run, scorer, rollouts)
+        ),
     )
 
 
-def _scored(run: Run, rollouts: Ref[RolloutShard]) -> Objects:
+def _scored(run: Run, scorer: Scorer, rollouts: Ref[RolloutShard]) -> Objects:
     samples = ROLLOUTS.load(run.store, rollouts).rows()
     images = [decode_image(sample.image_png) for sample in samples]
     prompts = [Prompt(sample.prompt, sample.prompt_metadata) for sample in samples]
-    config = run.config.reward
-    outcomes = score_samples(run.reward, images, prompts, tries=config.tries)
+    config = scorer.config
+    outcomes = score_samples(scorer.reward, images, prompts, tries=config.tries)
     rows = [
         RewardRow(sample.sample_id, outcome.value, outcome.status, outcome.columns)
         for sample, outcome in zip(samples, outcomes, strict=True)

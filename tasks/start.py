@@ -39,7 +39,7 @@ def start(handle: RunHandle, history: Sequence[Ref[Scores]] = ()) -> Ref[Checkpo
         return found
     with fresh_policy(run) as policy:
         sampler_of_epoch(policy, run.config, 0)  # refuses a window without a step to train
-        if run.config.fork:
+        if run.fork:
             return inherit_checkpoint(run, policy, history)
         digests = {
             "policy_digest": policy.digest,

@@ -10,15 +10,16 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from ddpo.algorithms.base import PromptStatistics, Scored
+from ddpo.config import RewardConfig
 from ddpo.errors import RewardError
-from ddpo.runs.run import Run
+from ddpo.runs import Run
 from ddpo.store.artefacts import Scores
 from ddpo.store.keys import Partition
 from ddpo.store.kinds import ROLLOUTS, SCORES, STATISTICS, committed
 from ddpo.store.manifests import Ref
 from ddpo.store.statistics import Statistics, encode_statistics
 from ddpo_workflow.tasks.retries import STORAGE
-from ddpo_workflow.tasks.worker import RunHandle, opened
+from ddpo_workflow.tasks.worker import RunHandle, opened, scorer_of
 
 
 @task(
@@ -28,20 +29,21 @@ from ddpo_workflow.tasks.worker import RunHandle, opened
     **STORAGE,
 )
 def rebuild_statistics(
-    handle: RunHandle, scores: Sequence[Ref[Scores]], epoch: int
+    handle: RunHandle, scores: Sequence[Ref[Scores]], epoch: int, reward: RewardConfig
 ) -> Ref[Statistics]:
     """Rebuild and commit a rescored fork's prompt statistics before its first epoch, or find them.
 
     Args:
-        handle: The fork, under the new reward.
-        scores: Of all epochs before, in order, under that reward.
+        handle: The fork.
+        scores: Of all epochs before, in order, under the new reward.
         epoch: The fork's first epoch.
+        reward: The new reward.
     """
     run = opened(handle)
     return committed(
         run.store,
         STATISTICS,
-        Partition(run.run_id, epoch - 1, reward_id=run.reward.identity.reward_id),
+        Partition(run.run_id, epoch - 1, reward_id=scorer_of(run, reward).reward_id),
         {"scores": list(scores)},
         lambda: {"statistics": encode_statistics(statistics_of(run, scores))},
     )

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ddpo.errors import PolicyMismatch
 from ddpo.models import policy_digest
-from ddpo.runs.run import Run
+from ddpo.runs import Run
 from ddpo.store.artefacts import AdvantageTable, RolloutShard
 from ddpo.store.checkpoints import Checkpoint, checkpoint_objects
 from ddpo.store.keys import Partition
@@ -104,8 +104,7 @@ def _read_rollouts(
     run: Run, refs: Sequence[Ref[RolloutShard]], digests: dict[str, str], epoch: int
 ) -> _Drawn:
     """Read the epoch's trajectories, and refuse those of another policy or sampler."""
-    fork = run.config.fork
-    off_policy = fork is not None and fork.off_policy and fork.adopts(epoch)
+    off_policy = run.fork is not None and run.fork.is_off_policy(epoch)
     rows, shards = [], []
     for ref in refs:
         shard = ROLLOUTS.load(run.store, ref)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 
 from ddpo.config import RewardConfig
 from ddpo.errors import PolicyMismatch
 from ddpo.models import Policy, WeightSet, load_policy
-from ddpo.runs.run import Run, RunHandle
+from ddpo.rewards import load_reward
+from ddpo.runs import Run, RunHandle, Scorer
 from ddpo.store.checkpoints import Checkpoint
 from ddpo.store.kinds import CHECKPOINT
 from ddpo.store.manifests import Ref
@@ -49,13 +50,35 @@ class Lease:
 
 @lru_cache(maxsize=8)
 def opened(handle: RunHandle) -> Run:
-    """Open a run, once a process."""
-    run = handle.open()
-    if handle.reward is None:
-        return run
-    reward = RewardConfig.model_validate_json(handle.reward)
-    config = run.config.model_copy(update={"reward": reward})
-    return replace(run, config=config, pinned_reward=None)
+    """Open a run, once a process and start."""
+    return handle.open()
+
+
+def scorer_of(run: Run, reward: RewardConfig | None) -> Scorer:
+    """Return what scores a run's samples.
+
+    Args:
+        run: The run.
+        reward: Another reward than the run's own; loaded once a process.
+
+    Raises:
+        DdpoError: The reward cannot be loaded, or the run's own is not the one it was started with.
+    """
+    return run.scorer if reward is None else _scorer(reward.model_dump_json())
+
+
+@lru_cache(maxsize=8)
+def _scorer(reward: str) -> Scorer:
+    config = RewardConfig.model_validate_json(reward)
+    return Scorer(config, load_reward(config.name, config.parameters))
+
+
+def forget() -> None:
+    """Forget all that this process keeps between tasks."""
+    global _loaded
+    opened.cache_clear()
+    _scorer.cache_clear()
+    _loaded = None
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ddpo.runs.run import Run
+from ddpo.runs import Run
 from ddpo.store.manifests import Ref
 from ddpo_workflow.tasks import worker
 from ddpo_workflow.tasks.commit import commit_epoch
@@ -18,9 +18,8 @@ from ddpo_workflow.tasks.update import update_policy
 
 def as_in_a_new_process() -> None:
     """Forget all that a process keeps between tasks."""
-    worker.opened.cache_clear()
+    worker.forget()
     tracker.cache_clear()
-    worker._loaded = None
 
 
 def run_epochs(run: Run, epochs: int) -> Ref:
@@ -38,7 +37,9 @@ def run_epoch(run: Run, checkpoint: Ref, epoch: int, tracking: TrackingHandle | 
         pictures = picture_set(run, run.config.tracking.pictures)
         drawn = draw_pictures.fn(handle, checkpoint, pictures, epoch)
         track_pictures.fn(handle, tracking, drawn, epoch)
-    rollouts = [sample_shard.fn(handle, checkpoint, epoch, shard) for shard in range(run.shards)]
+    rollouts = [
+        sample_shard.fn(handle, checkpoint, epoch, shard) for shard in range(run.shards_per_epoch)
+    ]
     scores = [score_shard.fn(handle, ref, epoch, shard) for shard, ref in enumerate(rollouts)]
     advantages = credit_of.fn(handle, checkpoint, rollouts, scores, epoch)
     next_checkpoint = update_policy.fn(handle, checkpoint, rollouts, advantages, epoch)

@@ -12,7 +12,7 @@ from mlflow.tracking import MlflowClient
 
 from ddpo.basics.digests import tensors_digest
 from ddpo.config import RunConfig
-from ddpo.runs.run import Run, open_run
+from ddpo.runs import Run, open_run
 from ddpo.store.keys import Partition
 from ddpo.store.kinds import CHECKPOINT
 from ddpo.store.objects import Store

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +10,8 @@ import numpy as np
 from PIL import Image
 
 from ddpo.prompts import Prompt
-from ddpo.rewards import Scores
-from ddpo.runs.run import Run, start_run
+from ddpo.rewards import Scores, load_reward
+from ddpo.runs import Run, Scorer, start_run
 from ddpo.store import manifests
 from ddpo.store.keys import Partition
 from ddpo.store.kinds import ROLLOUTS
@@ -46,14 +45,14 @@ def record_run(model: Path, root: Path | str, run_id: str = "mine", **changes: A
 def score_again(run: Run, reward: str, epochs: range = range(EPOCHS), **parameters: Any) -> str:
     """Score a run's samples with another reward; returns its id."""
     asked = run.config.reward.model_copy(update={"name": reward, "parameters": parameters})
-    other = replace(run, config=run.config.model_copy(update={"reward": asked}), pinned_reward=None)
+    scorer = Scorer(asked, load_reward(reward, parameters))
     for epoch in epochs:
         for shard in range(SHARDS):
             key = ROLLOUTS.key(Partition(run.run_id, epoch, shard))
             rollouts = manifests.find(run.store, key)
             assert rollouts is not None
-            scores_of(other, rollouts.ref, epoch, shard)
-    return other.reward.identity.reward_id
+            scores_of(run, scorer, rollouts.ref, epoch, shard)
+    return scorer.reward_id
 
 
 def folder_of(run: Run) -> Path:

@@ -24,8 +24,7 @@ from ddpo.basics.images import decode_image
 from ddpo.config import RunConfig
 from ddpo.errors import ConfigError, NotInHistory
 from ddpo.rewards.identity import name_in_keys
-from ddpo.runs.run import Run
-from ddpo.runs.run import open_run as open_stored_run
+from ddpo.runs import Run, open_run
 from ddpo.store import epochs as commits
 from ddpo.store import keys
 from ddpo.store.arrow import join, read_table, union, verified_dataset, with_constants
@@ -57,7 +56,7 @@ _NO_ADVANTAGES = pa.schema([SAMPLES.field("sample_id"), SAMPLES.field("advantage
 _EPOCHS = re.compile(r"(\d+)|(\d*):(\d*)")
 
 
-def open_run(root: str | PathLike[str], run_id: str) -> History:
+def open_history(root: str | PathLike[str], run_id: str) -> History:
     """Open a run's history.
 
     Args:
@@ -70,7 +69,7 @@ def open_run(root: str | PathLike[str], run_id: str) -> History:
     Raises:
         RunNotFound: The store has no such run; the message suggests similar names.
     """
-    return History(open_stored_run(Store.open(fspath(root)), run_id))
+    return History(open_run(Store.open(fspath(root)), run_id))
 
 
 class History:

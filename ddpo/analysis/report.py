@@ -12,7 +12,7 @@ import numpy as np
 
 from ddpo.analysis.rewards import summarize
 from ddpo.basics.images import decode_image
-from ddpo.runs.run import Run
+from ddpo.runs import Run
 from ddpo.store.keys import Partition
 from ddpo.store.kinds import ADVANTAGES, IMAGES
 from ddpo.store.tables import RolloutRow

@@ -13,7 +13,7 @@ from ddpo.basics.images import decode_image
 from ddpo.errors import ConfigError, RewardError
 from ddpo.prompts import Prompt
 from ddpo.rewards import Reward, score_images
-from ddpo.runs.run import Run
+from ddpo.runs import Run
 from ddpo.store import keys
 from ddpo.store.kinds import ROLLOUTS
 

@@ -8,7 +8,7 @@ from ddpo.diffusion.sampling import sample
 from ddpo.diffusion.window import sampler_of_epoch
 from ddpo.errors import ConfigError
 from ddpo.models import load_policy
-from ddpo.runs.run import Run
+from ddpo.runs import Run
 from ddpo.store.checkpoints import Checkpoint
 from ddpo.store.keys import Partition
 from ddpo.store.kinds import CHECKPOINT

@@ -1,4 +1,4 @@
-"""Where a run branches off another run of the same store."""
+"""The section of a fork: the run and the epoch that it starts from."""
 
 from __future__ import annotations
 
@@ -10,34 +10,35 @@ from ddpo.basics.part import Part
 
 
 class ForkConfig(Part):
-    """The start of a run that goes on from another's checkpoint; `ddpo fork` writes it.
+    """How a fork starts from its parent, a run of the same store; `ddpo fork` writes it.
 
     Epochs keep their numbers: a fork at epoch 3 has no epochs before 3.
     """
 
     run_id: str
-    """The run that it branches off."""
+    """The parent's name."""
     epoch: NonNegativeInt
-    """It starts from that run's checkpoint before this epoch, on this epoch's saved rollouts."""
+    """The fork's first epoch. It starts from the parent's checkpoint before this epoch, and trains
+    on the parent's rollouts of this epoch."""
     rollouts: PositiveInt = 1
-    """Epochs of saved rollouts that are trained on before new ones are drawn. The policy that drew
-    the second has not seen the first's update: more than 1 needs `off_policy`."""
+    """Number of epochs whose rollouts are inherited before the fork samples its own. From the
+    second on they come from another policy, so more than 1 needs `off_policy`."""
     statistics: Literal["rebuild", "reset"] = "rebuild"
-    """Prompt statistics to start with. `rebuild` scores the epochs before with this run's reward;
-    `reset` starts with none."""
+    """Prompt statistics to start with. `rebuild` scores the epochs before the fork with its own
+    reward; `reset` starts without any."""
     off_policy: bool = False
-    """Train on rollouts of another policy or base model instead of refusing them. The sampler must
-    be the same. Metrics then have the importance ratio's distribution."""
+    """Allow inherited rollouts of another policy or base model; the sampler must be the same.
+    Metrics then include the distribution of the importance ratio."""
 
     @model_validator(mode="after")
     def _more_is_off_policy(self) -> ForkConfig:
         if self.rollouts > 1 and not self.off_policy:
             raise ValueError(
-                f"rollouts {self.rollouts}: after the first epoch's update they are of another "
-                "policy; take 1, or say so with off_policy: true"
+                f"rollouts is {self.rollouts}, and from the second epoch on they come from another "
+                "policy: set it to 1, or allow that with off_policy: true"
             )
         return self
 
-    def adopts(self, epoch: int) -> bool:
-        """Return whether an epoch is trained on saved rollouts."""
+    def inherits(self, epoch: int) -> bool:
+        """Return whether an epoch trains on rollouts of the parent."""
         return self.epoch <= epoch < self.epoch + self.rollouts

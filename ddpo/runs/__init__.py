@@ -1,1 +1,26 @@
-"""A run: its config, its place in a store, its forks."""
+"""Runs: a config in a store, how it is started and opened, and its forks."""
+
+from ddpo.runs.run import (
+    DEFAULT_ROOT,
+    Fork,
+    Run,
+    RunHandle,
+    Scorer,
+    open_run,
+    storage_root,
+)
+from ddpo.runs.start import RunPlan, check_config, check_run, start_run
+
+__all__ = [
+    "DEFAULT_ROOT",
+    "Fork",
+    "Run",
+    "RunHandle",
+    "RunPlan",
+    "Scorer",
+    "check_config",
+    "check_run",
+    "open_run",
+    "start_run",
+    "storage_root",
+]

@@ -1,48 +1,40 @@
-"""A run: its config, its place in a store, and what they resolve to."""
+"""A run: its config, its store, and what they resolve to."""
 
 from __future__ import annotations
 
-import logging
 import os
-import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, JsonValue
+from pydantic import BaseModel, ConfigDict
 
 from ddpo.basics.digests import json_digest
-from ddpo.basics.version import VERSION
-from ddpo.config import NumericsConfig, RunConfig
+from ddpo.config import (
+    ForkConfig,
+    NumericsConfig,
+    RewardConfig,
+    RunConfig,
+)
 from ddpo.config.files import parse_config
 from ddpo.config.s3 import S3Options
-from ddpo.errors import ConfigError, RewardError, RunIdentityMismatch
-from ddpo.models import check_model
-from ddpo.models.numerics import Numerics, changed_versions, resolve_again, resolve_numerics
-from ddpo.prompts import Prompt, load_prompts, prompt_set_digest
+from ddpo.errors import RewardError
+from ddpo.models.numerics import Numerics
+from ddpo.prompts import Prompt, load_prompts
 from ddpo.rewards import Reward, load_reward
-from ddpo.rewards.identity import reward_id_of
-from ddpo.store import epochs as commits
 from ddpo.store import keys, runs
-from ddpo.store.documents import differences
-from ddpo.store.keys import Partition
-from ddpo.store.kinds import EPOCH, SCORES
 from ddpo.store.objects import Store
 from ddpo.store.runs import RunRecord
-from ddpo.store.upkeep.probe import probe
-
-_logger = logging.getLogger(__name__)
 
 DEFAULT_ROOT = "ddpo-data/store"
 
-_ROOM = 2**20  # a report and the weights of a small adapter
 
-
-class RunHandle(BaseModel):
+class RunHandle(BaseModel, frozen=True):
     """The address of a run at one of its starts: small, and safe to show in a UI."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
+    model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
 
     root: str
     """The store's address."""
@@ -52,9 +44,6 @@ class RunHandle(BaseModel):
     """The run's name."""
     start: int | None = None
     """Which start of the run, from 1; its operation settings apply. By default the last."""
-    reward: str | None = None
-    """A `RewardConfig` as JSON that stands in for the run's own, when its samples are scored again.
-    Text, since a handle is a key of caches."""
 
     def open(self) -> Run:
         """Open the run.
@@ -63,6 +52,21 @@ class RunHandle(BaseModel):
             RunNotFound: The store has no such run.
         """
         return open_run(Store.open(self.root, self.s3), self.run_id, start=self.start)
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """A reward, and the settings that samples are scored with."""
+
+    config: RewardConfig
+    """Name, parameters, and what happens to samples that cannot be scored."""
+    reward: Reward
+    """The reward."""
+
+    @property
+    def reward_id(self) -> str:
+        """The reward's id, 'NAME-<digest8>'."""
+        return self.reward.identity.reward_id
 
 
 @dataclass(frozen=True)
@@ -77,9 +81,10 @@ class Run:
     """Its config: identity and numerics as frozen by the first start, operation as of `start`."""
     numerics: Numerics
     """What its bytes depend on, frozen by the first start."""
-    pinned_reward: str | None
-    """Digest of the reward's identity at the first start; None where another reward stands in for
-    the run's own."""
+    reward_id: str
+    """Id of its reward, 'NAME-<digest8>'; the reward need not be available."""
+    reward_digest: str
+    """Digest of the reward's identity at the first start."""
     start: int | None = None
     """The number of the start that operates it, from 1; None before the first."""
 
@@ -104,162 +109,114 @@ class Run:
             DdpoError: As `load_reward`.
         """
         reward = load_reward(self.config.reward.name, self.config.reward.parameters)
-        found = reward.identity
-        if self.pinned_reward not in (None, found.digest):
+        identity = reward.identity
+        if identity.digest != self.reward_digest:
             raise RewardError(
-                f"run {self.run_id!r} was started with a reward of digest {self.pinned_reward}, "
-                f"and {self.config.reward.name!r} is now {found.reward_id} of digest "
-                f"{found.digest}: its service, its weights or its code were exchanged. Put back "
-                "what the run was started with and resume it, or go on under the new reward in a "
-                "run of its own (`ddpo fork`)"
+                f"run {self.run_id!r} was started with the reward {self.reward_id} of digest "
+                f"{self.reward_digest}, but {self.config.reward.name!r} is now "
+                f"{identity.reward_id} of digest {identity.digest}: its service, weights or code "
+                "have changed. Restore the original reward and resume the run, or fork the run "
+                "under the new reward (`ddpo fork`)"
             )
         return reward
 
     @cached_property
-    def reward_id(self) -> str:
-        """The reward's id, 'NAME-<digest8>'; a pinned one is not loaded for it.
+    def scorer(self) -> Scorer:
+        """The reward with its settings.
 
         Raises:
-            DdpoError: As `reward`, where none is pinned.
+            DdpoError: As `reward`.
         """
-        if self.pinned_reward is None:
-            return self.reward.identity.reward_id
-        usual = reward_id_of(self.config.reward.name, self.pinned_reward)
-        if SCORES.exists(self.store, Partition(self.run_id, self.first_epoch, 0, usual)):
-            return usual
-        # A served reward has the name that its service tells, and the digest covers the name.
-        return commits.reward_of_digest(self.store, self.pinned_reward) or usual
+        return Scorer(self.config.reward, self.reward)
 
     @property
     def identity_digest(self) -> str:
-        """sha256 over the identity and numerics: what checkpoint 0 is made from."""
+        """sha256 over identity and numerics: what checkpoint 0 is made from."""
         return json_digest(
             {"identity": self.config.identity(), "numerics": self.numerics.model_dump(mode="json")}
         )
 
-    @property
-    def first_epoch(self) -> int:
-        """The run's first epoch: 0, unless it branches off another run."""
-        return self.config.fork.epoch if self.config.fork else 0
+    @cached_property
+    def fork(self) -> Fork | None:
+        """What the run inherits from its parent; None unless it is a fork."""
+        settings = self.config.fork
+        return Fork(self.store, self.config, settings) if settings else None
 
     @property
-    def shards(self) -> int:
-        """Shards an epoch."""
+    def first_epoch(self) -> int:
+        """The run's first epoch: 0, unless it is a fork."""
+        return self.fork.epoch if self.fork else 0
+
+    @property
+    def shards_per_epoch(self) -> int:
+        """Number of shards in an epoch."""
         return self.config.rollouts.samples_per_epoch // self.config.rollouts.shard_size
 
 
+@dataclass(frozen=True)
+class Fork:
+    """What a run inherits from its parent: a checkpoint, saved samples, prompt statistics."""
+
+    store: Store
+    """The store of both runs."""
+    config: RunConfig
+    """The fork's config."""
+    settings: ForkConfig
+    """The section `fork` of that config."""
+
+    @cached_property
+    def parent(self) -> Run:
+        """The parent.
+
+        Raises:
+            RunNotFound: The store has no such run.
+        """
+        return open_run(self.store, self.settings.run_id)
+
+    @property
+    def parent_id(self) -> str:
+        """The parent's name."""
+        return self.settings.run_id
+
+    @property
+    def epoch(self) -> int:
+        """The fork's first epoch; it starts from the parent's checkpoint before that epoch."""
+        return self.settings.epoch
+
+    @property
+    def inherited_epochs(self) -> range:
+        """The epochs whose samples are the parent's."""
+        return range(self.epoch, self.epoch + self.settings.rollouts)
+
+    def inherits(self, epoch: int) -> bool:
+        """Return whether an epoch trains on samples of the parent."""
+        return self.settings.inherits(epoch)
+
+    def is_off_policy(self, epoch: int) -> bool:
+        """Return whether an epoch may train on samples of another policy than the checkpoint's."""
+        return self.settings.off_policy and self.inherits(epoch)
+
+    @property
+    def rebuilds_statistics(self) -> bool:
+        """Whether the fork starts with prompt statistics over the epochs before it."""
+        return self.config.algorithm.has_prompt_statistics and self.settings.statistics == "rebuild"
+
+    def epochs_before(self) -> Iterator[tuple[Run, int]]:
+        """Yield the run and the number of each epoch that prompt statistics are rebuilt from.
+
+        Those are the epochs behind the fork's checkpoint, in order, back to the first, or to where
+        one of the runs reset its statistics.
+        """
+        parent = self.parent
+        if parent.fork and parent.fork.settings.statistics == "rebuild":
+            yield from parent.fork.epochs_before()
+        for epoch in range(parent.first_epoch, self.epoch):
+            yield parent, epoch
+
+
 def storage_root(root: str | None) -> str:
-    """Return the store's address: what is asked for, else DDPO_ROOT, else a local default."""
+    """Return the store's address: the given one, else DDPO_ROOT, else the local default."""
     return root or os.environ.get("DDPO_ROOT") or DEFAULT_ROOT
-
-
-def check_config(config: RunConfig) -> Numerics:
-    """Check all that can be checked before a model is loaded.
-
-    Args:
-        config: The config.
-
-    Returns:
-        The numerics, settled on this machine.
-
-    Raises:
-        ConfigError: Unknown prompt set or reward, wrong parameters, absent device.
-        ModelError: The model is neither on disk nor reachable.
-    """
-    load_prompts(config.prompts.name, config.prompts.parameters)
-    load_reward(config.reward.name, config.reward.parameters)
-    numerics = resolve_numerics(config.numerics)
-    check_model(config.model)
-    return numerics
-
-
-def check_run(config: RunConfig, run_id: str) -> tuple[Store, Numerics]:
-    """Check that a run can start or go on, before a model is loaded and anything written.
-
-    Args:
-        config: The config of this start.
-        run_id: The run's name.
-
-    Returns:
-        The store, and the numerics: frozen ones if the run exists.
-
-    Raises:
-        DdpoError: Something is wrong with the config, the model or the store; or the run exists
-            with another identity.
-    """
-    keys.validate_run_id(run_id)
-    _check_folders(config.outputs)
-    store = Store.open(storage_root(config.storage.root), config.storage.s3)
-    probe(store)
-    if not store.exists(keys.run_key(run_id)):
-        return store, check_config(config)
-    first = config.fork.epoch if config.fork else 0
-    committed = first + len(EPOCH.partitions_of(store, run_id))
-    if config.epochs < committed:
-        raise ConfigError(
-            f"epochs is {config.epochs}, and run {run_id!r} has {committed} already; give at least "
-            f"as many (--epochs {committed} on resume), or start another run"
-        )
-    record = runs.load_run(store, run_id)
-    frozen = Numerics.model_validate(record.numerics)
-    numerics = resolve_again(config.numerics, frozen)
-    changed = differences(record.identity, _pinned_identity(config))
-    changed += differences(record.numerics, numerics.model_dump(mode="json"), "numerics")
-    if changed:
-        raise RunIdentityMismatch(run_id, changed)
-    check_config(config)
-    return store, numerics
-
-
-def _check_folders(outputs: str) -> None:
-    """Check that what a run hands over in the end can be written; after a night it is late."""
-    try:
-        Path(outputs).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=outputs) as file:
-            file.write(bytes(_ROOM))
-    except OSError as error:
-        raise ConfigError(
-            f"the folder for outputs, {outputs}, cannot be written to: {error.strerror}. It gets "
-            "the report and the weights; give another with --set outputs=FOLDER"
-        ) from error
-    try:
-        tempfile.gettempdir()
-    except OSError as error:
-        raise ConfigError(
-            f"{error.strerror}: weights are put together in one. Make room there, or name another "
-            "with TMPDIR"
-        ) from error
-
-
-def start_run(config: RunConfig, run_id: str) -> Run:
-    """Create a run in its store, or go on with the one that is there.
-
-    Args:
-        config: The config of this start.
-        run_id: The run's name.
-
-    Returns:
-        The run, with the numerics that its first start froze.
-
-    Raises:
-        DdpoError: As :func:`check_run`.
-    """
-    store, numerics = check_run(config, run_id)
-    record = runs.create_or_check_run(
-        store,
-        run_id,
-        identity=_pinned_identity(config),
-        numerics=numerics.model_dump(mode="json"),
-        code={"ddpo": VERSION},
-    )
-    start = runs.append_operation(store, run_id, config.operation())
-    if changed := changed_versions(numerics):
-        _logger.warning(
-            "run %s was started with %s: results from here on may differ by rounding",
-            run_id,
-            "; ".join(changed),
-        )
-    return _from_record(store, record, config.operation(), start)
 
 
 def open_run(store: Store, run_id: str, *, start: int | None = None) -> Run:
@@ -277,32 +234,32 @@ def open_run(store: Store, run_id: str, *, start: int | None = None) -> Run:
     operations = runs.list_operations(store, run_id)
     start = start or len(operations) or None
     operation = operations[start - 1] if start else {}
-    return _from_record(store, record, operation if isinstance(operation, dict) else {}, start)
+    return run_of_record(store, record, operation if isinstance(operation, dict) else {}, start)
 
 
-def _pinned_identity(config: RunConfig) -> dict[str, JsonValue]:
-    """Add to the config's identity what its names stand for today."""
-    prompts = load_prompts(config.prompts.name, config.prompts.parameters)
-    reward = load_reward(config.reward.name, config.reward.parameters)
-    digests: JsonValue = {
-        "prompts": prompt_set_digest(prompts),
-        "reward": reward.identity.digest,
-    }
-    return {**config.identity(), "digests": digests}
-
-
-def _from_record(
+def run_of_record(
     store: Store, record: RunRecord, operation: dict[str, Any], start: int | None
 ) -> Run:
+    """Return a run from its record and the operation settings of a start.
+
+    Args:
+        store: The store.
+        record: The run's record.
+        operation: The operation half of the config.
+        start: The number of the start.
+    """
+    identity: dict[str, Any] = dict(record.identity)
+    digests = identity.pop("digests")
     numerics = Numerics.model_validate(record.numerics)
-    identity = {name: value for name, value in record.identity.items() if name != "digests"}
     frozen = numerics.model_dump(include=set(NumericsConfig.model_fields))
     source = str(Path(keys.run_key(record.run_id)))
     config = parse_config({**identity, **operation, "numerics": frozen}, source)
-    return Run(store, record.run_id, config, numerics, _pinned_reward(record), start)
-
-
-def _pinned_reward(record: RunRecord) -> str | None:
-    digests = record.identity.get("digests")
-    digest = digests.get("reward") if isinstance(digests, dict) else None
-    return digest if isinstance(digest, str) else None
+    return Run(
+        store=store,
+        run_id=record.run_id,
+        config=config,
+        numerics=numerics,
+        reward_id=digests["reward_id"],
+        reward_digest=digests["reward"],
+        start=start,
+    )

@@ -112,18 +112,3 @@ def read_epoch(store: Store, run_id: str, epoch: int) -> Epoch:
 def reward_ids(store: Store, run_id: str) -> list[str]:
     """Return the rewards that have scored samples of a run, sorted."""
     return sorted({str(where.reward_id) for where in SCORES.partitions_of(store, run_id)})
-
-
-def reward_of_digest(store: Store, digest: str) -> str | None:
-    """Find a reward among all that have scored anything in a store.
-
-    Args:
-        store: The store.
-        digest: Digest of its identity.
-
-    Returns:
-        Its id, which contains its name; None if it has scored nothing.
-    """
-    folders = store.folders(keys.manifest_folder(SCORES.tree))
-    names = [keys.reward_of_folder(name) for name in folders]
-    return next((name for name in names if name.endswith(f"-{digest[:8]}")), None)

@@ -246,7 +246,7 @@ class TrajectoryObjective(Objective):
         self.steps = self.gradient.trained_steps()
         self.items_per_sample = len(self.steps)
         fork = config.fork
-        off_policy = fork is not None and fork.off_policy and fork.adopts(state.epoch)
+        off_policy = fork is not None and fork.off_policy and fork.inherits(state.epoch)
         self.old = samples.log_probs if off_policy else self._old_log_probs(updates)
         self.rewards, self.scored = credit["advantage"], torch.isfinite(credit["reward"])
         critic = self.algorithm.advantages.critic

@@ -1,92 +1,104 @@
-"""What the commands share: the screen, the options that many take, how a run is found.
+"""What the commands share: the screen, common options, how a run is opened.
 
-Heavy libraries are imported by the commands that need them: a misspelt key is answered at once.
+Heavy libraries are imported by the commands that need them, so that typos are reported at once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.table import Table
 
 if TYPE_CHECKING:
-    from ddpo.runs.run import Run
+    from ddpo.runs import Run
 
 console = Console()
 
 Root = Annotated[
     str | None,
-    typer.Option("--root", help="The store. By default DDPO_ROOT, else ddpo-data/store."),
+    typer.Option("--root", help="The store. By default DDPO_ROOT, or else ddpo-data/store."),
 ]
-RunId = Annotated[str, typer.Argument(help="A run's name; `ddpo runs` lists them.")]
+RunId = Annotated[str, typer.Argument(help="The run's name; `ddpo runs` lists all.")]
 Epochs = Annotated[
     str | None,
     typer.Option(
-        help="Which: one, or a:b, b not among them; a or b may be left out. By default all."
+        help="One epoch, or a range a:b without b; a or b may be left out. By default all."
     ),
 ]
-ConfigFile = Annotated[str, typer.Argument(help="A YAML file; configs/ holds some.")]
+ConfigFile = Annotated[str, typer.Argument(help="A YAML file; configs/ has examples.")]
 Parameters = Annotated[
     list[str] | None,
-    typer.Option("--param", help="A parameter of the reward, as a=value; may be repeated."),
+    typer.Option("--param", help="A parameter of the reward, as name=value; may be repeated."),
 ]
 Settings = Annotated[
     list[str] | None,
-    typer.Option("--set", help="Change a setting, as a.b=value; may be repeated."),
+    typer.Option("--set", help="Change a setting, such as sampler.steps=20; may be repeated."),
 ]
 
 
 def say(text: str) -> None:
-    """Print a line as it is: keys and errors may look like markup."""
+    """Print a line verbatim: keys and errors may look like markup."""
     console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def saved_run(run_id: str, root: str | None) -> Run:
-    """Open a run of the store.
+    """Open a run.
 
     Args:
         run_id: The run's name.
-        root: The store, as `--root` gives it.
+        root: The value of `--root`.
 
     Raises:
         DdpoError: The store has no such run, or cannot be read.
     """
-    from ddpo.runs.run import open_run, storage_root
+    from ddpo.runs import open_run, storage_root
     from ddpo.store.objects import Store
 
     return open_run(Store.open(storage_root(root)), run_id)
 
 
 def overrides(settings: list[str] | None, root: str | None) -> list[str]:
-    """Return the settings of `--set`, with `--root` as the last, which wins."""
+    """Return the settings of `--set`, followed by `--root`, which takes precedence."""
     return [*(settings or ()), *([f"storage.root={root}"] if root else ())]
 
 
 def read_parameters(given: Sequence[str]) -> dict[str, Any]:
-    """Read parameters written as a=value.
+    """Return the parameters given by `--param`, by name.
 
     Args:
-        given: One an item, the value as YAML.
-
-    Returns:
-        Values by name.
+        given: Parameters as ``name=value``, with the value in YAML.
 
     Raises:
-        ConfigError: One of them is nothing of the kind.
+        ConfigError: One of them cannot be read.
     """
     import yaml
 
     from ddpo.errors import ConfigError
 
     parameters = {}
-    for each in given:
-        name, separator, text = each.partition("=")
+    for item in given:
+        name, separator, text = item.partition("=")
         if not separator or not name.strip():
-            raise ConfigError(f"--param {each!r} is no `a=value`")
+            raise ConfigError(f"--param expects NAME=VALUE; got {item!r}")
         try:
             parameters[name.strip()] = yaml.safe_load(text)
         except yaml.YAMLError as error:
-            raise ConfigError(f"--param {each!r} cannot be read as YAML: {error}") from error
+            raise ConfigError(f"--param {item!r} is not valid YAML: {error}") from error
     return parameters
+
+
+def show_places(places: Mapping[str, str]) -> None:
+    """Print where results are.
+
+    Args:
+        places: Paths and addresses by name.
+    """
+    table = Table.grid(padding=(0, 2))
+    table.add_column()
+    table.add_column(overflow="fold")  # a truncated path would be useless
+    for name, place in places.items():
+        table.add_row(name, place)
+    console.print(table)

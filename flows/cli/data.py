@@ -1,4 +1,4 @@
-"""Commands that read a run as data: `ddpo query` and `ddpo export`."""
+"""`ddpo query` and `ddpo export`: read a run as data."""
 
 from __future__ import annotations
 
@@ -16,10 +16,8 @@ if TYPE_CHECKING:
     from ddpo.analysis.history import History
     from ddpo.analysis.query import Answer
 
-# Heavy libraries are imported by the commands that need them: a misspelt word is answered at once.
-
 app = typer.Typer()
-_MOST_ROWS = 200  # that a screen is filled with
+_MOST_ROWS = 200  # printed to the screen
 
 
 @app.command()
@@ -28,8 +26,8 @@ def query(
     sql: Annotated[
         str,
         typer.Argument(
-            help="One statement of SQL over samples (rollouts and scores joined, of the run's own "
-            "reward), rollouts, rewards, advantages."
+            help="One SQL statement over the tables samples (rollouts joined with scores of the "
+            "run's own reward), rollouts, rewards and advantages."
         ),
     ],
     csv: Annotated[
@@ -37,7 +35,7 @@ def query(
     ] = None,
     root: Root = None,
 ) -> None:
-    """Ask a run's samples, scores and advantages in SQL (DuckDB)."""
+    """Query a run's samples, scores and advantages in SQL (DuckDB)."""
     from ddpo.analysis.query import format_value
     from ddpo.analysis.query import query as ask
 
@@ -54,7 +52,9 @@ def query(
         cut = next(answer.rows, None) is not None
     console.print(table)
     if cut:
-        console.print(f"the first {_MOST_ROWS} rows; --csv FILE writes all", highlight=False)
+        console.print(
+            f"showing the first {_MOST_ROWS} rows; --csv FILE writes all", highlight=False
+        )
 
 
 @app.command()
@@ -64,17 +64,17 @@ def export(
         Path,
         typer.Option(
             "--to-hf-dataset",
-            help="Folder of the Hugging Face dataset to write; absent or empty.",
+            help="Folder for the Hugging Face dataset; must not exist or be empty.",
         ),
     ],
     epochs: Epochs = None,
     reward: Annotated[
         str | None,
-        typer.Option(help="Whose scores, by name or id; by default those of the run's reward."),
+        typer.Option(help="Name or id of the reward to export. By default the run's own."),
     ] = None,
     root: Root = None,
 ) -> None:
-    """Write a run's pictures, prompts and scores as a dataset that others open."""
+    """Write a run's images, prompts and scores as a Hugging Face dataset."""
     from ddpo.analysis.hf_dataset import write_dataset
 
     history = _history(run_id, root)
@@ -85,7 +85,7 @@ def export(
 
 
 def _write_csv(file: Path, answer: Answer) -> int:
-    """Write an answer's rows, numbers in full, and return how many there are."""
+    """Write all rows of an answer, with full precision; returns their number."""
     import csv
 
     from ddpo.analysis.query import format_value
@@ -93,8 +93,8 @@ def _write_csv(file: Path, answer: Answer) -> int:
 
     count = 0
     try:
-        with file.open("w", newline="", encoding="utf-8") as opened:
-            writer = csv.writer(opened)
+        with file.open("w", newline="", encoding="utf-8") as stream:
+            writer = csv.writer(stream)
             writer.writerow(answer.columns)
             for row in answer.rows:
                 writer.writerow([format_value(value, digits=None) for value in row])
@@ -105,7 +105,7 @@ def _write_csv(file: Path, answer: Answer) -> int:
 
 
 def _history(run_id: str, root: str | None) -> History:
-    from ddpo.analysis.history import open_run
-    from ddpo.runs.run import storage_root
+    from ddpo.analysis.history import open_history
+    from ddpo.runs import storage_root
 
-    return open_run(storage_root(root), run_id)
+    return open_history(storage_root(root), run_id)

@@ -1,4 +1,4 @@
-"""Checks of a set-up before a night is spent on it: `ddpo doctor`."""
+"""The checks of `ddpo doctor`: everything that a run needs, before hours are spent on it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ddpo.models import check_model
 from ddpo.models.numerics import resolve_numerics
 from ddpo.prompts import load_prompts
 from ddpo.rewards import load_reward
-from ddpo.runs.run import storage_root
+from ddpo.runs import storage_root
 from ddpo.store.objects import Store
 from ddpo.store.upkeep.probe import probe
 from ddpo_workflow.tasks.tracking.connection import connect, find_or_create_experiment
@@ -27,31 +27,28 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Finding:
-    """The outcome of one check.
+    """The outcome of one check."""
 
-    Attributes:
-        what: The part that was looked at.
-        ok: Whether a run can use it.
-        said: What was found; of a failure also the way out.
-    """
-
-    what: str
+    part: str
+    """The part that was checked."""
     ok: bool
-    said: str
+    """Whether a run can use it."""
+    message: str
+    """The result; for a failure also how to fix it."""
 
 
 class SetupError(DdpoError):
-    """A part of the set-up cannot be used: the message says how to mend it."""
+    """A part of the setup cannot be used; the message says how to fix it."""
 
 
 def examine(config: RunConfig) -> Iterator[Finding]:
-    """Look at every part that a run needs, one after the other.
+    """Check every part that a run needs, one after the other.
 
     Args:
-        config: Of the run.
+        config: The run's config.
 
     Yields:
-        A finding a part, as soon as it is made; a failure does not end the examination.
+        One finding for each part, as soon as it is known; a failure does not end the checks.
     """
     checks: dict[str, Callable[[RunConfig], str]] = {
         "prompts": _prompts,
@@ -62,13 +59,13 @@ def examine(config: RunConfig) -> Iterator[Finding]:
         "MLflow": _mlflow,
         "Prefect": _prefect,
     }
-    for what, check in checks.items():
+    for part, check in checks.items():
         try:
-            yield Finding(what, True, check(config))
+            yield Finding(part, True, check(config))
         except DdpoError as error:
-            yield Finding(what, False, str(error))
-        except Exception as error:  # a broken driver, a library's own error: the rest is looked at
-            yield Finding(what, False, f"{type(error).__name__}: {hide_credentials(str(error))}")
+            yield Finding(part, False, str(error))
+        except Exception as error:  # a broken driver, say; the other parts are checked all the same
+            yield Finding(part, False, f"{type(error).__name__}: {hide_credentials(str(error))}")
 
 
 def _prompts(config: RunConfig) -> str:
@@ -88,7 +85,7 @@ def _storage(config: RunConfig) -> str:
 
 def _model(config: RunConfig) -> str:
     check_model(config.model)
-    return f"{config.model.path} can be had"
+    return f"{config.model.path} is available"
 
 
 def _device(config: RunConfig) -> str:
@@ -111,15 +108,15 @@ def _prefect(config: RunConfig) -> str:
     del config
     url = get_current_settings().api.url
     if url is None:
-        return "no PREFECT_API_URL: a temporary server starts with the run, and ends with it"
+        return "PREFECT_API_URL is not set: a temporary server starts and ends with each run"
     shown = hide_credentials(str(url))
     with get_client(sync_client=True) as client:
         problem = client.api_healthcheck()
     if problem is not None:
         raise SetupError(
-            f"the server at PREFECT_API_URL {shown} does not answer as it should "
-            f"({type(problem).__name__}: {hide_credentials(str(problem))}); start it with "
-            "`prefect server start`, check PREFECT_API_KEY, or unset the variable for a temporary "
-            "server"
+            f"no healthy Prefect server at PREFECT_API_URL {shown} "
+            f"({type(problem).__name__}: {hide_credentials(str(problem))}); start one with "
+            "`prefect server start`, check PREFECT_API_KEY, or unset the variable to use a "
+            "temporary server"
         )
     return f"{shown} answers"

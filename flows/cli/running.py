@@ -1,55 +1,84 @@
-"""A run at work on the screen: progress bars, how it was stopped, what came of it."""
+"""A flow run from the command line: progress bars, how a stop is reported, the summary."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, TypeVar
 
 from rich.table import Table
 
-from ddpo_workflow.flows.cli.common import console, say
+from ddpo_workflow.flows.cli.common import console, say, show_places
 from ddpo_workflow.flows.cli.quiet import hide_loading_bars
 
 if TYPE_CHECKING:
-    from ddpo.runs.run import Run
-    from ddpo.store.objects import Store
+    from ddpo.runs import Run, RunPlan
+    from ddpo_workflow.flows.requests import Request
+
+Plan = TypeVar("Plan")
 
 
-def show_run(run_id: str, epochs: int, run: Callable[[], object], store: Store) -> None:
-    """Run a flow under progress bars, then show what came of it.
+@contextmanager
+def checked(request: Request[Plan]) -> Iterator[Plan]:
+    """Resolve and check a request, for the flow that is called within.
 
     Args:
-        run_id: The run that it starts or goes on with.
-        epochs: How many it is to have in the end.
-        run: Calls the flow.
-        store: Where the run is remembered.
+        request: The request.
+
+    Yields:
+        What the request resolves to.
     """
-    from ddpo.runs.run import open_run
+    console.print("[dim]checking model, store and tracking ...[/]")
+    with request.resolved() as plan:
+        yield plan
+
+
+def show_run(plan: RunPlan, train: Callable[[], object]) -> None:
+    """Train a run under progress bars, then print a summary.
+
+    Args:
+        plan: The run.
+        train: Calls the flow that trains it.
+    """
+    from ddpo.runs import open_run
     from ddpo_workflow.flows.cli.bars import Bars
-    from ddpo_workflow.flows.cli.signals import StopHandler, start_server
-    from ddpo_workflow.flows.flow import without_heartbeats
     from ddpo_workflow.flows.messages import resume_command
     from ddpo_workflow.tasks.progress import shown_by
 
+    command = resume_command(plan.store, plan.run_id)
+    bars = Bars(console, plan.run_id, plan.config.epochs)
+    advice = f"Committed work is kept. Resume with: {command}"
+    with running("the run", advice), bars, shown_by(bars):
+        train()
+    _summarise(open_run(plan.store, plan.run_id))
+
+
+@contextmanager
+def running(what: str, advice: str) -> Iterator[None]:
+    """Run a flow within: a stop or a failure ends the command with advice on how to continue.
+
+    Args:
+        what: What runs, for the message of a failure.
+        advice: How to continue.
+    """
+    from ddpo_workflow.flows.cli.signals import StopHandler, start_server
+    from ddpo_workflow.flows.flow import without_heartbeats
+
+    def show_stopped() -> None:
+        console.show_cursor()  # in case bars that were abandoned have hidden it
+        say(f"stopped. {advice}")
+
     hide_loading_bars()
-    again = resume_command(store, run_id)
-
-    def tell() -> None:
-        console.show_cursor()  # hidden by bars that may not have come to their end
-        say(f"stopped; what is committed is kept. Resume with: {again}")
-
-    bars = Bars(console, run_id, epochs)
     try:
-        with StopHandler(tell), without_heartbeats(), bars, shown_by(bars):
+        with StopHandler(show_stopped), without_heartbeats():
             start_server()
-            run()
+            yield
     except Exception as error:
-        console.print(f"[bold red]the run failed: {type(error).__name__}[/]", highlight=False)
+        console.print(f"[bold red]{what} failed: {type(error).__name__}[/]", highlight=False)
         say(str(error))
-        say(f"What is committed is kept. Resume with: {again}")
+        say(advice)
         sys.exit(1)
-    _summarise(open_run(store, run_id))
 
 
 def _summarise(run: Run) -> None:
@@ -59,20 +88,20 @@ def _summarise(run: Run) -> None:
     from ddpo_workflow.tasks.export_weights import ADAPTER_FOLDER, PIPELINE_FOLDER
 
     curve = reward_curve(run)
-    outputs = outputs_folder(run.config, run.run_id)
     table = Table("", "first epoch", "last epoch", title=run.run_id, title_justify="left")
     first, last = curve[0], curve[-1]
     table.add_row("epoch", str(first.epoch), str(last.epoch))
     table.add_row("reward, mean", f"{first.mean:.4f}", f"{last.mean:.4f}")
     table.add_row("reward, std", f"{first.std:.4f}", f"{last.std:.4f}")
     console.print(table)
-    places = Table.grid(padding=(0, 2))
-    places.add_column()
-    places.add_column(overflow="fold")  # a path that is cut short leads nowhere
-    places.add_row("report", str(outputs / "report.png"))
-    whole = run.config.trainable.type == "full"
-    places.add_row("weights", str(outputs / (PIPELINE_FOLDER if whole else ADAPTER_FOLDER)))
-    places.add_row("store", run.store.root)
-    places.add_row("MLflow", hide_credentials(run.config.tracking.uri))
-    places.add_row("look", "ddpo ui")
-    console.print(places)
+    outputs = outputs_folder(run.config, run.run_id)
+    full = run.config.trainable.type == "full"
+    show_places(
+        {
+            "report": str(outputs / "report.png"),
+            "weights": str(outputs / (PIPELINE_FOLDER if full else ADAPTER_FOLDER)),
+            "store": run.store.root,
+            "MLflow": hide_credentials(run.config.tracking.uri),
+            "look": "ddpo ui",
+        }
+    )

@@ -1,4 +1,4 @@
-"""`ddpo verify`, `gc` and `doctor`: is what is stored whole, is what is around a run in order."""
+"""`ddpo verify`, `gc` and `doctor`: check what is stored, and what a run needs."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def verify(
     root: Root = None,
 ) -> None:
     """Read all that a run committed; say what is damaged, and mend what can be made again."""
-    from ddpo.runs.run import open_run, storage_root
+    from ddpo.runs import open_run, storage_root
     from ddpo.store.objects import Store
     from ddpo.store.upkeep.verify import Verification, repairable_part, verify_run
 
@@ -68,14 +68,14 @@ def verify(
 def gc(
     run_id: RunId,
     older_than: Annotated[
-        float, typer.Option(help="Hours; younger objects may belong to a task at work.", min=6)
+        float, typer.Option(help="Hours; younger objects may belong to a running task.", min=6)
     ] = 24.0,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only list what would be deleted.")
     ] = False,
     root: Root = None,
 ) -> None:
-    """Delete a run's objects that no manifest lists: left behind by tasks that were killed."""
+    """Delete objects of a run that no manifest lists, left behind by killed tasks."""
     from datetime import timedelta
 
     from ddpo.store.upkeep.sweep import find_unreferenced, sweep
@@ -96,7 +96,7 @@ def doctor(
     set_: Settings = None,
     root: Root = None,
 ) -> None:
-    """Check storage, model, device, MLflow and Prefect before a night is spent on a run."""
+    """Check storage, model, device, MLflow and Prefect before starting a long run."""
     from ddpo.config.files import read_config
     from ddpo_workflow.flows.cli.doctor import examine
 
@@ -105,9 +105,10 @@ def doctor(
     for finding in examine(settings):
         failed += not finding.ok
         mark = "[green]ok[/]  " if finding.ok else "[bold red]no[/]  "
-        console.print(f"{mark}[bold]{finding.what}[/]", highlight=False)
-        say(f"    {finding.said}")
+        console.print(f"{mark}[bold]{finding.part}[/]", highlight=False)
+        say(f"    {finding.message}")
     if failed:
-        console.print(f"{failed} to mend; each line above says how")
+        checks = "1 check" if failed == 1 else f"{failed} checks"
+        console.print(f"{checks} failed; see the suggested fixes above")
         sys.exit(1)
     console.print("ready")

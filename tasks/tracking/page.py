@@ -14,7 +14,7 @@ from prefect.runtime import flow_run
 from ddpo.analysis.comparison.plan import Comparison
 from ddpo.basics.digests import json_digest
 from ddpo.config import RewardConfig
-from ddpo.runs.run import Run
+from ddpo.runs import Run
 from ddpo.store.keys import Partition
 from ddpo.store.kinds import EPOCH, ROLLOUTS
 from ddpo.store.tables import ROLLOUT_SCHEMA
@@ -31,8 +31,8 @@ def open_page(run: Run) -> RunTracker:
         TrackingError: MLflow refuses or cannot be reached.
     """
     tracking = run.config.tracking
-    fork = run.config.fork
-    parent = {"ddpo.forked_from": fork.run_id, "ddpo.forked_at": str(fork.epoch)} if fork else {}
+    fork = run.fork
+    parent = {"ddpo.forked_from": fork.parent_id, "ddpo.forked_at": str(fork.epoch)} if fork else {}
     page = RunTracker.open(
         tracking_uri=tracking.uri,
         experiment=tracking.experiment,
@@ -45,7 +45,7 @@ def open_page(run: Run) -> RunTracker:
             "prefect.flow_run_name": flow_run.get_name() or "",
             **parent,
         },
-        parent=tracking.parent or (fork.run_id if fork else None),
+        parent=tracking.parent or (fork.parent_id if fork else None),
     )
     _attach_config(page, run)
     if tracking.system_metrics:

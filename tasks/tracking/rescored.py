@@ -12,8 +12,9 @@ from prefect.cache_policies import NO_CACHE
 from scipy.stats import rankdata
 
 from ddpo.basics.images import decode_image
+from ddpo.config import RewardConfig
+from ddpo.runs import Run
 from ddpo.runs.forks.checks import saved_rollouts
-from ddpo.runs.run import Run, open_run
 from ddpo.store import keys
 from ddpo.store.artefacts import Scores
 from ddpo.store.kinds import ROLLOUTS, SCORES
@@ -22,7 +23,7 @@ from ddpo.store.tables import RolloutRow
 from ddpo_workflow.tasks.retries import STORAGE
 from ddpo_workflow.tasks.tracking.metrics import reward_metrics
 from ddpo_workflow.tasks.tracking.tracker import TrackingHandle, tracker
-from ddpo_workflow.tasks.worker import RunHandle, opened
+from ddpo_workflow.tasks.worker import RunHandle, opened, scorer_of
 
 _MOST_DISAGREEMENTS = 8
 
@@ -39,7 +40,7 @@ def track_rescored(
     """Log an epoch's new rewards, and their correlation with the run's own.
 
     Args:
-        handle: The run, under the new reward.
+        handle: The run.
         tracking: The rescoring's page in MLflow.
         scores: The epoch's new scores.
         epoch: The epoch.
@@ -62,25 +63,27 @@ def track_rescored(
 
 @task(name="track disagreement", cache_policy=NO_CACHE, **STORAGE)
 def track_disagreement(
-    handle: RunHandle, tracking: TrackingHandle, epochs: Sequence[int]
+    handle: RunHandle, tracking: TrackingHandle, epochs: Sequence[int], reward: RewardConfig
 ) -> list[str]:
     """Log images of the samples on which the two rewards disagree most.
 
     Each reward is standardised over all epochs; disagreement is the difference of the two.
 
     Args:
-        handle: The run, under the new reward.
+        handle: The run.
         tracking: The rescoring's page in MLflow.
         epochs: The rescored epochs.
+        reward: The new reward.
 
     Returns:
         The ids of the logged samples, first those that the new reward ranks higher.
     """
     run = opened(handle)
+    reward_id = scorer_of(run, reward).reward_id
     new: dict[str, float] = {}
     own: dict[str, float] = {}
     for epoch in epochs:
-        new |= _rewards(run, _scores(run, epoch))
+        new |= _rewards(run, _scores(run, reward_id, epoch))
         own |= _own_rewards(run, epoch)
     ids = sorted(new.keys() & own.keys())
     if len(ids) < 2:
@@ -131,11 +134,11 @@ def _rewards(run: Run, scores: Sequence[Ref[Scores]]) -> dict[str, float]:
 
 
 def _own_rewards(run: Run, epoch: int) -> dict[str, float]:
-    return _rewards(run, _scores(open_run(run.store, run.run_id), epoch))
+    return _rewards(run, _scores(run, run.reward_id, epoch))
 
 
-def _scores(run: Run, epoch: int) -> list[Ref[Scores]]:
-    return SCORES.find_all(run.store, run.run_id, epoch, run.reward_id)
+def _scores(run: Run, reward_id: str, epoch: int) -> list[Ref[Scores]]:
+    return SCORES.find_all(run.store, run.run_id, epoch, reward_id)
 
 
 def _samples(run: Run, ids: Collection[str]) -> Iterator[RolloutRow]:

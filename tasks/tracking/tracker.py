@@ -47,10 +47,10 @@ _COLUMN_TYPES = {"int32": "integer", "int64": "long", "bool": "boolean", "large_
 _logger = logging.getLogger(__name__)
 
 
-class TrackingHandle(BaseModel):
+class TrackingHandle(BaseModel, frozen=True):
     """The address of an MLflow run, as tasks take it."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(extra="forbid")
 
     uri: str
     """MLflow's tracking URI."""

@@ -14,12 +14,12 @@ import yaml
 
 from ddpo.algorithms.advantages import GroupAdvantages
 from ddpo.errors import ConfigError, RewardError
-from ddpo.runs.run import start_run
+from ddpo.runs import start_run
+from ddpo.runs.forks.plan import fork_config
 from ddpo.store import manifests
 from ddpo.store.epochs import read_epoch
 from ddpo.store.kinds import CHECKPOINT
 from ddpo.store.tables import AdvantageRow, decode_advantages
-from ddpo_workflow.flows.fork import forked_config
 from ddpo_workflow.tasks.sample import prompt_of
 from tests.configs import parse
 from tests.fold import as_in_a_new_process, run_epochs
@@ -171,7 +171,7 @@ def test_a_fork_keeps_the_groups_of_the_samples_that_it_inherits(
     )
     run = start_run(config, "r")
     run_epochs(run, 1)
-    assert forked_config(run, 0).rollouts.samples_per_prompt == 4
-    message = r"rollouts\.samples_per_prompt is 2, and the saved samples have 4"
+    assert fork_config(run, 0).rollouts.samples_per_prompt == 4
+    message = r"rollouts\.samples_per_prompt is 2, but the saved samples have 4"
     with pytest.raises(ConfigError, match=message):
-        forked_config(run, 0, overrides=["rollouts.samples_per_prompt=2"])
+        fork_config(run, 0, overrides=["rollouts.samples_per_prompt=2"])

@@ -13,7 +13,7 @@ from ddpo.analysis.comparison.plan import Comparison, check_not_shared, read_com
 from ddpo.analysis.comparison.result import compare_curves
 from ddpo.analysis.comparison.statistics import interval, t_quantile
 from ddpo.errors import ConfigError
-from ddpo.runs.run import start_run
+from ddpo.runs import start_run
 from ddpo.store.objects import Store
 
 CONFIGS = Path(__file__).parents[2] / "configs"

@@ -14,7 +14,7 @@ import datasets
 import pytest
 import torch
 
-from ddpo.analysis.history import History, open_run
+from ddpo.analysis.history import History, open_history
 from ddpo_workflow.flows.cli import app as cli
 from ddpo_workflow.flows.fork import fork
 from ddpo_workflow.flows.rescore import rescore
@@ -49,7 +49,7 @@ def store(
 
 @pytest.fixture
 def history(store: Path) -> History:
-    return open_run(store, "mine")
+    return open_history(store, "mine")
 
 
 @pytest.fixture
@@ -148,7 +148,7 @@ def test_pyarrow_and_what_a_glob_sees_beside_the_committed(read, store: Path, tm
     for tree in ("rollouts", "samples"):
         shard = sorted(copied.glob(f"{tree}/run_id=mine/epoch=00000/*"))[0]
         shutil.copy(shard, shard.with_name("shard-00000-0123456789ab.parquet"))
-    history = open_run(copied, "mine")
+    history = open_history(copied, "mine")
     rows = history.samples().select(["sample_id", "epoch", "prompt"]).to_pylist()
     assert read("pyarrow")["table"].to_pylist() == rows
     assert len(read("pyarrow", copied)["table"]) == len(rows) + 2

@@ -31,7 +31,7 @@ from ddpo.errors import (
     RunNotFound,
     UnreadableData,
 )
-from ddpo.runs.run import Run, start_run
+from ddpo.runs import Run, start_run
 from ddpo.store import keys
 from ddpo.store.arrow import join, union
 from ddpo.store.documents import CHECKSUM, seal
@@ -56,7 +56,7 @@ def recorded(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 @pytest.fixture(scope="module")
 def history(recorded: Run) -> History:
-    return ddpo.open_run(recorded.store.root, "mine")
+    return ddpo.open_history(recorded.store.root, "mine")
 
 
 @pytest.fixture
@@ -113,7 +113,7 @@ def test_rollouts_are_the_committed_rows_with_run_and_epoch(recorded: Run, histo
 
 def test_a_filter_on_the_epoch_reads_that_epoch_alone(copied: Path):
     the_file(copied, f"rollouts/{SHARD_0}").unlink()
-    rollouts = ddpo.open_run(copied, "mine").rollouts()
+    rollouts = ddpo.open_history(copied, "mine").rollouts()
     assert rollouts.to_table(filter=ds.field("epoch") == 0).num_rows == SAMPLES
     with pytest.raises(MissingObject):
         rollouts.to_table(columns=["prompt"])
@@ -155,12 +155,12 @@ def test_what_a_reward_has_not_scored_is_left_out_of_its_samples(copied: Path):
         "manifests/rewards/reward_name=colorfulness-*/run_id=mine/epoch=00000/*"
     ):
         file.unlink()
-    found = ddpo.open_run(copied, "mine").samples("colorfulness")
+    found = ddpo.open_history(copied, "mine").samples("colorfulness")
     assert set(found["epoch"].to_pylist()) == {1}
 
 
 def test_an_unknown_or_ambiguous_reward_is_refused_with_the_list(copied: Path):
-    history = ddpo.open_run(copied, "mine")
+    history = ddpo.open_history(copied, "mine")
     with pytest.raises(NotInHistory, match=r"no reward 'colour'.*jpeg_\S+, colorfulness-\w{8}$"):
         history.samples("colour")
     run = history.run
@@ -169,7 +169,7 @@ def test_an_unknown_or_ambiguous_reward_is_refused_with_the_list(copied: Path):
         score_again(run, "weighted", range(1), rewards=[{**part, "weight": weight}])
         for weight in (1.0, 2.0)
     ]
-    history = ddpo.open_run(copied, "mine")
+    history = ddpo.open_history(copied, "mine")
     with pytest.raises(NotInHistory, match="2 rewards called 'weighted'") as told:
         history.samples("weighted")
     assert all(each in str(told.value) for each in ids)
@@ -183,7 +183,7 @@ def test_scores_of_other_rollouts_are_not_taken_for_scores_of_these(copied: Path
     )
     shutil.copy(one, other)
     with pytest.raises(UnreadableData, match="scores other rollouts"):
-        ddpo.open_run(copied, "mine").samples("colorfulness")
+        ddpo.open_history(copied, "mine").samples("colorfulness")
 
 
 def test_all_rewards_and_advantages_lie_below_each_other(recorded: Run, history: History):
@@ -231,7 +231,7 @@ def test_a_sample_that_a_fork_adopted_is_read_through_the_fork(
     )
     as_in_a_new_process()
     run_epochs(branch, 2)
-    found = ddpo.open_run(copied, "branch")
+    found = ddpo.open_history(copied, "branch")
     ids = found.samples()["sample_id"].to_pylist()
     assert ids == [f"mine/00001/00000{index}" for index in range(SAMPLES)]
     for sample_id in ids:
@@ -309,12 +309,12 @@ def test_damage_is_a_named_error_with_the_key(copied: Path, tree: str, read):
     data[len(data) // 2] ^= 1  # the size stays
     file.write_bytes(data)
     with pytest.raises(CorruptObject) as told:
-        read(ddpo.open_run(copied, "mine"))
+        read(ddpo.open_history(copied, "mine"))
     assert told.value.key == str(file.relative_to(copied))
 
 
 def test_what_was_written_and_never_committed_is_not_read(copied: Path):
-    history = ddpo.open_run(copied, "mine")
+    history = ddpo.open_history(copied, "mine")
     before = (history.rollouts().to_table(), history.samples(), history.reward_table())
     for tree in ("rollouts/run_id=mine", f"rewards/reward_name={history.reward_id}/run_id=mine"):
         for number in ("1", "2"):  # beside committed shards; and of an epoch that was killed
@@ -322,7 +322,7 @@ def test_what_was_written_and_never_committed_is_not_read(copied: Path):
             folder.mkdir(exist_ok=True)
             some = sorted((copied / tree / "epoch=00000").glob("shard-00000-*"))[0]
             shutil.copy(some, folder / "shard-00000-0123456789ab.parquet")
-    history = ddpo.open_run(copied, "mine")
+    history = ddpo.open_history(copied, "mine")
     after = (history.rollouts().to_table(), history.samples(), history.reward_table())
     assert all(a.equals(b) for a, b in zip(after, before, strict=True))
     seen = ds.dataset(copied / "rollouts", partitioning="hive").to_table(columns=["epoch"])
@@ -330,9 +330,9 @@ def test_what_was_written_and_never_committed_is_not_read(copied: Path):
 
 
 def test_retired_samples_are_left_out_with_a_said_count(copied: Path, caplog):
-    store = ddpo.open_run(copied, "mine").run.store
+    store = ddpo.open_history(copied, "mine").run.store
     assert retire_epochs(store, "mine", keep="checkpoints", older_than=1) == [0]
-    history = ddpo.open_run(copied, "mine")
+    history = ddpo.open_history(copied, "mine")
     with caplog.at_level(logging.WARNING, "ddpo.analysis.history"):
         assert set(history.samples()["epoch"].to_pylist()) == {1}
         assert history.rollouts().count_rows() == SAMPLES
@@ -352,9 +352,9 @@ def test_retired_samples_are_left_out_with_a_said_count(copied: Path, caplog):
 
 
 def test_retired_trajectories_leave_pictures_and_scores(copied: Path):
-    store = ddpo.open_run(copied, "mine").run.store
+    store = ddpo.open_history(copied, "mine").run.store
     assert retire_epochs(store, "mine", keep="images_and_scores", older_than=1) == [0]
-    history = ddpo.open_run(copied, "mine")
+    history = ddpo.open_history(copied, "mine")
     assert history.retired_epochs == ()
     assert history.samples().num_rows == 2 * SAMPLES
     assert history.image("mine/00000/000000").size == (16, 16)
@@ -365,7 +365,7 @@ def test_retired_trajectories_leave_pictures_and_scores(copied: Path):
 
 def test_a_run_without_an_epoch_is_empty_and_not_an_error(copied: Path):
     shutil.rmtree(copied / "manifests" / "epochs")
-    history = ddpo.open_run(copied, "mine")
+    history = ddpo.open_history(copied, "mine")
     assert history.epochs == ()
     assert history.reward_id is None
     assert history.samples().num_rows == history.rollouts().count_rows() == 0
@@ -378,7 +378,7 @@ def test_a_run_without_an_epoch_is_empty_and_not_an_error(copied: Path):
 
 def test_an_unknown_run_names_the_nearest(recorded: Run):
     with pytest.raises(RunNotFound, match="Did you mean mine"):
-        ddpo.open_run(recorded.store.root, "mines")
+        ddpo.open_history(recorded.store.root, "mines")
 
 
 def test_a_commit_that_is_none_is_a_named_error(copied: Path):
@@ -388,7 +388,7 @@ def test_a_commit_that_is_none_is_a_named_error(copied: Path):
     document["inputs"]["rewards"] = []
     file.write_bytes(seal(document))
     with pytest.raises(UnreadableData, match="2 shards and scores of 0"):
-        ddpo.open_run(copied, "mine").samples()
+        ddpo.open_history(copied, "mine").samples()
 
 
 def test_columns_that_scorers_disagree_on_become_the_wider_kind():
@@ -422,7 +422,7 @@ def test_a_run_in_a_bucket_is_read_as_one_on_a_disk(
     bucket = Store.open(f"s3://{BUCKET}/history")
     for key in recorded.store.list():
         bucket.replace(key, recorded.store.read(key))
-    found = ddpo.open_run(bucket.root, "mine")
+    found = ddpo.open_history(bucket.root, "mine")
     assert found.samples().equals(history.samples())
     assert found.rollouts().to_table().equals(history.rollouts().to_table())
     assert torch.equal(found.latents("mine/00001/000003"), history.latents("mine/00001/000003"))

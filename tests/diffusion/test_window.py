@@ -17,7 +17,8 @@ from ddpo.diffusion.window import sampler_of_epoch, window_steps
 from ddpo.errors import ConfigError, PolicyMismatch
 from ddpo.models import Policy
 from ddpo.models.schedule import NoiseSchedule
-from ddpo.runs.run import Run, start_run
+from ddpo.runs import Run, RunHandle, start_run
+from ddpo.runs.forks.plan import fork_config
 from ddpo.store import manifests
 from ddpo.store.kinds import CHECKPOINT
 from ddpo.store.tables import decode_rollouts
@@ -25,11 +26,9 @@ from ddpo.store.tensors import decode_tensors
 from ddpo.training.loop import initial_state, update
 from ddpo.training.samples import Rollouts
 from ddpo.training.trajectories import TrajectoryGradient
-from ddpo_workflow.flows.fork import forked_config
 from ddpo_workflow.tasks.pictures import PictureSet, draw_pictures
 from ddpo_workflow.tasks.sample import sample_shard
 from ddpo_workflow.tasks.start import start
-from ddpo_workflow.tasks.worker import RunHandle
 from tests.checks import accumulated, ddim_reference
 from tests.fold import as_in_a_new_process, run_epoch
 from tests.tiny import (
@@ -286,9 +285,9 @@ def test_a_fork_of_another_seed_may_not_train_samples_whose_noise_is_elsewhere(
     parent, handle = moving_run(tiny_model, tmp_path / "store")
     checkpoint = start.fn(handle)
     run_epoch(parent, checkpoint, 0)
-    refusal = "seed 13 placed, and a fork with seed 14 would train"
+    refusal = "placed by seed 13, but a fork with seed 14 would train"
     with pytest.raises(PolicyMismatch, match=refusal):  # before there is such a run
-        forked_config(parent, 0, overrides=[f"seed={MOVING_SEED + 1}"])
+        fork_config(parent, 0, overrides=[f"seed={MOVING_SEED + 1}"])
     fork = {"run_id": "r", "epoch": 0}
     _, same = moving_run(tiny_model, tmp_path / "store", "same", fork=fork)
     assert start.fn(same) != checkpoint

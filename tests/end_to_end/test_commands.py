@@ -17,7 +17,7 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 from PIL import Image
 
 from ddpo.config.files import read_config
-from ddpo.runs.run import start_run
+from ddpo.runs import start_run
 from ddpo_workflow.flows.cli import app as cli
 from tests.fold import run_epochs
 

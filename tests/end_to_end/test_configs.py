@@ -11,7 +11,7 @@ import pytest
 from ddpo.analysis.report import reward_curve
 from ddpo.config import FullConfig, LoraConfig
 from ddpo.config.files import read_config
-from ddpo.runs.run import open_run
+from ddpo.runs import open_run
 from ddpo.store.objects import Store
 from ddpo_workflow.flows.cli import app as cli
 from tests.rewards.tiny_models import head_tensors, save_clip, save_tensors

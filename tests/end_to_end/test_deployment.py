@@ -29,7 +29,7 @@ from prefect.flows import load_flow_from_entrypoint
 
 from ddpo.basics.digests import tensors_digest
 from ddpo.rewards import load_reward
-from ddpo.runs.run import Run, open_run
+from ddpo.runs import Run, open_run
 from ddpo.store import manifests
 from ddpo.store.keys import Partition
 from ddpo.store.kinds import ADVANTAGES, CHECKPOINT, EPOCH

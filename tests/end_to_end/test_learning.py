@@ -8,7 +8,7 @@ import pytest
 
 from bench.evaluate import Evaluation, Gain, evaluate
 from ddpo.config.files import read_config
-from ddpo.runs.run import Run, start_run
+from ddpo.runs import Run, start_run
 from tests.fold import run_epochs
 
 EPOCHS = 3

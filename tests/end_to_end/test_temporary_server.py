@@ -11,7 +11,7 @@ from mlflow.entities import Run as MlflowRun
 from PIL import Image
 
 from ddpo.basics.digests import sha256_bytes
-from ddpo.runs.run import open_run
+from ddpo.runs import open_run
 from ddpo.store import keys
 from ddpo.store.keys import Partition
 from ddpo.store.kinds import EPOCH

@@ -18,7 +18,7 @@ import pytest
 from mlflow.tracking import MlflowClient
 
 from ddpo.config import RunConfig
-from ddpo.runs.run import start_run
+from ddpo.runs import start_run
 from ddpo.store import keys
 from ddpo.store.backends import LocalBackend, MemoryBackend, S3Backend
 from ddpo.store.objects import Store

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from ddpo.errors import ConfigError, StoreCallFailed
-from ddpo.runs.run import start_run
+from ddpo.runs import start_run
 from ddpo.store import backends
 from tests.faults.crashes import Night
 from tests.tiny import tiny_config

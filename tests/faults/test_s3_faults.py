@@ -20,7 +20,7 @@ from botocore.retries.standard import ExponentialBackoff
 from ddpo.config import s3
 from ddpo.config.s3 import S3Options
 from ddpo.errors import StoreCallFailed
-from ddpo.runs.run import start_run
+from ddpo.runs import start_run
 from ddpo.store import backends, keys, manifests
 from ddpo.store import fs_errors as calls
 from ddpo.store.keys import Partition

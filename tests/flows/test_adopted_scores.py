@@ -7,12 +7,11 @@ from pathlib import Path
 import pytest
 
 from ddpo.errors import DdpoError
-from ddpo.runs.run import Run, start_run
+from ddpo.runs import Run, RunHandle, start_run
 from ddpo.store import manifests
 from ddpo_workflow.tasks.sample import sample_shard
 from ddpo_workflow.tasks.score import score_shard
 from ddpo_workflow.tasks.start import start
-from ddpo_workflow.tasks.worker import RunHandle
 from tests.fold import as_in_a_new_process, run_epochs
 from tests.tiny import tiny_config
 

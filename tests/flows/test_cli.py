@@ -103,7 +103,7 @@ def test_an_unknown_run_names_the_nearest(ddpo):
 
 def test_a_run_id_with_another_identity_shows_the_difference(ddpo, tmp_path: Path):
     from ddpo.config.files import read_config
-    from ddpo.runs.run import start_run
+    from ddpo.runs import start_run
 
     start_run(read_config(STARTER, [f"storage.root={tmp_path / 'store'}"]), "mine")
     status, screen = ddpo(
@@ -117,9 +117,42 @@ def test_a_run_id_with_another_identity_shows_the_difference(ddpo, tmp_path: Pat
 
 def test_the_operation_half_may_change_under_a_run_id(tmp_path: Path):
     from ddpo.config.files import read_config
-    from ddpo.runs.run import open_run, start_run
+    from ddpo.runs import open_run, start_run
 
     root = f"storage.root={tmp_path / 'store'}"
     run = start_run(read_config(STARTER, [root]), "mine")
     start_run(read_config(STARTER, [root, "epochs=99", "tracking.experiment=other"]), "mine")
     assert open_run(run.store, "mine").config.epochs == 99
+
+
+def test_a_request_is_resolved_once_for_the_command_and_its_flow(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    from ddpo_workflow.flows.requests import TrainRequest
+
+    resolved: list[str] = []
+
+    def resolve(request: TrainRequest) -> str:
+        resolved.append(request.run_id)
+        return f"plan of {request.run_id}"
+
+    monkeypatch.setattr(TrainRequest, "resolve", resolve)
+    command = TrainRequest(config_file=STARTER, run_id="mine", overrides=("epochs=2",))
+    form = {"config_file": STARTER, "run_id": "mine", "overrides": ["epochs=2"]}
+    with command.resolved() as plan:
+        assert TrainRequest(**form).plan() == plan == "plan of mine"
+        assert resolved == ["mine"]
+        # Another request is not mistaken for it, and nothing is kept for a later one.
+        assert TrainRequest(config_file=STARTER, run_id="other").plan() == "plan of other"
+    TrainRequest(**form).plan()
+    assert resolved == ["mine", "other", "mine"]
+
+
+def test_no_name_is_taken_while_mlflow_cannot_be_reached(ddpo, tmp_path: Path):
+    from ddpo.errors import DdpoError
+    from ddpo_workflow.flows.requests import TrainRequest
+
+    form = {"tracking": "http://127.0.0.1:9", "storage": str(tmp_path / "store")}
+    with pytest.raises(DdpoError, match="No MLflow server answers"):
+        TrainRequest(config_file=STARTER, run_id="mine", **form).plan()
+    assert not list((tmp_path / "store").rglob("run.json"))

@@ -17,11 +17,11 @@ from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 from ddpo.analysis.comparison.plan import Comparison, Member, read_comparison
 from ddpo.analysis.comparison.report import markdown
 from ddpo.analysis.comparison.result import read_result
-from ddpo.analysis.history import open_run as open_history
+from ddpo.analysis.history import open_history
 from ddpo.basics.digests import sha256_bytes
 from ddpo.errors import ConfigError
+from ddpo.runs import open_run, start_run
 from ddpo.runs.forks.checks import saved_rollouts
-from ddpo.runs.run import open_run, start_run
 from ddpo.store import manifests
 from ddpo.store.epochs import read_epoch
 from ddpo.store.keys import Partition
@@ -31,7 +31,8 @@ from ddpo.store.objects import Store
 from ddpo.store.tables import decode_rollouts
 from ddpo.store.upkeep.verify import verify_run
 from ddpo_workflow.flows.cli import app as cli
-from ddpo_workflow.flows.compare import check_comparison, sample_shared
+from ddpo_workflow.flows.compare import sample_shared
+from ddpo_workflow.flows.requests import check_comparison
 from ddpo_workflow.flows.train import resume, train
 from ddpo_workflow.tasks.repair import repair
 from ddpo_workflow.tasks.tracking.connection import connect, find_or_create_experiment, find_run
@@ -224,7 +225,7 @@ def test_what_a_comparison_has_drawn_otherwise_is_refused_by_name(tiny_model: Pa
     start_run(shared.config, shared.run_id)
     check_comparison(read_comparison(file))
     file = written(tmp_path, tiny_model, variants={**alike, "is": STEP}, seeds=[0])
-    with pytest.raises(ConfigError, match=r"(?s)drew its samples.*store_trajectories.*--name"):
+    with pytest.raises(ConfigError, match=r"(?s)shared samples.*store_trajectories.*--name"):
         check_comparison(read_comparison(file))
     base = ["reward.name=colorfulness"]
     with pytest.raises(ConfigError, match=r"(?s)exists.*reward.*--name"):

@@ -14,11 +14,11 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from ddpo.analysis.history import History, open_run
+from ddpo.analysis.history import History, open_history
 from ddpo.analysis.query import TABLES
 from ddpo.analysis.query import query as ask
 from ddpo.errors import QueryError
-from ddpo.runs.run import Run
+from ddpo.runs import Run
 from ddpo.store.upkeep.epoch_retention import retire_epochs
 from ddpo_workflow.flows.cli import app as cli
 from tests.recorded import SAMPLES, folder_of, record_run, score_again
@@ -36,7 +36,7 @@ def recorded(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 @pytest.fixture(scope="module")
 def history(recorded: Run) -> History:
-    return open_run(recorded.store.root, "mine")
+    return open_history(recorded.store.root, "mine")
 
 
 @pytest.fixture
@@ -192,7 +192,7 @@ def test_a_query_reaches_no_file_no_net_and_no_variable(
 def test_a_query_reads_only_the_tables_that_it_names(copied: Path):
     shutil.rmtree(copied / "rollouts")
     shutil.rmtree(copied / "advantages")
-    with ask(open_run(copied, "mine"), "select count(*) from rewards") as answer:
+    with ask(open_history(copied, "mine"), "select count(*) from rewards") as answer:
         assert list(answer.rows) == [(16,)]
 
 
@@ -271,7 +271,7 @@ def test_the_card_says_what_it_is(ddpo, recorded: Run, history: History, tmp_pat
 
 
 def test_a_sample_without_a_reward_is_exported_as_such(ddpo, recorded: Run, copied: Path, tmp_path):
-    from ddpo.runs.run import open_run as open_stored
+    from ddpo.runs import open_run as open_stored
     from ddpo.store.objects import Store
 
     run = open_stored(Store.open(str(copied)), "mine")
@@ -295,7 +295,7 @@ def test_a_sample_without_a_reward_is_exported_as_such(ddpo, recorded: Run, copi
 def test_a_scorers_own_image_gives_way_to_the_picture(
     ddpo, history: History, copied: Path, tmp_path: Path
 ):
-    score_again(open_run(copied, "mine").run, "tests.recorded:describes_the_image")
+    score_again(open_history(copied, "mine").run, "tests.recorded:describes_the_image")
     folder = tmp_path / "dataset"
     words = ("--root", copied, "--reward", "tests.recorded:describes_the_image")
     assert ddpo("export", "mine", "--to-hf-dataset", folder, *words)[0] == 0
@@ -342,7 +342,7 @@ def test_bad_input_is_one_message_and_writes_nothing(ddpo, tmp_path: Path, words
 
 def test_a_failed_export_leaves_nothing(ddpo, copied: Path, tmp_path: Path):
     file = sorted(copied.glob("rollouts/**/epoch=00001/*"))[1]
-    history = open_run(copied, "mine")
+    history = open_history(copied, "mine")
     samples = history.samples()
     file.unlink()  # once the scores are read, so that some shards are written before
     with pytest.MonkeyPatch.context() as patch:
@@ -358,7 +358,7 @@ def test_a_failed_export_leaves_nothing(ddpo, copied: Path, tmp_path: Path):
 def test_a_retired_epoch_is_left_out_or_refused_when_asked_for(
     ddpo, copied: Path, tmp_path, caplog
 ):
-    retire_epochs(open_run(copied, "mine").run.store, "mine", keep="checkpoints", older_than=1)
+    retire_epochs(open_history(copied, "mine").run.store, "mine", keep="checkpoints", older_than=1)
     status, screen = ddpo("query", "mine", "select count(*) from samples", "--root", copied)
     assert (status, cells(screen)) == (0, [[str(SAMPLES)]])
     assert "samples of 1 of 2 epochs (0) were retired" in caplog.text

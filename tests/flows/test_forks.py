@@ -9,12 +9,13 @@ import pytest
 
 from ddpo.analysis.report import reward_curve
 from ddpo.errors import ConfigError, PolicyMismatch, UnknownSchema
+from ddpo.runs.forks.plan import fork_config
 from ddpo.store import keys, manifests
 from ddpo.store.keys import Partition
 from ddpo.store.kinds import ADVANTAGES, CHECKPOINT, EPOCH, ROLLOUTS
 from ddpo.store.objects import Store
 from ddpo.store.tables import decode_advantages
-from ddpo_workflow.flows.fork import fork, forked_config
+from ddpo_workflow.flows.fork import fork
 from ddpo_workflow.flows.rescore import rescore
 from tests.night import EPOCHS, NIGHT, Place, typed
 from tests.tiny import build_tiny_model
@@ -170,15 +171,15 @@ def test_a_history_is_trained_on_off_policy_where_the_config_says_so(place: Plac
 def test_what_cannot_be_forked_is_said_before_anything_is_loaded(place: Place) -> None:
     parent = place.run(NIGHT)
     with pytest.raises(ConfigError, match="has not committed epoch 7"):
-        forked_config(parent, 7)
+        fork_config(parent, 7)
     with pytest.raises(ConfigError, match="expected at least 3"):
-        forked_config(parent, 2, epochs=2)
+        fork_config(parent, 2, epochs=2)
     with pytest.raises(ConfigError, match="trainable"):
-        forked_config(parent, 1, overrides=["trainable.rank=2", "trainable.type=lora"])
+        fork_config(parent, 1, overrides=["trainable.rank=2", "trainable.type=lora"])
     recomputed = ["fork.off_policy=true", "algorithm.old_log_probs=recompute"]
     with pytest.raises(ConfigError, match="every ratio would be 1"):
-        forked_config(parent, 1, overrides=recomputed)
+        fork_config(parent, 1, overrides=recomputed)
     with pytest.raises(ConfigError, match="off_policy: true"):
-        forked_config(parent, 1, overrides=["fork.rollouts=2"])
-    with pytest.raises(ConfigError, match="quality belong to a reward, and none is named"):
-        forked_config(parent, 1, parameters={"quality": 10})
+        fork_config(parent, 1, overrides=["fork.rollouts=2"])
+    with pytest.raises(ConfigError, match="quality belong to a reward, but no reward is named"):
+        fork_config(parent, 1, parameters={"quality": 10})

@@ -17,7 +17,7 @@ from ddpo.prompts import Prompt
 from ddpo.rewards import RewardIdentity, Scores
 from ddpo.rewards.service import endpoints as endpoints_module
 from ddpo.rewards.service.app import create_app
-from ddpo.runs.run import Run, open_run, start_run
+from ddpo.runs import Run, RunHandle, open_run, start_run
 from ddpo.store import epochs as commits
 from ddpo.store.manifests import Ref
 from ddpo.store.objects import Store
@@ -26,7 +26,6 @@ from ddpo_workflow.tasks.credit import credit_of
 from ddpo_workflow.tasks.sample import sample_shard
 from ddpo_workflow.tasks.score import score_shard
 from ddpo_workflow.tasks.start import start
-from ddpo_workflow.tasks.worker import RunHandle
 from tests.fold import as_in_a_new_process
 from tests.rewards.served import serving
 from tests.servers import free_port
@@ -70,7 +69,12 @@ def started(model: Path, root: Path, reward: dict) -> tuple[Run, RunHandle, Ref,
     run = start_run(tiny_config(model, storage={"root": str(root)}, reward=reward), "r")
     handle = RunHandle(root=run.store.root, run_id="r")
     first = start.fn(handle)
-    return run, handle, first, [sample_shard.fn(handle, first, 0, s) for s in range(run.shards)]
+    return (
+        run,
+        handle,
+        first,
+        [sample_shard.fn(handle, first, 0, s) for s in range(run.shards_per_epoch)],
+    )
 
 
 def over(port: int) -> dict:
@@ -90,7 +94,9 @@ def test_a_service_redeployed_with_other_weights_is_refused_by_name(tiny_model, 
         scored = score_shard.fn(handle, rollouts[0], 0, 0)
     as_in_a_new_process()
     with deployed(port, 2) as second:
-        with pytest.raises(RewardError, match=r"'r' was started with a reward.*ddpo fork") as told:
+        with pytest.raises(
+            RewardError, match=r"'r' was started with the reward.*ddpo fork"
+        ) as told:
             score_shard.fn(handle, rollouts[1], 0, 1)
         for part in (first.digest, second.digest, second.reward_id, "'http'"):
             assert part in str(told.value)
@@ -109,7 +115,7 @@ def test_a_service_redeployed_with_other_weights_is_refused_by_name(tiny_model, 
 def test_a_reward_that_stands_in_for_the_runs_own_is_held_to_no_digest(tiny_model, tmp_path):
     run, handle, _, rollouts = started(tiny_model, tmp_path, {"name": "jpeg_compressibility"})
     other = run.config.reward.model_copy(update={"name": "jpeg_incompressibility"})
-    score_shard.fn(handle.model_copy(update={"reward": other.model_dump_json()}), rollouts[0], 0, 0)
+    score_shard.fn(handle, rollouts[0], 0, 0, other)
     (seen,) = commits.reward_ids(run.store, "r")
     assert seen.startswith("jpeg_incompressibility-")
 
@@ -176,7 +182,7 @@ def test_runs_of_a_served_reward_are_shown_without_listing_what_was_scored(
     row, unscored = (line for line in screen.splitlines() if line.startswith(("│ r ", "│ uns")))
     assert row.split("│")[-2].strip() == "3" and not unscored.split("│")[-2].strip()
     assert calls["list"] and not [prefix for prefix in calls["list"] if "manifests" in prefix]
-    assert calls["folders"] == ["manifests/rewards"] * 2  # one call a run, of names alone
+    assert not calls["folders"]
 
 
 def test_a_runs_rewards_are_read_when_the_users_code_is_gone(

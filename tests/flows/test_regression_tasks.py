@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from ddpo.errors import ConfigError
-from ddpo.runs.run import Run, start_run
+from ddpo.runs import Run, RunHandle, start_run
+from ddpo.runs.forks.plan import fork_config
 from ddpo.store import manifests
 from ddpo.store.keys import Partition
 from ddpo.store.kinds import ADVANTAGES, CHECKPOINT, ROLLOUTS
@@ -17,7 +18,6 @@ from ddpo.store.manifests import Ref
 from ddpo.store.tables import decode_advantages, decode_rollouts
 from ddpo.store.tensors import decode_tensors
 from ddpo.store.upkeep.verify import verify_run
-from ddpo_workflow.flows.fork import forked_config
 from ddpo_workflow.tasks.credit import credit_of
 from ddpo_workflow.tasks.repair import repair
 from ddpo_workflow.tasks.sample import sample_shard
@@ -26,7 +26,6 @@ from ddpo_workflow.tasks.start import start
 from ddpo_workflow.tasks.tracking.metrics import _update_metrics
 from ddpo_workflow.tasks.tracking.page import _parameters
 from ddpo_workflow.tasks.update import update_policy
-from ddpo_workflow.tasks.worker import RunHandle
 from tests.fold import as_in_a_new_process, run_epochs
 from tests.tiny import assert_same_tensors, tiny_config
 
@@ -203,5 +202,5 @@ def test_a_fork_by_ddpo_is_refused_where_clean_latents_alone_were_saved(
     run = a_run(tiny_model, tmp_path, "rwr")
     run_epochs(run, 1)
     settings = ["algorithm={type: ddpo_is, updates_per_epoch: 2}"]
-    with pytest.raises(ConfigError, match="rwr saved clean latents alone"):
-        forked_config(run, 0, overrides=settings)
+    with pytest.raises(ConfigError, match="rwr saved only the final latents"):
+        fork_config(run, 0, overrides=settings)

@@ -11,8 +11,7 @@ import pytest
 from mlflow.tracking import MlflowClient
 from PIL import Image
 
-from ddpo.analysis.history import mean_rewards
-from ddpo.analysis.history import open_run as open_history
+from ddpo.analysis.history import mean_rewards, open_history
 from ddpo.analysis.report import reward_curve
 from ddpo.basics.images import decode_image
 from ddpo.errors import ConfigError, NotInHistory
@@ -24,7 +23,8 @@ from ddpo.store.objects import Store
 from ddpo.store.tables import decode_advantages, decode_rollouts
 from ddpo.store.upkeep.epoch_retention import retire_epochs
 from ddpo_workflow.flows.fork import fork
-from ddpo_workflow.flows.rescore import chosen_epochs, rescore
+from ddpo_workflow.flows.requests import rescorable_epochs
+from ddpo_workflow.flows.rescore import rescore
 from tests.night import EPOCHS, NIGHT, Place, typed
 
 pytestmark = pytest.mark.slow
@@ -143,15 +143,15 @@ def test_an_epoch_that_cannot_be_scored_ends_no_rescoring(place: Place) -> None:
 
 def test_only_epochs_with_saved_samples_are_rescored(place: Place) -> None:
     run = place.run(NIGHT)
-    assert chosen_epochs(run, None) == [0, 1, 2]
-    assert chosen_epochs(run, "1:") == [1, 2]
-    assert chosen_epochs(run, ":1") == [0]
-    assert chosen_epochs(run, "0:2") == [0, 1]
-    assert chosen_epochs(run, "1") == [1]
+    assert rescorable_epochs(run, None) == [0, 1, 2]
+    assert rescorable_epochs(run, "1:") == [1, 2]
+    assert rescorable_epochs(run, ":1") == [0]
+    assert rescorable_epochs(run, "0:2") == [0, 1]
+    assert rescorable_epochs(run, "1") == [1]
     with pytest.raises(NotInHistory, match="Committed epochs: 0-2"):
-        chosen_epochs(run, "5:9")
+        rescorable_epochs(run, "5:9")
     with pytest.raises(ConfigError, match="nor a range"):
-        chosen_epochs(run, "one")
+        rescorable_epochs(run, "one")
     with pytest.raises(ConfigError, match="the run's own reward"):
         rescore(NIGHT, "jpeg_compressibility", storage=place.store.root)
 

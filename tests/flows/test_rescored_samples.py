@@ -13,8 +13,8 @@ from PIL import Image
 from ddpo.basics.images import decode_image
 from ddpo.config import RewardConfig
 from ddpo.prompts import Prompt
+from ddpo.runs import Run, RunHandle, start_run
 from ddpo.runs.forks.checks import saved_rollouts
-from ddpo.runs.run import Run, start_run
 from ddpo.store import manifests
 from ddpo.store.keys import Partition
 from ddpo.store.kinds import ROLLOUTS, SCORES
@@ -24,13 +24,13 @@ from ddpo_workflow.tasks.score import score_shard
 from ddpo_workflow.tasks.tracking import rescored as module
 from ddpo_workflow.tasks.tracking.rescored import track_disagreement, track_rescored
 from ddpo_workflow.tasks.tracking.tracker import TrackingHandle
-from ddpo_workflow.tasks.worker import RunHandle
 from tests.fold import as_in_a_new_process, run_epochs
 from tests.tiny import tiny_config
 
 pytestmark = pytest.mark.slow
 
 EPOCHS = 2
+REWARD = RewardConfig(name=f"{__name__}:redness")
 NOWHERE = TrackingHandle(uri="", experiment_id="", mlflow_run_id="")
 
 
@@ -110,11 +110,10 @@ def run(tiny_model: Path, tmp_path: Path) -> Run:
 
 def under_redness(run: Run) -> tuple[RunHandle, list[list[Ref]]]:
     """Score all that is saved; returns the handle and each epoch's scores."""
-    reward = RewardConfig(name=f"{__name__}:redness").model_dump_json()
-    handle = RunHandle(root=run.store.root, run_id="r", reward=reward)
+    handle = run.handle
     return handle, [
         [
-            score_shard.fn(handle, ref, epoch, shard)
+            score_shard.fn(handle, ref, epoch, shard, REWARD)
             for shard, ref in enumerate(saved_rollouts(run, epoch))
         ]
         for epoch in range(EPOCHS)
@@ -143,7 +142,7 @@ def test_the_samples_shown_are_those_that_the_two_rewards_disagree_on_most(
 ) -> None:
     monkeypatch.setattr(module, "_MOST_DISAGREEMENTS", 3)
     handle, _ = under_redness(run)
-    shown = track_disagreement.fn(handle, NOWHERE, range(EPOCHS))
+    shown = track_disagreement.fn(handle, NOWHERE, range(EPOCHS), REWARD)
     saved = saved_samples(run, range(EPOCHS))
     ids = sorted(saved.pictures)
     assert len(ids) == 16

@@ -18,12 +18,11 @@ from ddpo.config.files import read_config
 from ddpo.prompts import Prompt
 from ddpo.rewards import available_rewards, load_reward, score_images
 from ddpo.rewards.catalogue import describe_rewards
-from ddpo.runs.run import Run, start_run
+from ddpo.runs import Run, RunHandle, start_run
 from ddpo.store.kinds import ROLLOUTS
 from ddpo_workflow.flows.cli import app as cli
 from ddpo_workflow.tasks.sample import sample_shard
 from ddpo_workflow.tasks.start import start
-from ddpo_workflow.tasks.worker import RunHandle
 
 OWN = '''
 import numpy as np

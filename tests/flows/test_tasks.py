@@ -21,7 +21,7 @@ from ddpo.errors import (
     RewardError,
     StoreCallFailed,
 )
-from ddpo.runs.run import Run, start_run
+from ddpo.runs import Run, start_run
 from ddpo.store import manifests
 from ddpo.store.keys import Partition
 from ddpo.store.kinds import CHECKPOINT
@@ -93,7 +93,9 @@ def do_epoch(
         return ref
 
     pictures = then(draw_pictures.fn(handle, checkpoint, PICTURES, epoch))
-    rollouts = [then(sample_shard.fn(handle, checkpoint, epoch, s)) for s in range(run.shards)]
+    rollouts = [
+        then(sample_shard.fn(handle, checkpoint, epoch, s)) for s in range(run.shards_per_epoch)
+    ]
     scores = [then(score_shard.fn(handle, ref, epoch, s)) for s, ref in enumerate(rollouts)]
     advantages = then(credit_of.fn(handle, checkpoint, rollouts, scores, epoch))
     following = then(update_policy.fn(handle, checkpoint, rollouts, advantages, epoch))
@@ -260,7 +262,7 @@ def test_fewer_epochs_than_there_are_is_refused_at_the_start(tiny_model: Path, r
     run = a_run(tiny_model, root)
     done = do_epoch(run, start.fn(handle_of(run)), 0)
     do_epoch(run, done.following, 1)
-    with pytest.raises(ConfigError, match="epochs is 1, and run 'r' has 2 already"):
+    with pytest.raises(ConfigError, match="epochs is 1, but run 'r' has already committed 2"):
         a_run(tiny_model, root, epochs=1)
     assert a_run(tiny_model, root, epochs=2)
 
@@ -349,7 +351,9 @@ def test_an_off_policy_fork_is_checked_again_once_it_draws_itself(tiny_model: Pa
     handle = RunHandle(root=run.store.root, run_id=run.run_id)
     first = start.fn(handle)
     second = run_epoch(run, first, 0)
-    drawn = [sample_shard.fn(handle, first, 1, shard) for shard in range(run.shards)]  # by another
+    drawn = [
+        sample_shard.fn(handle, first, 1, shard) for shard in range(run.shards_per_epoch)
+    ]  # by another
     scores = [score_shard.fn(handle, ref, 1, shard) for shard, ref in enumerate(drawn)]
     advantages = credit_of.fn(handle, second, drawn, scores, 1)
     with pytest.raises(PolicyMismatch, match="drawn by another policy"):

@@ -16,7 +16,8 @@ import ddpo_workflow.tasks.update
 from ddpo.config import RunConfig
 from ddpo.prompts import Prompt
 from ddpo.rewards import Scores
-from ddpo.runs.run import Run, start_run
+from ddpo.runs import Run, RunHandle, start_run
+from ddpo.runs.forks.plan import fork_config
 from ddpo.store import manifests
 from ddpo.store.kinds import CHECKPOINT
 from ddpo.store.manifests import Ref
@@ -27,9 +28,7 @@ from ddpo.training.critic import Critic
 from ddpo.training.loop import initial_state, update
 from ddpo.training.state import TrainState
 from ddpo.training.trajectories import TrajectoryGradient
-from ddpo_workflow.flows.fork import forked_config
 from ddpo_workflow.tasks.start import start
-from ddpo_workflow.tasks.worker import RunHandle
 from tests.fold import as_in_a_new_process, run_epoch, run_epochs
 from tests.states import commit_state
 from tests.tiny import (
@@ -246,7 +245,7 @@ class Brightness:
 
 def forked(parent: Run, fork_id: str, **changes: Any) -> tuple[Run, Ref]:
     as_in_a_new_process()
-    fork = start_run(forked_config(parent, 1, **changes), fork_id)
+    fork = start_run(fork_config(parent, 1, **changes), fork_id)
     return fork, start.fn(RunHandle(root=fork.store.root, run_id=fork_id))
 
 

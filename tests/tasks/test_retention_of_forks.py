@@ -10,9 +10,10 @@ from ddpo.algorithms.advantages import PerPromptAdvantages
 from ddpo.basics.digests import tensors_digest
 from ddpo.config import ForkConfig, RunConfig
 from ddpo.errors import ConfigError, PolicyMismatch, RetiredObject
+from ddpo.runs import Run, RunHandle, open_run, start_run
 from ddpo.runs.forks.checks import saved_rollouts
+from ddpo.runs.forks.plan import fork_config, fork_name
 from ddpo.runs.forks.records import record_fork
-from ddpo.runs.run import Run, open_run, start_run
 from ddpo.store import keys, manifests
 from ddpo.store.checkpoints import Checkpoint
 from ddpo.store.keys import Partition
@@ -23,13 +24,11 @@ from ddpo.store.upkeep.epoch_retention import retire_epochs
 from ddpo.store.upkeep.retention import retire_checkpoints
 from ddpo.store.upkeep.verify import verify_run
 from ddpo.training.state import TrainState
-from ddpo_workflow.flows.fork import forked_config, named_fork
 from ddpo_workflow.flows.start import first_checkpoint
 from ddpo_workflow.flows.train import train_run
 from ddpo_workflow.tasks.inherit import inherit_shard
 from ddpo_workflow.tasks.score import score_shard
 from ddpo_workflow.tasks.start import start
-from ddpo_workflow.tasks.worker import RunHandle
 from tests.fold import as_in_a_new_process, run_epoch, run_epochs
 from tests.tiny import tiny_config
 
@@ -75,7 +74,7 @@ def adopted(run: Run) -> set[str]:
     return {
         stored.key
         for epoch in range(ADOPTED)
-        for shard in range(run.shards)
+        for shard in range(run.shards_per_epoch)
         if (found := ROLLOUTS.commit_of(run.store, Partition(run.run_id, epoch, shard)))
         for stored in found.manifest.objects.values()
     }
@@ -97,7 +96,7 @@ def test_a_fork_keeps_every_epoch_that_it_adopted(history: Run, tiny_model: Path
     fork = forked(history, tiny_model)
     run_epochs(fork, ADOPTED + 1)
     own = adopted(fork)
-    assert len(own) == ADOPTED * history.shards * 3
+    assert len(own) == ADOPTED * history.shards_per_epoch * 3
     assert all("run_id=history" in key for key in own)
     retired = retire_epochs(fork.store, "history", keep="checkpoints", older_than=1)
     assert retired == [0, 1, 2, 3]
@@ -111,10 +110,10 @@ def test_a_fork_keeps_every_epoch_that_it_adopted(history: Run, tiny_model: Path
     as_in_a_new_process()
     run_epochs(open_run(fork.store, "fork"), ADOPTED + 1)
     # The command that made it goes on with it too; under another name it would be too late.
-    assert forked_config(history, 0).fork == ForkConfig(run_id="history", epoch=0)
-    assert named_fork(history, fork.config, "fork") == "fork"
+    assert fork_config(history, 0).fork == ForkConfig(run_id="history", epoch=0)
+    assert fork_name(history, fork.config, "fork") == "fork"
     with pytest.raises(RetiredObject):
-        named_fork(history, fork.config, "another")
+        fork_name(history, fork.config, "another")
 
 
 def test_a_fork_that_was_stopped_between_two_epochs_finds_the_others_after_retention(
@@ -126,7 +125,7 @@ def test_a_fork_that_was_stopped_between_two_epochs_finds_the_others_after_reten
     retire_epochs(fork.store, "history", keep="checkpoints", older_than=1)
     as_in_a_new_process()
     run_epochs(fork, ADOPTED + 1)
-    assert len(adopted(fork)) == ADOPTED * fork.shards * 3
+    assert len(adopted(fork)) == ADOPTED * fork.shards_per_epoch * 3
 
     # It ends as it would have without a stop, and without retention.
     as_in_a_new_process()
@@ -151,7 +150,7 @@ def test_a_fork_that_cannot_begin_is_refused_before_its_name_is_taken(history: R
         "algorithm": history.config.algorithm.model_copy(update={"advantages": PER_PROMPT}),
     }
     config = history.config.model_copy(update=changes)
-    assert named_fork(history, config, "fork") == "fork"
+    assert fork_name(history, config, "fork") == "fork"
 
     keep_all = {key: store.read(key) for key in store.list()}
 
@@ -168,19 +167,19 @@ def test_a_fork_that_cannot_begin_is_refused_before_its_name_is_taken(history: R
     for part, epoch in (("samples", 2), ("trajectories", 3)):
         retired(part, epoch)
         with pytest.raises(RetiredObject, match=f"{part} of epoch {epoch}"):
-            named_fork(history, config, "fork")
+            fork_name(history, config, "fork")
     # What its prompt statistics would be rebuilt from; pictures alone are enough for that.
     retired("trajectories", 0)
-    assert named_fork(history, config, "fork") == "fork"
+    assert fork_name(history, config, "fork") == "fork"
     retired("samples", 0)
     with pytest.raises(ConfigError, match=r"epoch 0 of 'history'.*--reset-statistics"):
-        named_fork(history, config, "fork")
+        fork_name(history, config, "fork")
     reset = ForkConfig(run_id="history", epoch=1, statistics="reset")
     forgetful = config.model_copy(update={"fork": reset})
-    assert named_fork(history, forgetful, "fork") == "fork"
+    assert fork_name(history, forgetful, "fork") == "fork"
     assert retire_checkpoints(store, "history", keep_newest=1, keep_every=None)[:2] == [0, 1]
     with pytest.raises(RetiredObject, match="checkpoints"):
-        named_fork(history, forgetful, "fork")
+        fork_name(history, forgetful, "fork")
     assert not store.exists(keys.run_key("fork"))
 
 
@@ -193,21 +192,21 @@ def test_an_epoch_that_a_run_adopted_off_policy_starts_no_on_policy_fork(
     parent = start_run(config.model_copy(update={"optimizer": faster}), "fork")
     run_epochs(parent, ADOPTED + 1)
     with pytest.raises(PolicyMismatch, match=r"epoch 1 of run 'fork'.*'history'.*off_policy: true"):
-        named_fork(parent, forked_config(parent, 1), "second")
+        fork_name(parent, fork_config(parent, 1), "second")
     assert not parent.store.exists(keys.run_key("second"))
-    off = forked_config(parent, 1, overrides=["fork.off_policy=true"])
-    assert named_fork(parent, off, "second") == "second"
+    off = fork_config(parent, 1, overrides=["fork.off_policy=true"])
+    assert fork_name(parent, off, "second") == "second"
     # Of its first epoch, and of what it drew itself, its own checkpoint is the policy.
     for epoch in (0, ADOPTED):
-        assert named_fork(parent, forked_config(parent, epoch), "second") == "second"
+        assert fork_name(parent, fork_config(parent, epoch), "second") == "second"
 
 
 def test_a_checkpoint_that_never_was_is_missed_before_a_name_is_taken(history: Run) -> None:
     """A comparison's shared run has its first alone."""
-    config = forked_config(history, 1)
+    config = fork_config(history, 1)
     history.store.delete(CHECKPOINT.key(Partition("history", 1)))
     with pytest.raises(ConfigError, match="has no checkpoint 1"):
-        named_fork(history, config, "fork")
+        fork_name(history, config, "fork")
 
 
 def test_a_fork_is_told_what_retention_deletes_while_it_adopts_it(

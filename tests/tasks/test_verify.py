@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from ddpo.config.files import read_config
-from ddpo.runs.run import Run, start_run
+from ddpo.runs import Run, start_run
 from ddpo.store import keys
 from ddpo.store.keys import Partition
 from ddpo.store.kinds import CHECKPOINT, ROLLOUTS

@@ -17,7 +17,7 @@ from ddpo.basics.images import decode_image
 from ddpo.config import RunConfig
 from ddpo.diffusion.sampling import sample
 from ddpo.models import policy_digest
-from ddpo.runs.run import Run, start_run
+from ddpo.runs import Run, start_run
 from ddpo.store import manifests
 from ddpo.store.keys import Partition
 from ddpo.store.kinds import CHECKPOINT
@@ -239,7 +239,9 @@ def test_an_update_right_after_pictures_is_of_the_trained_weights(
     as_in_a_new_process()
     run, handle = a_run(tiny_model, tmp_path / "interrupted")
     checkpoint = run_epochs(run, 1)
-    rollouts = [sample_shard.fn(handle, checkpoint, 1, shard) for shard in range(run.shards)]
+    rollouts = [
+        sample_shard.fn(handle, checkpoint, 1, shard) for shard in range(run.shards_per_epoch)
+    ]
     scores = [score_shard.fn(handle, ref, 1, shard) for shard, ref in enumerate(rollouts)]
     advantages = credit_of.fn(handle, checkpoint, rollouts, scores, 1)
     draw_pictures.fn(handle, checkpoint, CAT, 1)

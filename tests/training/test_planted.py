@@ -28,7 +28,7 @@ from ddpo.diffusion import Transition
 from ddpo.diffusion.ddim import Ddim
 from ddpo.models import Conditioning, Policy
 from ddpo.models.stable_diffusion import StableDiffusion
-from ddpo.runs.run import start_run
+from ddpo.runs import RunHandle, start_run
 from ddpo.store import manifests
 from ddpo.store.artefacts import AdvantageTable
 from ddpo.store.kinds import CHECKPOINT
@@ -41,7 +41,6 @@ from ddpo_workflow.tasks.credit import credit_of
 from ddpo_workflow.tasks.sample import sample_shard
 from ddpo_workflow.tasks.score import score_shard
 from ddpo_workflow.tasks.start import start
-from ddpo_workflow.tasks.worker import RunHandle
 from tests.checks import (
     check_advantages_are_golden,
     check_gradient_is_each_samples_own,
@@ -137,7 +136,9 @@ def check_the_update_task_joins_advantages_by_sample(model: Path) -> None:
     run = start_run(config, "r")
     handle = RunHandle(root=root, run_id="r")
     checkpoint = start.fn(handle)
-    shards = [sample_shard.fn(handle, checkpoint, 0, shard) for shard in range(run.shards)]
+    shards = [
+        sample_shard.fn(handle, checkpoint, 0, shard) for shard in range(run.shards_per_epoch)
+    ]
     scores = [score_shard.fn(handle, ref, 0, shard) for shard, ref in enumerate(shards)]
     scored = credit_of.fn(handle, checkpoint, shards, scores, 0)
     following = ddpo_workflow.tasks.update.update_policy.fn(handle, checkpoint, shards, scored, 0)

@@ -13,7 +13,7 @@ from ddpo.config import CompareConfig, RunConfig
 from ddpo.config.compare import SHARED
 from ddpo.config.files import apply_overrides, parse_comparison, parse_config, read_mapping
 from ddpo.errors import ConfigError
-from ddpo.runs.run import open_run
+from ddpo.runs import open_run
 from ddpo.store import keys
 from ddpo.store.objects import Store
 

@@ -9,7 +9,7 @@ from ddpo.analysis.comparison.plan import Comparison, Member
 from ddpo.analysis.comparison.statistics import Interval, interval
 from ddpo.analysis.report import reward_curve
 from ddpo.errors import MissingObject
-from ddpo.runs.run import Run, open_run
+from ddpo.runs import Run, open_run
 from ddpo.store.keys import Partition
 from ddpo.store.kinds import CHECKPOINT, EPOCH
 from ddpo.store.objects import Store

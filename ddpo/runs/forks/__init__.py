@@ -1,1 +1,1 @@
-"""A run that starts from a checkpoint and the saved rollouts of another."""
+"""Forks: runs that start from a checkpoint and the saved rollouts of another run, their parent."""

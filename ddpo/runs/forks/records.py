@@ -1,4 +1,4 @@
-"""Which runs branch off which: a fork names its parent, and leaves a record beside it."""
+"""Record each fork beside its parent, so that retention spares what the fork inherits."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from ddpo.store import runs
 
 
 def record_fork(run: Run) -> None:
-    """Leave a record of a fork beside the run that it branches off, once."""
-    fork = run.config.fork
+    """Record a fork beside its parent, once; does nothing for other runs."""
+    fork = run.fork
     if fork is None:
         return
-    runs.record_fork(run.store, fork.run_id, run.run_id, fork.epoch)
+    runs.record_fork(run.store, fork.parent_id, run.run_id, fork.epoch)

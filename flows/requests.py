@@ -1,0 +1,355 @@
+"""Requests of a user, as the command line and Prefect's forms fill them in.
+
+A request is resolved once: its files are read and everything is checked before a run's name is
+taken or anything is written. Heavy libraries are imported by then, so that a misspelt setting is
+reported at once.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict
+
+if TYPE_CHECKING:
+    from ddpo.analysis.comparison.plan import Comparison
+    from ddpo.config import RewardConfig, RunConfig
+    from ddpo.runs import Run, RunPlan
+    from ddpo.store.objects import Store
+
+Plan = TypeVar("Plan")
+
+_resolved: ContextVar[tuple[Request[Any], Any] | None] = ContextVar("resolved", default=None)
+
+
+class Request(BaseModel, Generic[Plan]):
+    """What a user asks for. Its fields are the arguments of the flow that does it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @abstractmethod
+    def resolve(self) -> Plan:
+        """Read and check everything that the request names.
+
+        Raises:
+            DdpoError: It cannot be done; nothing was written.
+        """
+
+    @contextmanager
+    def resolved(self) -> Iterator[Plan]:
+        """Resolve the request ahead of a flow with the same arguments, called in this context."""
+        plan = self.resolve()
+        token = _resolved.set((self, plan))
+        try:
+            yield plan
+        finally:
+            _resolved.reset(token)
+
+    def plan(self) -> Plan:
+        """Return what the request resolves to; the caller of the flow may have resolved it."""
+        ahead = _resolved.get()
+        return ahead[1] if ahead is not None and ahead[0] == self else self.resolve()
+
+
+class TrainRequest(Request["RunPlan"]):
+    """Start a run, or resume the one of that name."""
+
+    config_file: str
+    """A YAML file."""
+    run_id: str
+    """The run's name."""
+    epochs: int | None = None
+    """Number of epochs."""
+    seed: int | None = None
+    """The seed of everything random."""
+    learning_rate: float | None = None
+    """Learning rate of AdamW."""
+    storage: str | None = None
+    """The store."""
+    tracking: str | None = None
+    """MLflow's tracking URI."""
+    overrides: tuple[str, ...] = ()
+    """Any other setting, as ``sampler.steps=20``."""
+
+    def resolve(self) -> RunPlan:
+        """Read the config and check that the run can start."""
+        from ddpo.config.files import read_config
+
+        fields = {
+            "epochs": self.epochs,
+            "seed": self.seed,
+            "optimizer.learning_rate": self.learning_rate,
+            "storage.root": self.storage,
+            "tracking.uri": self.tracking,
+        }
+        return _check_start(
+            read_config(self.config_file, [*_set(fields), *self.overrides]), self.run_id
+        )
+
+
+class ResumeRequest(Request["RunPlan"]):
+    """Resume a run with the settings of its last start."""
+
+    run_id: str
+    """The run's name."""
+    storage: str | None = None
+    """The store."""
+    epochs: int | None = None
+    """Total number of epochs; by default as before."""
+
+    def resolve(self) -> RunPlan:
+        """Open the run and check that it can be resumed."""
+        from ddpo.config.s3 import S3Options
+        from ddpo.runs import open_run, storage_root
+        from ddpo.store.objects import Store
+
+        root = storage_root(self.storage)
+        config = open_run(Store.open(root), self.run_id).config
+        changes: dict[str, object] = {
+            # As it is reached now; the address that an earlier start was given may be outdated.
+            "storage": config.storage.model_copy(update={"root": root, "s3": S3Options()})
+        }
+        if self.epochs is not None:
+            changes["epochs"] = _positive(self.epochs)
+        return _check_start(config.model_copy(update=changes), self.run_id)
+
+
+class ForkRequest(Request["RunPlan"]):
+    """Start a run from another one's checkpoint and saved samples."""
+
+    run_id: str
+    """The parent."""
+    epoch: int
+    """The fork's first epoch."""
+    reward: str | None = None
+    """Name of the new reward; by default the parent's reward."""
+    parameters: Mapping[str, Any] | None = None
+    """Parameters of the new reward."""
+    fork_id: str | None = None
+    """The fork's name."""
+    epochs: int | None = None
+    """Total number of epochs, including those before the fork."""
+    statistics: Literal["rebuild", "reset"] = "rebuild"
+    """Prompt statistics to start with."""
+    overrides: tuple[str, ...] = ()
+    """Any other setting, as ``optimizer.learning_rate=1e-4``."""
+    storage: str | None = None
+    """The store."""
+
+    def resolve(self) -> RunPlan:
+        """Plan the fork and check all that it inherits."""
+        from ddpo.runs import open_run, storage_root
+        from ddpo.runs.forks.plan import fork_config, fork_name
+        from ddpo.store.objects import Store
+
+        parent = open_run(Store.open(storage_root(self.storage)), self.run_id)
+        config = fork_config(
+            parent,
+            self.epoch,
+            reward=self.reward,
+            parameters=self.parameters,
+            epochs=self.epochs,
+            statistics=self.statistics,
+            overrides=self.overrides,
+        )
+        return _check_start(config, fork_name(parent, config, self.fork_id))
+
+
+@dataclass(frozen=True)
+class Rescoring:
+    """A run whose samples are about to be scored with another reward."""
+
+    run: Run
+    """The run."""
+    reward: RewardConfig
+    """The reward."""
+    reward_id: str
+    """The reward's id."""
+    epochs: list[int]
+    """The epochs to score."""
+
+
+class RescoreRequest(Request[Rescoring]):
+    """Score a run's saved samples with another reward."""
+
+    run_id: str
+    """The run's name."""
+    reward: str
+    """Name of the reward."""
+    parameters: Mapping[str, Any] | None = None
+    """Parameters of the reward."""
+    epochs: str | None = None
+    """The epochs: one, or a range ``a:b`` without b; by default all."""
+    storage: str | None = None
+    """The store."""
+    tracking: str | None = None
+    """MLflow's tracking URI; by default the run's."""
+
+    def resolve(self) -> Rescoring:
+        """Load the reward and find the samples."""
+        from ddpo.config import RewardConfig
+        from ddpo.errors import ConfigError
+        from ddpo.runs import open_run, storage_root
+        from ddpo.store.objects import Store
+        from ddpo_workflow.tasks.tracking.connection import connect
+        from ddpo_workflow.tasks.worker import scorer_of
+
+        run = open_run(Store.open(storage_root(self.storage)), self.run_id)
+        epochs = rescorable_epochs(run, self.epochs)
+        reward = RewardConfig(
+            name=self.reward,
+            parameters=dict(self.parameters or {}),
+            tries=run.config.reward.tries,
+            on_failure=run.config.reward.on_failure,
+        )
+        reward_id = scorer_of(run, reward).reward_id
+        if reward_id == run.reward_id:
+            raise ConfigError(
+                f"{reward_id} is the run's own reward: its samples have these scores already"
+            )
+        connect(self.tracking or run.config.tracking.uri)
+        return Rescoring(run, reward, reward_id, epochs)
+
+
+@dataclass(frozen=True)
+class ComparisonPlan:
+    """A comparison whose runs have passed all checks."""
+
+    comparison: Comparison
+    """The comparison."""
+    runs: Mapping[str, RunPlan]
+    """Its runs by name, ready to start."""
+
+    @property
+    def store(self) -> Store:
+        """The store of the runs."""
+        return self.runs[self.comparison.members[0].run_id].store
+
+    @property
+    def epochs(self) -> int:
+        """Number of epochs of all runs together."""
+        return sum(member.config.epochs for member in self.comparison.members)
+
+
+class CompareRequest(Request[ComparisonPlan]):
+    """Train a model by several algorithms and compare the results."""
+
+    config_file: str
+    """A YAML file with `base`, `variants` and `seeds`."""
+    name: str | None = None
+    """The comparison's name; by default the file's."""
+    storage: str | None = None
+    """The store."""
+    tracking: str | None = None
+    """MLflow's tracking URI."""
+    overrides: tuple[str, ...] = ()
+    """Any setting of the base, as ``sampler.steps=20``."""
+
+    def resolve(self) -> ComparisonPlan:
+        """Read the comparison and check that each of its runs can start."""
+        from ddpo.analysis.comparison.plan import read_comparison
+
+        fields = {"storage.root": self.storage, "tracking.uri": self.tracking}
+        overrides = [*self.overrides, *_set(fields)]
+        return check_comparison(read_comparison(self.config_file, self.name, overrides))
+
+
+def new_run_id(config_file: str) -> str:
+    """Return a new run's name, made of its config's name and the time."""
+    return f"{run_name_stem(config_file)}-{datetime.now():%Y%m%d-%H%M%S}"
+
+
+def run_name_stem(config_file: str) -> str:
+    """Return what the names of a config's runs start with."""
+    return Path(config_file).stem.replace("_", "-")
+
+
+def check_comparison(comparison: Comparison) -> ComparisonPlan:
+    """Check that all runs of a comparison can start or be resumed, before one of them does.
+
+    Args:
+        comparison: The comparison.
+
+    Raises:
+        ConfigError: One of the runs exists with other settings.
+        DdpoError: One of the runs cannot start, or MLflow cannot be reached.
+    """
+    from ddpo.errors import ConfigError, RunIdentityMismatch
+    from ddpo.runs import check_run
+    from ddpo_workflow.tasks.tracking.connection import connect
+
+    plans: dict[str, RunPlan] = {}
+    for member in comparison.members:
+        try:
+            plans[member.run_id] = check_run(member.config, member.run_id)
+        except RunIdentityMismatch as error:
+            shared = member is comparison.shared[member.seed]
+            which = "the run with its shared samples" if shared else "its run"
+            lines = "".join(f"\n  {difference}" for difference in error.differences)
+            raise ConfigError(
+                f"comparison {comparison.name!r} exists, and {which}, {member.run_id!r}, has other "
+                f"settings:{lines}\nExisting runs stay as they are: give the changed comparison "
+                "another name (--name), or undo the change"
+            ) from error
+    connect(comparison.members[0].config.tracking.uri)
+    return ComparisonPlan(comparison, plans)
+
+
+def rescorable_epochs(run: Run, words: str | None) -> list[int]:
+    """Return the requested epochs of a run that are committed and whose samples are kept, in order.
+
+    Args:
+        run: The run.
+        words: One epoch, or a range ``a:b`` without b; by default all.
+
+    Raises:
+        ConfigError: The words are neither; or retention deleted all of these samples.
+        NotInHistory: None of the epochs is committed.
+    """
+    from ddpo.analysis.history import History
+    from ddpo.errors import ConfigError
+    from ddpo.store import keys
+
+    kept = [
+        epoch
+        for epoch in History(run).epochs_within(words)
+        if not run.store.exists(keys.retired_key("samples", run.run_id, epoch))
+    ]
+    if not kept:
+        raise ConfigError(
+            f"run {run.run_id!r} has no saved samples{f' of epochs {words}' if words else ''}: "
+            "retention deleted them (storage.retention)"
+        )
+    return kept
+
+
+def _check_start(config: RunConfig, run_id: str) -> RunPlan:
+    """Check that a run can start: every way of starting one comes through here."""
+    from ddpo.analysis.comparison.plan import check_not_shared
+    from ddpo.runs import check_run
+    from ddpo_workflow.tasks.tracking.connection import connect
+
+    plan = check_run(config, run_id)
+    check_not_shared(plan.store, plan.run_id)
+    connect(config.tracking.uri)
+    return plan
+
+
+def _set(fields: Mapping[str, object]) -> list[str]:
+    """Return the fields that are filled in, as overrides of a config."""
+    return [f"{key}={value}" for key, value in fields.items() if value is not None]
+
+
+def _positive(epochs: int) -> int:
+    from ddpo.errors import ConfigError
+
+    if epochs < 1:
+        raise ConfigError(f"epochs is {epochs}; expected at least 1")
+    return epochs
