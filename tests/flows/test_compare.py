@@ -115,7 +115,7 @@ def test_the_first_epoch_is_the_same_objects_in_all_variants(online: Compared):
             adopted = rollouts(online.store, members[place], 0)
             assert [m.objects for m in adopted] == [m.objects for m in shared]
             assert rollouts(online.store, members[place], 1)[0].objects.keys() == {
-                "rollouts", "trajectories",
+                "rollouts", "samples", "trajectories",
             }  # fmt: skip
 
 
