@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 
+import pytest
 from prefect import task
 
 from ddpo_workflow.flows.flow import ddpo_flow
@@ -13,6 +14,7 @@ from ddpo_workflow.tasks.worker import ON_DEVICE
 SHARDS = 6
 
 
+@pytest.mark.slow
 def test_device_tasks_run_in_order_while_others_run_beside_them() -> None:
     sampled: list[tuple[int, str]] = []
     first_is_scored = threading.Event()

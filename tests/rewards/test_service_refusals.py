@@ -72,7 +72,7 @@ def gif() -> bytes:
         ([GOOD], b'{"text": "a"}', 422, "not a JSON array"),
         ([GOOD], [{"text": 1}], 422, "0.text: Input should be a valid string"),
         ([GOOD], [{"text": "a", "meta": {}}], 422, "0.meta: Extra inputs"),
-        ([GOOD], [{"text": " "}], 422, "prompt 0: .*some words"),
+        ([GOOD], [{"text": " "}], 422, "prompt 0: .*not blank"),
         ([GOOD], b'[{"text": "a", "metadata": {"x": NaN}}]', 422, "prompt 0: .*plain JSON"),
         ([GOOD], b'[{"text": "\\ud800"}]', 422, "not a JSON array"),
         ([GOOD], b'[{"text": "a\xff"}]', 422, "not a JSON array"),
