@@ -17,7 +17,7 @@ from ddpo.store.kinds import EPOCH
 from ddpo_workflow.flows.epoch import submit_shards
 from ddpo_workflow.flows.flow import artifact_key, ddpo_flow, without_heartbeats
 from ddpo_workflow.flows.forms import Text
-from ddpo_workflow.flows.requests import CompareRequest, ComparisonPlan
+from ddpo_workflow.flows.run_requests import CompareRequest, ComparisonPlan
 from ddpo_workflow.flows.train import outputs_folder, train_run
 from ddpo_workflow.tasks.commit import commit_epoch
 from ddpo_workflow.tasks.credit import credit_of

@@ -27,7 +27,7 @@ from ddpo_workflow.flows.epoch import EpochPlan, run_epoch
 from ddpo_workflow.flows.flow import artifact_key, ddpo_flow, without_heartbeats
 from ddpo_workflow.flows.forms import Number, Text, Whole
 from ddpo_workflow.flows.messages import resume_command
-from ddpo_workflow.flows.requests import ResumeRequest, TrainRequest, run_name_stem
+from ddpo_workflow.flows.run_requests import ResumeRequest, TrainRequest, run_name_stem
 from ddpo_workflow.flows.start import first_checkpoint
 from ddpo_workflow.tasks.export_weights import export_weights
 from ddpo_workflow.tasks.pictures import draw_pictures, picture_set

@@ -190,6 +190,27 @@ def test_every_room_is_there() -> None:
     assert set(LAYERS) - {"ddpo"} <= {room_of(module) for module in modules()}
 
 
+def shadowed(folder: Path) -> list[str]:
+    """Return the modules of a folder that hide an installed one once the folder is on the path."""
+    names = sorted(file.stem for file in folder.glob("*.py") if file.stem != "__init__")
+    code = "import importlib.util, sys; print(*filter(importlib.util.find_spec, sys.argv[1:]))"
+    # Isolated: neither the checkout nor the folder itself is on the path.
+    command = [sys.executable, "-I", "-c", code, *names]
+    found = subprocess.run(command, capture_output=True, text=True, check=True, cwd="/", timeout=60)
+    return found.stdout.split()
+
+
+def test_no_flow_hides_an_installed_module() -> None:
+    """Prefect puts the folder of a deployment's entrypoint at the front of the path."""
+    assert not shadowed(REPOSITORY / "flows")
+
+
+def test_a_flow_that_hides_an_installed_module_is_found(tmp_path: Path) -> None:
+    (tmp_path / "requests.py").touch()
+    (tmp_path / "epoch.py").touch()
+    assert shadowed(tmp_path) == ["requests"]
+
+
 def test_few_modules_lie_loose_in_the_library() -> None:
     assert len(list((REPOSITORY / "ddpo").glob("*.py"))) <= 3
 

@@ -14,7 +14,7 @@ from ddpo_workflow.flows.cli.quiet import hide_loading_bars
 
 if TYPE_CHECKING:
     from ddpo.runs import Run, RunPlan
-    from ddpo_workflow.flows.requests import Request
+    from ddpo_workflow.flows.run_requests import Request
 
 Plan = TypeVar("Plan")
 

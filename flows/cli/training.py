@@ -37,7 +37,7 @@ def train(
     root: Root = None,
 ) -> None:
     """Fine-tune a model on a reward, or resume a run."""
-    from ddpo_workflow.flows.requests import TrainRequest, new_run_id
+    from ddpo_workflow.flows.run_requests import TrainRequest, new_run_id
 
     request = TrainRequest(
         config_file=config,
@@ -58,7 +58,7 @@ def resume(
 ) -> None:
     """Resume a run that was stopped; committed work is never redone."""
     from ddpo.runs import storage_root
-    from ddpo_workflow.flows.requests import ResumeRequest
+    from ddpo_workflow.flows.run_requests import ResumeRequest
 
     request = ResumeRequest(run_id=run_id, storage=storage_root(root), epochs=epochs)
     with checked(request) as plan:

@@ -246,7 +246,7 @@ def test_prompts_metadata_and_parameters_reach_the_reward(ddpo, own, pictures):
         (["colorfulness", "PICTURE", "--prompt", "x", "--metadata", "[]"], "is not a JSON object"),
         (["colourfulness", "PICTURE", "--prompt", "x"], "did you mean 'colorfulness'?"),
         (["colorfulness", "PICTURE", "--prompt", "x", "--param", "k=1"], "no parameter 'k'"),
-        (["colorfulness", "PICTURE", "--prompt", "x", "--param", "k"], "is no `a=value`"),
+        (["colorfulness", "PICTURE", "--prompt", "x", "--param", "k"], "expects NAME=VALUE"),
     ],
 )
 def test_bad_words_are_told_with_the_way_out(ddpo, pictures, words, told):
