@@ -1,4 +1,4 @@
-"""Committed tables for analysis: whole columns through pyarrow, every byte verified on the way."""
+"""Read committed tables as pyarrow columns for analysis; every byte is verified."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from ddpo.store.objects import Store, StoredObject
 
 
 class _VerifiedFiles(AbstractFileSystem):
-    """Shows pyarrow the listed objects and no others; opening one reads and verifies it whole."""
+    """Show pyarrow the listed objects only; opening one reads and verifies all of it."""
 
     protocol = "ddpo"
-    cachable = False  # fsspec would keep every one for the life of the process
+    cachable = False  # fsspec would keep each instance until the process ends
 
     def __init__(self, store: Store, objects: Sequence[StoredObject]) -> None:
         super().__init__()
@@ -44,19 +44,16 @@ def verified_dataset(
     schema: pa.Schema,
     parts: Sequence[tuple[StoredObject, Mapping[str, Any]]],
 ) -> ds.FileSystemDataset:
-    """Make a dataset of committed Parquet objects.
+    """Return a dataset of committed Parquet objects, with rows in the order of the parts.
 
-    Nothing is read before a scan. A scan reads each object that its filter may need as a whole,
-    verifies it, and decodes the asked columns only; it holds a few objects at a time.
+    Nothing is read before a scan. A scan reads and verifies each object that its filter may match,
+    decodes the requested columns only, and holds a few objects at a time. It raises
+    `CorruptObject`, `MissingObject` or `RetiredObject`.
 
     Args:
         store: The store.
         schema: Columns of the objects, then the partition columns.
         parts: The objects, each with the values of its partition columns.
-
-    Returns:
-        The dataset; the order of rows is that of the parts. A scan raises `CorruptObject`,
-        `MissingObject` or `RetiredObject`.
     """
     files = _VerifiedFiles(store, [stored for stored, _ in parts])
     made = ds.FileSystemDataset.from_paths(
@@ -73,20 +70,17 @@ def verified_dataset(
 def read_table(
     store: Store, stored: StoredObject, columns: Sequence[str] | None = None
 ) -> pa.Table:
-    """Read columns of a committed table.
+    """Read a committed table.
 
     Args:
         store: The store.
         stored: The table's object.
-        columns: Which; by default all.
-
-    Returns:
-        The table.
+        columns: Columns to read; by default all.
 
     Raises:
-        MissingObject: It is not there (RetiredObject: it was deleted on purpose).
-        CorruptObject: Its bytes are not those that were committed.
-        UnreadableData: The bytes are not such a table.
+        MissingObject: It is missing (RetiredObject: it was deleted on purpose).
+        CorruptObject: Its bytes do not match the digest.
+        UnreadableData: It is not a Parquet file, or lacks a column.
     """
     data = pa.BufferReader(store.get(stored))
     try:
@@ -100,15 +94,12 @@ def read_table(
 
 
 def with_constants(table: pa.Table, schema: pa.Schema, values: Sequence[Any]) -> pa.Table:
-    """Put columns of one value each before a table's own.
+    """Return a table with constant columns put before its own.
 
     Args:
         table: The table.
         schema: The new columns.
         values: The value of each.
-
-    Returns:
-        The wider table.
     """
     columns = {
         field.name: pa.repeat(pa.scalar(value, field.type), len(table))
@@ -118,15 +109,12 @@ def with_constants(table: pa.Table, schema: pa.Schema, values: Sequence[Any]) ->
 
 
 def join(left: pa.Table, right: pa.Table, *, prefix: str = "") -> pa.Table:
-    """Put columns beside those of the same `sample_id`; rows and their order are the left's.
+    """Left-join two tables on `sample_id`; the rows and their order are those of `left`.
 
     Args:
         left: A table with a `sample_id`.
-        right: Another, with each sample once.
-        prefix: Goes before the name of a column of `right` that `left` has too.
-
-    Returns:
-        The wider table; null where `right` lacks a sample.
+        right: Another, with each sample once. Its columns are null for samples that it lacks.
+        prefix: Prefix for the columns of `right` whose names `left` has too.
     """
     rows = pc.call_function(
         "index_in", [left["sample_id"]], pc.SetLookupOptions(right["sample_id"])
@@ -140,15 +128,14 @@ def join(left: pa.Table, right: pa.Table, *, prefix: str = "") -> pa.Table:
 
 
 def union(tables: Sequence[pa.Table], schema: pa.Schema) -> pa.Table:
-    """Put tables below each other whose scorers need not agree on their own columns.
+    """Concatenate tables that may have different columns, such as those of different scorers.
+
+    A column is null in the rows of a table that lacks it. If the tables disagree on a column's
+    type, it is a string if one of them has strings, else float64.
 
     Args:
         tables: The tables.
-        schema: Columns that the result has in any case, and first.
-
-    Returns:
-        All rows in order. A column that a table lacks is null there. Where tables disagree on a
-        column's type it is float64, or text where one has text.
+        schema: Columns that the result always has, and first.
     """
     kinds = dict(zip(schema.names, schema.types, strict=True))
     for table in tables:

@@ -1,6 +1,6 @@
-"""What the tasks of an epoch commit, typed: each object reads and verifies its parts when asked.
+"""Typed artefacts of an epoch, which read and verify their objects on demand.
 
-Where each lies is in `kinds`; checkpoints and statistics have files of their own.
+`kinds` says where each is stored; `checkpoints` and `statistics` have the remaining two.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""How each kind of filesystem writes an object whole, or creates it exclusively.
+"""Atomic writes and exclusive creation on each kind of filesystem.
 
-Reading is the same everywhere (fsspec); writing is not. fsspec's own `mode="create"` is
-exists-then-open on local disks and in memory, so two racers can both win there; object stores
-have a conditional put behind it.
+fsspec reads the same way everywhere; writing differs. On local disks and in memory, its own
+`mode="create"` is exists-then-open, so that two racing writers can both win; on object stores it is
+a conditional put.
 """
 
 from __future__ import annotations
@@ -23,26 +23,26 @@ from fsspec.implementations.memory import MemoryFileSystem
 from ddpo.store.fs_errors import CALL_ERRORS
 
 TEMPORARY_PREFIX = ".tmp-"
-"""File names that start so are unfinished writes: no key, and hidden from pyarrow and globs."""
+"""Prefix of the file names of unfinished writes, which pyarrow, globs and `Store.list` skip."""
 
 
 CONFLICT_WAITS_S = (0.1, 0.2, 0.4, 0.8, None)
-"""Seconds before the next try where an object store is busy with another put of the same key."""
+"""Seconds before each retry while an object store is busy with another put of the same key."""
 
 
 WRITER = "ddpo-writer"
-"""Name of the metadata that tells whose put an object on S3 came from."""
+"""Name of the metadata entry that identifies which put wrote an object on S3."""
 
 
 class Backend(Protocol):
-    """Writing on one kind of filesystem. Paths are absolute, in that filesystem's own form."""
+    """Writes on one kind of filesystem. Paths are absolute, in that filesystem's notation."""
 
     def write(self, path: str, data: bytes) -> None:
-        """Writes an object that readers see whole or not at all; replaces what is there."""
+        """Write an object atomically; replace an existing one."""
         ...
 
     def create(self, path: str, data: bytes) -> bool:
-        """Writes an object only if there is none; returns whether this call wrote it."""
+        """Write an object only if there is none; return whether this call wrote it."""
         ...
 
 
@@ -54,12 +54,12 @@ class LocalBackend:
         self._durable_folders: set[Path] = set()
 
     def write(self, path: str, data: bytes) -> None:
-        """Replaces the file at `path` atomically and durably."""
+        """Replace the file at `path` atomically and durably."""
         with self._temporary_beside(Path(path), data) as temporary:
             temporary.replace(path)
 
     def create(self, path: str, data: bytes) -> bool:
-        """Links a finished file to `path`, which the kernel lets exactly one caller do."""
+        """Hard-link a finished file to `path`: the kernel lets exactly one caller succeed."""
         with self._temporary_beside(Path(path), data) as temporary:
             try:
                 Path(path).hardlink_to(temporary)
@@ -83,7 +83,7 @@ class LocalBackend:
 
     def _make_folder(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        # A folder's entry in its parent must be durable too, whoever made it: once a process.
+        # The folder's entry in its parent must be durable too, whoever made it. Once per process.
         while folder != self._above_root and folder not in self._durable_folders:
             _fsync_folder(folder.parent)
             self._durable_folders.add(folder)
@@ -91,7 +91,7 @@ class LocalBackend:
 
 
 class MemoryBackend:
-    """fsspec's in-process filesystem, for tests; exclusive among the threads of a process."""
+    """fsspec's in-process filesystem, for tests; creation is exclusive among threads."""
 
     _lock = threading.Lock()
 
@@ -99,12 +99,12 @@ class MemoryBackend:
         self._fs = fs
 
     def write(self, path: str, data: bytes) -> None:
-        """Replaces the object."""
+        """Replace the object."""
         with self._lock:
             self._fs.pipe_file(path, data)
 
     def create(self, path: str, data: bytes) -> bool:
-        """Creates the object under the lock."""
+        """Create the object under a lock."""
         with self._lock:
             if self._fs.exists(path):
                 return False
@@ -113,17 +113,17 @@ class MemoryBackend:
 
 
 class ConditionalPutBackend:
-    """Object stores: puts are atomic, and fsspec's `mode="create"` is a conditional put."""
+    """Object stores, where puts are atomic and fsspec's `mode="create"` is a conditional put."""
 
     def __init__(self, fs: AbstractFileSystem) -> None:
         self._fs = fs
 
     def write(self, path: str, data: bytes) -> None:
-        """Puts the object."""
+        """Put the object."""
         self._fs.pipe_file(path, data)
 
     def create(self, path: str, data: bytes) -> bool:
-        """Puts the object if there is none."""
+        """Put the object if there is none."""
         try:
             self._fs.pipe_file(path, data, mode="create")
         except FileExistsError:
@@ -132,24 +132,24 @@ class ConditionalPutBackend:
 
 
 class S3Backend(ConditionalPutBackend):
-    """S3 and what speaks its protocol.
+    """S3 and servers that speak its protocol.
 
-    Servers refuse a conditional put with different errors; and a client that lost the answer to a
-    put that succeeded sends it again, and is refused by its own object. So every exclusive put
-    carries a mark of its own, and what lies there in the end decides.
+    Servers refuse a conditional put with different errors. And if the response to a successful put
+    is lost, the client's retry is refused because of the client's own object. So every exclusive
+    put carries a unique mark, and the mark on the stored object tells who wrote it.
     """
 
     def write(self, path: str, data: bytes) -> None:
-        """Puts the object, in parts if it is large."""
+        """Put the object, in parts if it is large."""
         try:
             super().write(path, data)
         except FileNotFoundError:
-            # A server forgets an upload once its parts are joined, and says so if it is asked
-            # again because its answer was lost. Where the bucket is gone, this fails alike.
+            # A server forgets a multipart upload once it is complete: if that response was lost,
+            # the client's retry gets a 404. If the bucket itself is missing, this fails again.
             super().write(path, data)
 
     def create(self, path: str, data: bytes) -> bool:
-        """Puts the object if there is none; True even where the first answer was lost."""
+        """Put the object if there is none; True even if the first response was lost."""
         mark = uuid.uuid4().hex
         for wait_s in CONFLICT_WAITS_S:
             try:
@@ -158,7 +158,7 @@ class S3Backend(ConditionalPutBackend):
                 try:
                     writer = self._writer(path)
                 except CALL_ERRORS:
-                    raise error from None  # the first error is the one that tells
+                    raise error from None  # the first error is the informative one
                 if writer is not None:
                     return writer == mark
                 if not _is_busy(error) or wait_s is None:
@@ -169,9 +169,9 @@ class S3Backend(ConditionalPutBackend):
         raise AssertionError("the last round returns or raises")
 
     def _writer(self, path: str) -> str | None:
-        """Returns the mark of the object that is there, '' for one without, None for none."""
+        """Return the mark of the stored object, '' if it has none, None if there is no object."""
         try:
-            # Of s3fs alone: not in fsspec's types.
+            # Specific to s3fs, so not in fsspec's types.
             found: dict[str, str] = cast(Any, self._fs).metadata(path)
         except FileNotFoundError:
             return None
@@ -179,10 +179,9 @@ class S3Backend(ConditionalPutBackend):
 
 
 def _is_busy(error: Exception) -> bool:
-    """Returns whether a server asks to come again: AWS says 409 to the later of two racing puts.
+    """Return whether to try again later: AWS answers 409 to the later of two racing puts.
 
-    A 503 that botocore gave up on is none: it came as often as a call is tried, and rounds of such
-    tries would multiply.
+    A 503 after botocore's last retry does not count: retrying on top would multiply the attempts.
     """
     response: dict[str, Any] = getattr(error.__cause__, "response", {})
     answer = response.get("ResponseMetadata", {})
@@ -191,7 +190,7 @@ def _is_busy(error: Exception) -> bool:
 
 
 def backend_for(fs: AbstractFileSystem, root: str) -> Backend:
-    """Returns the backend for a filesystem and a root path in it."""
+    """Return the backend for a filesystem and a root path in it."""
     if isinstance(fs, LocalFileSystem):
         return LocalBackend(root)
     if isinstance(fs, MemoryFileSystem):

@@ -1,4 +1,4 @@
-"""Checkpoints: the state before an epoch, committed whole or not at all."""
+"""Checkpoints: the training state before an epoch, committed atomically."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Checkpoint(Artefact):
 
     @cached_property
     def metrics(self) -> dict[str, Any]:
-        """What the update that made it measured; empty for a run's first checkpoint."""
+        """Metrics of the update that made it; empty for a run's first checkpoint."""
         return self.document("metrics") if "metrics" in self.objects else {}
 
     @property
@@ -87,7 +87,7 @@ def checkpoint_objects(
     Args:
         state: The state.
         digests: See `Checkpoint.digests`.
-        metrics: What the update measured; None for a first checkpoint.
+        metrics: Metrics of the update; None for a first checkpoint.
         inherited: Objects of another run's checkpoint, by role, that already hold this state's
             tensors: they are listed instead of written again.
     """

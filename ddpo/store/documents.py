@@ -1,6 +1,6 @@
 """Small JSON documents (manifests, run records) that carry their own checksum.
 
-They are found by name, not by digest, so each must prove its own integrity.
+They are looked up by name, not by digest, so each must prove its own integrity.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ SCHEMA_VERSION = 1
 
 
 class Sealed(BaseModel):
-    """Base of the documents that a store keeps by name."""
+    """Base class of documents that a store keeps by name."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -37,11 +37,11 @@ class Sealed(BaseModel):
 
     @classmethod
     def from_bytes(cls, key: str, data: bytes) -> Self:
-        """Parse and verify a document; `key` is for the errors.
+        """Parse and verify a document; `key` is for error messages.
 
         Raises:
             UnreadableData: The bytes are not such a document.
-            UnknownSchema: It is of another release.
+            UnknownSchema: Another release wrote it.
             CorruptObject: The checksum does not match.
         """
         try:
@@ -59,7 +59,7 @@ def unseal(key: str, data: bytes) -> dict[str, JsonValue]:
     """Parse and verify a sealed document.
 
     Args:
-        key: Where it lies, for the errors.
+        key: Its key, for error messages.
         data: Its bytes.
 
     Returns:
@@ -95,7 +95,7 @@ class Difference:
     stored: str
     """The value in the store as JSON, 'absent' if there is none."""
     wanted: str
-    """The value that the caller has, likewise."""
+    """The caller's value as JSON, 'absent' if there is none."""
 
     def __str__(self) -> str:
         return f"{self.key}: {self.stored} in the store, {self.wanted} in the config"

@@ -37,7 +37,7 @@ class Epoch:
             reward_id: The reward; None for the one that the epoch was trained on.
 
         Raises:
-            UnreadableData: The committed scores are of other rollouts.
+            UnreadableData: The committed scores belong to other rollouts.
         """
         for number, shard in enumerate(self.shards):
             if reward_id in (None, self.reward_id):
@@ -64,12 +64,12 @@ class Epoch:
         return ADVANTAGES.get(self.store, self._by(str(reward_id)))
 
     def retirement(self) -> RetiredObject | None:
-        """Return what reading the samples would raise, if retention has deleted them."""
+        """Return the error of reading the samples if retention has deleted them, else None."""
         record = keys.retirement_of(self.shards[0].objects["rollouts"].key)
         if record is None or not self.store.exists(record):
             return None
         roles = ("rollouts", "samples")
-        # The record may be there though another run's references kept the objects.
+        # Objects that another run refers to are kept despite the record.
         needed = [shard.objects[role].key for shard in self.shards for role in roles]
         needed += [scores.objects["rewards"].key for _, scores in self.scores(None)]
         gone = next((key for key in needed if not self.store.exists(key)), None)
@@ -89,8 +89,8 @@ def read_epoch(store: Store, run_id: str, epoch: int) -> Epoch:
     """Open an epoch's commit and the manifests of its shards.
 
     Raises:
-        MissingObject: It is not committed, or a manifest that its commit refers to is missing.
-        CorruptObject: One of them is damaged.
+        MissingObject: The epoch is not committed, or a manifest that it refers to is missing.
+        CorruptObject: One of these manifests is damaged.
         UnreadableData: Likewise.
     """
     where = Partition(run_id, epoch)

@@ -1,4 +1,4 @@
-"""Calls to a filesystem, and what their failures are called."""
+"""Turn the errors of filesystem calls into `StoreCallFailed`, and retry interrupted reads."""
 
 from __future__ import annotations
 
@@ -17,25 +17,21 @@ from ddpo.basics.redaction import hide_credentials
 from ddpo.errors import StoreCallFailed
 
 CALL_ERRORS = (OSError, BotoCoreError, ConnectionLost)
-"""What a call raises when it fails: s3fs lets some errors of its own libraries through."""
+"""What a failed call raises; s3fs lets some errors of its dependencies through."""
 
 BROKEN_OFF = (ClientPayloadError, FSTimeoutError, IncompleteReadError, ResponseStreamingError)
-"""What a read on S3 raises when the bytes end, or stand still, within the object."""
+"""What a read on S3 raises when the transfer stops or stalls within the object."""
 
 BROKEN_OFF_WAITS_S = (0.1, 0.5, 1.0, 2.0, None)
-"""Seconds before the next try of a read that broke off."""
+"""Seconds before each retry of an interrupted read."""
 
 _T = TypeVar("_T")
 
 
 def read_whole(read: Callable[[], _T]) -> _T:
-    """Read, and again where the bytes broke off: botocore tries only until they begin.
+    """Call `read`, which reads from the beginning, and retry it if the transfer is interrupted.
 
-    Args:
-        read: Reads from the beginning.
-
-    Returns:
-        What `read` returned.
+    botocore itself only retries until the first bytes arrive.
     """
     for wait_s in BROKEN_OFF_WAITS_S:
         try:
@@ -48,21 +44,13 @@ def read_whole(read: Callable[[], _T]) -> _T:
 
 
 def read_on(file: Any, size: int) -> bytes:
-    """Read the next bytes of an open file, and again where they broke off.
-
-    Args:
-        file: The file.
-        size: How many bytes at most.
-
-    Returns:
-        The bytes, none at the end.
-    """
+    """Return up to `size` more bytes of an open file, none at its end; retry if interrupted."""
 
     def read() -> bytes:
         try:
             return file.read(size)
         except IndexError as error:
-            # s3fs looks into every error's arguments, and that of a time that is up has none.
+            # s3fs indexes the arguments of every error, and a timeout error has none.
             if isinstance(error.__context__, FSTimeoutError):
                 raise error.__context__ from error.__context__.__cause__
             raise
@@ -72,18 +60,17 @@ def read_on(file: Any, size: int) -> bytes:
 
 @contextmanager
 def named_call(call: str, key: str, root: str, *, writes: bool = False) -> Iterator[None]:
-    """Turn the errors of a filesystem into one that tells which call on what failed.
+    """Turn a filesystem's errors into one that names the call and the key that failed.
 
     Args:
-        call: What is being done, as a verb.
-        key: To which object or folder; '' for the whole store.
-        root: Of the store.
-        writes: Whether it writes: a bucket that is not there is a failure then.
+        call: The call, as a verb.
+        key: Its object or folder; '' for the whole store.
+        root: The store's root.
+        writes: Whether the call writes: a missing bucket is a failure then.
 
     Raises:
         StoreCallFailed: The call failed.
-        FileNotFoundError: Of a call that does not write, as it is: there being nothing is an
-            answer, and each call has its own.
+        FileNotFoundError: A call that does not write found nothing; callers handle that themselves.
     """
     try:
         yield

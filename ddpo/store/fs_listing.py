@@ -1,4 +1,4 @@
-"""What lies below a folder, and since when, on any filesystem that fsspec knows."""
+"""List files, folders and modification times on any filesystem that fsspec supports."""
 
 from __future__ import annotations
 
@@ -11,17 +11,14 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 
 def files_below(fs: AbstractFileSystem, folder: str) -> dict[str, dict[str, Any]]:
-    """Find all files below a folder.
+    """Return fsspec's info on all files below a folder, by full path.
 
     Args:
         fs: The filesystem.
-        folder: Full path of the folder; it need not be there.
-
-    Returns:
-        What fsspec says of each, by full path.
+        folder: Full path of the folder; it need not exist.
 
     Raises:
-        OSError: A folder among them may not be listed.
+        OSError: No permission to list one of the folders.
     """
     if isinstance(fs, LocalFileSystem | MemoryFileSystem):
         found = _walk(fs, folder)
@@ -33,17 +30,14 @@ def files_below(fs: AbstractFileSystem, folder: str) -> dict[str, dict[str, Any]
 
 
 def folders_in(fs: AbstractFileSystem, folder: str) -> list[str]:
-    """Find the folders that lie directly in a folder, at the price of one call.
+    """Return the names of the folders directly in a folder, sorted, with a single call.
 
     Args:
         fs: The filesystem.
-        folder: Full path of the folder; it need not be there.
-
-    Returns:
-        Their names, sorted.
+        folder: Full path of the folder; it need not exist.
 
     Raises:
-        OSError: The folder may not be listed.
+        OSError: No permission to list the folder.
     """
     try:
         listed: Any = fs.ls(folder, detail=True)  # typed as a list of names too
@@ -54,15 +48,12 @@ def folders_in(fs: AbstractFileSystem, folder: str) -> list[str]:
 
 
 def written_at(fs: AbstractFileSystem, path: str, info: dict[str, Any]) -> datetime | None:
-    """Return when a file was last written.
+    """Return when a file was last written (UTC), None if the filesystem does not report it.
 
     Args:
         fs: The filesystem.
         path: Full path of the file.
-        info: What fsspec says of it.
-
-    Returns:
-        The time in UTC; None where the filesystem does not tell.
+        info: fsspec's info on it.
     """
     found = info.get("mtime", info.get("LastModified", info.get("created")))
     if found is None:
@@ -76,10 +67,9 @@ def written_at(fs: AbstractFileSystem, path: str, info: dict[str, Any]) -> datet
 
 
 def _walk(fs: AbstractFileSystem, folder: str) -> dict[str, dict[str, Any]]:
-    """Find all files below a folder; raises where one may not be listed.
+    """Return all files below a folder; raise if one of the folders cannot be listed.
 
-    fsspec's own walk leaves such folders out without a word, and a listing with holes is a wrong
-    answer.
+    fsspec's own walk silently skips such folders, and an incomplete listing is wrong.
     """
     found: dict[str, dict[str, Any]] = {}
     pending = [folder]

@@ -1,4 +1,4 @@
-"""From a store's address to a filesystem."""
+"""Open the filesystem of a store's address."""
 
 from __future__ import annotations
 
@@ -12,17 +12,14 @@ from ddpo.errors import StoreNotWritable
 
 
 def open_filesystem(root: str, s3: S3Options | None) -> tuple[AbstractFileSystem, str]:
-    """Find the filesystem of an address; nothing is read or written.
+    """Return the filesystem of an address and the root's path on it; read and write nothing.
 
     Args:
         root: An fsspec URL, or a path (made absolute).
-        s3: How a bucket is reached; by default as the AWS environment variables say.
-
-    Returns:
-        The filesystem, and the path of the root on it.
+        s3: How to connect to a bucket; by default as the AWS environment variables say.
 
     Raises:
-        StoreNotWritable: No such kind of store is known, or the address holds credentials.
+        StoreNotWritable: The kind of store is unknown, or the address contains credentials.
     """
     scheme, _, place = root.partition("://")
     if place and "@" in place and scheme not in ("file", "local"):
@@ -46,12 +43,12 @@ def open_filesystem(root: str, s3: S3Options | None) -> tuple[AbstractFileSystem
         bundle = s3.ca_bundle if s3 else None
         if bundle and not bundle.is_file():
             raise StoreNotWritable(root, f"there is no ca_bundle {bundle}", "Check its path.")
-    # Other processes write to the same store, so a cached listing is a wrong answer.
+    # Other processes write to the same store, so a cached listing would be wrong.
     try:
         fs, path = fsspec.core.url_to_fs(root, use_listings_cache=False, **arguments)
     except (ValueError, ImportError) as error:
         way_out = "Give a folder, or an fsspec URL such as s3://bucket/prefix."
         raise StoreNotWritable(root, str(error), way_out) from error
     if arguments:
-        fs.retries = 1  # botocore retries already; both together would try 30 times
+        fs.retries = 1  # botocore retries already; combined, there would be 30 attempts
     return fs, path

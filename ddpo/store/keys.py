@@ -1,6 +1,6 @@
-"""The layout of a store: every key is made here and in `kinds`, and taken apart here.
+"""The layout of a store: keys are built here and in `kinds`, and parsed here only.
 
-Keys are relative to the store's root, with Hive-style partitions that other tools understand.
+Keys are relative to the store's root and have Hive-style partitions, which other tools understand.
 """
 
 from __future__ import annotations
@@ -53,11 +53,11 @@ class Partition:
     epoch: int
     """The epoch; of a checkpoint, the epoch that starts from it."""
     shard: int | None = None
-    """The shard, from 0; None for what an epoch has once."""
+    """The shard, from 0; None for artefacts of a whole epoch."""
     reward_id: str | None = None
-    """The reward, 'NAME-<digest8>', of what was computed from scores."""
+    """The reward, 'NAME-<digest8>', of artefacts that depend on one."""
     images_id: str | None = None
-    """The set of fixed prompts and seeds, of its images."""
+    """The set of fixed prompts and seeds, of images of such a set."""
 
     def folder(self) -> str:
         """Return the Hive-style folder, without the shard."""
@@ -206,7 +206,7 @@ def manifest_folder(
     *,
     by_set: bool = False,
 ) -> str:
-    """Return the smallest folder that has all manifests of a tree with these partition values.
+    """Return the smallest folder that contains all manifests with these partition values.
 
     Args:
         tree: The tree.
@@ -242,7 +242,7 @@ def object_stem(tree: str, where: Partition, name: str) -> str:
     Args:
         tree: The top folder.
         where: The partition.
-        name: Of the object within an epoch; a shard's object is named for the shard.
+        name: The object's name within an epoch; a shard's object is named after the shard.
     """
     return check_key(
         f"{tree}/{where.folder()}/{name if where.shard is None else _shard(where.shard)}"
@@ -258,15 +258,14 @@ def parse_object(key: str) -> tuple[str, Partition] | None:
 
 
 def retired_key(part: RetiredPart, run_id: str, epoch: int) -> str:
-    """Return the key of the record that objects were deleted on purpose."""
+    """Return the key of the record that a part of an epoch was deleted on purpose."""
     return manifest_key(f"retired/{part}", Partition(run_id, epoch))
 
 
 def retirement_of(key: str) -> str | None:
-    """Return the key of the record that would explain an object's absence.
+    """Return the key of the record that would explain why an object is missing.
 
-    Returns:
-        None for objects that retention never deletes.
+    None for objects that retention never deletes.
     """
     parsed = parse_object(key)
     if parsed is None:

@@ -1,4 +1,4 @@
-"""The kinds of artefact, each described once: its name, its partitions, its objects, its reader."""
+"""The kinds of artefacts: each one's name, partitions, objects and reader."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ _OPTIONAL = ("shard", "reward_id", "images_id")
 
 @dataclass(frozen=True)
 class Role:
-    """Where one of a kind's objects lies."""
+    """Where one of a kind's objects is stored."""
 
     folder: str
     """Top folder of the store."""
     suffix: str
     """File suffix with its dot."""
     name: str = "part"
-    """File name in an epoch's folder; a shard's objects are named for the shard."""
+    """File name in an epoch's folder; a shard's objects are named after the shard."""
 
 
 @dataclass(frozen=True)
@@ -38,13 +38,13 @@ class Kind(Generic[T]):
     """A kind of artefact of type `T`."""
 
     name: str
-    """What its manifests are called inside."""
+    """The value of `Manifest.kind`."""
     tree: str
     """Folder of its manifests."""
     partitions: frozenset[str]
     """Which of a partition's optional fields it has: 'shard', 'reward_id', 'images_id'."""
     roles: Mapping[str, Role]
-    """Where its objects lie, by role."""
+    """Where its objects are stored, by role."""
     read: Callable[[Store, Manifest], T]
     """Opens a manifest."""
 
@@ -63,7 +63,7 @@ class Kind(Generic[T]):
         return keys.object_stem(described.folder, self._checked(where), described.name)
 
     def data_folder(self, role: str, run_id: str) -> str:
-        """Return the folder of a run's objects of a role, of a kind without a reward."""
+        """Return the folder of a run's objects of a role; only for kinds without a reward."""
         return f"{self.roles[role].folder}/{keys.run_folder(run_id)}"
 
     def partitions_of(
@@ -73,7 +73,7 @@ class Kind(Generic[T]):
         epoch: int | None = None,
         reward_id: str | None = None,
     ) -> list[Partition]:
-        """List what is committed of this kind, in the order of the keys, narrowed as given."""
+        """Return the committed partitions of this kind, filtered as given, in the order of keys."""
         folder = keys.manifest_folder(
             self.tree, run_id, epoch, reward_id, by_set=bool(self.partitions - {"shard"})
         )
@@ -88,7 +88,7 @@ class Kind(Generic[T]):
     def find_all(
         self, store: Store, run_id: str, epoch: int, reward_id: str | None = None
     ) -> list[Ref[T]]:
-        """Return what is committed of an epoch, its shards in order, whether or not it is whole."""
+        """Return what is committed of an epoch, even if incomplete, with shards in order."""
         found = self.partitions_of(store, run_id, epoch, reward_id)
         refs = (self.find(store, where) for where in found)
         return [ref for ref in refs if ref is not None]
@@ -100,12 +100,12 @@ class Kind(Generic[T]):
     def commit_of(
         self, store: Store, where: Partition, inputs: Mapping[str, Any] | None = None
     ) -> Committed[T] | None:
-        """Return the commit of a partition, None if there is none.
+        """Return the commit of a partition; None if there is none.
 
         Args:
             store: The store.
             where: The partition.
-            inputs: If given, what it must have been made from.
+            inputs: If given, the inputs that it must have been made from.
 
         Raises:
             ConflictingCommit: It was made from other inputs.
@@ -120,20 +120,20 @@ class Kind(Generic[T]):
     def find(
         self, store: Store, where: Partition, inputs: Mapping[str, Any] | None = None
     ) -> Ref[T] | None:
-        """Return the reference to what is committed of a partition; see `commit_of`."""
+        """Return a reference to a partition's artefact; None if not committed. See `commit_of`."""
         found = self.commit_of(store, where, inputs)
         return None if found is None else found.ref
 
     def get(self, store: Store, where: Partition) -> T | None:
-        """Open what is committed of a partition, None if nothing is."""
+        """Open a partition's artefact; None if it is not committed."""
         found = self.commit_of(store, where)
         return None if found is None else self.read(store, found.manifest)
 
     def require(self, store: Store, where: Partition) -> T:
-        """Open what must be committed of a partition.
+        """Open a partition's artefact, which must be committed.
 
         Raises:
-            MissingObject: Nothing is.
+            MissingObject: It is not committed.
         """
         artefact = self.get(store, where)
         if artefact is None:
@@ -145,7 +145,7 @@ class Kind(Generic[T]):
 
         Raises:
             MissingObject: It is missing.
-            CorruptObject: Its manifest's bytes are not those of the reference.
+            CorruptObject: Its manifest does not match the reference's digest.
             UnreadableData: The manifest is of another kind, or damaged.
         """
         manifest = manifests.load(store, ref)
@@ -155,7 +155,7 @@ class Kind(Generic[T]):
     def commit(
         self, store: Store, where: Partition, inputs: Mapping[str, Any], objects: Objects
     ) -> Committed[T]:
-        """Write the objects that are given as bytes, then commit all of them.
+        """Write the objects that are given as bytes, then commit all objects.
 
         Args:
             store: The store.
@@ -164,7 +164,7 @@ class Kind(Generic[T]):
             objects: The objects by role.
 
         Returns:
-            The commit: an earlier writer's, if there was one.
+            The commit; if another writer came first, that writer's.
 
         Raises:
             ConflictingCommit: The partition is committed from other inputs.
@@ -200,14 +200,14 @@ def committed(
     inputs: Mapping[str, Any],
     make: Callable[[], Objects],
 ) -> Ref[T]:
-    """Return what is committed of a partition; make and commit it if nothing is.
+    """Return a partition's artefact; make and commit it if it is not committed yet.
 
     Args:
         store: The store.
-        kind: What it is.
-        where: Its partition.
-        inputs: What it is made from: JSON values and references.
-        make: Makes its objects, by role.
+        kind: The kind of artefact.
+        where: The partition.
+        inputs: What the artefact is made from: JSON values and references.
+        make: Returns its objects by role; called only if nothing is committed.
 
     Raises:
         ConflictingCommit: The partition is committed from other inputs.
@@ -227,7 +227,7 @@ ROLLOUTS: Kind[RolloutShard] = Kind(
     },
     RolloutShard,
 )
-"""A shard of an epoch's samples: the table with the images, the same without, trajectories."""
+"""A shard of an epoch's samples: tables with and without the images, and trajectories."""
 
 SCORES: Kind[Scores] = Kind(
     "rewards",
@@ -244,7 +244,7 @@ ADVANTAGES: Kind[AdvantageTable] = Kind(
     frozenset({"reward_id"}),
     {
         "advantages": Role("advantages", ".parquet"),
-        # Not beside the advantages: whoever globs that folder expects Parquet files only.
+        # Kept apart: readers that glob the advantages folder expect Parquet files only.
         "statistics": Role("statistics", ".json"),
     },
     AdvantageTable,
@@ -258,7 +258,7 @@ STATISTICS: Kind[Statistics] = Kind(
     {"statistics": Role("statistics", ".json")},
     Statistics,
 )
-"""Prompt statistics after an epoch that were rebuilt from scores, without advantages."""
+"""Prompt statistics after an epoch, rebuilt from scores without advantages."""
 
 CHECKPOINT: Kind[Checkpoint] = Kind(
     "checkpoint",
@@ -296,7 +296,7 @@ KINDS: tuple[Kind[Any], ...] = (
 
 
 def open_ref(store: Store, ref: Ref[A]) -> A:
-    """Open an artefact of whatever kind the reference allows.
+    """Open the artefact that a reference names, whatever its kind.
 
     Raises:
         UnreadableData: The manifest is of no known kind.

@@ -1,7 +1,7 @@
-"""Manifests: they make objects committed.
+"""Manifests, which commit objects.
 
-A manifest is created last and exclusively. The first one wins: a later writer with the same inputs
-gets the first writer's commit, a writer with other inputs fails by name.
+A manifest is created last and exclusively, so the first writer wins: a later writer with the same
+inputs gets the first one's commit, and one with other inputs gets an error that names them.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ T = TypeVar("T", covariant=True)
 
 
 class Manifest(Sealed):
-    """What was made, from what, and which objects hold it. Holds no times, hosts or addresses."""
+    """What was made, from what, and its objects. Contains no times, hosts or addresses."""
 
     kind: str
     """What was made, such as 'rollouts' or 'checkpoint'."""
     inputs: dict[str, JsonValue]
     """Identity of what it was made from."""
     objects: dict[str, StoredObject]
-    """The objects by role; they may belong to another run (a fork's do)."""
+    """The objects by role; a fork's may belong to its parent."""
 
 
 class Ref(BaseModel, Generic[T]):
@@ -62,7 +62,7 @@ class Committed(Generic[T]):
 
 @dataclass(frozen=True)
 class Artefact:
-    """Something committed, opened. Its methods read and verify; nothing is read before."""
+    """An opened artefact. Its objects are read and verified only when a method needs them."""
 
     store: Store
     manifest: Manifest
@@ -120,7 +120,7 @@ def commit(
 def find(
     store: Store, key: str, *, inputs: Mapping[str, Any] | None = None
 ) -> Committed[Any] | None:
-    """Return the commit under a key, None if there is none.
+    """Return the commit under a key; None if there is none.
 
     Args:
         store: The store.
@@ -131,7 +131,7 @@ def find(
         ConflictingCommit: It was made from other inputs.
         CorruptObject: The manifest is damaged.
         UnreadableData: Likewise.
-        UnknownSchema: It is of another release.
+        UnknownSchema: Another release wrote it.
     """
     try:
         found = _read(store, key)
@@ -146,10 +146,10 @@ def load(store: Store, ref: Ref[Any]) -> Manifest:
     """Return the manifest that a reference names.
 
     Raises:
-        MissingObject: It is not there.
-        CorruptObject: Its bytes are not those of the reference.
+        MissingObject: It is missing.
+        CorruptObject: Its bytes do not match the reference's digest.
         UnreadableData: The bytes are not a manifest.
-        UnknownSchema: It is of another release.
+        UnknownSchema: Another release wrote it.
     """
     data = store.read(ref.key)
     found = sha256_bytes(data)

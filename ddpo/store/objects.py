@@ -21,7 +21,7 @@ from ddpo.store.fs_listing import files_below, folders_in, written_at
 from ddpo.store.fs_open import open_filesystem
 
 REFRESH_AFTER = timedelta(hours=1)
-"""An object that is found, and is older than this, is written once more before it is committed."""
+"""An existing object that is older than this is rewritten before it is committed."""
 
 BLOCK_BYTES = 8 * 2**20
 
@@ -32,14 +32,14 @@ def _whitelisted(key: str) -> str:
     try:
         return keys.check_key(key)
     except InvalidKey as error:
-        raise ValueError(str(error)) from None  # pydantic reports ValueErrors with their place
+        raise ValueError(str(error)) from None  # pydantic reports ValueErrors with their location
 
 
 Key = Annotated[str, AfterValidator(_whitelisted)]
 
 
 class StoredObject(BaseModel):
-    """Where an object lies and what it must hold."""
+    """An object's key, size and digest."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -52,45 +52,42 @@ class StoredObject(BaseModel):
 
 
 Objects = Mapping[str, bytes | StoredObject]
-"""Parts of an artefact by role: bytes to write, or objects that are stored already."""
+"""Objects of an artefact by role: bytes to write, or objects that are already stored."""
 
 
 class Store:
-    """Objects below one root, on any filesystem that fsspec knows.
+    """Objects below one root, on any filesystem that fsspec supports.
 
-    Holds no state but the connection, is safe among threads, and pickles as its address. A process
-    that has used one on S3 must not be forked: the child would share its sockets.
+    Holds no state but the connection, is thread-safe, and pickles as its address. A process that
+    has used a store on S3 must not be forked: the child would share its sockets.
     """
 
     def __init__(self, fs: AbstractFileSystem, path: str, s3: S3Options | None = None) -> None:
         self._fs = fs
         self._path = path.rstrip("/")
         self.s3 = s3
-        """How the bucket is reached, as `open` was told."""
+        """How to connect to the bucket, as given to `open`."""
         self._backend = backend_for(fs, self._path)
         self.root: str = fs.unstrip_protocol(self._path)
         """URL of the root, without a trailing slash."""
 
     @classmethod
     def open(cls, root: str, s3: S3Options | None = None) -> Store:
-        """Opens a store; writes nothing.
+        """Open a store, whether or not anything exists at its root; write nothing.
 
         Args:
             root: An fsspec URL, or a path (made absolute).
-            s3: How a bucket is reached; by default as the AWS environment variables say.
-
-        Returns:
-            The store, whether or not there is anything at the root.
+            s3: How to connect to a bucket; by default as the AWS environment variables say.
 
         Raises:
-            StoreNotWritable: No such kind of store is known, or the address holds credentials.
+            StoreNotWritable: The kind of store is unknown, or the address contains credentials.
         """
         fs, path = open_filesystem(root, s3)
         return cls(fs, path, s3)
 
     @property
     def connection(self) -> tuple[AbstractFileSystem, str, S3Options | None]:
-        """What another object of this class needs to reach the same store."""
+        """The arguments with which another `Store` reaches the same store."""
         return self._fs, self._path, self.s3
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -100,20 +97,19 @@ class Store:
         return f"Store({self.root!r})"
 
     def url(self, key: str) -> str:
-        """Returns the full URL of a key."""
+        """Return the full URL of a key."""
         return f"{self.root}/{keys.check_key(key)}"
 
     def put(self, stem: str, suffix: str, data: bytes) -> StoredObject:
-        """Writes an object under a key that carries its digest.
+        """Write an object under a key that contains its digest.
+
+        Nothing is written if the object exists in its full size and was written within the last
+        hour: an older one that no manifest lists may be swept.
 
         Args:
             stem: Key without digest and suffix.
             suffix: File suffix with its dot, such as '.parquet'.
             data: The bytes.
-
-        Returns:
-            The object. Nothing is written where it is there already, in its full size, and was
-            written within the last hour: an older one that no manifest lists may be swept.
 
         Raises:
             InvalidKey: The stem or suffix is outside the whitelist.
@@ -128,31 +124,25 @@ class Store:
         return stored
 
     def replace(self, key: str, data: bytes) -> None:
-        """Writes an object in place of a damaged one; readers see the one or the other, whole."""
+        """Replace a damaged object atomically: readers see either the old bytes or the new."""
         with self._named("write", key, writes=True):
             self._backend.write(self._full(key), data)
 
     def put_if_absent(self, key: str, data: bytes) -> bool:
-        """Creates an object exclusively; returns False where one is there already."""
+        """Create an object exclusively; return False if one exists."""
         with self._named("create", key, writes=True):
             return self._backend.create(self._full(key), data)
 
     def get(self, stored: StoredObject) -> bytes:
-        """Reads an object and verifies it.
-
-        Args:
-            stored: Where it lies and what it must hold.
-
-        Returns:
-            Its bytes.
+        """Read an object and verify its size and digest.
 
         Raises:
-            MissingObject: It is not there (RetiredObject: it was deleted on purpose).
-            CorruptObject: Its bytes are not those of the digest.
+            MissingObject: It is missing (RetiredObject: it was deleted on purpose).
+            CorruptObject: Its bytes do not match the digest.
         """
         size = self._size(stored.key)
         if size is not None and size != stored.size:
-            # Never into memory: what lies there may be of any size.
+            # Hashed block by block: the wrong object may be too large for memory.
             raise CorruptObject(stored.key, stored.sha256, self.digest(stored.key))
         data = self.read(stored.key)
         found = sha256_bytes(data)
@@ -161,13 +151,7 @@ class Store:
         return data
 
     def digest(self, key: str) -> str:
-        """Computes the sha256 of what is under a key, 64 hex digits, a block at a time.
-
-        Args:
-            key: The key.
-
-        Returns:
-            The digest.
+        """Return the sha256 of the object under a key, 64 hex digits, computed block by block.
 
         Raises:
             MissingObject: As `get`.
@@ -186,13 +170,7 @@ class Store:
         return digest.hexdigest()
 
     def read(self, key: str) -> bytes:
-        """Reads what is under a key, unverified.
-
-        Args:
-            key: The key.
-
-        Returns:
-            The bytes.
+        """Return the object under a key, unverified.
 
         Raises:
             MissingObject: As `get`.
@@ -206,52 +184,47 @@ class Store:
         return data
 
     def size(self, key: str) -> int:
-        """Returns the size in bytes of what is under a key, 0 for nothing."""
+        """Return the size in bytes of the object under a key, 0 if there is none."""
         return self._size(key) or 0
 
     def exists(self, key: str) -> bool:
-        """Returns whether something is under the key."""
+        """Return whether there is an object under the key."""
         return self._size(key) is not None
 
     def delete(self, key: str) -> None:
-        """Deletes what is under the key; nothing there is fine."""
+        """Delete the object under the key, if there is one."""
         with suppress(FileNotFoundError), self._named("delete", key):
             self._fs.rm_file(self._full(key))
 
     def list(self, prefix: str = "") -> list[str]:
-        """Lists the keys below a folder, sorted; unfinished writes are not among them.
+        """Return the keys below a folder, sorted, without unfinished writes.
 
-        For garbage collection and for showing runs: readers of data go by manifest.
+        For garbage collection and listings of runs only: readers of data go by manifest.
 
         Args:
-            prefix: A folder, without its slash; '' for the whole store.
-
-        Returns:
-            The keys; none where there is no such folder.
+            prefix: A folder, without its slash; '' for the whole store. It need not exist.
         """
         found = self._below(self._full(prefix) if prefix else self._path)
         return sorted(key for key in found if not _is_hidden(key))
 
     def folders(self, folder: str) -> list[str]:
-        """Lists the names of the folders in a folder, sorted: one call, whatever lies below them.
+        """Return the names of the folders directly in a folder, sorted, with a single call.
+
+        An emptied folder may be among them.
 
         Args:
-            folder: The folder, without its slash.
-
-        Returns:
-            The names; none where there is no such folder. An emptied folder may be among them.
+            folder: The folder, without its slash. It need not exist.
         """
         with self._named("list", folder):
             return folders_in(self._fs, self._full(folder))
 
     def ages(self) -> dict[str, tuple[int, datetime]]:
-        """Lists all keys, unfinished writes too, with size in bytes and time of the last write.
+        """Return the size in bytes and the time of the last write (UTC) of every key.
 
-        Returns:
-            By key; times in UTC.
+        Unfinished writes are included.
 
         Raises:
-            StoreError: The filesystem does not tell when an object was written.
+            StoreError: The filesystem does not report when an object was written.
         """
         return {
             key: (int(info["size"]), self._modified(key, info))
@@ -259,14 +232,14 @@ class Store:
         }
 
     def modified(self, key: str) -> datetime | None:
-        """Returns when what is under a key was last written (UTC), None for nothing."""
+        """Return when the object under a key was last written (UTC), None if there is none."""
         try:
             return self._modified(key, self._info(key))
         except FileNotFoundError:
             return None
 
     def _below(self, folder: str) -> dict[str, dict[str, Any]]:
-        """Finds all objects below a folder, unfinished writes too: what fsspec says, by key."""
+        """Return fsspec's info on all objects below a folder, unfinished writes too, by key."""
         start = len(self._path) + 1
         with self._named("list", folder[start:]):
             found = files_below(self._fs, folder)
@@ -314,10 +287,10 @@ class Store:
 
 
 def now() -> datetime:
-    """Returns the time by which objects are young or old (UTC)."""
+    """Return the current time (UTC), from which the age of objects is counted."""
     return datetime.now(UTC)
 
 
 def _is_hidden(key: str) -> bool:
-    """Returns whether a key is of an unfinished write or of a probe."""
+    """Return whether a key belongs to an unfinished write or a probe."""
     return any(segment.startswith(".") for segment in key.split("/"))

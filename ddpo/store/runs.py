@@ -1,4 +1,4 @@
-"""A run's record: what it is (once), and how each start of it was operated."""
+"""The records of a run: its identity, written once, and the operation settings of each start."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ from ddpo.store.objects import Store
 
 
 class RunRecord(Sealed):
-    """What a run is. Written once, by its first start."""
+    """A run's identity, written once by its first start."""
 
     run_id: str
     """The run."""
     identity: dict[str, JsonValue]
-    """Half of the config that never changes."""
+    """The half of the config that never changes."""
     numerics: dict[str, JsonValue]
-    """What decides the bytes of a result, as the first start resolved it: frozen."""
+    """What the bytes of results depend on, frozen as the first start resolved it."""
     code: dict[str, JsonValue]
     """Versions of the code that started it."""
 
 
 class StartRecord(Sealed):
-    """How one start of a run was operated."""
+    """The operation settings of one start of a run."""
 
     operation: JsonValue
-    """Half of the config that may change from start to start."""
+    """The half of the config that may change from start to start."""
 
 
 class ForkRecord(Sealed):
-    """Left beside a run by each of its forks."""
+    """A record that each fork leaves beside its parent."""
 
     fork: str
     """The fork's run id."""
@@ -58,9 +58,9 @@ def create_or_check_run(
     Args:
         store: The store.
         run_id: The run.
-        identity: Half of the config that never changes, as nested JSON.
-        numerics: What this start resolved; used only if it is the first.
-        code: Versions of the code; likewise.
+        identity: The half of the config that never changes, as nested JSON.
+        numerics: As resolved by this start; used only if it is the first.
+        code: Versions of the code; used only if this start is the first.
 
     Returns:
         The record in the store, with the numerics that the first start froze.
@@ -78,7 +78,7 @@ def create_or_check_run(
     if store.put_if_absent(key, record.to_bytes()):
         return record
     stored = RunRecord.from_bytes(key, store.read(key))
-    # The id too: 'A' finds the run 'a' where a filesystem ignores case.
+    # The id too: on a case-insensitive filesystem, 'A' finds the run 'a'.
     found = differences({"run_id": stored.run_id}, {"run_id": run_id})
     found += differences(stored.identity, record.identity)
     if found:
@@ -91,7 +91,7 @@ def load_run(store: Store, run_id: str) -> RunRecord:
 
     Raises:
         InvalidKey: The run id is not allowed.
-        RunNotFound: There is no such run; names the nearest run ids.
+        RunNotFound: There is no such run; the message has similar run ids.
         CorruptObject: The record is damaged.
         UnreadableData: Likewise.
     """
@@ -110,7 +110,7 @@ def list_runs(store: Store) -> list[str]:
 
 
 def append_operation(store: Store, run_id: str, operation: JsonValue) -> int:
-    """Record how a start of the run is operated, after the earlier starts.
+    """Record the operation settings of a new start, after the earlier ones.
 
     Returns:
         The number of the start, from 1.
@@ -123,7 +123,7 @@ def append_operation(store: Store, run_id: str, operation: JsonValue) -> int:
 
 
 def list_operations(store: Store, run_id: str) -> list[JsonValue]:
-    """Return what `append_operation` recorded, the first start first.
+    """Return the operation settings of all starts, the first start first.
 
     Raises:
         CorruptObject: A record is damaged.
@@ -134,7 +134,7 @@ def list_operations(store: Store, run_id: str) -> list[JsonValue]:
 
 
 def record_fork(store: Store, run_id: str, fork: str, epoch: int) -> None:
-    """Leave the record of a run's fork at an epoch beside the run, once."""
+    """Record beside a run that it was forked at an epoch, once."""
     record = ForkRecord(fork=fork, epoch=epoch)
     store.put_if_absent(keys.fork_key(run_id, fork), record.to_bytes())
 

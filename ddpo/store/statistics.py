@@ -1,4 +1,4 @@
-"""Prompt statistics: the last rewards of each prompt, as they are stored."""
+"""Prompt statistics as stored: the last rewards of each prompt."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ddpo.training.state import PromptStatistics
 
 
 class HoldsStatistics(Protocol):
-    """An artefact with prompt statistics: a checkpoint, an epoch's advantages, or nothing else."""
+    """An artefact with prompt statistics: a checkpoint, an advantage table, or `Statistics`."""
 
     def statistics(self) -> PromptStatistics:
         """Return the last rewards of each prompt, the oldest first."""

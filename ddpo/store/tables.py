@@ -1,9 +1,8 @@
-"""The rows of rollouts, rewards and advantages, as Parquet files.
+"""Rows of rollouts, rewards and advantages as Parquet files.
 
-Rows are in the order of their `sample_id`, whatever order they arrived in. Equal rows give equal
-bytes. Every page has a checksum, which is verified on reading. No column has the name of a
-partition key, so that pyarrow, DuckDB, Polars and Hugging Face datasets read the folders as one
-table.
+Rows are sorted by `sample_id`, and equal rows give equal bytes. Every page has a checksum, which is
+verified on reading. No column is named like a partition key, so that
+pyarrow, DuckDB, Polars and Hugging Face datasets read the folders as one table.
 """
 
 from __future__ import annotations
@@ -24,12 +23,12 @@ from ddpo.errors import InvalidTable, UnreadableData
 from ddpo.store.keys import INDEX_LIMIT, PARTITION_NAMES, image_name
 
 UNFOLDED_LIMIT_BYTES = 2**32
-"""Of one table before compression: a shard of 1,000 pictures of 1024 pixels is 3 GB."""
+"""Uncompressed size limit of a table; a shard of 1,000 images of 1024x1024 pixels has 3 GB."""
 
 
 @dataclass(frozen=True)
 class SampleRow:
-    """A sample without its image: the prompt, and what made it."""
+    """A sample without its image: its prompt and provenance."""
 
     sample_id: str
     shard: int
@@ -37,7 +36,7 @@ class SampleRow:
     """Index within the epoch."""
     prompt: str
     prompt_metadata: Mapping[str, JsonValue]
-    """What a reward may want to know about the prompt."""
+    """Facts about the prompt that a reward may use."""
     seed: int
     """Seed of the sample's noise, 0 to 2**63 - 1."""
     policy_digest: str
@@ -69,17 +68,17 @@ class RewardRow:
 
 @dataclass(frozen=True)
 class AdvantageRow:
-    """A sample's credit: its advantage, weight, or whatever the algorithm makes of its reward."""
+    """A sample's credit: its advantage, its weight, or what else an algorithm derives."""
 
     sample_id: str
     reward: float | None
     """As float32; None where scoring failed."""
     status: str
-    """'ok'; or of a sample that could not be scored, 'dropped' or 'imputed'."""
+    """'ok'; 'dropped' or 'imputed' if the sample could not be scored."""
     count: int
-    """The number of rewards that the sample's was compared with."""
+    """Number of rewards that the sample's reward was compared with."""
     columns: Mapping[str, float]
-    """What the algorithm declares, such as `advantage`, `mean` and `std`, or `weight`."""
+    """Columns that the algorithm declares, such as `advantage`, `mean` and `std`, or `weight`."""
 
 
 _IMAGE = pa.struct([pa.field("bytes", pa.binary()), pa.field("path", pa.string())])
@@ -96,7 +95,7 @@ _SAMPLE_COLUMNS = [
     ("log_prob_mean", pa.float32()),
 ]
 _ROLLOUT_COLUMNS = [*_SAMPLE_COLUMNS, ("image", _IMAGE)]
-# What datasets.Features writes, so that `datasets` decodes the struct to a picture.
+# The metadata that datasets.Features writes: with it, `datasets` decodes the struct to an image.
 _HUGGING_FACE = {
     "info": {
         "features": {
@@ -125,7 +124,7 @@ ADVANTAGE_SCHEMA = pa.schema(
 )
 """Schema of the advantages table, without the columns that an algorithm adds."""
 
-# A dictionary of values that are all different only costs.
+# Dictionary encoding only pays off for columns whose values repeat.
 _REPEATED = ("prompt", "policy_digest", "sampler_digest", "status")
 _COLUMN_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_./:-]{0,99}")
 
@@ -188,13 +187,9 @@ def _sample_record(row: SampleRow) -> dict[str, Any]:
 
 
 def encode_rewards(rows: Sequence[RewardRow]) -> bytes:
-    """Serialises reward rows.
+    """Return reward rows, in any order, as a Parquet file.
 
-    Args:
-        rows: The rows, in any order. One without an extra column that others have gets null there.
-
-    Returns:
-        A Parquet file; the extra columns come last, sorted by name.
+    Extra columns come last, sorted by name. They are null in rows that lack them.
 
     Raises:
         InvalidTable: A sample occurs twice; or an extra column has a bad name, or mixes numbers
@@ -208,16 +203,12 @@ def encode_rewards(rows: Sequence[RewardRow]) -> bytes:
 
 
 def decode_rewards(data: bytes) -> list[RewardRow]:
-    """Reads reward rows.
+    """Return the rows of a Parquet file that `encode_rewards` made, in the order of `sample_id`.
 
-    Args:
-        data: A Parquet file.
-
-    Returns:
-        The rows, in the order of `sample_id`; an extra column that is null is left out of its row.
+    An extra column that is null is left out of its row.
 
     Raises:
-        UnreadableData: The bytes are no rewards table, or a page's checksum does not hold.
+        UnreadableData: The bytes are not a rewards table, or a page's checksum does not match.
     """
     rows = []
     for record in _decode("rewards", data, REWARD_SCHEMA):
@@ -228,14 +219,11 @@ def decode_rewards(data: bytes) -> list[RewardRow]:
 
 
 def encode_advantages(rows: Sequence[AdvantageRow], columns: Mapping[str, str]) -> bytes:
-    """Serialises an epoch's credit.
+    """Return an epoch's credit, rows in any order, as a Parquet file.
 
     Args:
-        rows: The rows, in any order.
-        columns: Arrow types of the algorithm's columns, by name.
-
-    Returns:
-        A Parquet file; the algorithm's columns come last, in their order.
+        rows: The rows.
+        columns: Arrow types of the algorithm's columns, by name. They come last, in this order.
 
     Raises:
         InvalidTable: A sample occurs twice.
@@ -246,16 +234,10 @@ def encode_advantages(rows: Sequence[AdvantageRow], columns: Mapping[str, str]) 
 
 
 def decode_advantages(data: bytes) -> list[AdvantageRow]:
-    """Reads an epoch's credit.
-
-    Args:
-        data: A Parquet file.
-
-    Returns:
-        The rows, in the order of `sample_id`.
+    """Return the rows of a Parquet file that `encode_advantages` made, by `sample_id`.
 
     Raises:
-        UnreadableData: The bytes are no advantages table, or a page's checksum does not hold.
+        UnreadableData: The bytes are not an advantages table, or a page's checksum does not match.
     """
     rows = []
     for record in _decode("advantages", data, ADVANTAGE_SCHEMA):
@@ -301,7 +283,7 @@ def _decode(table: str, data: bytes, schema: pa.Schema) -> list[dict[str, Any]]:
 
 
 def _check_claims(table: str, metadata: pq.FileMetaData) -> None:
-    """Refuses a small file that would unfold to more memory than any table of ours."""
+    """Refuse a small file that would decompress to more memory than any real table needs."""
     groups = (metadata.row_group(number) for number in range(metadata.num_row_groups))
     unfolded = sum(group.total_byte_size for group in groups)
     if metadata.num_rows > INDEX_LIMIT or unfolded > UNFOLDED_LIMIT_BYTES:

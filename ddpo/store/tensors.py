@@ -22,14 +22,11 @@ METADATA_KEY = "ddpo"
 
 
 def encode_tensors(tensors: Mapping[str, torch.Tensor], metadata: JsonValue | None = None) -> bytes:
-    """Serialises named tensors.
+    """Return named tensors as a safetensors file; equal inputs give equal bytes.
 
     Args:
         tensors: Dense tensors of any shape, dtype and device.
-        metadata: A JSON value to carry along.
-
-    Returns:
-        A safetensors file; equal inputs give equal bytes.
+        metadata: A JSON value to store in the header.
     """
     plain: dict[str, torch.Tensor] = {}
     storages: set[int] = set()
@@ -44,13 +41,9 @@ def encode_tensors(tensors: Mapping[str, torch.Tensor], metadata: JsonValue | No
 
 
 def decode_tensors(data: bytes) -> tuple[dict[str, torch.Tensor], JsonValue]:
-    """Reads what `encode_tensors` wrote.
+    """Return the tensors of a safetensors file, on the CPU and by name, and its metadata.
 
-    Args:
-        data: A safetensors file.
-
-    Returns:
-        The tensors on the CPU by name, and the metadata (None if there was none).
+    The metadata is what `encode_tensors` was given, None if nothing.
 
     Raises:
         UnreadableData: The bytes are not a safetensors file.

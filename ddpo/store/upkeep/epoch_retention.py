@@ -1,7 +1,7 @@
-"""Retention of epochs: deletes trajectories, or whole samples, of old epochs.
+"""Retention of epochs: delete the trajectories or all samples of old epochs.
 
-Trajectories are most of what a run stores. As with checkpoints, manifests stay, a record of the
-retirement comes first, and if a call is killed, the next one finishes it.
+Trajectories make up most of a run's data. As with checkpoints, manifests stay, a record of the
+retirement is written first, and if a call is killed, the next one finishes its work.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ PARTS: dict[Keep, tuple[Part, ...]] = {
 """What each setting of `storage.retention.keep` deletes."""
 
 _LAST_DELETED = {"trajectories": "trajectories", "samples": "rollouts"}
-"""Role whose objects show that a part is still there: of a part, they are deleted last."""
+"""Role whose objects are deleted last of a part, and so show that the part is not yet deleted."""
 
 
 def retire_epochs(store: Store, run_id: str, *, keep: Keep, older_than: int) -> list[int]:
-    """Delete what a run's old epochs no longer keep.
+    """Delete the parts of a run's old epochs that `keep` does not include.
 
     Kept are objects that the rollouts of another run refer to, since a fork trains on them; epochs
     that a fork has yet to inherit; and samples that a fork has yet to score for its prompt
@@ -40,12 +40,12 @@ def retire_epochs(store: Store, run_id: str, *, keep: Keep, older_than: int) -> 
     Args:
         store: The store.
         run_id: The run.
-        keep: What stays.
-        older_than: How many of the newest committed epochs are left alone, at least 1: a resumed
-            run shows its last one again.
+        keep: The parts to keep.
+        older_than: Number of newest committed epochs to leave alone, at least 1: a resumed run
+            logs its last epoch again.
 
     Returns:
-        Epochs of which this call deleted something, sorted.
+        Epochs of which this call deleted objects, sorted.
 
     Raises:
         MissingObject: A manifest that an epoch's commit refers to is missing.
@@ -58,7 +58,7 @@ def retire_epochs(store: Store, run_id: str, *, keep: Keep, older_than: int) -> 
     committed = EPOCH.partitions_of(store, run_id) if PARTS[keep] else []
     newest = max((where.epoch for where in committed), default=-1)
     for part in PARTS[keep]:
-        # By what is still there, so that a call costs what it deletes, not the length of the run.
+        # By listing what still exists: the cost depends on what is deleted, not on the run length.
         old = [epoch for epoch in _present(store, run_id, part) if epoch <= newest - older_than]
         if old and needed is None:
             needed = unless_unreadable(
@@ -73,8 +73,8 @@ def retire_epochs(store: Store, run_id: str, *, keep: Keep, older_than: int) -> 
         # No commit: it was deleted by hand so that the epoch is recomputed.
         found = {e: EPOCH.commit_of(store, Partition(run_id, e)) for e in old if e not in spared}
         commits = {epoch: commit for epoch, commit in found.items() if commit is not None}
-        # Recorded before looking for references: a fork that commits meanwhile either is seen
-        # here, or sees the record.
+        # Recorded before looking for references: a fork that commits at the same time is either
+        # seen here, or sees the record.
         for epoch, commit in commits.items():
             key = keys.retired_key(part, run_id, epoch)
             inputs = {"epoch": commit.ref}

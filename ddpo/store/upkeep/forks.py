@@ -1,4 +1,4 @@
-"""What a run's forks still need of it, by the records that they left beside it."""
+"""Find what a run's forks still need of it, by the records that they left beside it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether a store can hold commits, tried before anything is computed."""
+"""Check that a store supports commits before anything is computed."""
 
 from __future__ import annotations
 
@@ -11,13 +11,12 @@ from ddpo.store.objects import Store
 
 
 def probe(store: Store) -> None:
-    """Checks that commits are possible in a store: exclusive create, read back, delete.
+    """Check that a store supports commits: exclusive create, read back, delete.
 
-    Args:
-        store: The store, of which nothing stays changed.
+    Leaves the store unchanged.
 
     Raises:
-        StoreNotWritable: One of them failed, with the reason.
+        StoreNotWritable: One of them failed; the message has the reason.
     """
     key = f".probe/{uuid.uuid4().hex}"
     way_out = "Check the address, the credentials and the permissions of the root"
@@ -28,17 +27,17 @@ def probe(store: Store) -> None:
             found = store.read(key)
             store.list("runs")
         except Exception:
-            with suppress(Exception):  # the first error is the one that tells
+            with suppress(Exception):  # the first error is the informative one
                 store.delete(key)
             raise
         store.delete(key)
         gone = not store.exists(key)
-    except Exception as error:  # whatever a filesystem raises is the reason that we report
+    except Exception as error:  # any error of a filesystem is reported as the reason
         if isinstance(error, StoreCallFailed):
             reason = f"it could not {error.call}: {error.reason}"
             raise StoreNotWritable(store.root, reason, error.way_out) from None
         reason = f"{type(error).__name__}: {hide_credentials(str(error))}"
-        # Not chained: what it quotes may hold credentials.
+        # Not chained: its message may contain credentials.
         raise StoreNotWritable(store.root, reason, way_out) from None
     if not created:
         raise StoreNotWritable(store.root, "it refused to create a new object", way_out)

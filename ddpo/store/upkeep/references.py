@@ -1,4 +1,4 @@
-"""What other runs refer to, which retention spares; and what to do when they cannot be read."""
+"""Find the objects that other runs refer to, which retention must spare."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ R = TypeVar("R")
 def referenced_by_others(
     store: Store, run_id: str, kind: Kind[T], *, unless_retired: RetiredPart | None = None
 ) -> set[str]:
-    """Return the keys that other runs' artefacts of a kind list outside of their own folders.
+    """Return the keys that other runs' artefacts of a kind list outside their own folders.
 
-    Only a fork's first epochs do that, so each run is read up to its first epoch of its own.
+    Only a fork's first epochs do that, so each run is read up to its first epoch that does not.
 
     Args:
         store: The store.
-        run_id: The run whose objects are asked about.
+        run_id: The run to leave out.
         kind: The kind.
-        unless_retired: Leave out artefacts for which the other run has such a record.
+        unless_retired: Leave out artefacts whose own run has retired this part of them.
 
     Raises:
         StoreError: Another run cannot be read.
@@ -65,9 +65,9 @@ def object_keys(manifest: Manifest) -> set[str]:
 
 
 def unless_unreadable(run_id: str, what: str, read: Callable[[], R]) -> R | None:
-    """Return what is read about other runs; None, with a warning, if one of them cannot be read.
+    """Return what `read` returns; None, with a warning, if a store error prevents it.
 
-    Nothing is deleted then: a later call deletes it.
+    The caller then deletes nothing and leaves that to a later call.
     """
     try:
         return read()

@@ -1,9 +1,9 @@
-"""Retention of checkpoints: deletes the tensors of those that nobody will start from.
+"""Retention of checkpoints: delete the tensors of those that nothing will start from.
 
 A full fine-tuning checkpoint is some 10 GB. Its manifest and its JSON documents are small and stay,
-so the history of a run stays whole. A record of the retirement comes first, so that a missing
-object reads as retired (`RetiredObject`) and not as damage. If a call is killed, the next one
-finishes it.
+so a run's history remains complete. A record of the retirement is written first, so that a missing
+object is reported as retired (`RetiredObject`) and not as damaged. If a call is killed, the next
+one finishes its work.
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ def retire_checkpoints(
     Args:
         store: The store.
         run_id: The run.
-        keep_newest: How many of the newest to keep, at least 1.
-        keep_every: Keep epochs 0, n, 2 n, ... too; None for none of them.
-        needed_from: Keep this epoch's and all later ones too. A resume repeats what follows the
-            last committed epoch, and may find a checkpoint that is further ahead.
+        keep_newest: Number of newest checkpoints to keep, at least 1.
+        keep_every: Also keep epochs 0, n, 2 n, ...; None for none of them.
+        needed_from: Also keep this epoch's and all later ones: a resumed run repeats what follows
+            its last committed epoch, and may find a checkpoint that is further ahead.
 
     Returns:
-        Epochs of the checkpoints of which this call deleted something, sorted.
+        Epochs of the checkpoints of which this call deleted objects, sorted.
 
     Raises:
         InvalidRetention: `keep_newest` or `keep_every` is below 1.
-        MissingObject: A manifest was deleted meanwhile.
+        MissingObject: A manifest was deleted during this call.
         CorruptObject: A manifest is damaged.
         UnreadableData: Likewise.
     """
@@ -58,7 +58,7 @@ def retire_checkpoints(
         kept.update(epoch for epoch in epochs if epoch % keep_every == 0)
     if needed_from is not None:
         kept.update(epoch for epoch in epochs if epoch >= needed_from)
-    # By what is still there, so that a call costs what it deletes, not the length of the run.
+    # By listing what still exists: the cost depends on what is deleted, not on the run's length.
     present: defaultdict[int, set[str]] = defaultdict(set)
     for key in store.list(CHECKPOINT.data_folder("weights", run_id)):
         parsed = keys.parse_object(key)
@@ -78,8 +78,8 @@ def retire_checkpoints(
         for epoch in candidates
         if epoch not in kept
     }
-    # Recorded before looking for references: a fork that commits meanwhile either is seen here,
-    # or sees the record (see `is_retired`).
+    # Recorded before looking for references: a fork that commits at the same time is either seen
+    # here, or sees the record (see `is_retired`).
     doomed: dict[int, set[str]] = {}
     for epoch, commit in commits.items():
         key = keys.retired_key("checkpoints", run_id, epoch)
@@ -109,7 +109,7 @@ def retire_checkpoints(
 def is_retired(store: Store, run_id: str, epoch: int) -> bool:
     """Return whether a checkpoint's tensors are deleted, or about to be.
 
-    A fork that refers to another run's checkpoint asks this after its own commit. If not, the
-    objects stay: any later retirement sees the fork's manifest.
+    A fork that refers to its parent's checkpoint calls this after its own commit. If the result is
+    False, the objects stay: any later retirement sees the fork's manifest.
     """
     return store.exists(keys.retired_key("checkpoints", run_id, epoch))

@@ -1,4 +1,4 @@
-"""A store whose writes stay in memory: repair rebuilds an artefact before it touches anything."""
+"""A store whose writes stay in memory, so that repair can rebuild before it changes anything."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ddpo.store.objects import Store, StoredObject
 
 
 class ScratchStore(Store):
-    """Reads what another store holds, except for hidden keys; keeps its own writes in memory."""
+    """A store that reads another one, except for hidden keys, and keeps its writes in memory."""
 
     def __init__(self, below: Store, hidden: Collection[str]) -> None:
         super().__init__(*below.connection)
@@ -19,21 +19,21 @@ class ScratchStore(Store):
         """What was written, by key."""
 
     def put(self, stem: str, suffix: str, data: bytes) -> StoredObject:
-        """Keep an object under a key that carries its digest."""
+        """Keep an object under a key that contains its digest."""
         digest = sha256_bytes(data)
         key = keys.check_key(f"{stem}-{digest[:12]}{suffix}")
         self.written[key] = data
         return StoredObject(key=key, size=len(data), sha256=digest)
 
     def put_if_absent(self, key: str, data: bytes) -> bool:
-        """Keep an object, unless there is one here or in the store below."""
+        """Keep an object, unless there is one in memory or in the store below."""
         if self.exists(key):
             return False
         self.written[keys.check_key(key)] = data
         return True
 
     def read(self, key: str) -> bytes:
-        """Return what is kept here, else what the store below holds."""
+        """Return an object from memory, or else from the store below."""
         if key in self.written:
             return self.written[key]
         if key in self._hidden:

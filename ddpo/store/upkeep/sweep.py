@@ -1,8 +1,7 @@
-"""Garbage collection: deletes what no manifest lists.
+"""Garbage collection: delete objects that no manifest lists.
 
-A writer that died between an object and its manifest leaves the object behind; so does one whose
-bytes lost against another's, and one that was killed while it wrote a file. Such objects cost room
-and nothing else.
+Such objects are left behind by a writer that died before its manifest or while writing a file, or
+that lost a race to another writer. They waste space and do no other harm.
 """
 
 from __future__ import annotations
@@ -14,28 +13,28 @@ from ddpo.store import keys, manifests, objects
 from ddpo.store.objects import REFRESH_AFTER, Store
 
 DEFAULT_GRACE = timedelta(days=1)
-"""Younger objects may belong to a task that has not committed yet."""
+"""Age below which an object may belong to a task that has not committed yet."""
 
 
 def find_unreferenced(
     store: Store, run_id: str, *, grace: timedelta = DEFAULT_GRACE
 ) -> dict[str, int]:
-    """Look for a run's objects that no manifest of any run lists.
+    """Find a run's objects that no manifest of any run lists.
 
     Args:
         store: The store.
         run_id: The run.
-        grace: Objects younger than this are left alone; more than the hour in which `Store.put`
-            trusts an object that it finds.
+        grace: Objects younger than this are left alone. Must exceed `REFRESH_AFTER`, within which
+            `Store.put` reuses an object that it finds.
 
     Returns:
         Sizes in bytes by key, sorted.
 
     Raises:
         ValueError: The grace period is too short.
-        CorruptObject: A manifest is damaged: what it lists cannot be told.
+        CorruptObject: A manifest is damaged, so what it lists is unknown.
         UnreadableData: Likewise.
-        MissingObject: A manifest is gone that another refers to: likewise.
+        MissingObject: A manifest that another refers to is missing.
     """
     if grace <= REFRESH_AFTER:
         raise ValueError(
@@ -44,7 +43,7 @@ def find_unreferenced(
         )
     limit = objects.now() - grace
     keys.validate_run_id(run_id)
-    # Objects before manifests: what is committed in between is seen as referenced.
+    # Objects before manifests: what is committed in between then counts as referenced.
     old = {
         key: size
         for key, (size, modified) in store.ages().items()
@@ -59,7 +58,7 @@ def find_unreferenced(
         if found is None:
             raise MissingObject(key, store.root)
         listed |= {stored.key for stored in found.manifest.objects.values()}
-        # A listing takes a while, in which a run at work commits: what is referred to is read too.
+        # A run may commit during the listing, so manifests that are referred to are read too.
         referred = {ref.key for ref in manifests.references(found.manifest.inputs)} - seen
         pending += sorted(referred)
         seen |= referred
@@ -79,7 +78,7 @@ def sweep(store: Store, run_id: str, *, grace: timedelta = DEFAULT_GRACE) -> dic
     """
     deleted: dict[str, int] = {}
     for key, size in find_unreferenced(store, run_id, grace=grace).items():
-        # Looked at once more: a task may have found it, written it again and committed it since.
+        # Checked again: a task may have found, rewritten and committed it since.
         modified = store.modified(key)
         if modified is not None and modified < objects.now() - grace:
             store.delete(key)

@@ -1,4 +1,4 @@
-"""Verification: reads everything that a run committed, and says what is damaged."""
+"""Verification: read everything that a run committed, and report what is damaged."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from ddpo.store.manifests import Manifest
 from ddpo.store.objects import Store
 
 NOTHING = "nothing"
-"""Stands for the digest of an object that is not there."""
+"""Stands for the digest of a missing object."""
 
 
 REPAIRABLE: tuple[Kind[Any], ...] = (ROLLOUTS, SCORES, ADVANTAGES)
-"""What can be rebuilt, each from those before it (and from the checkpoint)."""
+"""Kinds that can be rebuilt, each from those before it and from the checkpoint."""
 
 
 @dataclass(frozen=True)
 class Damage:
-    """Something that is not what was committed."""
+    """An object or document that differs from what was committed, or is missing."""
 
     key: str
-    """Of the object, manifest or record."""
+    """Key of the object, manifest or record."""
     manifest: str
     """Key of the manifest that lists the object; the key itself for a document."""
     expected: str
-    """sha256 of what should be there, or what it should be."""
+    """Expected sha256, or a description of what is expected."""
     found: str
-    """sha256 of what is there, `NOTHING`, or why it cannot be read."""
+    """Actual sha256, `NOTHING`, or why it cannot be read."""
 
     def __str__(self) -> str:
         return f"{self.key}: expected {self.expected}, found {self.found}"
@@ -51,11 +51,11 @@ class Verification:
     """The outcome of verifying a run."""
 
     objects: int
-    """How many were read and compared, documents included."""
+    """Number of objects read and compared, including documents."""
     bytes: int
-    """How many bytes that was."""
+    """Number of bytes read."""
     retired: int
-    """Objects that retention deleted on purpose."""
+    """Number of objects that retention deleted on purpose."""
     damages: tuple[Damage, ...]
     """What is damaged, sorted by key."""
 
@@ -65,8 +65,8 @@ def verify_run(
 ) -> Verification:
     """Read all records, manifests and objects of a run, and compare every reference.
 
-    What nothing refers to cannot be missed when it is gone: the newest epoch's commit, the newest
-    checkpoint, and pictures.
+    Deletion of what nothing refers to is not detected: the newest epoch's commit, the newest
+    checkpoint, and images of fixed prompts.
 
     Args:
         store: The store.
@@ -85,7 +85,7 @@ def verify_run(
     for key in present:
         verifier.manifest(key)
     verifier.gaps(present)
-    # Where both are known, the digest that another manifest names tells more.
+    # If both are known, the digest named by another manifest is more informative.
     damages = {damage.key: damage for damage in [*verifier.unreadable, *verifier.damages]}
     return Verification(
         objects=len(verifier.seen),
@@ -114,10 +114,10 @@ class _Verifier:
         self.unreadable: list[Damage] = []
 
     def records(self) -> None:
-        """Read the run's record, and those of its starts."""
+        """Read the records of the run and its starts."""
         key = keys.run_key(self.run_id)
         if not self.store.exists(key):
-            runs.load_run(self.store, self.run_id)  # raises, naming the nearest
+            runs.load_run(self.store, self.run_id)  # raises, with similar names
         record = self._document(key, lambda: runs.load_run(self.store, self.run_id))
         self.is_fork = record is not None and "fork" in record.identity
         self._document(
@@ -126,7 +126,7 @@ class _Verifier:
         )
 
     def manifest(self, key: str) -> None:
-        """Read a manifest, all that it lists, and all manifests that it was made from."""
+        """Read a manifest, the objects that it lists, and the manifests it was made from."""
         manifest = self._document(key, lambda: _whole(self.store, key))
         if manifest is None:
             return
@@ -142,14 +142,14 @@ class _Verifier:
                 self.damages.append(Damage(stored.key, key, stored.sha256, found))
 
     def gaps(self, present: list[str]) -> None:
-        """Find commits that must have been there: those before a later one."""
+        """Find missing commits that must have existed, since there are later ones."""
         checkpoints, epochs = (
             {where.epoch for key in present if (where := kind.parse(key))}
             for kind in (CHECKPOINT, EPOCH)
         )
         # Checkpoint k + 1 comes before the commit of epoch k, and that before checkpoint k + 2.
         last = max([*epochs, *(epoch - 2 for epoch in checkpoints)], default=-1)
-        # A fork's first checkpoint has the number of the epoch at which it branches off.
+        # A fork's first checkpoint has the number of the epoch at which it forks.
         first = min([*epochs, *checkpoints], default=0) if self.is_fork else 0
         wanted = [EPOCH.key(Partition(self.run_id, epoch)) for epoch in range(first, last + 1)]
         wanted += [
