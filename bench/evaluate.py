@@ -1,7 +1,7 @@
 """A trained model against its base, on the same prompts and the same noise.
 
 ``python -m bench.evaluate RUN`` prints it for the last checkpoint of a run on the starter, with the
-share of animals that its judge still recognises.
+share of animals that its judge still recognizes.
 """
 
 from __future__ import annotations

@@ -54,8 +54,8 @@ def save_epoch(config: RunConfig, side: int) -> Run:
     """Commit an epoch of images: soft colors with some noise, as large as a photograph's PNG.
 
     Args:
-        config: Of a run with as many samples; its model draws none of them.
-        side: Pixels a side.
+        config: A run's config with as many samples; its model generates none of them.
+        side: Pixels per side.
 
     Returns:
         The run.

@@ -1,8 +1,8 @@
 """What training achieves: ``python -m bench.results``.
 
-Trains three seeds of each task on the starter, each beside a control whose advantages are dealt to
-random samples; compares every trained model with its base on the same prompts and noise. Runs that
-are finished are not run again, so the command may be stopped and repeated.
+Trains three seeds of each task on the starter, each with a control whose advantages are assigned
+to samples at random; compares every trained model with its base on the same prompts and noise.
+Finished runs are not repeated, so the command can be stopped and started again.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Task:
     Attributes:
         config: Its file.
         seeds: Noise seeds of a prompt's images.
-        beyond: Prompts that training never draws, by what they are; evaluated too.
+        beyond: Prompts that training never samples, by description; evaluated too.
     """
 
     config: str
@@ -47,7 +47,7 @@ class Task:
 
 
 HELD_OUT = starter_scenes(["activity"], held_out="only")
-"""The 27 pairs of animal and activity that neither the starter's training nor ours draws."""
+"""The 27 pairs of animal and activity that neither the starter's training nor ours uses."""
 
 TASKS = {
     "compressibility": Task("configs/starter.yaml", SEEDS),

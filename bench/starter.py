@@ -1,8 +1,8 @@
-"""What the starter can draw, by its judge: ``python -m bench.starter`` (``make starter-report``).
+"""The starter's images, as its judge sees them: ``python -m bench.starter``.
 
-Draws 45 animals x 20 seeds of singles, of activities and of counts, and the 24 other words x 5
-seeds, with 20 steps, and asks the judge. Prints the figures of docs/starter.md and
-makes its images. Ends with status 1 where a share is below its bar.
+Generates 45 animals x 20 seeds of singles, activities and counts, and the 24 other words x 5 seeds,
+with 20 steps, and asks the judge. Prints the figures of docs/starter.md and makes its images (`make
+starter-report`). Exits with status 1 if a share is below its target.
 """
 
 from __future__ import annotations
@@ -44,14 +44,14 @@ BARS = {Kind.SINGLE: 0.90, Kind.ACTIVITY: 0.75, Kind.COUNT: 0.70}
 
 
 def asked(kind: Kind, seeds: int) -> list[Scene]:
-    """Return what to draw of a kind: every animal with every seed.
+    """Return the scenes to generate of a kind: every animal with every seed.
 
     Args:
-        kind: Activities and numbers take turns, so that each animal has each of them.
-        seeds: Images an animal.
+        kind: Activities and numbers alternate, so that each animal gets each of them.
+        seeds: Images per animal.
 
     Returns:
-        Scenes, the seeds of an animal together. Of others, every word with every seed.
+        Scenes, grouped by animal. For other words, every word with every seed.
     """
     if kind is Kind.OTHER:
         return [scene for scene in scenes(kind) for _ in range(seeds)]
@@ -67,15 +67,15 @@ def asked(kind: Kind, seeds: int) -> list[Scene]:
 
 
 def draw(policy: Policy, config: RunConfig, wanted: Sequence[Scene]) -> list[Image.Image]:
-    """Draw scenes with the config's sampler, each with noise of its own.
+    """Generate scenes with the config's sampler, each from its own noise.
 
     Args:
         policy: The base model.
         config: Gives the sampler.
-        wanted: What to draw.
+        wanted: The scenes to generate.
 
     Returns:
-        One image a scene.
+        One image per scene.
     """
     noise = [
         derive_seed(0, "starter report", scene.prompt, place) for place, scene in enumerate(wanted)
@@ -152,7 +152,7 @@ class Job:
 
     Attributes:
         kind: The scenes it draws.
-        seeds: Images an animal.
+        seeds: Images per animal.
         model: Folder of the pipeline.
         judge: Folder of the judge.
         images: Folder that gets a sheet of the first seed's images.
@@ -203,7 +203,7 @@ class Measured:
 
 
 def measure(job: Job) -> Measured:
-    """Draw one kind of scene, ask the judge, and keep a sheet.
+    """Generate one kind of scene, ask the judge, and save a contact sheet.
 
     Args:
         job: What to do.
@@ -238,7 +238,7 @@ def measure(job: Job) -> Measured:
 
 
 def main() -> None:
-    """Draw, judge, print; the tables go to docs/starter.md by hand, with what they mean."""
+    """Generate, judge, print; the tables are copied to docs/starter.md by hand."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
         "--seeds", type=int, default=SEEDS, help="pictures an animal; of other words a quarter"

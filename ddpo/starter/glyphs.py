@@ -1,4 +1,4 @@
-"""What the starter can draw, and its glyphs: one atlas, rendered from Noto Color Emoji.
+"""What the starter can generate, and its glyphs: one atlas, rendered from Noto Color Emoji.
 
 The atlas ships with the package, so training needs no font on the machine. To render it again:
 `python -m ddpo.starter.glyphs /usr/share/fonts/truetype/noto/NotoColorEmoji.ttf`.

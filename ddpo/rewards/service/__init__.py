@@ -1,4 +1,4 @@
-"""Rewards over HTTP: pictures in multipart, everything else JSON, nothing pickled.
+"""Rewards over HTTP: images in multipart, everything else JSON, nothing pickled.
 
 The server is `app` (the application) and `serving` (the process that listens); a client needs
 `endpoints` and `wire` alone. So nothing is imported here: a run that uses the reward `http` loads
