@@ -50,7 +50,7 @@ class Lease:
 
 @lru_cache(maxsize=8)
 def opened(handle: RunHandle) -> Run:
-    """Open a run, once a process and start."""
+    """Open a run, once per process and start."""
     return handle.open()
 
 

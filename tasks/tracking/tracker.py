@@ -323,5 +323,5 @@ class RunTracker:
 
 @lru_cache(maxsize=8)
 def tracker(handle: TrackingHandle) -> RunTracker:
-    """Open a run's page in MLflow, once a process."""
+    """Open a run's page in MLflow, once per process."""
     return RunTracker(connect(handle.uri), handle.experiment_id, handle.mlflow_run_id)

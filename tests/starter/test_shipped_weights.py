@@ -146,7 +146,7 @@ def test_the_judges_clip_prefers_a_pictures_own_prompt(judge: Judge) -> None:
 def test_most_animals_are_recognised_as_the_demo_draws_them(
     pipeline: StableDiffusionPipeline, judge: Judge
 ) -> None:
-    """One seed an animal; `make starter-report` measures twenty."""
+    """One seed per animal; `make starter-report` measures twenty."""
     wanted = list(scenes(Kind.SINGLE))
     images, _ = pipeline(
         [scene.prompt for scene in wanted],
