@@ -1,4 +1,4 @@
-"""What a user is told about resuming a run."""
+"""The command that resumes a run, as shown to users."""
 
 from __future__ import annotations
 

@@ -78,7 +78,7 @@ def _commit_advantages(
     scores: Sequence[Ref[Scores]],
     epoch: int,
 ) -> str:
-    """Commit an epoch's advantages under the new reward; returns the reason if there are none."""
+    """Commit an epoch's advantages under the new reward; return the reason if there are none."""
     try:
         statistics = _statistics_before(rescoring, epoch)
     except RetiredObject as error:

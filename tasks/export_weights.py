@@ -1,4 +1,4 @@
-"""The task that hands trained weights over: files for plain diffusers, a model in MLflow."""
+"""The task that exports trained weights: files for plain diffusers, a model in MLflow."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def export_weights(
     run = opened(handle)
     whole = isinstance(run.config.trainable, FullConfig)
     digests = CHECKPOINT.load(run.store, checkpoint).digests
-    names = ("policy_digest", "ema_digest")  # the second where the average is what is exported
+    names = ("policy_digest", "ema_digest")  # the second if the average is exported
     exported = {name: digests[name] for name in names if name in digests}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / (PIPELINE_FOLDER if whole else ADAPTER_FOLDER)

@@ -40,7 +40,7 @@ def inherit_shard(run: Run, epoch: int, shard: int) -> Ref[RolloutShard]:
     parent = _fork_of(run).parent
     where = Partition(run.run_id, epoch, shard)
     if found := ROLLOUTS.find(run.store, where):
-        return found  # from then on retention spares it, and may record the epoch as retired
+        return found  # retention spares it from its commit on, but may record the epoch as retired
     saved = saved_rollouts(parent, epoch)[shard]
     objects = ROLLOUTS.load(run.store, saved).objects
     done = ROLLOUTS.commit(run.store, where, {"inherited": saved}, objects).ref
@@ -77,7 +77,7 @@ def inherited_scores(
 
 
 def inherit_checkpoint(run: Run, policy: Policy, scores: Sequence[Ref[Scores]]) -> Ref[Checkpoint]:
-    """Commit a fork's first checkpoint: the parent's weights and optimizer, statistics of its own.
+    """Commit a fork's first checkpoint: the parent's weights and optimizer, its own statistics.
 
     A value function is inherited if it was trained on the same reward and embeddings and statistics
     are not reset; otherwise the fork starts with a new one.
@@ -85,8 +85,8 @@ def inherit_checkpoint(run: Run, policy: Policy, scores: Sequence[Ref[Scores]]) 
     Args:
         run: The fork.
         policy: Its model, as loaded.
-        scores: Of all epochs before, in order, under this fork's reward; its prompt statistics are
-            rebuilt from them.
+        scores: The scores of all epochs before, in order, under the fork's reward; its prompt
+            statistics are rebuilt from them.
 
     Raises:
         PolicyMismatch: The base model, the sampler, or the place of its noise differs.
@@ -174,6 +174,6 @@ def _value_holds(
     """
     if not run.config.algorithm.has_value_function or fork.settings.statistics == "reset":
         return False
-    # By digest: the code, the weights or the service behind a name may have been exchanged.
+    # By digest: the code, the weights or the service behind a name may have changed.
     same_reward = run.reward_digest == fork.parent.reward_digest
     return same_reward and of_rollouts["base_digest"] == digests["base_digest"]

@@ -22,14 +22,14 @@ from ddpo_workflow.tasks.score import scores_of
 
 @dataclass(frozen=True)
 class Repair:
-    """What became of one damaged part."""
+    """The outcome of repairing one damaged part."""
 
     manifest: str
     """Key of the part's manifest."""
     done: bool
-    """Whether its bytes are again those that were committed."""
+    """Whether the committed bytes are restored."""
     reason: str = ""
-    """Why not, otherwise."""
+    """Why not; empty if done."""
 
 
 class NotRepaired(DdpoError):
@@ -37,17 +37,17 @@ class NotRepaired(DdpoError):
 
 
 def repair(run: Run, damages: Iterable[Damage]) -> list[Repair]:
-    """Rebuild what is derivable: rollouts, their scores, and advantages.
+    """Rebuild damaged rollouts, scores and advantages.
 
-    Rollouts come from checkpoint and seed, scores from rollouts, advantages from scores. Equal
-    numerics give equal bytes; if the bytes differ, the reason says so, and nothing is changed.
+    Rollouts are rebuilt from checkpoint and seed, scores from rollouts, advantages from scores.
+    Equal numerics give equal bytes; if the bytes differ, the reason says so and nothing is changed.
 
     Args:
         run: The run, under its own reward.
         damages: What :func:`ddpo.store.upkeep.verify.verify_run` found.
 
     Returns:
-        One for each part, in the order they were rebuilt; other damages have none.
+        One outcome per part, in the order of rebuilding; damage of other kinds has none.
     """
     by_manifest: dict[str, list[Damage]] = {}
     for damage in damages:
@@ -58,7 +58,7 @@ def repair(run: Run, damages: Iterable[Damage]) -> list[Repair]:
     for (kind, where), key in parts:
         try:
             _rebuild(run, key, by_manifest[key], kind, where)
-        except Exception as error:  # whatever it was, the other parts can still be repaired
+        except Exception as error:  # the other parts can still be repaired
             outcomes.append(Repair(key, False, f"{type(error).__name__}: {error}"))
         else:
             outcomes.append(Repair(key, True))
@@ -72,14 +72,14 @@ def _rebuild(run: Run, manifest: str, damages: list[Damage], kind: Kind, where: 
         raise NotRepaired("it belongs to another reward than this run's own")
     damaged = {damage.key for damage in damages}
     epoch, shard = where.epoch, where.shard or 0
-    # In memory first: what is there, however damaged, is replaced by whole bytes or not at all.
-    # The manifest is hidden too, so that the part is made and not found.
+    # In memory first: even damaged objects are only replaced by the committed bytes. The manifest
+    # is hidden too, so that the part is rebuilt and not found.
     scratch = ScratchStore(run.store, damaged | {manifest})
     aside = replace(run, store=scratch)
     known = None if manifest in damaged else find(run.store, manifest)
     fork = run.fork
     if kind is ROLLOUTS and fork and fork.inherits(epoch):
-        if known:  # what it lists is the parent's
+        if known:  # the objects it lists are the parent's
             raise _belongs_to(fork.parent_id)
         inherit_shard(aside, epoch, shard)
     elif kind is ROLLOUTS:
@@ -92,7 +92,7 @@ def _rebuild(run: Run, manifest: str, damages: list[Damage], kind: Kind, where: 
         scores = [_scores(aside, epoch, number) for number in shards]
         before = _made_with(aside, known, epoch)
         committed_credit(aside, run.scorer, before, rollouts, scores, epoch)
-    # No digest is known of a manifest that nothing refers to: what is undamaged must be equal too.
+    # The digest of a manifest without references is unknown: undamaged objects must match too.
     differs = any(
         run.store.read(key) != made if key == manifest else not run.store.exists(key)
         for key, made in scratch.written.items()
@@ -117,9 +117,9 @@ def _belongs_to(run_id: str) -> NotRepaired:
 
 
 def _made_with(run: Run, known: Committed | None, epoch: int) -> Ref:
-    """Return the checkpoint, or what else held the state, that a part was made from.
+    """Return the checkpoint, or other holder of the statistics, that a part was made from.
 
-    Its manifest names it: the shared history of a comparison is sampled by one checkpoint wholly.
+    The part's manifest names it: a comparison's shared samples all come from one checkpoint.
     """
     if known is None:
         return _found(run, CHECKPOINT, Partition(run.run_id, epoch))

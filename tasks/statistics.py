@@ -35,7 +35,7 @@ def rebuild_statistics(
 
     Args:
         handle: The fork.
-        scores: Of all epochs before, in order, under the new reward.
+        scores: The scores of all epochs before, in order, under the new reward.
         epoch: The fork's first epoch.
         reward: The new reward.
     """
@@ -50,11 +50,11 @@ def rebuild_statistics(
 
 
 def statistics_of(run: Run, scores: Sequence[Ref[Scores]]) -> PromptStatistics:
-    """Fold the scores of epochs, as a run with this config would have.
+    """Return the prompt statistics that a run has after epochs with these scores.
 
     Args:
-        run: Its config says how many rewards a prompt remembers.
-        scores: Those of one epoch of one run follow each other.
+        run: The run, whose algorithm limits the number of rewards kept per prompt.
+        scores: The scores, those of one epoch of one run next to each other.
 
     Returns:
         Rewards by prompt, the oldest first.
@@ -64,7 +64,7 @@ def statistics_of(run: Run, scores: Sequence[Ref[Scores]]) -> PromptStatistics:
         prompts, rewards = _scored_samples(run, refs)
         try:
             credit = run.config.algorithm.credit(Scored(prompts, rewards), statistics)
-        except RewardError:  # not one sample of that epoch could be scored
+        except RewardError:  # no sample of that epoch could be scored
             continue
         statistics = credit.statistics
     return statistics

@@ -38,7 +38,7 @@ def update_policy(
 
     Args:
         handle: The run.
-        checkpoint: The checkpoint before the epoch, which drew the rollouts.
+        checkpoint: The checkpoint before the epoch, which generated the rollouts.
         rollouts: The epoch's shards, in order.
         advantages: The epoch's advantages.
         epoch: The epoch.
@@ -47,7 +47,7 @@ def update_policy(
         The manifest of checkpoint ``epoch + 1``.
 
     Raises:
-        PolicyMismatch: The rollouts are of another policy or sampler.
+        PolicyMismatch: The rollouts come from another policy or sampler.
         NonFiniteError: A loss, log-prob or gradient is NaN or infinite; nothing was committed.
     """
     run = opened(handle)
@@ -82,7 +82,7 @@ def update_policy(
 
 @dataclass(frozen=True)
 class _Drawn:
-    """The samples of an epoch, in the order of ``sample_id``, and what their shards hold."""
+    """An epoch's samples, in the order of ``sample_id``, and the tensors of their shards."""
 
     sample_ids: list[str]
     prompts: list[str]

@@ -1,4 +1,4 @@
-"""What a worker process keeps between tasks: opened runs, one loaded model, the state it holds."""
+"""State that a worker process keeps between tasks: opened runs, one model and its weights."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Lease:
     state: TrainState
 
     def hold(self, checkpoint: Ref[Checkpoint], state: TrainState) -> None:
-        """Say which committed checkpoint the policy's weights are now."""
+        """Record which committed checkpoint the policy's weights now match."""
         self.loaded.checkpoint, self.loaded.state = checkpoint, state
 
 
@@ -55,11 +55,11 @@ def opened(handle: RunHandle) -> Run:
 
 
 def scorer_of(run: Run, reward: RewardConfig | None) -> Scorer:
-    """Return what scores a run's samples.
+    """Return the scorer of a run's samples.
 
     Args:
         run: The run.
-        reward: Another reward than the run's own; loaded once a process.
+        reward: A reward other than the run's own, loaded once per process; None for the run's own.
 
     Raises:
         DdpoError: The reward cannot be loaded, or the run's own is not the one it was started with.
@@ -89,7 +89,7 @@ def fresh_policy(run: Run) -> Iterator[Policy]:
         run: The run.
 
     Yields:
-        The policy; nobody else computes on the device meanwhile.
+        The policy; the device is locked until the context is left.
     """
     with _device:
         yield _load(run, anew=True).policy
@@ -108,13 +108,13 @@ def policy_at(
     Args:
         run: The run.
         checkpoint: The checkpoint's manifest.
-        training: The weights are going to change; without :meth:`Lease.hold` they are loaded anew
-            next time.
-        weights: What the policy computes with. "average" is what images are sampled with and what
-            is exported: the moving average, or the trained weights if the run keeps none.
+        training: Whether the weights will change; unless :meth:`Lease.hold` is called, they are
+            reloaded next time.
+        weights: The weights that the policy uses. "average", for images and exports, is the moving
+            average, or the trained weights if the run keeps none.
 
     Yields:
-        Policy and state; nobody else computes on the device meanwhile.
+        The policy and the state; the device is locked until the context is left.
 
     Raises:
         PolicyMismatch: The base model is not the one that the run was started with.
@@ -137,7 +137,7 @@ def policy_at(
         if weights == "trained":
             yield lease
             return
-        loaded.checkpoint = None  # until the trained weights are back
+        loaded.checkpoint = None  # until the trained weights are restored
         with loaded.policy.weights.use(weights):
             yield lease
         loaded.checkpoint = checkpoint
@@ -147,7 +147,7 @@ def _load(run: Run, *, anew: bool = False) -> _Loaded:
     global _loaded
     key = (run.run_id, run.identity_digest)
     if _loaded is None or _loaded.key != key or anew:
-        _loaded = None  # the old model's memory is free before the new one's is taken
+        _loaded = None  # free the old model's memory before loading the new one
         config = run.config
         policy = load_policy(config.model, config.trainable, run.numerics, seed=config.seed)
         _loaded = _Loaded(key, policy)

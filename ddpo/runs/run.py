@@ -80,7 +80,7 @@ class Run:
     config: RunConfig
     """Its config: identity and numerics as frozen by the first start, operation as of `start`."""
     numerics: Numerics
-    """What its bytes depend on, frozen by the first start."""
+    """The settings that the bytes of its results depend on, frozen by the first start."""
     reward_id: str
     """Id of its reward, 'NAME-<digest8>'; the reward need not be available."""
     reward_digest: str

@@ -1,4 +1,4 @@
-"""Check that a run can start, then start it: the one way in which a run's name is taken."""
+"""Check that a run can start, then start it. No other module creates runs."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ class RunPlan:
     numerics: Numerics
     """The numerics: those frozen by the first start, if the run exists."""
     identity: dict[str, JsonValue]
-    """What must be the same at every start."""
+    """The settings and digests that must be the same at every start."""
 
     def start(self) -> Run:
         """Create the run, or resume the one in the store.
 
         Raises:
-            RunIdentityMismatch: Another process has created the run meanwhile, with another config.
+            RunIdentityMismatch: Another process has just created the run with another config.
         """
         record = runs.create_or_check_run(
             self.store,

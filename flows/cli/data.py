@@ -85,7 +85,7 @@ def export(
 
 
 def _write_csv(file: Path, answer: Answer) -> int:
-    """Write all rows of an answer, with full precision; returns their number."""
+    """Write all rows of an answer, with full precision; return their number."""
     import csv
 
     from ddpo.analysis.query import format_value

@@ -2,8 +2,8 @@
 
 The signal raises in the main thread. On the way out the MLflow run is ended as killed, and hooks
 mark each flow run as cancelled. All of that should be quick, and any of it may hang: `StopHandler`
-watches from a thread of its own and ends the process if need be. Work is committed whole or not at
-all, so a task may be abandoned at any instant.
+watches from a separate thread and ends the process if necessary. Work is committed atomically, so a
+task may be abandoned at any instant.
 """
 
 from __future__ import annotations
@@ -71,11 +71,11 @@ class StopHandler:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        # The error may be another one: that of a server which the same signal has ended.
+        # The error may be a different one, such as of a server that the same signal has ended.
         if recognise_stop(error) or (error is not None and self._received.is_set()):
             self._received.wait(1.0)
             self._finish()
-            # A last garbage collection would take seconds, with nothing left that watches.
+            # A last garbage collection would take seconds, with no watcher left.
             gc.disable()
             gc.freeze()
             sys.exit(128 + self._number)

@@ -1,4 +1,4 @@
-"""`ddpo verify`, `gc` and `doctor`: check what is stored, and what a run needs."""
+"""`ddpo verify`, `gc` and `doctor`: check stored data and the setup that a run needs."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ app = typer.Typer()
 def verify(
     run_id: RunId,
     repair: Annotated[
-        bool, typer.Option("--repair", help="Make again what can be made from what is whole.")
+        bool, typer.Option("--repair", help="Rebuild damaged parts from undamaged ones.")
     ] = False,
     root: Root = None,
 ) -> None:
-    """Read all that a run committed; say what is damaged, and mend what can be made again."""
+    """Check everything that a run committed, and optionally repair what is damaged."""
     from ddpo.runs import open_run, storage_root
     from ddpo.store.objects import Store
     from ddpo.store.upkeep.verify import Verification, repairable_part, verify_run

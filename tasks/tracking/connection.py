@@ -42,7 +42,7 @@ class TrackingError(DdpoError):
 
 @contextmanager
 def named_errors(action: str) -> Iterator[None]:
-    """Turn whatever MLflow raises during `action` into a `TrackingError`.
+    """Turn MLflow's errors during `action` into a `TrackingError`.
 
     Args:
         action: The action in words, such as `log the metrics of step 3`.

@@ -121,7 +121,7 @@ class RunTracker:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """End the MLflow run: as finished, as failed, or as killed where a signal stopped it."""
+        """End the MLflow run as finished, failed, or killed if a signal stopped it."""
         if error is None:
             self.finish("FINISHED")
             return
@@ -161,7 +161,7 @@ class RunTracker:
                 self._client.log_batch(self.mlflow_run_id, metrics=batch)
 
     def log_image(self, key: str, image: PIL.Image.Image, step: int) -> None:
-        """Add an image to the UI's grid, which has a slider over steps; once a step.
+        """Add an image to the UI's grid, which has a slider over steps; once per step.
 
         Args:
             key: The image's name at every step: letters, digits, `_`, `-`, `.`, `/` and spaces.
@@ -191,7 +191,7 @@ class RunTracker:
     def log_rollouts(
         self, *, name: str, source_url: str, digest: str, rows: int, columns: Mapping[str, str]
     ) -> None:
-        """Log the run's samples as a dataset of the run; once a name and digest.
+        """Log the run's samples as a dataset of the run; once per name and digest.
 
         Args:
             name: The dataset's name.
@@ -230,7 +230,7 @@ class RunTracker:
         metadata: Mapping[str, str | int | float | bool] | None = None,
         base_model_revision: str | None = None,
     ) -> str:
-        """Log a LoRA adapter as an MLflow model with its own page; once a name and step.
+        """Log a LoRA adapter as an MLflow model with its own page; once per name and step.
 
         The model carries the run's metrics of the same step, if they are the newest.
 

@@ -1,4 +1,4 @@
-"""Check that what a fork inherits is still kept, and is of its own sampler and base model."""
+"""Check that what a fork inherits still exists and comes from its sampler and base model."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _OTHER_SAMPLER = (
 
 
 def saved_rollouts(run: Run, epoch: int) -> list[Ref[RolloutShard]]:
-    """Return the rollouts of a committed epoch, one reference a shard, in order.
+    """Return the rollouts of a committed epoch, one reference per shard, in order.
 
     Args:
         run: The run.
@@ -93,7 +93,7 @@ def check_kept(fork: Fork) -> None:
 
 
 def check_sampler(fork: Fork) -> None:
-    """Refuse to inherit rollouts of another sampler, as far as configs tell.
+    """Refuse to inherit rollouts of another sampler, as far as the configs show.
 
     What the model contributes is covered by the sampler's digest. The digest does not cover where
     the window of each epoch lies: that depends on the seed.
@@ -127,7 +127,7 @@ def check_sampler(fork: Fork) -> None:
 
 
 def _sampling(config: RunConfig) -> dict[str, object]:
-    """Return the settings that are part of a sampler's digest whatever the model is."""
+    """Return the settings that determine a sampler's digest, apart from the model."""
     sampler, window = config.sampler, config.sampler.window
     noisy = window is not None and window.noise_only_there
     return {

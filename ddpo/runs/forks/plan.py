@@ -1,4 +1,4 @@
-"""Plan a fork: its config, its name, and the checks that it passes before its name is taken."""
+"""Plan a fork: its config, its name, and the checks to pass before it is created."""
 
 from __future__ import annotations
 
