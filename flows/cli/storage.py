@@ -1,4 +1,4 @@
-"""`ddpo verify`, `gc` and `doctor`: check stored data and the setup that a run needs."""
+"""`ddpo verify`, `gc` and `doctor`: check what is stored, and what a run needs."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ app = typer.Typer()
 def verify(
     run_id: RunId,
     repair: Annotated[
-        bool, typer.Option("--repair", help="Rebuild damaged parts from undamaged ones.")
+        bool, typer.Option("--repair", help="Rebuild damaged parts from intact ones.")
     ] = False,
     root: Root = None,
 ) -> None:
-    """Check everything that a run committed, and optionally repair what is damaged."""
+    """Read everything a run committed; report what is damaged, and rebuild what can be rebuilt."""
     from ddpo.runs import open_run, storage_root
     from ddpo.store.objects import Store
     from ddpo.store.upkeep.verify import Verification, repairable_part, verify_run
@@ -49,12 +49,12 @@ def verify(
         hide_loading_bars()
         for outcome in repair_parts(open_run(store, run_id), found.damages):
             reasons[outcome.manifest] = outcome.reason
-            said = "made again" if outcome.done else "not mended"
-            say(f"{said}: {outcome.manifest}")
+            status = "rebuilt" if outcome.done else "not rebuilt"
+            say(f"{status}: {outcome.manifest}")
         found = check()
     for damage in found.damages:
         derivable = repairable_part(damage.manifest) is not None
-        way_out = "ddpo verify --repair makes it again" if derivable else "restore it from a copy"
+        way_out = "ddpo verify --repair rebuilds it" if derivable else "restore it from a copy"
         say(f"damaged: {damage}")
         say(f"    listed in {damage.manifest}; {reasons.get(damage.manifest, way_out)}")
     retired = f", {found.retired} retired on purpose" if found.retired else ""

@@ -87,9 +87,9 @@ def test_verify_names_damage_mends_it_and_gc_finds_nothing(root, monkeypatch, ca
         cli.main()
     screen = capsys.readouterr().out
     assert ended.value.code == 1
-    assert shard.name in screen and "--repair makes it again" in screen and "1 damaged" in screen
+    assert shard.name in screen and "--repair rebuilds it" in screen and "1 damaged" in screen
     ddpo(monkeypatch, "verify", "small", "--repair", "--root", root)
-    assert "made again" in capsys.readouterr().out
+    assert "rebuilt" in capsys.readouterr().out
     assert shard.read_bytes() == whole
     ddpo(monkeypatch, "gc", "small", "--dry-run", "--root", root)
     assert "0 objects, 0.0 MB would be deleted" in capsys.readouterr().out

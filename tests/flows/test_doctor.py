@@ -51,4 +51,4 @@ def test_each_failure_is_named_and_none_hides_another(
     assert named == {"prompts", "storage", "model", "MLflow", "Prefect"}
     for way_out in ("permissions", "model_index.json", "sqlite:///", "prefect server start"):
         assert way_out in screen
-    assert "5 to mend" in screen
+    assert "5 checks failed" in screen
