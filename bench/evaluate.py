@@ -148,7 +148,7 @@ def main() -> None:
     epochs = committed[-1]
     base, trained = evaluate(run, 0), evaluate(run, epochs)
     gain = Gain.of(trained, base)
-    print(f"{run.run_id}, {epochs} epochs, {base.rewards.size} pictures of each model")
+    print(f"{run.run_id}, {epochs} epochs, {base.rewards.size} images from each model")
     print(f"reward: {base.rewards.mean():.4f} -> {trained.rewards.mean():.4f}, ", end="")
     print(f"gain {gain.mean:+.4f}, {gain.standard_errors:+.1f} standard errors")
     print(f"diversity: {trained.diversity / base.diversity:.0%} of the base's")

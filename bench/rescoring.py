@@ -163,7 +163,7 @@ def main() -> None:
             )
             ratios.append(flow_s / bare)
             print(
-                f"{SHARDS * SHARD_SIZE} pictures of {side} px: loop {bare:.1f} s, flow "
+                f"{SHARDS * SHARD_SIZE} images of {side} px: loop {bare:.1f} s, flow "
                 f"{flow_s:.1f} s, ratio {ratios[-1]:.2f}; "
                 f"{(flow_s - bare) / SHARDS * 1000:.0f} ms more a shard",
                 flush=True,

@@ -119,9 +119,7 @@ def find_run(client: MlflowClient, run_id: str) -> TrackedRun:
     )
     pictures = client.list_artifacts(mlflow_run_id, "images")
     if not models or not pictures:
-        raise LookupError(
-            f"The run {run_id!r} has {len(models)} adapters, {len(pictures)} pictures."
-        )
+        raise LookupError(f"The run {run_id!r} has {len(models)} adapters, {len(pictures)} images.")
     rescored = client.search_runs(
         [experiment_id],
         filter_string=f"tags.`{MLFLOW_PARENT_RUN_ID}` = '{mlflow_run_id}' "

@@ -188,7 +188,7 @@ class NonFiniteError(DdpoError):
 
 
 class PolicyMismatch(DdpoError):
-    """Rollouts were sampled from another policy or sampler than the one to be updated."""
+    """Rollouts were sampled from another policy or sampler than the one being updated."""
 
 
 class ConfigError(DdpoError):

@@ -181,7 +181,7 @@ def first_unfinished_epoch(run: Run) -> int:
 
 
 def _mean(row: Mapping[str, str]) -> str:
-    return row.get("reward/mean", "nothing")
+    return row.get("reward/mean", "none")
 
 
 def _row(metrics: Mapping[str, float]) -> dict[str, str]:

@@ -118,8 +118,8 @@ def _read_rollouts(
                 raise PolicyMismatch(
                     f"sample {row.sample_id} has {name} {getattr(row, name)}, expected "
                     f"{digests[name]}: it was drawn by another policy or sampler than the one "
-                    "that is to be updated, and importance ratios would be wrong. In a fork, "
-                    "off_policy: true trains on another policy's all the same"
+                    "being updated, so importance ratios would be wrong. A fork can train on it "
+                    "with off_policy: true"
                 )
     tensors = {
         name: value if name == "timesteps" else torch.cat([shard[name] for shard in shards])

@@ -159,7 +159,7 @@ def _check_base(run: Run, policy: Policy, checkpoint: Ref[Checkpoint]) -> None:
     if digests["policy_digest"] != policy.digest:
         raise PolicyMismatch(
             f"{checkpoint.key} with the base model in {policy.folder} has policy digest "
-            f"{policy.digest}, expected {digests['policy_digest']}: the base model's files are not "
-            f"those that run {run.run_id!r} was started with. Put the old ones back, or start "
-            "another run."
+            f"{policy.digest}, expected {digests['policy_digest']}: the base model's files "
+            f"have changed since run {run.run_id!r} started. Restore the original files, or start "
+            "a new run."
         )

@@ -87,9 +87,9 @@ def named_call(call: str, key: str, root: str, *, writes: bool = False) -> Itera
 def _way_out(error: Exception, root: str) -> str:
     number = error.errno if isinstance(error, OSError) else None
     if number in (errno.ENOSPC, errno.EDQUOT):
-        return "Make room there, then resume"
+        return "Free some space there, then resume"
     if number == errno.EROFS:
-        return "It is mounted read-only: mount it writable, or take another --root"
+        return "It is mounted read-only: remount it writable, or use another --root"
     if not root.startswith("s3"):
         return "Check the address and the permissions of the root"
     if isinstance(error, PermissionError):
@@ -98,6 +98,6 @@ def _way_out(error: Exception, root: str) -> str:
             "s3:PutObject, s3:DeleteObject, s3:ListBucket and s3:AbortMultipartUpload)"
         )
     return (
-        "Check that the server is up and its address right (storage.s3.endpoint_url, "
-        "AWS_ENDPOINT_URL), and the credentials"
+        "Check that the server is running, its address (storage.s3.endpoint_url, "
+        "AWS_ENDPOINT_URL) and the credentials"
     )

@@ -25,8 +25,8 @@ def open_filesystem(root: str, s3: S3Options | None) -> tuple[AbstractFileSystem
     if place and "@" in place and scheme not in ("file", "local"):
         raise StoreNotWritable(
             f"{scheme}://...",
-            "its address holds an '@', as one with credentials does",
-            "Give s3://bucket/prefix, and AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY in the "
+            "its address contains '@', so it seems to hold credentials",
+            "Use s3://bucket/prefix, and set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY in the "
             "environment",
         )
     arguments = {}
@@ -35,14 +35,14 @@ def open_filesystem(root: str, s3: S3Options | None) -> tuple[AbstractFileSystem
             if "@" in os.environ.get(name, ""):
                 raise StoreNotWritable(
                     root,
-                    f"{name} holds an '@', as an address with credentials does",
-                    "Give http://host:port there, and AWS_ACCESS_KEY_ID and "
-                    "AWS_SECRET_ACCESS_KEY beside it",
+                    f"{name} contains '@', so it seems to hold credentials",
+                    "Set it to http://host:port, and set AWS_ACCESS_KEY_ID and "
+                    "AWS_SECRET_ACCESS_KEY in the environment",
                 )
         arguments = (s3 or S3Options()).filesystem_arguments()
         bundle = s3.ca_bundle if s3 else None
         if bundle and not bundle.is_file():
-            raise StoreNotWritable(root, f"there is no ca_bundle {bundle}", "Check its path.")
+            raise StoreNotWritable(root, f"ca_bundle {bundle} does not exist", "Check its path.")
     # Other processes write to the same store, so a cached listing would be wrong.
     try:
         fs, path = fsspec.core.url_to_fs(root, use_listings_cache=False, **arguments)

@@ -305,4 +305,4 @@ def open_ref(store: Store, ref: Ref[A]) -> A:
     for kind in KINDS:
         if kind.name == manifest.kind:
             return kind.read(store, manifest)
-    raise UnreadableData(ref.key, f"it commits {manifest.kind!r}, which no release wrote")
+    raise UnreadableData(ref.key, f"its kind {manifest.kind!r} is unknown to this version of ddpo")

@@ -249,8 +249,8 @@ class Store:
         found = written_at(self._fs, self._full(key), info)
         if found is None:
             raise StoreError(
-                f"{self.root} does not tell when {key} was written, so nothing can be told "
-                "to be old enough to sweep; use a disk or S3 to sweep"
+                f"{self.root} does not report when {key} was written, so it is unknown "
+                "what is old enough to sweep; only local disks and S3 can be swept"
             )
         return found
 

@@ -254,7 +254,7 @@ def _encode(table: str, records: list[dict[str, Any]], schema: pa.Schema) -> byt
     records = sorted(records, key=lambda record: record["sample_id"])
     for first, second in itertools.pairwise(records):
         if first["sample_id"] == second["sample_id"]:
-            raise InvalidTable(table, f"{first['sample_id']} twice", "a row a sample")
+            raise InvalidTable(table, f"{first['sample_id']} twice", "one row per sample")
     try:
         arrow = pa.Table.from_pylist(records, schema)
     except (pa.ArrowException, OverflowError) as error:

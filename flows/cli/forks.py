@@ -184,6 +184,7 @@ def _table(cells: Cells, title: str) -> Table:
 def _show_rescored(rescoring: Rescoring, reward: str) -> None:
     """Print the mean of both rewards by epoch, and where the new scores are."""
     from ddpo.analysis.history import History
+    from ddpo.analysis.rewards import summarize
     from ddpo.basics.redaction import hide_credentials
 
     run, reward_id = rescoring.run, rescoring.reward_id
@@ -192,11 +193,11 @@ def _show_rescored(rescoring: Rescoring, reward: str) -> None:
     for epoch in history.epochs:
         if epoch in history.retired_epochs:
             continue
-        means = [
-            _mean(history.samples(name, epochs=[epoch]).column("reward").to_pylist())
+        summaries = [
+            summarize(history.samples(name, epochs=[epoch]).column("reward").to_pylist())
             for name in (None, reward_id)
         ]
-        table.add_row(str(epoch), *means)
+        table.add_row(str(epoch), *[f"{s.mean:.4g}" if s.scored else "" for s in summaries])
     console.print(table)
     root = run.store.root.removeprefix("file://")
     show_places(
@@ -205,8 +206,3 @@ def _show_rescored(rescoring: Rescoring, reward: str) -> None:
             "MLflow": hide_credentials(run.config.tracking.uri),
         }
     )
-
-
-def _mean(rewards: list[float | None]) -> str:
-    scored = [reward for reward in rewards if reward is not None]
-    return f"{sum(scored) / len(scored):.4g}" if scored else ""

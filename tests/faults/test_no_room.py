@@ -19,7 +19,7 @@ from tests.tiny import tiny_config
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "way_out"),
-    [(errno.ENOSPC, "Make room there"), (errno.EROFS, "mounted read-only")],
+    [(errno.ENOSPC, "Free some space there"), (errno.EROFS, "mounted read-only")],
     ids=["full", "read-only"],
 )
 def test_a_disk_that_takes_no_more_is_named_and_the_run_goes_on_after(

@@ -38,8 +38,8 @@ def find_unreferenced(
     """
     if grace <= REFRESH_AFTER:
         raise ValueError(
-            f"a grace period of {grace}: expected more than {REFRESH_AFTER}, or what a running "
-            "task has just written could be taken away"
+            f"a grace period of {grace}: expected more than {REFRESH_AFTER}; a shorter one could "
+            "delete what a running task has just written"
         )
     limit = objects.now() - grace
     keys.validate_run_id(run_id)
