@@ -30,14 +30,14 @@ class StoreError(DdpoError):
 
 
 class StoreNotWritable(StoreError):
-    """The store lacks what a commit needs: exclusive creation, reading back, deletion."""
+    """The store lacks what a commit needs: exclusive creation, reading, listing, deletion."""
 
     def __init__(self, root: str, reason: str, way_out: str) -> None:
         self.root = root
         self.reason = reason
         super().__init__(
             f"the store {root} failed its probe: {reason}. Expected: a new object can be created "
-            f"once, read back and deleted. {way_out}"
+            f"once, read back, listed and deleted. {way_out}"
         )
 
 

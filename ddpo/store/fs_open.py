@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 
 import fsspec
 from fsspec import AbstractFileSystem
+from fsspec.implementations.local import LocalFileSystem
 
 from ddpo.config.s3 import S3Options
 from ddpo.errors import StoreNotWritable
@@ -15,11 +17,13 @@ def open_filesystem(root: str, s3: S3Options | None) -> tuple[AbstractFileSystem
     """Return the filesystem of an address and the root's path on it; read and write nothing.
 
     Args:
-        root: An fsspec URL, or a path (made absolute).
+        root: An fsspec URL, or a path (made absolute). Repeated slashes count as one: object stores
+            would write below an empty folder name that their listings skip.
         s3: How to connect to a bucket; by default as the AWS environment variables say.
 
     Raises:
-        StoreNotWritable: The kind of store is unknown, or the address contains credentials.
+        StoreNotWritable: The kind of store is unknown, or the address contains credentials, names
+            no bucket, or has a segment `.` or `..` that an object store would take literally.
     """
     scheme, _, place = root.partition("://")
     if place and "@" in place and scheme not in ("file", "local"):
@@ -31,6 +35,8 @@ def open_filesystem(root: str, s3: S3Options | None) -> tuple[AbstractFileSystem
         )
     arguments = {}
     if scheme in ("s3", "s3a"):
+        if place.startswith("/") or not place:
+            raise StoreNotWritable(root, "its address names no bucket", "Use s3://bucket/prefix.")
         for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"):
             if "@" in os.environ.get(name, ""):
                 raise StoreNotWritable(
@@ -51,4 +57,9 @@ def open_filesystem(root: str, s3: S3Options | None) -> tuple[AbstractFileSystem
         raise StoreNotWritable(root, str(error), way_out) from error
     if arguments:
         fs.retries = 1  # botocore retries already; combined, there would be 30 attempts
+    path = re.sub("/{2,}", "/", path)
+    if not isinstance(fs, LocalFileSystem) and {".", ".."} & {*path.split("/")}:
+        raise StoreNotWritable(
+            root, "its address has a segment '.' or '..'", "Write the address without it."
+        )
     return fs, path

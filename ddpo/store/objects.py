@@ -196,16 +196,17 @@ class Store:
         with suppress(FileNotFoundError), self._named("delete", key):
             self._fs.rm_file(self._full(key))
 
-    def list(self, prefix: str = "") -> list[str]:
-        """Return the keys below a folder, sorted, without unfinished writes.
+    def list(self, prefix: str = "", *, hidden: bool = False) -> list[str]:
+        """Return the keys below a folder, sorted.
 
         For garbage collection and listings of runs only: readers of data go by manifest.
 
         Args:
             prefix: A folder, without its slash; '' for the whole store. It need not exist.
+            hidden: Whether to include unfinished writes and probes.
         """
         found = self._below(self._full(prefix) if prefix else self._path)
-        return sorted(key for key in found if not _is_hidden(key))
+        return sorted(key for key in found if hidden or not _is_hidden(key))
 
     def folders(self, folder: str) -> list[str]:
         """Return the names of the folders directly in a folder, sorted, with a single call.

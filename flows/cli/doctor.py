@@ -80,7 +80,7 @@ def _reward(config: RunConfig) -> str:
 def _storage(config: RunConfig) -> str:
     store = Store.open(storage_root(config.storage.root), config.storage.s3)
     probe(store)
-    return f"{store.root}: writes, creates exclusively, reads back, deletes"
+    return f"{store.root}: writes, creates exclusively, reads back, lists, deletes"
 
 
 def _model(config: RunConfig) -> str:

@@ -30,7 +30,10 @@ def verify(
     ] = False,
     root: Root = None,
 ) -> None:
-    """Read everything a run committed; report what is damaged, and rebuild what can be rebuilt."""
+    """Read everything a run committed; report what is damaged, and rebuild what can be rebuilt.
+
+    The exit status is 1 if anything is damaged, or if no committed epoch is found.
+    """
     from ddpo.runs import open_run, storage_root
     from ddpo.store.objects import Store
     from ddpo.store.upkeep.verify import Verification, repairable_part, verify_run
@@ -58,9 +61,11 @@ def verify(
         say(f"damaged: {damage}")
         say(f"    listed in {damage.manifest}; {reasons.get(damage.manifest, way_out)}")
     retired = f", {found.retired} retired on purpose" if found.retired else ""
-    outcome = f"{len(found.damages)} damaged" if found.damages else "whole"
-    say(f"{found.objects} objects, {found.bytes / 1e6:.1f} MB{retired}: {outcome}")
+    outcome = "whole" if found.epochs else "no committed epoch found"
     if found.damages:
+        outcome = f"{len(found.damages)} damaged"
+    say(f"{found.objects} objects, {found.bytes / 1e6:.1f} MB{retired}: {outcome}")
+    if found.damages or not found.epochs:
         sys.exit(1)
 
 

@@ -147,3 +147,16 @@ def test_ui_serves_both_pages_and_ends_with_ctrl_c(tmp_path, command_environment
     finally:
         command.send_signal(signal.SIGINT)
         assert command.wait(timeout=60) == 0
+
+
+def test_verify_of_a_run_without_any_committed_epoch_is_no_success(
+    tiny_model, tmp_path, monkeypatch, capsys
+):
+    settings = [*SMALL, f"model={{path: {tiny_model}}}", f"storage.root={tmp_path}/store"]
+    start_run(read_config("configs/starter.yaml", settings), "empty")
+    monkeypatch.setattr(sys, "argv", ["ddpo", "verify", "empty", "--root", f"{tmp_path}/store"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 1
+    screen = capsys.readouterr().out
+    assert "no committed epoch found" in screen and "whole" not in screen

@@ -11,21 +11,22 @@ from ddpo.store.objects import Store
 
 
 def probe(store: Store) -> None:
-    """Check that a store supports commits: exclusive create, read back, delete.
+    """Check that a store supports commits: exclusive create, read back, list, delete.
 
     Leaves the store unchanged.
 
     Raises:
         StoreNotWritable: One of them failed; the message has the reason.
     """
-    key = f".probe/{uuid.uuid4().hex}"
+    folder = ".probe"
+    key = f"{folder}/{uuid.uuid4().hex}"
     way_out = "Check the address, the credentials and the permissions of the root"
     try:
         try:
             created = store.put_if_absent(key, b"first")
             refused = not store.put_if_absent(key, b"second")
             found = store.read(key)
-            store.list("runs")
+            listed = key in store.list(folder, hidden=True)
         except Exception:
             with suppress(Exception):  # the first error is the informative one
                 store.delete(key)
@@ -46,6 +47,12 @@ def probe(store: Store) -> None:
             store.root,
             "it let a second writer overwrite an object that was created exclusively",
             "Use a local disk with hard links, or an object store with conditional puts",
+        )
+    if not listed:
+        raise StoreNotWritable(
+            store.root,
+            "a listing of a folder does not show an object that was just created in it",
+            "Check the address and the permissions of the root, or use another object store",
         )
     if not gone:
         raise StoreNotWritable(store.root, "a deleted object is still there", way_out)

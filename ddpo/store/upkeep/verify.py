@@ -54,6 +54,8 @@ class Verification:
     """Number of objects read and compared, including documents."""
     bytes: int
     """Number of bytes read."""
+    epochs: int
+    """Number of committed epochs that were found."""
     retired: int
     """Number of objects that retention deleted on purpose."""
     damages: tuple[Damage, ...]
@@ -90,6 +92,7 @@ def verify_run(
     return Verification(
         objects=len(verifier.seen),
         bytes=verifier.bytes,
+        epochs=sum(EPOCH.parse(key) is not None for key in present),
         retired=verifier.retired,
         damages=tuple(damages[key] for key in sorted(damages)),
     )
