@@ -175,6 +175,30 @@ class RunNotFound(StoreError):
         )
 
 
+class RunBeingDeleted(RunNotFound):
+    """The run's deletion has begun, and was interrupted or is not over."""
+
+    def __init__(self, run_id: str, root: str) -> None:
+        super().__init__(run_id, root, ())
+        self.args = (
+            f"run {run_id!r} in {root} is being deleted. Finish that with `ddpo delete {run_id}`; "
+            "its name is free afterwards",
+        )
+
+
+class RunHasForks(StoreError):
+    """A run cannot be deleted, since its forks refer to its data."""
+
+    def __init__(self, run_id: str, forks: Sequence[str]) -> None:
+        self.run_id = run_id
+        self.forks = tuple(forks)
+        super().__init__(
+            f"run {run_id!r} cannot be deleted: the first samples and the first checkpoint of "
+            f"{', '.join(forks)}, forked from it, are stored with it. Delete these forks first "
+            f"(`ddpo delete {forks[0]}`), or keep the run and let storage.retention shrink it"
+        )
+
+
 class NotInHistory(StoreError):
     """A requested sample, epoch or reward that the run has not committed."""
 

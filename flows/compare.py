@@ -23,9 +23,9 @@ from ddpo_workflow.tasks.commit import commit_epoch
 from ddpo_workflow.tasks.credit import credit_of
 from ddpo_workflow.tasks.progress import as_part, finished_epoch
 from ddpo_workflow.tasks.start import start
-from ddpo_workflow.tasks.tracking.connection import connect, find_or_create_experiment, find_run
+from ddpo_workflow.tasks.tracking.connection import connect, find_or_create_experiment, find_page
 from ddpo_workflow.tasks.tracking.metrics import track_scores
-from ddpo_workflow.tasks.tracking.page import open_comparison_page, open_page
+from ddpo_workflow.tasks.tracking.page import open_comparison_page, open_page, tags_of
 from ddpo_workflow.tasks.tracking.tracker import TrackingHandle
 from ddpo_workflow.tasks.worker import RunHandle, opened
 
@@ -64,13 +64,14 @@ def compare(
         overrides=tuple(overrides),
     ).plan()
     comparison = plan.comparison
-    with open_comparison_page(comparison) as page:
-        _run_members(plan)
+    first = plan.runs[comparison.members[0].run_id].start()
+    with open_comparison_page(comparison, first) as page:
+        _run_members(plan, first)
         result = read_result(comparison, plan.store)
         folder = comparison_folder(comparison)
         for file in write_report(comparison, result, folder):
             page.log_file(file)
-        _show(comparison, result)
+        _show(comparison, result, artifact_key(comparison.name, first.uid))
     return str(folder)
 
 
@@ -101,11 +102,11 @@ def comparison_folder(comparison: Comparison) -> Path:
     return outputs_folder(comparison.members[0].config, comparison.name)
 
 
-def _run_members(plan: ComparisonPlan) -> None:
-    """Start or resume each run in turn."""
+def _run_members(plan: ComparisonPlan, first: Run) -> None:
+    """Start or resume each run in turn; the first one is started."""
     comparison, before = plan.comparison, 0
     for member in comparison.members:
-        run = plan.runs[member.run_id].start()
+        run = first if member.run_id == first.run_id else plan.runs[member.run_id].start()
         with as_part(before, plan.epochs):
             if member is comparison.shared[member.seed]:
                 # The flow around it has heartbeats.
@@ -130,15 +131,15 @@ def _is_whole(run: Run) -> bool:
         return False
     client = connect(run.config.tracking.uri)
     experiment = find_or_create_experiment(client, run.config.tracking.experiment)
-    page = find_run(client, experiment, run.run_id)
+    page = find_page(client, experiment, tags_of(run))
     return page is not None and page.info.status == "FINISHED"
 
 
-def _show(comparison: Comparison, result: Result) -> None:
+def _show(comparison: Comparison, result: Result, key: str) -> None:
     """Add the report to the flow run's artifacts, without its plot, which is in MLflow."""
     page = markdown(comparison, result)
     create_markdown_artifact(
-        key=f"{artifact_key(comparison.name)}-comparison",
+        key=f"{key}-comparison",
         markdown="\n".join(line for line in page.splitlines() if PLOT not in line),
         description=f"{comparison.name}: {', '.join(comparison.config.variants)}",
     )

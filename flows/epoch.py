@@ -87,7 +87,7 @@ def run_epoch(plan: EpochPlan, checkpoint: Ref[Checkpoint], epoch: int) -> Epoch
     )
     shown.result()
     create_table_artifact(
-        key=f"{artifact_key(plan.run.run_id)}-epoch",
+        key=f"{artifact_key(run.run_id, run.uid)}-epoch",
         table=[{"metric": name, "value": f"{value:.6g}"} for name, value in metrics.items()],
         description=f"Epoch {epoch} of {plan.run.run_id}",
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import ParamSpec, TypeVar
@@ -47,6 +48,13 @@ def without_heartbeats() -> Iterator[None]:
         yield
 
 
-def artifact_key(name: str) -> str:
-    """Return a name as Prefect's artifact keys allow it: lower case, digits, dashes."""
-    return "".join(c if c.isalnum() else "-" for c in name.lower()).strip("-")
+def artifact_key(name: str, uid: str) -> str:
+    """Return what the keys of a run's artifacts in Prefect begin with.
+
+    Prefect allows lower case, digits and dashes, so that many names have the same form.
+
+    Args:
+        name: The run's name.
+        uid: What tells it from others of its name.
+    """
+    return f"{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')}-{uid[:8]}"

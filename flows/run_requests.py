@@ -7,6 +7,7 @@ reported at once.
 
 from __future__ import annotations
 
+import secrets
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -262,8 +263,11 @@ class CompareRequest(Request[ComparisonPlan]):
 
 
 def new_run_id(config_file: str) -> str:
-    """Return a new run's name, made of its config's name and the time."""
-    return f"{run_name_stem(config_file)}-{datetime.now():%Y%m%d-%H%M%S}"
+    """Return a new run's name, made of its config's name, the time, and a random part.
+
+    Jobs of an array start in the same second.
+    """
+    return f"{run_name_stem(config_file)}-{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(4)}"
 
 
 def run_name_stem(config_file: str) -> str:

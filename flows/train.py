@@ -120,7 +120,7 @@ def train_run(run: Run) -> str:
     outputs = outputs_folder(run.config, run.run_id)
     pictures = picture_set(run, run.config.tracking.pictures)
     progress = create_progress_artifact(
-        key=f"{artifact_key(run.run_id)}-progress",
+        key=f"{artifact_key(run.run_id, run.uid)}-progress",
         progress=0.0,
         description=f"{run.run_id}: {epochs} epochs",
     )
@@ -145,7 +145,7 @@ def train_run(run: Run) -> str:
         page.log_file(write_report(run, pictures.pictures_id, outputs / "report.png"))
         log_samples(page, run)
         create_table_artifact(
-            key=f"{artifact_key(run.run_id)}-epochs",
+            key=f"{artifact_key(run.run_id, run.uid)}-epochs",
             table=rows,
             description=f"Mean reward: {_mean(rows[0])} at first, {_mean(rows[-1])} at the end",
         )

@@ -132,7 +132,8 @@ def plot_images(
                 image = decode_image(rows[column].image_png)
                 axes.imshow(image, interpolation="nearest")
                 if row == 0:
-                    axes.set_title(_wrapped(rows[column].prompt, columns), fontsize=9)
+                    title = _wrapped(rows[column].prompt, columns)
+                    axes.set_title(title, fontsize=9, parse_math=False)
         grid[row][0].set_ylabel(label, fontsize=11)
 
 

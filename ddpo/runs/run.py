@@ -44,6 +44,8 @@ class RunHandle(BaseModel, frozen=True):
     """The run's name."""
     start: int | None = None
     """Which start of the run, from 1; its operation settings apply. By default the last."""
+    uid: str = ""
+    """`Run.uid`: a worker may still remember an earlier run of the same name."""
 
     def open(self) -> Run:
         """Open the run.
@@ -87,12 +89,18 @@ class Run:
     """Digest of the reward's identity at the first start."""
     start: int | None = None
     """The number of the start that operates it, from 1; None before the first."""
+    uid: str = ""
+    """Random: tells the run from every other run of its name. Empty before the first start."""
 
     @property
     def handle(self) -> RunHandle:
         """The run's address, for tasks."""
         return RunHandle(
-            root=self.store.root, s3=self.store.s3, run_id=self.run_id, start=self.start
+            root=self.store.root,
+            s3=self.store.s3,
+            run_id=self.run_id,
+            start=self.start,
+            uid=self.uid,
         )
 
     @cached_property
@@ -231,14 +239,20 @@ def open_run(store: Store, run_id: str, *, start: int | None = None) -> Run:
         RunNotFound: The store has no such run.
     """
     record = runs.load_run(store, run_id)
-    operations = runs.list_operations(store, run_id)
-    start = start or len(operations) or None
-    operation = operations[start - 1] if start else {}
-    return run_of_record(store, record, operation if isinstance(operation, dict) else {}, start)
+    starts = runs.list_starts(store, run_id)
+    start = start or len(starts) or None
+    operation = starts[start - 1].operation if start else {}
+    return run_of_record(
+        store,
+        record,
+        operation if isinstance(operation, dict) else {},
+        start,
+        uid=starts[0].uid if starts else "",
+    )
 
 
 def run_of_record(
-    store: Store, record: RunRecord, operation: dict[str, Any], start: int | None
+    store: Store, record: RunRecord, operation: dict[str, Any], start: int | None, *, uid: str
 ) -> Run:
     """Return a run from its record and the operation settings of a start.
 
@@ -247,6 +261,7 @@ def run_of_record(
         record: The run's record.
         operation: The operation half of the config.
         start: The number of the start.
+        uid: As `Run.uid`.
     """
     identity: dict[str, Any] = dict(record.identity)
     digests = identity.pop("digests")
@@ -262,4 +277,5 @@ def run_of_record(
         reward_id=digests["reward_id"],
         reward_digest=digests["reward"],
         start=start,
+        uid=uid,
     )

@@ -64,7 +64,8 @@ class RunPlan:
                 self.run_id,
                 "; ".join(changed),
             )
-        return run_of_record(self.store, record, operation, number)
+        uid = runs.run_uid(self.store, self.run_id)
+        return run_of_record(self.store, record, operation, number, uid=uid)
 
 
 def start_run(config: RunConfig, run_id: str) -> Run:
@@ -101,6 +102,7 @@ def check_run(config: RunConfig, run_id: str) -> RunPlan:
     _check_folders(config.outputs)
     store = Store.open(storage_root(config.storage.root), config.storage.s3)
     probe(store)
+    runs.check_not_being_deleted(store, run_id)
     if not store.exists(keys.run_key(run_id)):
         return RunPlan(store, run_id, config, check_config(config), _identity(config))
     first = config.fork.epoch if config.fork else 0

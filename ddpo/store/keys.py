@@ -6,6 +6,7 @@ Keys are relative to the store's root and have Hive-style partitions, which othe
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -174,14 +175,30 @@ def forks_prefix(run_id: str) -> str:
     return f"runs/{validate_run_id(run_id)}/forks"
 
 
+def fork_records(found: Iterable[str], fork: str) -> list[str]:
+    """Return those of the keys that record a fork beside its parent."""
+    name = f"{validate_run_id(fork)}.json"
+    return [key for key in found if key.split("/")[2:] == ["forks", name]]
+
+
+def deletion_key(run_id: str) -> str:
+    """Return the key of the record that a run is being deleted."""
+    return f"runs/{validate_run_id(run_id)}/deletion.json"
+
+
 def run_folder(run_id: str) -> str:
     """Return the name of a run's folder within a tree."""
     return f"run_id={validate_run_id(run_id)}"
 
 
 def belongs_to(key: str, run_id: str) -> bool:
-    """Return whether a key lies in a folder of a run; unfinished writes count too."""
+    """Return whether a key lies in a folder of a run's artefacts; unfinished writes count too."""
     return run_folder(run_id) in key.split("/")
+
+
+def is_record_of(key: str, run_id: str) -> bool:
+    """Return whether a key is one of the records of a run; unfinished writes count too."""
+    return key.startswith(f"runs/{validate_run_id(run_id)}/")
 
 
 # Artefacts; their kinds are in `kinds`.

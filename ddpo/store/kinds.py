@@ -57,6 +57,17 @@ class Kind(Generic[T]):
         tree, where = keys.parse_manifest(key) or ("", None)
         return where if tree == self.tree else None
 
+    def partition(self, ref: Ref[T]) -> Partition:
+        """Return the partition that a reference names.
+
+        Raises:
+            UnreadableData: It is of another kind.
+        """
+        where = self.parse(ref.key)
+        if where is None:
+            raise UnreadableData(ref.key, f"it is not the key of {self.name}")
+        return where
+
     def stem(self, role: str, where: Partition) -> str:
         """Return the stem of one of its objects."""
         described = self.roles[role]

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import difflib
 import json
+import uuid
 from collections.abc import Mapping
 from typing import Any
 
 from pydantic import JsonValue
 
 from ddpo.basics.digests import canonical_json
-from ddpo.errors import MissingObject, RunIdentityMismatch, RunNotFound
+from ddpo.errors import MissingObject, RunBeingDeleted, RunIdentityMismatch, RunNotFound
 from ddpo.store import keys
 from ddpo.store.documents import Sealed, differences
 from ddpo.store.objects import Store
@@ -32,6 +33,8 @@ class RunRecord(Sealed):
 class StartRecord(Sealed):
     """The operation settings of one start of a run."""
 
+    uid: str
+    """Random. The first start's tells the run from every other run of its name."""
     operation: JsonValue
     """The half of the config that may change from start to start."""
 
@@ -92,6 +95,7 @@ def load_run(store: Store, run_id: str) -> RunRecord:
     Raises:
         InvalidKey: The run id is not allowed.
         RunNotFound: There is no such run; the message has similar run ids.
+        RunBeingDeleted: Its deletion has begun.
         CorruptObject: The record is damaged.
         UnreadableData: Likewise.
     """
@@ -99,6 +103,7 @@ def load_run(store: Store, run_id: str) -> RunRecord:
     try:
         return RunRecord.from_bytes(key, store.read(key))
     except MissingObject:
+        check_not_being_deleted(store, run_id)
         nearest = difflib.get_close_matches(run_id, list_runs(store))
         raise RunNotFound(run_id, store.root, nearest) from None
 
@@ -115,11 +120,22 @@ def append_operation(store: Store, run_id: str, operation: JsonValue) -> int:
     Returns:
         The number of the start, from 1.
     """
-    data = StartRecord(operation=operation).to_bytes()
+    data = StartRecord(uid=uuid.uuid4().hex, operation=operation).to_bytes()
     number = len(store.list(keys.starts_prefix(run_id))) + 1
     while not store.put_if_absent(keys.start_key(run_id, number), data):
         number += 1
     return number
+
+
+def list_starts(store: Store, run_id: str) -> list[StartRecord]:
+    """Return the records of all starts, the first start first.
+
+    Raises:
+        CorruptObject: A record is damaged.
+        UnreadableData: Likewise.
+    """
+    starts = store.list(keys.starts_prefix(run_id))
+    return [StartRecord.from_bytes(key, store.read(key)) for key in starts]
 
 
 def list_operations(store: Store, run_id: str) -> list[JsonValue]:
@@ -129,8 +145,29 @@ def list_operations(store: Store, run_id: str) -> list[JsonValue]:
         CorruptObject: A record is damaged.
         UnreadableData: Likewise.
     """
-    starts = store.list(keys.starts_prefix(run_id))
-    return [StartRecord.from_bytes(key, store.read(key)).operation for key in starts]
+    return [start.operation for start in list_starts(store, run_id)]
+
+
+def run_uid(store: Store, run_id: str) -> str:
+    """Return what tells a run that was started from every other run of its name.
+
+    Raises:
+        MissingObject: The run was never started.
+        CorruptObject: The record of its first start is damaged.
+        UnreadableData: Likewise.
+    """
+    key = keys.start_key(run_id, 1)
+    return StartRecord.from_bytes(key, store.read(key)).uid
+
+
+def check_not_being_deleted(store: Store, run_id: str) -> None:
+    """Refuse a run whose deletion has begun.
+
+    Raises:
+        RunBeingDeleted: It has.
+    """
+    if store.exists(keys.deletion_key(run_id)):
+        raise RunBeingDeleted(run_id, store.root)
 
 
 def record_fork(store: Store, run_id: str, fork: str, epoch: int) -> None:

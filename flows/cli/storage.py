@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -18,6 +18,9 @@ from ddpo_workflow.flows.cli.common import (
     say,
 )
 from ddpo_workflow.flows.cli.quiet import hide_loading_bars
+
+if TYPE_CHECKING:
+    from ddpo.store.upkeep.delete import Deletion
 
 app = typer.Typer()
 
@@ -93,6 +96,45 @@ def gc(
     verb = "would be deleted" if dry_run else "deleted"
     megabytes = sum(found.values()) / 1e6
     console.print(f"{len(found)} objects, {megabytes:.1f} MB {verb}")
+
+
+@app.command()
+def delete(
+    run_id: RunId,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    root: Root = None,
+) -> None:
+    """Delete a run from the store, and mark its pages in MLflow as deleted."""
+    from ddpo.runs import storage_root
+    from ddpo.store.objects import Store
+    from ddpo.store.upkeep.delete import begin_deletion, finish_deletion, plan_deletion
+    from ddpo_workflow.tasks.tracking.deletion import delete_pages
+
+    deletion = plan_deletion(Store.open(storage_root(root)), run_id)
+    say(_described(deletion))
+    if not yes and not typer.confirm("Delete it?"):
+        say("nothing was deleted")
+        return
+    begin_deletion(deletion)
+    for reason in delete_pages(deletion.record):
+        say(f"a page in MLflow stays as it is: {reason}")
+    with console.status("deleting") as status:
+        finish_deletion(deletion, lambda key: status.update(f"deleting {key}"))
+    say(f"deleted {run_id}. Exported files, such as the outputs folder's, stay")
+
+
+def _described(deletion: Deletion) -> str:
+    """Say what a deletion deletes."""
+    from ddpo.basics.redaction import hide_credentials
+
+    record, sizes = deletion.record, deletion.sizes
+    size = f"{len(sizes)} objects, {sum(sizes.values()) / 1e6:.1f} MB in {deletion.store.root}"
+    pages = "".join(
+        f"; its pages in the experiment {place.experiment!r} of {hide_credentials(place.uri)}"
+        for place in record.tracked_at
+    )
+    begun = ", the rest of an interrupted deletion" if deletion.begun else ""
+    return f"{record.run_id}: {size}{begun}{pages}"
 
 
 @app.command()

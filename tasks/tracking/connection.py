@@ -21,7 +21,11 @@ from ddpo.basics.redaction import HIDDEN, USER_INFO, hide_credentials
 from ddpo.errors import DdpoError
 
 RUN_ID_TAG = "ddpo.run_id"
-"""The tag by which a resumed run finds its MLflow run."""
+"""The tag with the name of what a page shows."""
+UID_TAG = "ddpo.uid"
+"""The tag that tells a page from others of the same name, such as of another store's run."""
+ROOT_TAG = "ddpo.storage_root"
+"""The tag with the address of the store."""
 
 _REACH_TIMEOUT_S = 5.0
 _PARAM_LIMIT = 500  # MLflow accepts 6,000, but its pages print parameters in full.
@@ -132,30 +136,44 @@ def find_or_create_experiment(client: MlflowClient, name: str) -> str:
     return experiment.experiment_id
 
 
-def find_run(client: MlflowClient, experiment_id: str, run_id: str) -> Run | None:
-    """Return the MLflow run of `run_id`; None if the experiment has none.
+def find_pages(client: MlflowClient, experiment_id: str, tags: Mapping[str, str]) -> list[Run]:
+    """Return the MLflow runs of an experiment that have all of these tags, the newest first.
+
+    Args:
+        client: The tracking store.
+        experiment_id: MLflow's id of the experiment.
+        tags: Values by name, as given to `find_or_create_run`; at least one whose value is free of
+            quotes.
 
     Raises:
         TrackingError: MLflow refuses.
     """
-    with named_errors(f"look for the run {run_id!r}"):
+    logged = _tags(tags)
+    # MLflow's filters have no way to write a value with quotes.
+    filters = [f"tags.`{key}` = '{value}'" for key, value in logged.items() if "'" not in value]
+    with named_errors(f"look for the run {tags.get(RUN_ID_TAG)!r}"):
         runs = client.search_runs(
             [experiment_id],
-            filter_string=f"tags.`{RUN_ID_TAG}` = '{run_id}'",
-            order_by=["attributes.start_time ASC"],
-            max_results=1,
+            filter_string=" AND ".join(filters),
+            order_by=["attributes.start_time DESC"],
         )
-        return runs[0] if runs else None
+    return [run for run in runs if logged.items() <= run.data.tags.items()]
+
+
+def find_page(client: MlflowClient, experiment_id: str, tags: Mapping[str, str]) -> Run | None:
+    """Return the newest of `find_pages`; None if there is none."""
+    return next(iter(find_pages(client, experiment_id, tags)), None)
 
 
 def find_or_create_run(
     client: MlflowClient,
     experiment_id: str,
     run_id: str,
+    uid: str,
     params: Mapping[str, str | int | float | bool],
     tags: Mapping[str, str],
 ) -> Run:
-    """Return the MLflow run of `run_id`, marked as running, with its parameters and tags.
+    """Return the MLflow run of `run_id` and `uid`, marked as running, with parameters and tags.
 
     A parameter that was logged before keeps its value, as MLflow's parameters do; a tag takes the
     new one. Values that are too long to show are cut, and a cut parameter is attached in full, as
@@ -165,8 +183,8 @@ def find_or_create_run(
         TrackingError: MLflow refuses.
     """
     with named_errors(f"open the run {run_id!r}"):
-        run = find_run(client, experiment_id, run_id)
-        run = run or client.create_run(experiment_id, tags={RUN_ID_TAG: run_id})
+        own = {RUN_ID_TAG: run_id, UID_TAG: uid}
+        run = find_page(client, experiment_id, own) or client.create_run(experiment_id, tags=own)
         mlflow_run_id = run.info.run_id
         if run.info.status != "RUNNING":
             client.update_run(mlflow_run_id, status="RUNNING")
@@ -175,10 +193,7 @@ def find_or_create_run(
             if len(value) > _PARAM_LIMIT:
                 client.log_text(mlflow_run_id, value, f"parameters/{key}.txt")
         new_params = [Param(key, _cut(value, _PARAM_LIMIT)) for key, value in fresh.items()]
-        new_tags = [
-            RunTag(key, _cut(value, _TAG_LIMIT))
-            for key, value in {**loggable(tags), MLFLOW_RUN_NAME: run_id}.items()
-        ]
+        new_tags = [RunTag(*tag) for tag in _tags({**tags, MLFLOW_RUN_NAME: run_id}).items()]
         for start in range(0, max(len(new_params), len(new_tags)), _BATCH_LIMIT):
             part = slice(start, start + _BATCH_LIMIT)
             client.log_batch(mlflow_run_id, params=new_params[part], tags=new_tags[part])
@@ -207,6 +222,11 @@ def _require_answer(address: str) -> None:
         f"({reason}). Start one (`mlflow server --backend-store-uri sqlite:///mlflow.db`), correct "
         "the address, or track into a file: sqlite:///mlflow.db."
     )
+
+
+def _tags(tags: Mapping[str, str]) -> dict[str, str]:
+    """Return tags as MLflow keeps them."""
+    return {key: _cut(value, _TAG_LIMIT) for key, value in loggable(tags).items()}
 
 
 def _cut(text: str, limit: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,6 +12,7 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from ddpo.analysis.rewards import summarize
+from ddpo.basics.digests import sha256_bytes
 from ddpo.basics.images import decode_image
 from ddpo.store.artefacts import AdvantageTable, CheckpointImages, Scores
 from ddpo.store.checkpoints import Checkpoint
@@ -20,6 +22,9 @@ from ddpo.store.objects import Store
 from ddpo_workflow.tasks.retries import STORAGE
 from ddpo_workflow.tasks.tracking.tracker import TrackingHandle, tracker
 from ddpo_workflow.tasks.worker import RunHandle, opened
+
+_NAME_LENGTH = 60
+_DIGEST_LENGTH = 8
 
 
 @task(name="track", task_run_name="track epoch {epoch}", cache_policy=NO_CACHE, **STORAGE)
@@ -100,11 +105,38 @@ def track_pictures(
     """
     if pictures is None:
         return
-    run = opened(handle)
+    run, page = opened(handle), tracker(tracking)
+    prompts: dict[str, str] = {}
     for row in IMAGES.load(run.store, pictures).rows():
-        name = re.sub(r"[^A-Za-z0-9_.-]+", "_", row.prompt)[:60]
-        key = f"samples/{name}-seed-{row.prompt_metadata['seed']}"
-        tracker(tracking).log_image(key, decode_image(row.image_png), step=epoch)
+        key = image_key(row.prompt, row.prompt_metadata["seed"])
+        prompts[key] = row.prompt
+        page.log_image(key, decode_image(row.image_png), step=epoch)
+    images_id = IMAGES.partition(pictures).images_id
+    page.log_text(legend(prompts), f"prompts/{images_id}.txt")
+
+
+def image_key(prompt: str, seed: object) -> str:
+    """Return the name of a prompt's images in MLflow's grid: another one for every prompt.
+
+    MLflow allows few characters. A name that does not show the whole prompt ends with a digest of
+    it; `legend` has the prompt.
+    """
+    name = re.sub(r"[^A-Za-z0-9_.-]+", "_", prompt)
+    if len(name) > _NAME_LENGTH or name.replace("_", " ") != prompt:
+        digest = sha256_bytes(prompt.encode())[:_DIGEST_LENGTH]
+        name = f"{name[:_NAME_LENGTH].strip('_')}-{digest}".lstrip("-")
+    return f"samples/{name}-seed-{seed}"
+
+
+def legend(prompts: Mapping[str, str]) -> str:
+    """Return a text with the prompt of each image of MLflow's grid, one image a line.
+
+    Args:
+        prompts: Prompts by the names of their images.
+    """
+    return "".join(
+        f"{key}: {json.dumps(prompt, ensure_ascii=False)}\n" for key, prompt in prompts.items()
+    )
 
 
 def reward_metrics(store: Store, scores: Sequence[Ref[Scores]]) -> dict[str, float]:

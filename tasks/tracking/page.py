@@ -18,7 +18,16 @@ from ddpo.runs import Run
 from ddpo.store.keys import Partition
 from ddpo.store.kinds import EPOCH, ROLLOUTS
 from ddpo.store.tables import ROLLOUT_SCHEMA
+from ddpo_workflow.tasks.tracking.connection import ROOT_TAG, RUN_ID_TAG, UID_TAG
 from ddpo_workflow.tasks.tracking.tracker import RunTracker
+
+RESCORED_TAG = "ddpo.rescored_run"
+"""The tag with the name of the run whose samples were rescored."""
+
+
+def tags_of(run: Run) -> dict[str, str]:
+    """Return the tags that only the page of this run has."""
+    return {RUN_ID_TAG: run.run_id, UID_TAG: run.uid}
 
 
 def open_page(run: Run) -> RunTracker:
@@ -37,15 +46,16 @@ def open_page(run: Run) -> RunTracker:
         tracking_uri=tracking.uri,
         experiment=tracking.experiment,
         run_id=run.run_id,
+        uid=run.uid,
         params=_parameters(run),
         tags={
-            "ddpo.storage_root": run.store.root,
+            ROOT_TAG: run.store.root,
             "ddpo.git_commit": _git_commit(),
             "prefect.flow_run_id": flow_run.get_id() or "",
             "prefect.flow_run_name": flow_run.get_name() or "",
             **parent,
         },
-        parent=tracking.parent or (fork.parent_id if fork else None),
+        parent=_parent_tags(run),
     )
     _attach_config(page, run)
     if tracking.system_metrics:
@@ -71,22 +81,27 @@ def open_rescored_page(
         tracking_uri=uri or run.config.tracking.uri,
         experiment=run.config.tracking.experiment,
         run_id=f"{run.run_id}-by-{reward_id}",
+        uid=f"{run.uid}-by-{reward_id}",
         params={
             "reward": reward.name,
             "reward_of_run": run.config.reward.name,
             **{f"reward.{name}": json.dumps(value) for name, value in reward.parameters.items()},
         },
         tags={
-            "ddpo.storage_root": run.store.root,
-            "ddpo.rescored_run": run.run_id,
+            ROOT_TAG: run.store.root,
+            RESCORED_TAG: run.run_id,
             "prefect.flow_run_id": flow_run.get_id() or "",
         },
-        parent=run.run_id,
+        parent=tags_of(run),
     )
 
 
-def open_comparison_page(comparison: Comparison) -> RunTracker:
+def open_comparison_page(comparison: Comparison, first: Run) -> RunTracker:
     """Open a comparison's page, below which the pages of its runs are nested.
+
+    Args:
+        comparison: The comparison.
+        first: Its first run, started: tells the comparison from others of its name.
 
     Raises:
         TrackingError: MLflow refuses or cannot be reached.
@@ -96,6 +111,7 @@ def open_comparison_page(comparison: Comparison) -> RunTracker:
         tracking_uri=base.tracking.uri,
         experiment=base.tracking.experiment,
         run_id=comparison.name,
+        uid=f"{first.uid}-comparison",
         params={
             "model": base.model.path,
             "prompts": base.prompts.name,
@@ -105,6 +121,7 @@ def open_comparison_page(comparison: Comparison) -> RunTracker:
             "offline": comparison.config.offline,
         },
         tags={
+            ROOT_TAG: first.store.root,
             # Tags, since a repeated comparison may have more, and parameters cannot change.
             "ddpo.seeds": ", ".join(map(str, comparison.config.seeds)),
             "ddpo.epochs": str(comparison.epochs),
@@ -129,6 +146,13 @@ def log_samples(page: RunTracker, run: Run) -> None:
         rows=len(epochs) * run.config.rollouts.samples_per_epoch,
         columns={field.name: str(field.type) for field in ROLLOUT_SCHEMA},
     )
+
+
+def _parent_tags(run: Run) -> dict[str, str] | None:
+    """Return the tags of the page that a run's page is nested under."""
+    if run.config.tracking.parent:
+        return {RUN_ID_TAG: run.config.tracking.parent, ROOT_TAG: run.store.root}
+    return tags_of(run.fork.parent) if run.fork else None
 
 
 def _parameters(run: Run) -> dict[str, str | int | float | bool]:

@@ -21,7 +21,7 @@ from ddpo.store.kinds import ROLLOUTS, SCORES
 from ddpo.store.manifests import Ref
 from ddpo.store.tables import RolloutRow
 from ddpo_workflow.tasks.retries import STORAGE
-from ddpo_workflow.tasks.tracking.metrics import reward_metrics
+from ddpo_workflow.tasks.tracking.metrics import legend, reward_metrics
 from ddpo_workflow.tasks.tracking.tracker import TrackingHandle, tracker
 from ddpo_workflow.tasks.worker import RunHandle, opened, scorer_of
 
@@ -96,11 +96,14 @@ def track_disagreement(
         for side, rows in (("new-higher", order[:count]), ("own-higher", order[::-1][:count]))
         for rank, row in enumerate(rows)
     }
+    page, prompts = tracker(tracking), dict[str, str]()
     for row in _samples(run, names):
         caption = f"new {new[row.sample_id]:.4g}, own {own[row.sample_id]:.4g}"
         # The images of a step are never replaced, so rescoring more epochs logs to a later step.
         image = _captioned(row, caption)
-        tracker(tracking).log_image(names[row.sample_id], image, step=max(epochs))
+        page.log_image(names[row.sample_id], image, step=max(epochs))
+        prompts[names[row.sample_id]] = row.prompt
+    page.log_text(legend(prompts), f"prompts/disagreement-{max(epochs)}.txt")
     return list(names)
 
 

@@ -31,7 +31,7 @@ from ddpo_workflow.tasks.tracking.connection import (
     connect,
     find_or_create_experiment,
     find_or_create_run,
-    find_run,
+    find_page,
     hide_credentials,
     latest_metrics,
     loggable,
@@ -75,6 +75,7 @@ class RunTracker:
         self._client = client
         self._lock = threading.Lock()
         self._image_files: set[str] | None = None
+        self._texts: dict[str, str] = {}
         self._monitor: SystemMetricsMonitor | None = None
 
     @classmethod
@@ -84,21 +85,23 @@ class RunTracker:
         tracking_uri: str,
         experiment: str,
         run_id: str,
+        uid: str,
         params: Mapping[str, str | int | float | bool],
         tags: Mapping[str, str],
-        parent: str | None = None,
+        parent: Mapping[str, str] | None = None,
     ) -> Self:
-        """Find the MLflow run of `run_id`, or create it, and mark it as running.
+        """Find the MLflow run of `run_id` and `uid`, or create it, and mark it as running.
 
         Args:
             tracking_uri: `sqlite:///path/to/mlflow.db`, another database, or an MLflow server's
                 `http(s)://` address.
             experiment: The experiment's name; created if it does not exist.
             run_id: The run's id, kept as the tag `ddpo.run_id` and as the name of the MLflow run.
+            uid: What tells the run from others of its name, kept as the tag `ddpo.uid`.
             params: Parameters by name. A parameter keeps the value it was first logged with.
                 Secrets are hidden; a value over 500 characters is cut and attached in full.
             tags: Tags by name; a resumed run replaces their values.
-            parent: Id of the run below which MLflow nests this one, if that run has a page here.
+            parent: Tags of the MLflow run below which this one is nested, if it is here.
 
         Raises:
             TrackingError: The address is a plain folder, no server answers within 5 seconds, or
@@ -106,10 +109,10 @@ class RunTracker:
         """
         client = connect(tracking_uri)
         experiment_id = find_or_create_experiment(client, experiment)
-        parent_run = find_run(client, experiment_id, parent) if parent else None
+        parent_run = find_page(client, experiment_id, parent) if parent else None
         if parent_run:
             tags = {**tags, MLFLOW_PARENT_RUN_ID: parent_run.info.run_id}
-        run = find_or_create_run(client, experiment_id, run_id, params, tags)
+        run = find_or_create_run(client, experiment_id, run_id, uid, params, tags)
         return cls(client, experiment_id, run.info.run_id)
 
     def __enter__(self) -> Self:
@@ -256,6 +259,13 @@ class RunTracker:
                 step=step,
                 metadata=loggable(metadata or {}),
             )
+
+    def log_text(self, text: str, artifact_file: str) -> None:
+        """Attach a text to the run; nothing happens if this process has attached it already."""
+        with self._exclusive(f"attach {artifact_file}"):
+            if self._texts.get(artifact_file) != text:
+                self._client.log_text(self.mlflow_run_id, text, artifact_file)
+                self._texts[artifact_file] = text
 
     def log_folder(self, path: Path, artifact_path: str) -> None:
         """Attach the files in `path` to the run, in the folder `artifact_path` of its artifacts."""

@@ -30,8 +30,9 @@ def uri(tmp_path: Path) -> str:
     """A store with one run: curves and pictures of three steps, and an adapter."""
     address = f"sqlite:///{tmp_path}/mlflow.db"
     tracker = RunTracker.open(
-        tracking_uri=address, experiment="ddpo", run_id="night-1", params={"seed": 7}, tags={}
-    )
+        tracking_uri=address, experiment="ddpo", run_id="night-1", uid="1a2b", params={"seed": 7},
+        tags={},
+    )  # fmt: skip
     for step in range(LAST_STEP + 1):
         tracker.log_metrics({"reward/mean": step**2, "update/loss": 1 / (step + 1)}, step)
         picture = PIL.Image.new("RGB", (64, 64), (80 * step, 40, 40))
@@ -41,8 +42,8 @@ def uri(tmp_path: Path) -> str:
     tracker.log_adapter(lora, base_model=BASE_MODEL, name="adapter", step=LAST_STEP)
     tracker.finish("FINISHED")
     rescored = RunTracker.open(
-        tracking_uri=address, experiment="ddpo", run_id="night-1-by-x", params={}, tags={},
-        parent="night-1",
+        tracking_uri=address, experiment="ddpo", run_id="night-1-by-x", uid="1a2b-by-x",
+        params={}, tags={}, parent={"ddpo.uid": "1a2b"},
     )  # fmt: skip
     for step in range(LAST_STEP + 1):
         rescored.log_metrics({"agreement/pearson": 0.5 * step - 1}, step)

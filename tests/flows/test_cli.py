@@ -36,7 +36,7 @@ STARTER = "configs/starter.yaml"
 
 COMMANDS = [
     "train", "resume", "runs", "sample", "rescore", "fork", "compare", "query", "export",
-    "verify", "gc", "doctor", "ui", "serve-reward", "rewards", "score",
+    "verify", "gc", "delete", "doctor", "ui", "serve-reward", "rewards", "score",
 ]  # fmt: skip
 
 

@@ -35,8 +35,13 @@ from ddpo_workflow.flows.compare import sample_shared
 from ddpo_workflow.flows.run_requests import check_comparison
 from ddpo_workflow.flows.train import resume, train
 from ddpo_workflow.tasks.repair import repair
-from ddpo_workflow.tasks.tracking.connection import connect, find_or_create_experiment, find_run
-from ddpo_workflow.tasks.tracking.page import open_page
+from ddpo_workflow.tasks.tracking.connection import (
+    RUN_ID_TAG,
+    connect,
+    find_or_create_experiment,
+    find_page,
+)
+from ddpo_workflow.tasks.tracking.page import open_page, tags_of
 from tests.fold import as_in_a_new_process, run_epochs
 
 pytestmark = pytest.mark.slow
@@ -162,12 +167,13 @@ def test_all_runs_are_shown_below_the_comparisons_page(online: Compared):
     tracking = online.comparison.members[0].config.tracking
     client = connect(tracking.uri)
     experiment = find_or_create_experiment(client, tracking.experiment)
-    page = find_run(client, experiment, "tiny")
+    page = find_page(client, experiment, {RUN_ID_TAG: "tiny"})
     assert page is not None and page.info.status == "FINISHED"
     files = {file.path for file in client.list_artifacts(page.info.run_id)}
     assert files == {"comparison.md", "comparison.png"}
     for member in online.comparison.members:
-        run = find_run(client, experiment, member.run_id)
+        stored = open_run(online.store, member.run_id)
+        run = find_page(client, experiment, tags_of(stored))
         assert run is not None and run.info.status == "FINISHED"
         assert run.data.tags[MLFLOW_PARENT_RUN_ID] == page.info.run_id
 

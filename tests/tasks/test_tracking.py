@@ -1,6 +1,7 @@
 """What a run promises to show in MLflow, against a real SQLite store."""
 
 import json
+import re
 import shutil
 import socket
 import time
@@ -11,9 +12,15 @@ import numpy as np
 import PIL.Image
 import pytest
 import safetensors.numpy
+from hypothesis import example, given
+from hypothesis import strategies as st
 from mlflow.tracking import MlflowClient
 
+from ddpo_workflow.tasks.tracking.metrics import image_key, legend
 from ddpo_workflow.tasks.tracking.tracker import RunTracker, TrackingError
+
+# A lone surrogate is no text that could be stored.
+PROMPT_CHARACTERS = st.characters(exclude_categories=["Cs"])
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +40,7 @@ def uri(tmp_path: Path, empty_database: Path) -> str:
 
 def open_tracker(uri: str, run_id: str = "night-1", **changes) -> RunTracker:
     settings = {"experiment": "ddpo", "params": {"seed": 7}, "tags": {"engine": "local"}}
+    settings |= {"uid": "1a2b"}
     return RunTracker.open(tracking_uri=uri, run_id=run_id, **{**settings, **changes})
 
 
@@ -63,6 +71,26 @@ def test_a_resumed_run_continues_its_mlflow_run(uri: str):
     assert run.info.status == "RUNNING"
     assert run.info.run_name == "night-1"
     assert run.data.tags["ddpo.run_id"] == "night-1"
+
+
+def test_another_run_of_the_same_name_has_a_page_of_its_own(uri: str):
+    first = open_tracker(uri)
+    first.log_metrics({"reward/mean": 1.0}, 0)
+    other = open_tracker(uri, uid="3c4d")
+    other.log_metrics({"reward/mean": 2.0}, 0)
+    assert history(uri, first, "reward/mean") == [(0, 1.0)]
+    assert history(uri, other, "reward/mean") == [(0, 2.0)]
+    assert open_tracker(uri).mlflow_run_id == first.mlflow_run_id
+
+
+def test_a_page_is_nested_below_one_that_is_found_by_tags_with_quotes(uri: str):
+    root = "file:///data/o'brien"
+    open_tracker(uri, uid="3c4d", tags={"ddpo.storage_root": "file:///data/others"})
+    above = open_tracker(uri, uid="5e6f", tags={"ddpo.storage_root": root})
+    parent = {"ddpo.run_id": "night-1", "ddpo.storage_root": root}
+    below = open_tracker(uri, run_id="night-2", parent=parent)
+    tags = MlflowClient(uri).get_run(below.mlflow_run_id).data.tags
+    assert tags["mlflow.parentRunId"] == above.mlflow_run_id
 
 
 def test_a_parameter_keeps_its_first_value_and_a_tag_takes_the_newest(uri: str):
@@ -136,6 +164,35 @@ def test_pictures_have_steps_and_are_logged_once_a_step(uri: str):
         (int(Path(file.path).name.split("+")[2]), Path(file.path).suffix) for file in files
     )
     assert steps == [(step, kind) for step in range(3) for kind in (".png", ".webp")]
+
+
+@given(
+    prompts=st.lists(st.text(PROMPT_CHARACTERS), unique=True, max_size=8),
+    seed=st.integers(0, 2**63),
+)
+@example(["一只猫", "一只狗", "кот", "пёс", "🐈", "", " "], 0)
+@example(["a cat", "a_cat", "a  cat", "a cat ", "a/cat", "a:cat"], 1)
+@example(["a very long prompt " * 4 + "of a cat", "a very long prompt " * 4 + "of a dog"], 2)
+def test_every_prompt_has_a_name_of_its_own_in_the_grid(prompts: list[str], seed: int):
+    keys = [image_key(prompt, seed) for prompt in prompts]
+    assert len(set(keys)) == len(prompts)
+    assert all(re.fullmatch(r"[a-zA-Z0-9_\-./ ]{1,150}", key) for key in keys)
+    lines = legend(dict(zip(keys, prompts, strict=True))).split("\n")[:-1]
+    shown = dict(line.split(": ", 1) for line in lines)
+    assert [json.loads(shown[key]) for key in keys] == prompts
+
+
+def test_plain_prompts_are_their_own_names():
+    assert image_key("a cat, on a mat", 3).startswith("samples/a_cat_on_a_mat-")
+    assert image_key("two cats", 3) == "samples/two_cats-seed-3"
+
+
+def test_images_of_prompts_in_any_script_are_all_shown(uri: str):
+    tracker = open_tracker(uri)
+    for prompt in ("一只猫", "一只狗", "кот"):
+        tracker.log_image(image_key(prompt, 0), picture(1), 0)
+    files = MlflowClient(uri).list_artifacts(tracker.mlflow_run_id, "images")
+    assert len({Path(file.path).name.partition("+")[0] for file in files}) == 3
 
 
 def test_a_picture_that_a_kill_cut_in_half_is_completed(uri: str):
