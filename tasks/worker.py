@@ -22,6 +22,7 @@ ON_DEVICE = "device"
 """Tag of the tasks that compute on the device; flows run them one at a time, in order."""
 
 _device = threading.Lock()
+_opening = threading.RLock()
 _loaded: _Loaded | None = None
 
 
@@ -48,9 +49,14 @@ class Lease:
         self.loaded.checkpoint, self.loaded.state = checkpoint, state
 
 
-@lru_cache(maxsize=8)
 def opened(handle: RunHandle) -> Run:
     """Open a run, once per process and start."""
+    with _opening:  # lru_cache alone lets threads that ask at once open it once each
+        return _opened(handle)
+
+
+@lru_cache(maxsize=8)
+def _opened(handle: RunHandle) -> Run:
     return handle.open()
 
 
@@ -64,7 +70,10 @@ def scorer_of(run: Run, reward: RewardConfig | None) -> Scorer:
     Raises:
         DdpoError: The reward cannot be loaded, or the run's own is not the one it was started with.
     """
-    return run.scorer if reward is None else _scorer(reward.model_dump_json())
+    if reward is None:
+        return run.scorer
+    with _opening:
+        return _scorer(reward.model_dump_json())
 
 
 @lru_cache(maxsize=8)
@@ -76,7 +85,7 @@ def _scorer(reward: str) -> Scorer:
 def forget() -> None:
     """Forget all that this process keeps between tasks."""
     global _loaded
-    opened.cache_clear()
+    _opened.cache_clear()
     _scorer.cache_clear()
     _loaded = None
 

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import functools
 import inspect
+import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakValueDictionary
 
 from PIL import Image
 from pydantic import JsonValue
 
 from ddpo.basics import plugins
+from ddpo.basics.digests import json_digest
 from ddpo.errors import ConfigError, DdpoError, RewardError
 from ddpo.prompts.base import Prompt
 from ddpo.rewards.base import Reward, Scores
@@ -66,8 +70,16 @@ def find_reward(name: str) -> tuple[Any, list[inspect.Parameter]]:
     return target, parameters
 
 
+_loading = threading.RLock()
+"""Held while a reward is built; a weighted sum builds its components meanwhile."""
+_loaded: WeakValueDictionary[tuple[int, str], _Loaded] = WeakValueDictionary()
+"""The rewards of this process that are in use, by target and parameters."""
+_turns: dict[str, threading.RLock] = {}
+"""One lock for each class or function that is called by one thread at a time."""
+
+
 def load_reward(name: str, parameters: Mapping[str, Any]) -> Reward:
-    """Build a reward.
+    """Build a reward, or return the one in use that is the same.
 
     A name or import path may refer to
 
@@ -82,6 +94,9 @@ def load_reward(name: str, parameters: Mapping[str, Any]) -> Reward:
     reward's attribute ``revisions`` (model name to revision) and its attribute ``version``, which
     defaults to a digest of its module's source.
 
+    It is built and called by one thread at a time, unless its attribute ``thread_safe`` is True.
+    A process has one of each identity, so that a model is in memory once.
+
     Args:
         name: One of ``available_rewards()``, or an import path ``my_package.my_module:MyReward``.
         parameters: From the config; names and types are checked before anything is called.
@@ -90,13 +105,64 @@ def load_reward(name: str, parameters: Mapping[str, Any]) -> Reward:
         ConfigError: There is no such reward, the parameters do not fit, or it is not a reward.
         RewardError: Building it failed.
     """
-    plugin = plugins.resolve("reward", name, BUILTIN, ENTRY_POINT_GROUP)
-    what = f"reward {name!r}"
-    score, in_force = _build(what, plugin.target, parameters)
+    with _loading:
+        plugin = plugins.resolve("reward", name, BUILTIN, ENTRY_POINT_GROUP)
+        what = f"reward {name!r}"
+        checked = _check(what, plugin.target, parameters)
+        key = id(plugin.target), json_digest([name, checked.identity])
+        found = _loaded.get(key)
+        if found is not None and found.fixed:
+            return found
+        new = _identified(what, plugin, _build(what, plugin.target, checked), checked.identity)
+        if found is not None and found.same_as(new):
+            return found
+        _loaded[key] = new
+        return new
+
+
+@dataclass(frozen=True, eq=False)
+class _Loaded:
+    """A reward as the rest of the project sees it."""
+
+    score: Callable[..., Any]
+    identity: RewardIdentity
+    fixed: bool
+    """Whether building it again would give the same identity, for as long as its target lives."""
+    target: Any
+    """What it was built from; held, since a dead object's id may be another's."""
+    turn: threading.RLock | None
+    """Held during a call; None for a reward that is thread-safe."""
+
+    @property
+    def thread_safe(self) -> bool:
+        """Whether several threads may call it at once; otherwise they wait for each other."""
+        return self.turn is None
+
+    @property
+    def connection(self) -> Any:
+        """Where it is reached, if a service computes it."""
+        return getattr(self.score, "connection", None)
+
+    def same_as(self, other: _Loaded) -> bool:
+        """Return whether another one gives the same scores from the same place."""
+        return (self.identity.digest, self.connection) == (other.identity.digest, other.connection)
+
+    def __call__(self, images: Sequence[Image.Image], prompts: Sequence[Prompt]) -> Scores:
+        with self.turn or nullcontext():
+            return as_scores(self.score(images, prompts))
+
+
+def _identified(
+    what: str,
+    plugin: plugins.Plugin,
+    score: Callable[..., Any],
+    in_force: Mapping[str, JsonValue],
+) -> _Loaded:
+    described = score if not isinstance(score, functools.partial) else plugin.target
+    turn = None if _is_thread_safe(what, described) else _turn_of(plugin.target)
     identity = getattr(score, "identity", None)
     if isinstance(identity, RewardIdentity):
-        return _Identified(score, identity)
-    described = score if not isinstance(score, functools.partial) else plugin.target
+        return _Loaded(score, identity, False, plugin.target, turn)
     version = getattr(described, "version", None)
     if version is None:
         version = f"source-{source_digest(described, {plugin.module, _module(plugin.target)})}"
@@ -106,21 +172,29 @@ def load_reward(name: str, parameters: Mapping[str, Any]) -> Reward:
             f"{what}: `version` must be a string and `revisions` must map model names to strings; "
             f"they are {version!r} and {revisions!r}"
         )
-    return _Identified(score, RewardIdentity(name, in_force, dict(revisions), version))
+    identity = RewardIdentity(plugin.name, in_force, dict(revisions), version)
+    # Revisions that an instance finds out, such as digests of files, may be others next time.
+    fixed = isinstance(inspect.getattr_static(type(described), "revisions", {}), Mapping)
+    fixed = fixed and "revisions" not in getattr(described, "__dict__", {})
+    return _Loaded(score, identity, fixed, plugin.target, turn)
 
 
-@dataclass(frozen=True)
-class _Identified:
-    score: Callable[..., Any]
-    identity: RewardIdentity
-
-    def __call__(self, images: Sequence[Image.Image], prompts: Sequence[Prompt]) -> Scores:
-        return as_scores(self.score(images, prompts))
+def _is_thread_safe(what: str, reward: Any) -> bool:
+    declared = getattr(reward, "thread_safe", False)
+    if not isinstance(declared, bool):
+        raise ConfigError(f"{what}: `thread_safe` must be True or False; it is {declared!r}")
+    return declared
 
 
-def _build(
-    what: str, target: Any, parameters: Mapping[str, Any]
-) -> tuple[Callable[..., Any], Mapping[str, JsonValue]]:
+def _turn_of(target: Any) -> threading.RLock:
+    """Return the lock of a class or function: state may be its own, and not an instance's."""
+    inner = inspect.unwrap(target)
+    name = getattr(inner, "__qualname__", None) or type(inner).__qualname__
+    return _turns.setdefault(f"{_module(target)}:{name}", threading.RLock())
+
+
+def _check(what: str, target: Any, parameters: Mapping[str, Any]) -> plugins.CheckedParameters:
+    """Check a reward's parameters before any of its code is called."""
     if not callable(target):
         raise ConfigError(
             f"{what} is a {type(target).__name__}; name a class or function that scores "
@@ -132,11 +206,16 @@ def _build(
                 f"{what} is an object that takes no parameters, since it is already built; name "
                 "its class instead"
             )
-        return target, {}
+        return plugins.CheckedParameters({}, {})
+    taken = _SCORED if not inspect.isclass(target) and _scores_itself(target) else ()
+    return plugins.check_parameters(what, target, parameters, taken)
+
+
+def _build(what: str, target: Any, checked: plugins.CheckedParameters) -> Callable[..., Any]:
+    if not (inspect.isclass(target) or inspect.isroutine(target)):
+        return target
     if not inspect.isclass(target) and _scores_itself(target):
-        checked = plugins.check_parameters(what, target, parameters, taken=_SCORED)
-        return functools.partial(target, **checked.values), checked.identity
-    checked = plugins.check_parameters(what, target, parameters)
+        return functools.partial(target, **checked.values)
     try:
         score = target(**checked.values)
     except DdpoError:
@@ -148,7 +227,7 @@ def _build(
             f"{what} returns {score!r}, which cannot be called with (images, prompts); if the "
             "function itself is the reward, name its first parameters `images, prompts`"
         )
-    return score, checked.identity
+    return score
 
 
 def _scores_itself(function: Callable[..., Any]) -> bool:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
 from ddpo.basics.digests import json_digest
+from ddpo.basics.once import once_property
 from ddpo.config import (
     ForkConfig,
     NumericsConfig,
@@ -103,12 +103,12 @@ class Run:
             uid=self.uid,
         )
 
-    @cached_property
+    @once_property
     def prompts(self) -> tuple[Prompt, ...]:
         """The prompt set."""
         return load_prompts(self.config.prompts.name, self.config.prompts.parameters)
 
-    @cached_property
+    @once_property
     def reward(self) -> Reward:
         """The reward.
 
@@ -128,7 +128,7 @@ class Run:
             )
         return reward
 
-    @cached_property
+    @once_property
     def scorer(self) -> Scorer:
         """The reward with its settings.
 
@@ -144,7 +144,7 @@ class Run:
             {"identity": self.config.identity(), "numerics": self.numerics.model_dump(mode="json")}
         )
 
-    @cached_property
+    @once_property
     def fork(self) -> Fork | None:
         """What the run inherits from its parent; None unless it is a fork."""
         settings = self.config.fork
@@ -172,7 +172,7 @@ class Fork:
     settings: ForkConfig
     """The section `fork` of that config."""
 
-    @cached_property
+    @once_property
     def parent(self) -> Run:
         """The parent.
 

@@ -15,7 +15,7 @@ from ddpo.errors import ConfigError, RunIdentityMismatch
 from ddpo.models import check_model
 from ddpo.models.numerics import Numerics, changed_versions, resolve_again, resolve_numerics
 from ddpo.prompts import load_prompts, prompt_set_digest
-from ddpo.rewards import load_reward
+from ddpo.rewards import Reward, load_reward
 from ddpo.runs.run import Run, run_of_record, storage_root
 from ddpo.store import keys, runs
 from ddpo.store.documents import differences
@@ -42,6 +42,8 @@ class RunPlan:
     """The numerics: those frozen by the first start, if the run exists."""
     identity: dict[str, JsonValue]
     """The settings and digests that must be the same at every start."""
+    reward: Reward
+    """The reward, kept so that it is not built again for the run."""
 
     def start(self) -> Run:
         """Create the run, or resume the one in the store.
@@ -104,7 +106,8 @@ def check_run(config: RunConfig, run_id: str) -> RunPlan:
     probe(store)
     runs.check_not_being_deleted(store, run_id)
     if not store.exists(keys.run_key(run_id)):
-        return RunPlan(store, run_id, config, check_config(config), _identity(config))
+        numerics, reward = check_config(config)
+        return RunPlan(store, run_id, config, numerics, _identity(config, reward), reward)
     first = config.fork.epoch if config.fork else 0
     committed = first + len(EPOCH.partitions_of(store, run_id))
     if config.epochs < committed:
@@ -115,33 +118,34 @@ def check_run(config: RunConfig, run_id: str) -> RunPlan:
     record = runs.load_run(store, run_id)
     frozen = Numerics.model_validate(record.numerics)
     numerics = resolve_again(config.numerics, frozen)
-    identity = _identity(config)
+    reward = load_reward(config.reward.name, config.reward.parameters)
+    identity = _identity(config, reward)
     changed = differences(record.identity, identity)
     changed += differences(record.numerics, numerics.model_dump(mode="json"), "numerics")
     if changed:
         raise RunIdentityMismatch(run_id, changed)
     check_config(config)
-    return RunPlan(store, run_id, config, numerics, identity)
+    return RunPlan(store, run_id, config, numerics, identity, reward)
 
 
-def check_config(config: RunConfig) -> Numerics:
+def check_config(config: RunConfig) -> tuple[Numerics, Reward]:
     """Check all that can be checked before a model is loaded.
 
     Args:
         config: The config.
 
     Returns:
-        The numerics, resolved on this machine.
+        The numerics, resolved on this machine, and the reward.
 
     Raises:
         ConfigError: Unknown prompt set or reward, wrong parameters, missing device.
         ModelError: The model is neither on disk nor downloadable.
     """
     load_prompts(config.prompts.name, config.prompts.parameters)
-    load_reward(config.reward.name, config.reward.parameters)
+    reward = load_reward(config.reward.name, config.reward.parameters)
     numerics = resolve_numerics(config.numerics)
     check_model(config.model)
-    return numerics
+    return numerics, reward
 
 
 def _check_folders(outputs: str) -> None:
@@ -164,13 +168,12 @@ def _check_folders(outputs: str) -> None:
         ) from error
 
 
-def _identity(config: RunConfig) -> dict[str, JsonValue]:
+def _identity(config: RunConfig, reward: Reward) -> dict[str, JsonValue]:
     """Return the config's identity, with digests of what its names refer to today."""
     prompts = load_prompts(config.prompts.name, config.prompts.parameters)
-    reward = load_reward(config.reward.name, config.reward.parameters).identity
     digests: JsonValue = {
         "prompts": prompt_set_digest(prompts),
-        "reward": reward.digest,
-        "reward_id": reward.reward_id,
+        "reward": reward.identity.digest,
+        "reward_id": reward.identity.reward_id,
     }
     return {**config.identity(), "digests": digests}

@@ -47,6 +47,7 @@ class Colorfulness:
     """Reward = colorfulness M(3): 0 is grey, 109 "extremely colourful" to the paper's viewers."""
 
     version: ClassVar[str] = "1"
+    thread_safe: ClassVar[bool] = True
 
     def __call__(self, images: Sequence[Image.Image], prompts: Sequence[Prompt]) -> Scores:
         """Score B images; prompts are ignored."""

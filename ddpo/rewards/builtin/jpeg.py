@@ -35,6 +35,7 @@ class JpegIncompressibility:
     """
 
     version: ClassVar[str] = "1"
+    thread_safe: ClassVar[bool] = True
 
     def __call__(self, images: Sequence[Image.Image], prompts: Sequence[Prompt]) -> Scores:
         """Score B images; prompts are ignored."""
@@ -46,6 +47,7 @@ class JpegCompressibility:
     """Reward = minus the size as a JPEG of quality 95, in kB; column ``jpeg_kb`` is the size."""
 
     version: ClassVar[str] = "1"
+    thread_safe: ClassVar[bool] = True
 
     def __call__(self, images: Sequence[Image.Image], prompts: Sequence[Prompt]) -> Scores:
         """Score B images; prompts are ignored."""

@@ -71,6 +71,7 @@ class Weighted:
     """
 
     needs: ClassVar[str] = "what its components need"
+    thread_safe: ClassVar[bool] = True  # its components wait, if they have to
 
     def __init__(self, rewards: Annotated[tuple[Component, ...], Field(min_length=1)]) -> None:
         self._components = rewards
@@ -88,6 +89,11 @@ class Weighted:
             for label, component, reward in self._parts()
         ]
         self.identity = RewardIdentity("weighted", {"rewards": parts}, version=VERSION)
+
+    @property
+    def connection(self) -> tuple[object, ...]:
+        """Where its components are reached, of those that a service computes."""
+        return tuple(getattr(reward, "connection", None) for reward in self._rewards)
 
     def __call__(self, images: Sequence[Image.Image], prompts: Sequence[Prompt]) -> Scores:
         """Score B images with each component.

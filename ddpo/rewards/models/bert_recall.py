@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import threading
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -42,6 +43,7 @@ class SentenceMatch:
 class _Bert:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
+    lock: threading.Lock = field(default_factory=threading.Lock)
 
 
 class BertRecall:
@@ -91,17 +93,18 @@ class BertRecall:
         from torchmetrics.functional.text.bert import bert_score  # takes seconds to import
 
         bert = self._loaded.get()
-        scores = bert_score(
-            [candidate],
-            [reference],
-            model=bert.model,
-            user_tokenizer=bert.tokenizer,
-            num_layers=self._layer,
-            max_length=bert.model.config.max_position_embeddings,
-            truncation=True,
-            batch_size=1,
-            device=bert.model.device,
-        )
+        with bert.lock:  # a fast tokenizer keeps its truncation settings as state
+            scores = bert_score(
+                [candidate],
+                [reference],
+                model=bert.model,
+                user_tokenizer=bert.tokenizer,
+                num_layers=self._layer,
+                max_length=bert.model.config.max_position_embeddings,
+                truncation=True,
+                batch_size=1,
+                device=bert.model.device,
+            )
         return SentenceMatch(*(_number(scores[name]) for name in ("recall", "precision", "f1")))
 
     def _load(self) -> _Bert:

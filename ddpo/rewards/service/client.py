@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from pydantic import NonNegativeInt, PositiveFloat
 
@@ -17,6 +18,8 @@ class ServedReward:
     Where the service runs is not part of its identity: it may be stopped, restarted, moved or given
     a second endpoint, at no cost but the delay.
     """
+
+    thread_safe: ClassVar[bool] = True
 
     endpoints: tuple[str, ...] = ()
     """Base addresses, ``http://host:port`` with an optional path; tried in turn."""
@@ -35,12 +38,14 @@ class ServedReward:
     """Seconds to wait for the service when the reward is built."""
     identity: RewardIdentity = field(init=False, repr=False)
     """What the service says that it computes."""
+    connection: tuple[str, ...] = field(init=False, repr=False)
+    """Where it is reached, and with which token: a reward elsewhere is another object."""
 
     def _connect(
         self, *, what: str, start: str, example: str, token_variable: str, token_parameter: str
     ) -> Endpoints:
         """Return the service's endpoints; the arguments are those of `Service`."""
-        return Endpoints(
+        endpoints = Endpoints(
             self.endpoints,
             Service(
                 what=what,
@@ -52,3 +57,5 @@ class ServedReward:
             ),
             Patience(self.connect_timeout_s, self.timeout_s, self.retries, self.give_up_after_s),
         )
+        self.connection = endpoints.connection
+        return endpoints

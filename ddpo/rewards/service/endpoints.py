@@ -130,6 +130,11 @@ class Endpoints:
         self._client = httpx.Client(headers=headers, follow_redirects=False, limits=limits)
 
     @property
+    def connection(self) -> tuple[str, ...]:
+        """The addresses, and the token if there is one."""
+        return (*self.addresses, self._token or "")
+
+    @property
     def token_state(self) -> str:
         """What may be wrong with the token, without revealing it."""
         state = "does not match the service's" if self._token else "is empty or not set"

@@ -63,6 +63,11 @@ def serve(
             server.should_exit = True
             raise
         say(f"ready: {reward.identity.reward_id}")
+        if limits is not None and limits.workers > 1 and not getattr(reward, "thread_safe", False):
+            say(
+                f"{limits.workers} workers share a reward that scores one request at a time; if "
+                "several threads may call it, set its attribute `thread_safe = True`"
+            )
         return reward
 
     app = create_app(load, token=token, limits=limits)
