@@ -90,9 +90,7 @@ class TrainRequest(Request["RunPlan"]):
             "storage.root": self.storage,
             "tracking.uri": self.tracking,
         }
-        return _check_start(
-            read_config(self.config_file, [*_set(fields), *self.overrides]), self.run_id
-        )
+        return _check_start(read_config(self.config_file, self.overrides, fields), self.run_id)
 
 
 class ResumeRequest(Request["RunPlan"]):
@@ -107,19 +105,17 @@ class ResumeRequest(Request["RunPlan"]):
 
     def resolve(self) -> RunPlan:
         """Open the run and check that it can be resumed."""
-        from ddpo.config.s3 import S3Options
+        from ddpo.config.files import parse_config
         from ddpo.runs import open_run, storage_root
         from ddpo.store.objects import Store
 
         root = storage_root(self.storage)
-        config = open_run(Store.open(root), self.run_id).config
-        changes: dict[str, object] = {
-            # As it is reached now; the address that an earlier start was given may be outdated.
-            "storage": config.storage.model_copy(update={"root": root, "s3": S3Options()})
-        }
+        raw: dict[str, Any] = open_run(Store.open(root), self.run_id).config.whole()
+        # As it is reached now; the address that an earlier start was given may be outdated.
+        raw["storage"] |= {"root": root, "s3": {}}
         if self.epochs is not None:
-            changes["epochs"] = _positive(self.epochs)
-        return _check_start(config.model_copy(update=changes), self.run_id)
+            raw["epochs"] = self.epochs
+        return _check_start(parse_config(raw, f"run {self.run_id}"), self.run_id)
 
 
 class ForkRequest(Request["RunPlan"]):
@@ -195,7 +191,7 @@ class RescoreRequest(Request[Rescoring]):
 
     def resolve(self) -> Rescoring:
         """Load the reward and find the samples."""
-        from ddpo.config import RewardConfig
+        from ddpo.config.files import parse_reward
         from ddpo.errors import ConfigError
         from ddpo.runs import open_run, storage_root
         from ddpo.store.objects import Store
@@ -204,11 +200,13 @@ class RescoreRequest(Request[Rescoring]):
 
         run = open_run(Store.open(storage_root(self.storage)), self.run_id)
         epochs = rescorable_epochs(run, self.epochs)
-        reward = RewardConfig(
-            name=self.reward,
-            parameters=dict(self.parameters or {}),
-            tries=run.config.reward.tries,
-            on_failure=run.config.reward.on_failure,
+        reward = parse_reward(
+            {
+                **dict(run.config.reward),
+                "name": self.reward,
+                "parameters": dict(self.parameters or {}),
+            },
+            f"reward {self.reward!r}",
         )
         reward_id = scorer_of(run, reward).reward_id
         if reward_id == run.reward_id:
@@ -258,8 +256,9 @@ class CompareRequest(Request[ComparisonPlan]):
         from ddpo.analysis.comparison.plan import read_comparison
 
         fields = {"storage.root": self.storage, "tracking.uri": self.tracking}
-        overrides = [*self.overrides, *_set(fields)]
-        return check_comparison(read_comparison(self.config_file, self.name, overrides))
+        return check_comparison(
+            read_comparison(self.config_file, self.name, self.overrides, fields)
+        )
 
 
 def new_run_id(config_file: str) -> str:
@@ -344,16 +343,3 @@ def _check_start(config: RunConfig, run_id: str) -> RunPlan:
     check_not_shared(plan.store, plan.run_id)
     connect(config.tracking.uri)
     return plan
-
-
-def _set(fields: Mapping[str, object]) -> list[str]:
-    """Return the fields that are filled in, as overrides of a config."""
-    return [f"{key}={value}" for key, value in fields.items() if value is not None]
-
-
-def _positive(epochs: int) -> int:
-    from ddpo.errors import ConfigError
-
-    if epochs < 1:
-        raise ConfigError(f"epochs is {epochs}; expected at least 1")
-    return epochs

@@ -36,7 +36,7 @@ class DdpoIs(PolicyGradient):
         `auto` takes the ratio's distance from 1 for rounding, but off-policy it is also what was
         learned; and recomputed log-probs would be the trained policy's.
         """
-        return self.model_copy(update={"old_log_probs": "stored"})
+        return self.changed(old_log_probs="stored")
 
     def check_run(self, run: RunSettings) -> None:
         """Check as every policy gradient, and that old log-probs are the sampling policy's."""

@@ -146,7 +146,7 @@ class Rwr(Regression):
     """RWR: the denoising loss on the model's own final latents, weighted by N softmax(beta r)."""
 
     type: Literal["rwr"]
-    beta: float = Field(default=0.2, ge=0.0, allow_inf_nan=False)
+    beta: float = Field(default=0.2, ge=0.0)
     """Inverse temperature of the softmax, per unit of reward. The higher, the fewer samples count;
     0 weights all alike, a control that learns nothing of the reward."""
     weights_over: Literal["data_set", "prompt"] = "data_set"

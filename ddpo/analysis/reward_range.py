@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import yaml
 
 from ddpo.basics.images import decode_image
+from ddpo.config.yaml_text import write_yaml
 from ddpo.errors import ConfigError, RewardError
 from ddpo.prompts import Prompt
 from ddpo.rewards import Reward, score_images
@@ -60,7 +60,7 @@ class RewardRange:
             )
         optional = {"parameters": dict(parameters)} if parameters else {}
         component = {"name": name, **optional, "weight": 1.0, **constants}
-        return yaml.safe_dump([component], sort_keys=False)
+        return write_yaml([component])
 
 
 def measure_range(

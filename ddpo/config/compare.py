@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 
-from pydantic import Field, JsonValue, NonNegativeInt, field_validator, model_validator
+from pydantic import Field, NonNegativeInt, field_validator, model_validator
 
-from ddpo.basics.part import Part
+from ddpo.basics.part import JsonMapping, Part
 
 VARIED = ("algorithm", "optimizer")
 """What variants may differ in; all else decides what is sampled, or how it is scored."""
@@ -20,10 +20,10 @@ _NAME = re.compile(r"[A-Za-z0-9._-]{1,40}")
 class CompareConfig(Part):
     """What is compared, and for how long; `ddpo compare` reads it from its own YAML file."""
 
-    base: str | dict[str, JsonValue]
+    base: str | JsonMapping
     """A run's config: the path of a YAML file, relative to this one, or its content. Its seed is
     ignored; its epochs apply if none are given here."""
-    variants: dict[str, dict[str, JsonValue]]
+    variants: dict[str, JsonMapping]
     """Name to what differs from the base: `algorithm`, `optimizer`. A part that names a `type`
     replaces the base's, any other changes some of its settings; so does `advantages` within
     `algorithm`. The first variant is what the others are compared with."""
@@ -42,9 +42,7 @@ class CompareConfig(Part):
 
     @field_validator("variants")
     @classmethod
-    def _can_be_compared(
-        cls, value: dict[str, dict[str, JsonValue]]
-    ) -> dict[str, dict[str, JsonValue]]:
+    def _can_be_compared(cls, value: dict[str, JsonMapping]) -> dict[str, JsonMapping]:
         if len(value) < 2:
             raise ValueError(f"there is only {len(value)} variant; expected at least two variants")
         for name, changes in value.items():

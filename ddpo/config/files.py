@@ -8,21 +8,28 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
-from ddpo.config import CompareConfig, RunConfig
+from ddpo.basics.validation import shown
+from ddpo.config import CompareConfig, RewardConfig, RunConfig
+from ddpo.config.overrides import apply_overrides, apply_settings, models_in
+from ddpo.config.yaml_text import read_yaml
 from ddpo.errors import ConfigError
 
 _Model = TypeVar("_Model", bound=BaseModel)
 
 
-def read_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+def read_config(
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    settings: Mapping[str, Any] | None = None,
+) -> RunConfig:
     """Read a run's config.
 
     Args:
         path: A YAML file.
-        overrides: ``a.b=value``, the value as YAML; applied in order.
+        overrides: ``a.b=value``; applied in order.
+        settings: Values by dotted key, which take precedence; None leaves the config's own.
 
     Returns:
         The config, checked as far as possible without loading anything.
@@ -32,6 +39,7 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """
     raw = read_mapping(path, "`model:`, `prompts:` and `reward:` (see configs/starter.yaml)")
     apply_overrides(raw, overrides)
+    apply_settings(raw, settings or {})
     return parse_config(raw, str(Path(path)))
 
 
@@ -50,32 +58,18 @@ def read_mapping(path: str | Path, expected: str) -> dict[str, Any]:
     """
     file = Path(path)
     try:
-        raw = yaml.safe_load(file.read_text())
+        raw = read_yaml(file.read_text(encoding="utf-8-sig"))
     except FileNotFoundError as error:
         shipped = sorted(str(p) for p in Path("configs").glob("*.yaml"))
         hint = f" The shipped ones: {', '.join(shipped)}." if shipped else ""
         raise ConfigError(f"there is no config file {file}.{hint}") from error
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError) as error:
         raise ConfigError(f"{file} cannot be read as YAML: {error}") from error
     if not isinstance(raw, dict):
         raise ConfigError(
             f"{file} holds {type(raw).__name__}, not a mapping; expected keys such as {expected}"
         )
     return raw
-
-
-def apply_overrides(raw: dict[str, Any], overrides: Sequence[str]) -> None:
-    """Change settings of an unchecked config, in place.
-
-    Args:
-        raw: Nested keys and values.
-        overrides: ``a.b=value``, the value as YAML; applied in order.
-
-    Raises:
-        ConfigError: One of them is malformed.
-    """
-    for override in overrides:
-        _apply(raw, override)
 
 
 def parse_config(raw: Mapping[str, Any], source: str) -> RunConfig:
@@ -92,6 +86,22 @@ def parse_config(raw: Mapping[str, Any], source: str) -> RunConfig:
         ConfigError: One message that names every problem and its way out.
     """
     return _parsed(RunConfig, raw, f"{source} cannot be run")
+
+
+def parse_reward(raw: Mapping[str, Any], source: str) -> RewardConfig:
+    """Check the settings of a reward; its parameters are checked by the reward.
+
+    Args:
+        raw: Keys and values.
+        source: Where they came from, for the message.
+
+    Returns:
+        The settings.
+
+    Raises:
+        ConfigError: One message that names every problem and its way out.
+    """
+    return _parsed(RewardConfig, raw, f"{source} cannot be used")
 
 
 def parse_comparison(raw: Mapping[str, Any], source: str) -> CompareConfig:
@@ -123,33 +133,10 @@ def _parsed(kind: type[_Model], raw: Mapping[str, Any], refusal: str) -> _Model:
         raise ConfigError(f"{refusal}:{lines}") from None
 
 
-def _apply(raw: dict[str, Any], override: str) -> None:
-    name, separator, text = override.partition("=")
-    if not separator or not name.strip():
-        raise ConfigError(
-            f"--set expects KEY=VALUE with a dotted key, such as sampler.steps=20; got {override!r}"
-        )
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--set {override!r}: the value is not valid YAML: {error}") from error
-    *parents, last = name.strip().split(".")
-    if parents[:1] == ["model"] and isinstance(raw.get("model"), str):
-        raw["model"] = {"path": raw["model"]}
-    part = raw
-    for depth, parent in enumerate(parents):
-        below = part.setdefault(parent, {})
-        if not isinstance(below, dict):
-            above = ".".join(parents[: depth + 1])
-            raise ConfigError(f"--set {override!r}: {above} is {below!r}, which has no settings")
-        part = below
-    part[last] = value
-
-
 def _problem(error: dict[str, Any], kind_of_config: type[BaseModel]) -> tuple[str, str]:
     """Return what is wrong with which key, and what was expected."""
     path, model, tags = _walk(error["loc"], kind_of_config)
-    name = ".".join(path) or "the config"
+    name = ".".join(part if part.isprintable() else ascii(part) for part in path) or "the config"
     kind, found = error["type"], error.get("input")
     if kind == "extra_forbidden":
         known = list(model.model_fields) if model else []
@@ -164,12 +151,12 @@ def _problem(error: dict[str, Any], kind_of_config: type[BaseModel]) -> tuple[st
         return f"{name}: missing", "expected a value"
     if kind in ("union_tag_invalid", "union_tag_not_found"):
         tag = error["ctx"].get("tag")
-        wrong = "missing" if tag is None else f"found {tag!r}"
+        wrong = "missing" if tag is None else f"found {shown(tag)}"
         return f"{name}.type: {wrong}", f"expected one of {', '.join(tags)}"
     if kind == "value_error":
         wrong, _, hint = str(error["ctx"]["error"]).rpartition("; ")
         return (wrong if not path else f"{name}: {wrong}"), hint
-    return f"{name}: found {found!r}", error["msg"].lower()
+    return f"{name}: found {shown(found)}", error["msg"].lower()
 
 
 def _walk(
@@ -197,7 +184,7 @@ def _walk(
         path.append(part)
         field = owner.model_fields.get(part) if owner else None
         annotation = field.annotation if field else None
-        models = _models(annotation)
+        models = models_in(annotation)
         inside = models[0] if len(models) == 1 else None
         choices = {_tag(model): model for model in models if "type" in model.model_fields}
         plain_union = not models and get_origin(annotation) in (Union, UnionType)
@@ -210,7 +197,7 @@ def _parts_with(model: type[BaseModel] | None, key: str) -> list[str]:
     return [
         f"`{name}`"
         for name, field in fields
-        if any(key in part.model_fields for part in _models(field.annotation))
+        if any(key in part.model_fields for part in models_in(field.annotation))
     ]
 
 
@@ -218,9 +205,3 @@ def _tag(model: type[BaseModel]) -> str:
     """Return the literal that `type:` holds for one member of a discriminated union."""
     (tag,) = get_args(model.model_fields["type"].annotation)
     return tag
-
-
-def _models(annotation: Any) -> list[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    return [model for argument in get_args(annotation) for model in _models(argument)]

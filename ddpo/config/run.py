@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     Field,
@@ -16,7 +16,7 @@ from pydantic import (
 
 from ddpo.algorithms import AnyAlgorithm, DdpoIs
 from ddpo.algorithms.base import RunSettings
-from ddpo.basics.part import Part, check_divides, is_auto, is_off, is_one
+from ddpo.basics.part import JsonMapping, Part, check_divides, is_auto, is_off, is_one
 from ddpo.config.fork import ForkConfig
 from ddpo.config.model import LoraConfig, ModelConfig, Trainable
 from ddpo.config.numerics import NumericsConfig
@@ -29,7 +29,7 @@ class NamedConfig(Part):
 
     name: str
     """A registered name, or an import path `package.module:attribute` of your own."""
-    parameters: dict[str, JsonValue] = Field(default_factory=dict)
+    parameters: JsonMapping = Field(default_factory=dict)
     """Checked against what the plug-in accepts."""
 
 
@@ -61,19 +61,22 @@ class RolloutsConfig(Part):
     stores what the algorithm needs."""
 
 
+DecayRate = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
 class OptimizerConfig(Part):
     """AdamW, with the defaults of the paper's code."""
 
     learning_rate: PositiveFloat = 3e-4
     """3e-4 for LoRA on Stable Diffusion, 1e-5 for full fine-tuning."""
-    betas: tuple[float, float] = (0.9, 0.999)
-    """Decay rates of the two moments."""
+    betas: tuple[DecayRate, DecayRate] = (0.9, 0.999)
+    """Decay rates of the two moments, each from 0 to below 1."""
     weight_decay: NonNegativeFloat = 1e-4
     """Decoupled weight decay."""
     epsilon: PositiveFloat = 1e-8
     """Added to the square root of the second moment."""
-    max_grad_norm: PositiveFloat = 1.0
-    """The gradient's global norm is clipped to this."""
+    max_grad_norm: PositiveFloat | None = 1.0
+    """The gradient's global norm is clipped to this; null turns clipping off."""
     ema_decay: float | None = Field(default=None, gt=0.0, lt=1.0, exclude_if=is_off)
     """Keep an exponential moving average of the trained weights: after each optimizer step ema =
     decay * ema + (1 - decay) * weights. Images of fixed prompts and exports use the average;
@@ -171,6 +174,10 @@ class RunConfig(Part):
         if self.rollouts.store_trajectories != "auto":
             return self.rollouts.store_trajectories
         return "final" if self.algorithm.needs.data == "final_latents" else "full"
+
+    def whole(self) -> dict[str, JsonValue]:
+        """Return all settings as plain JSON, from which the config can be read again."""
+        return self.model_dump(mode="json")
 
     def identity(self) -> dict[str, JsonValue]:
         """Return the half that may not change under a run_id, numerics apart, as plain JSON."""

@@ -47,9 +47,7 @@ def sampler_of_epoch(policy: Policy, config: RunConfig, epoch: int) -> SamplerCo
             "without noise, so it has no log-prob and no gradient; set sampler.window.position to "
             f"at most {positions[-1]}"
         )
-    return config.sampler.model_copy(
-        update={"window": window.model_copy(update={"position": position})}
-    )
+    return config.sampler.changed(window=window.changed(position=position))
 
 
 def process_of(policy: Policy, sampler: SamplerConfig) -> Process:
@@ -67,7 +65,7 @@ def process_of(policy: Policy, sampler: SamplerConfig) -> Process:
 
 def whole_process(policy: Policy, sampler: SamplerConfig) -> Process:
     """Return a sampler's process as it is without a window."""
-    return process_of(policy, sampler.model_copy(update={"window": None}))
+    return process_of(policy, sampler.changed(window=None))
 
 
 def window_steps(sampler: SamplerConfig) -> range:

@@ -114,7 +114,7 @@ def resolve_again(config: NumericsConfig, frozen: Numerics) -> Numerics:
         for name in NumericsConfig.model_fields
         if (value := getattr(config, name)) != "auto"
     }
-    return frozen.model_copy(update={**explicit, "device": device})
+    return Numerics.model_validate({**dict(frozen), **explicit, "device": device})
 
 
 def changed_versions(frozen: Numerics) -> list[str]:

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ddpo.basics.digests import json_digest
 from ddpo.basics.once import once_property
+from ddpo.basics.validation import in_one_line
 from ddpo.config import (
     ForkConfig,
     NumericsConfig,
@@ -20,7 +21,7 @@ from ddpo.config import (
 )
 from ddpo.config.files import parse_config
 from ddpo.config.s3 import S3Options
-from ddpo.errors import RewardError
+from ddpo.errors import RewardError, UnreadableData
 from ddpo.models.numerics import Numerics
 from ddpo.prompts import Prompt, load_prompts
 from ddpo.rewards import Reward, load_reward
@@ -262,20 +263,33 @@ def run_of_record(
         operation: The operation half of the config.
         start: The number of the start.
         uid: As `Run.uid`.
+
+    Raises:
+        UnreadableData: The record holds something else than a run.
+        ConfigError: Likewise; the message names the settings.
     """
+    key = keys.run_key(record.run_id)
     identity: dict[str, Any] = dict(record.identity)
-    digests = identity.pop("digests")
-    numerics = Numerics.model_validate(record.numerics)
+    try:
+        digests = _Digests.model_validate(identity.pop("digests", None))
+        numerics = Numerics.model_validate(record.numerics)
+    except ValidationError as error:
+        raise UnreadableData(key, in_one_line(error)) from error
     frozen = numerics.model_dump(include=set(NumericsConfig.model_fields))
-    source = str(Path(keys.run_key(record.run_id)))
-    config = parse_config({**identity, **operation, "numerics": frozen}, source)
     return Run(
         store=store,
         run_id=record.run_id,
-        config=config,
+        config=parse_config({**identity, **operation, "numerics": frozen}, key),
         numerics=numerics,
-        reward_id=digests["reward_id"],
-        reward_digest=digests["reward"],
+        reward_id=digests.reward_id,
+        reward_digest=digests.reward,
         start=start,
         uid=uid,
     )
+
+
+class _Digests(BaseModel):
+    """What the names in an identity stood for."""
+
+    reward_id: str
+    reward: str

@@ -16,6 +16,7 @@ from ddpo.models import check_model
 from ddpo.models.numerics import Numerics, changed_versions, resolve_again, resolve_numerics
 from ddpo.prompts import load_prompts, prompt_set_digest
 from ddpo.rewards import Reward, load_reward
+from ddpo.runs.readback import check_readable
 from ddpo.runs.run import Run, run_of_record, storage_root
 from ddpo.store import keys, runs
 from ddpo.store.documents import differences
@@ -44,6 +45,9 @@ class RunPlan:
     """The settings and digests that must be the same at every start."""
     reward: Reward
     """The reward, kept so that it is not built again for the run."""
+
+    def __post_init__(self) -> None:
+        check_readable(self.store, self.run_id, self.config, self.numerics, self.identity)
 
     def start(self) -> Run:
         """Create the run, or resume the one in the store.

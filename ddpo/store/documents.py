@@ -13,6 +13,7 @@ from typing import Any, Self
 from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
 
 from ddpo.basics.digests import canonical_json, json_digest, sha256_bytes
+from ddpo.basics.validation import in_one_line
 from ddpo.errors import CorruptObject, UnknownSchema, UnreadableData
 
 CHECKSUM = "checksum"
@@ -26,7 +27,11 @@ SCHEMA_VERSION = 1
 class Sealed(BaseModel):
     """Base class of documents that a store keeps by name."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        ser_json_inf_nan="constants",  # which `canonical_json` refuses, where null would be stored
+    )
 
     schema_version: int = SCHEMA_VERSION
     """Version of this layout."""
@@ -47,7 +52,7 @@ class Sealed(BaseModel):
         try:
             return cls.model_validate(unseal(key, data))
         except ValidationError as error:
-            raise UnreadableData(key, str(error)) from error
+            raise UnreadableData(key, in_one_line(error)) from error
 
 
 def seal(document: Mapping[str, Any]) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -72,7 +73,8 @@ def take_step(
     Raises:
         NonFiniteError: The norm is NaN or infinite; no step was taken.
     """
-    norm = torch.nn.utils.clip_grad_norm_(parameters.values(), settings.max_grad_norm)
+    largest = math.inf if settings.max_grad_norm is None else settings.max_grad_norm
+    norm = torch.nn.utils.clip_grad_norm_(parameters.values(), largest)
     if not torch.isfinite(norm):
         adamw.zero_grad(set_to_none=True)
         raise NonFiniteError(

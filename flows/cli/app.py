@@ -13,6 +13,7 @@ import typer
 from ddpo.errors import DdpoError
 from ddpo_workflow.flows.cli import data, forks, pages, rewards, storage, training
 from ddpo_workflow.flows.cli.common import console, say
+from ddpo_workflow.flows.cli.once import OptionsOnce
 from ddpo_workflow.flows.cli.quiet import set_defaults
 
 app = typer.Typer(
@@ -22,6 +23,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 for _module in (training, forks, data, storage, pages, rewards):  # the order of `ddpo --help`
+    for _command in _module.app.registered_commands:
+        _command.cls = OptionsOnce
     app.add_typer(_module.app)
 
 

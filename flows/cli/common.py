@@ -31,11 +31,19 @@ Epochs = Annotated[
 ConfigFile = Annotated[str, typer.Argument(help="A YAML file; configs/ has examples.")]
 Parameters = Annotated[
     list[str] | None,
-    typer.Option("--param", help="A parameter of the reward, as name=value; may be repeated."),
+    typer.Option(
+        "--param",
+        help="A parameter of the reward, as name=value; may be repeated. Of one name the last "
+        "counts.",
+    ),
 ]
 Settings = Annotated[
     list[str] | None,
-    typer.Option("--set", help="Change a setting, such as sampler.steps=20; may be repeated."),
+    typer.Option(
+        "--set",
+        help="Change a setting, such as sampler.steps=20; may be repeated. Of one key the last "
+        "counts.",
+    ),
 ]
 
 
@@ -60,22 +68,16 @@ def saved_run(run_id: str, root: str | None) -> Run:
     return open_run(Store.open(storage_root(root)), run_id)
 
 
-def overrides(settings: list[str] | None, root: str | None) -> list[str]:
-    """Return the settings of `--set`, followed by `--root`, which takes precedence."""
-    return [*(settings or ()), *([f"storage.root={root}"] if root else ())]
-
-
 def read_parameters(given: Sequence[str]) -> dict[str, Any]:
     """Return the parameters given by `--param`, by name.
 
     Args:
-        given: Parameters as ``name=value``, with the value in YAML.
+        given: Parameters as ``name=value``, with the value in YAML; of one name the last counts.
 
     Raises:
         ConfigError: One of them cannot be read.
     """
-    import yaml
-
+    from ddpo.config.yaml_text import read_typed
     from ddpo.errors import ConfigError
 
     parameters = {}
@@ -84,9 +86,9 @@ def read_parameters(given: Sequence[str]) -> dict[str, Any]:
         if not separator or not name.strip():
             raise ConfigError(f"--param expects NAME=VALUE; got {item!r}")
         try:
-            parameters[name.strip()] = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"--param {item!r} is not valid YAML: {error}") from error
+            parameters[name.strip()] = read_typed(text)
+        except ValueError as error:
+            raise ConfigError(f"--param {item!r} is not valid YAML: {error}") from None
     return parameters
 
 

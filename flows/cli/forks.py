@@ -15,7 +15,6 @@ from ddpo_workflow.flows.cli.common import (
     RunId,
     Settings,
     console,
-    overrides,
     read_parameters,
     show_places,
 )
@@ -127,7 +126,9 @@ def compare(
     """Compare algorithms over several seeds, with shared first samples and equal reward queries."""
     from ddpo_workflow.flows.run_requests import CompareRequest
 
-    request = CompareRequest(config_file=config, name=name, overrides=tuple(overrides(set_, root)))
+    request = CompareRequest(
+        config_file=config, name=name, overrides=tuple(set_ or ()), storage=root
+    )
     with checked(request) as plan:
         from ddpo_workflow.flows.cli.bars import Bars
         from ddpo_workflow.flows.compare import compare as compare_flow

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
@@ -120,7 +120,7 @@ def score(
         say(f"\nAs one of the `rewards` of `weighted`:\n{component}")
         return
     try:
-        facts = json.loads(metadata)
+        facts = json.loads(metadata, object_pairs_hook=_each_once, parse_constant=_refuse)
     except ValueError as error:
         raise ConfigError(f"--metadata {metadata!r} is not valid JSON: {error}") from error
     if not isinstance(facts, dict):
@@ -131,6 +131,17 @@ def score(
     prompts = prompts_for(prompt or (), len(files), facts)
     scored = score_images(loaded, [read_image(file) for file in files], prompts)
     _table({"": list(map(str, files)), **findings(scored)})
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    names = [name for name, _ in pairs]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"the key {twice[0]!r} stands twice; keep one of them")
+    return dict(pairs)
+
+
+def _refuse(number: str) -> None:
+    raise ValueError(f"{number} is not a JSON number")
 
 
 def _table(columns: Mapping[str, Sequence[str]]) -> None:

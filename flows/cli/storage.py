@@ -13,7 +13,6 @@ from ddpo_workflow.flows.cli.common import (
     RunId,
     Settings,
     console,
-    overrides,
     saved_run,
     say,
 )
@@ -147,7 +146,7 @@ def doctor(
     from ddpo.config.files import read_config
     from ddpo_workflow.flows.cli.doctor import examine
 
-    settings = read_config(config, overrides(set_, root))
+    settings = read_config(config, set_ or (), {"storage.root": root})
     failed = 0
     for finding in examine(settings):
         failed += not finding.ok

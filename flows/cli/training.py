@@ -15,13 +15,13 @@ from ddpo_workflow.flows.cli.common import (
     RunId,
     Settings,
     console,
-    overrides,
     saved_run,
 )
 from ddpo_workflow.flows.cli.quiet import hide_loading_bars
 from ddpo_workflow.flows.cli.running import checked, show_run
 
 if TYPE_CHECKING:
+    from ddpo.errors import DdpoError
     from ddpo.store.objects import Store
 
 app = typer.Typer()
@@ -42,7 +42,8 @@ def train(
     request = TrainRequest(
         config_file=config,
         run_id=run_id or new_run_id(config),
-        overrides=tuple(overrides(set_, root)),
+        overrides=tuple(set_ or ()),
+        storage=root,
     )
     with checked(request) as plan:
         from ddpo_workflow.flows.train import train as train_flow
@@ -73,7 +74,7 @@ def runs(
     root: Root = None,
 ) -> None:
     """List the runs of a store."""
-    from ddpo.analysis.report import reward_curve
+    from ddpo.errors import DdpoError
     from ddpo.runs import storage_root
     from ddpo.store.objects import Store
     from ddpo.store.runs import list_runs
@@ -84,33 +85,55 @@ def runs(
         return
     table = Table("run", "model", "reward", "epochs", "first", "last", title=store.root)
     for run_id in list_runs(store):
-        run = saved_run(run_id, root)
-        curve = reward_curve(run)
-        first, last = (f"{curve[0].mean:.4g}", f"{curve[-1].mean:.4g}") if curve else ("", "")
-        epochs = f"{run.first_epoch + len(curve)}/{run.config.epochs}"
-        table.add_row(run_id, run.config.model.path, run.config.reward.name, epochs, first, last)
+        try:
+            cells = _cells(store, run_id)
+        except DdpoError as error:
+            cells = [_unreadable(error)]
+        table.add_row(Text(run_id), *map(Text, cells))
     console.print(table if table.row_count else f"no runs in {store.root}")
+
+
+def _cells(store: Store, run_id: str) -> list[str]:
+    """Return what the list of runs shows of one."""
+    from ddpo.analysis.report import reward_curve
+    from ddpo.runs import open_run
+
+    run = open_run(store, run_id)
+    curve = reward_curve(run)
+    first, last = (f"{curve[0].mean:.4g}", f"{curve[-1].mean:.4g}") if curve else ("", "")
+    epochs = f"{run.first_epoch + len(curve)}/{run.config.epochs}"
+    return [run.config.model.path, run.config.reward.name, epochs, first, last]
+
+
+def _unreadable(error: DdpoError) -> str:
+    return f"unreadable: {' '.join(str(error).split())}"
 
 
 def _show_tree(store: Store) -> None:
     """Print each fork below its parent."""
     from rich.tree import Tree
 
-    from ddpo.runs import open_run
+    from ddpo.errors import DdpoError
+    from ddpo.runs import Run, open_run
     from ddpo.store.runs import list_runs
 
-    runs = {run_id: open_run(store, run_id) for run_id in list_runs(store)}
+    runs: dict[str, Run | DdpoError] = {}
+    for run_id in list_runs(store):
+        try:
+            runs[run_id] = open_run(store, run_id)
+        except DdpoError as error:
+            runs[run_id] = error
     tree = Tree(Text(store.root))
     nodes: dict[str, Tree] = {}
 
     def node(run_id: str) -> Tree:
         if run_id not in nodes:
             run = runs[run_id]
-            fork = run.fork
+            fork = run.fork if isinstance(run, Run) else None
             above = node(fork.parent_id) if fork and fork.parent_id in runs else tree
             origin = f", from epoch {fork.epoch} of {fork.parent_id}" if fork else ""
-            label = Text.assemble((run_id, "bold"), f"  {run.config.reward.name}{origin}")
-            nodes[run_id] = above.add(label)
+            told = run.config.reward.name if isinstance(run, Run) else _unreadable(run)
+            nodes[run_id] = above.add(Text.assemble((run_id, "bold"), f"  {told}{origin}"))
         return nodes[run_id]
 
     for run_id in runs:

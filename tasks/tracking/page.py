@@ -8,12 +8,12 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-import yaml
 from prefect.runtime import flow_run
 
 from ddpo.analysis.comparison.plan import Comparison
 from ddpo.basics.digests import json_digest
 from ddpo.config import RewardConfig
+from ddpo.config.yaml_text import write_yaml
 from ddpo.runs import Run
 from ddpo.store.keys import Partition
 from ddpo.store.kinds import EPOCH, ROLLOUTS
@@ -180,7 +180,7 @@ def _attach_config(page: RunTracker, run: Run) -> None:
     frozen = {**run.config.identity(), "numerics": run.numerics.model_dump(mode="json")}
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "config.yaml"
-        file.write_text(yaml.safe_dump(frozen, sort_keys=False))
+        file.write_text(write_yaml(frozen))
         page.log_file(file)
 
 

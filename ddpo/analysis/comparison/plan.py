@@ -11,7 +11,8 @@ from typing import Any
 
 from ddpo.config import CompareConfig, RunConfig
 from ddpo.config.compare import SHARED
-from ddpo.config.files import apply_overrides, parse_comparison, parse_config, read_mapping
+from ddpo.config.files import parse_comparison, parse_config, read_mapping
+from ddpo.config.overrides import apply_overrides, apply_settings
 from ddpo.errors import ConfigError
 from ddpo.runs import open_run
 from ddpo.store import keys
@@ -61,7 +62,10 @@ class Comparison:
 
 
 def read_comparison(
-    path: str | Path, name: str | None = None, overrides: Sequence[str] = ()
+    path: str | Path,
+    name: str | None = None,
+    overrides: Sequence[str] = (),
+    settings: Mapping[str, Any] | None = None,
 ) -> Comparison:
     """Read a comparison's file and resolve the config of each of its runs.
 
@@ -69,6 +73,7 @@ def read_comparison(
         path: A YAML file, as described by :class:`ddpo.config.CompareConfig`.
         name: The comparison's name; by default derived from the file's.
         overrides: Changes to the base, as ``a.b=value``, applied in order.
+        settings: Values of the base by dotted key, which take precedence; None leaves its own.
 
     Raises:
         ConfigError: The file or a variant is invalid.
@@ -83,6 +88,7 @@ def read_comparison(
     else:
         base, source = copy.deepcopy(dict(config.base)), f"the base of {file}"
     apply_overrides(base, overrides)
+    apply_settings(base, settings or {})
     if base.get("fork"):
         raise ConfigError(
             f"{source} is the config of a fork, but a comparison starts from the base model; "
@@ -154,7 +160,7 @@ def plan(name: str, config: CompareConfig, base: Mapping[str, Any], source: str)
             resolved = parse_config(_nested_under(raw, name), f"variant {variant!r} of {name}")
             if config.offline:
                 algorithm = resolved.algorithm.off_policy()
-                resolved = resolved.model_copy(update={"algorithm": algorithm})
+                resolved = resolved.changed(algorithm=algorithm)
             variants[variant].append(Member(run_id, seed, resolved))
         stored = {runs[-1].config.stored_trajectories for runs in variants.values()}
         shared[seed] = Member(
@@ -193,8 +199,7 @@ def _shared_config(config: RunConfig, epochs: int, stored: str) -> RunConfig:
 
     Retention is off, since all other runs start from its data.
     """
-    raw: dict[str, Any] = {**config.identity(), **config.operation()}
-    raw["numerics"] = config.numerics.model_dump(mode="json")
+    raw: dict[str, Any] = config.whole()
     raw |= {"fork": None, "epochs": epochs}
     raw["rollouts"] |= {"store_trajectories": stored}
     raw["storage"] = {part: raw["storage"][part] for part in ("root", "s3")}

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from ddpo.config import RunConfig
-from ddpo.config.files import apply_overrides, parse_config
+from ddpo.config.files import parse_config
+from ddpo.config.overrides import apply_overrides
 from ddpo.config.s3 import S3Options
 from ddpo.errors import ConfigError
 from ddpo.rewards import load_reward
@@ -53,8 +54,7 @@ def fork_config(
             f"one, such as {parent.config.reward.name}, the reward of {parent.run_id!r}"
         )
     saved = committed_rollouts(parent, epoch)
-    raw: dict[str, Any] = {**parent.config.identity(), **parent.config.operation()}
-    raw["numerics"] = parent.config.numerics.model_dump(mode="json")
+    raw: dict[str, Any] = parent.config.whole()
     # The store as it was opened now; the address that the parent was started with may be outdated.
     s3 = (parent.store.s3 or S3Options()).model_dump(mode="json")
     raw["storage"] |= {"root": parent.store.root, "s3": s3}

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from pydantic import ValidationError
 
+from ddpo.basics.validation import in_one_line
 from ddpo.config import ForkConfig
 from ddpo.errors import RunNotFound, UnreadableData
 from ddpo.store import keys, runs
@@ -33,7 +34,7 @@ def recorded(store: Store, run_id: str) -> Iterator[tuple[str, ForkConfig]]:
         try:
             yield name, ForkConfig.model_validate(raw)
         except ValidationError as error:
-            raise UnreadableData(keys.run_key(name), str(error)) from error
+            raise UnreadableData(keys.run_key(name), in_one_line(error)) from error
 
 
 def awaited_checkpoints(store: Store, run_id: str) -> set[int]:
