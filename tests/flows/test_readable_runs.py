@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from ddpo.errors import ConfigError
-from ddpo.runs import RunPlan, check_run, open_run, start_run
+from ddpo.runs import check_run, open_run, start_run
 from ddpo.runs.forks.plan import fork_config
 from ddpo.store import keys
 from ddpo.store.objects import Store
@@ -67,7 +68,7 @@ def test_what_would_be_read_otherwise_is_never_written(tiny_model: Path, store: 
         ({**plan.identity, "seed": float("inf")}, "not JSON compliant"),
     ):
         with pytest.raises(ConfigError, match=told):
-            RunPlan(plan.store, "mine", plan.config, plan.numerics, identity)
+            replace(plan, identity=identity)
     assert store.list("runs") == []
 
 
