@@ -22,7 +22,9 @@ from ddpo.config import ModelConfig
 from ddpo.errors import ModelError
 from ddpo.starter import STARTER_PATH
 
-_INDEX = "model_index.json"
+INDEX = "model_index.json"
+"""The file that names a pipeline's class and parts."""
+
 # Other files of the same folders that are not loaded: pickles, other frameworks', other variants'.
 _UNWANTED = ["*.bin", "*.msgpack", "*.h5", "*.ckpt", "*.fp16.*", "*.non_ema.*", "*.onnx*"]
 
@@ -66,14 +68,27 @@ def fetch_model(config: ModelConfig, parts: Sequence[str]) -> Path:
         snapshot_download(
             config.path,
             revision=config.revision,
-            allow_patterns=[_INDEX, *(f"{part}/*" for part in parts)],
+            allow_patterns=[INDEX, *(f"{part}/*" for part in parts)],
             ignore_patterns=_UNWANTED,
         )
     )
 
 
+def base_files(folder: Path, parts: Sequence[str]) -> list[Path]:
+    """Return the files that make up a base model: configs, tokenizer, safetensors.
+
+    Args:
+        folder: A pipeline's folder.
+        parts: The family's.
+    """
+    files = [folder / INDEX]
+    for part in parts:
+        files += sorted(p for p in (folder / part).glob("*") if _is_loaded(p))
+    return files
+
+
 def base_digest(folder: Path, parts: Sequence[str]) -> str:
-    """Digest the files that make up a base model: configs, tokenizer, safetensors.
+    """Digest the files that make up a base model.
 
     Args:
         folder: A pipeline's folder.
@@ -83,10 +98,7 @@ def base_digest(folder: Path, parts: Sequence[str]) -> str:
         sha256 over names and contents, whatever the folder is called.
     """
     digest = hashlib.sha256()
-    files = [folder / _INDEX]
-    for part in parts:
-        files += sorted(p for p in (folder / part).glob("*") if _is_loaded(p))
-    for file in files:
+    for file in base_files(folder, parts):
         digest.update(f"{file.relative_to(folder).as_posix()}\0{file.stat().st_size}\0".encode())
         with file.open("rb") as stream:
             while chunk := stream.read(1 << 22):
@@ -97,18 +109,18 @@ def base_digest(folder: Path, parts: Sequence[str]) -> str:
 def _model_index(config: ModelConfig) -> Path:
     folder = _local_folder(config)
     if folder is not None:
-        if not (folder / _INDEX).is_file():
+        if not (folder / INDEX).is_file():
             raise ModelError(
-                f"model.path {config.path!r} is a folder without {_INDEX}; expected a diffusers "
+                f"model.path {config.path!r} is a folder without {INDEX}; expected a diffusers "
                 "pipeline as save_pretrained writes it"
             )
-        return folder / _INDEX
+        return folder / INDEX
     try:
-        return Path(hf_hub_download(config.path, _INDEX, revision=config.revision))
+        return Path(hf_hub_download(config.path, INDEX, revision=config.revision))
     except HFValidationError as error:
         raise ModelError(
             f"model.path {config.path!r} is neither a folder here nor a Hub id; expected "
-            f"`starter`, a folder that contains {_INDEX}, or `owner/name`"
+            f"`starter`, a folder that contains {INDEX}, or `owner/name`"
         ) from error
     except LocalEntryNotFoundError as error:
         raise ModelError(
@@ -117,7 +129,7 @@ def _model_index(config: ModelConfig) -> Path:
         ) from error
     except EntryNotFoundError as error:
         raise ModelError(
-            f"Hub model {config.path!r} has no {_INDEX}; expected a diffusers pipeline"
+            f"Hub model {config.path!r} has no {INDEX}; expected a diffusers pipeline"
         ) from error
     except (HfHubHTTPError, OSError) as error:
         raise ModelError(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
 import peft
 import torch
@@ -39,6 +38,7 @@ class LoraWeights(Weights):
         dtype: torch.dtype,
     ) -> None:
         super().__init__(network)
+        self._scale = config.alpha / config.rank
         network.to(dtype=dtype)  # pyright: ignore[reportCallIssue]  # diffusers wraps it untyped
         adapter = peft.LoraConfig(
             r=config.rank,
@@ -58,14 +58,19 @@ class LoraWeights(Weights):
                 ) from error
         cast_training_params(network, dtype=torch.float32)
 
-    @property
-    def metadata(self) -> dict[str, Any]:
-        """The adapter's settings: a file without them makes loaders guess rank and alpha."""
-        return self.network.peft_config["default"].to_dict()
-
     def state(self) -> dict[str, Tensor]:
         """Return the adapter by peft's names."""
         return get_peft_model_state_dict(self.network)
+
+    def folded(self) -> dict[str, Tensor]:
+        """Return the adapter by peft's names, on the CPU, with alpha / rank multiplied into lora_B.
+
+        A reader that is told no alpha takes it to be the rank, which of these weights is right.
+        """
+        return {
+            name: (self._scale * value if ".lora_B." in name else value).cpu().contiguous()
+            for name, value in self.state().items()
+        }
 
     def load(self, weights: Mapping[str, Tensor]) -> None:
         """Load an adapter in place."""

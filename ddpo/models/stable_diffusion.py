@@ -6,16 +6,17 @@ Shapes: B images, C latent channels, h x w latent pixels, L tokens, D text featu
 from __future__ import annotations
 
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel  # pyright: ignore[reportPrivateImportUsage]
-from diffusers.utils import convert_state_dict_to_diffusers
+from peft.utils import get_peft_model_state_dict
 from PIL import Image
 from torch import Tensor
 
 from ddpo.config import ModelConfig
 from ddpo.errors import ConfigError, ModelError
+from ddpo.models import exports
 from ddpo.models.base import Conditioning, Policy
 from ddpo.models.lora import LoraWeights
 from ddpo.models.schedule import NoiseSchedule, ddim_scheduler
@@ -63,13 +64,35 @@ class StableDiffusion(Policy):
         """Write ``pytorch_lora_weights.safetensors``, or a whole pipeline (full fine-tuning)."""
         folder.mkdir(parents=True, exist_ok=True)
         if isinstance(self.weights, LoraWeights):
-            self.pipeline.save_lora_weights(
-                folder,
-                unet_lora_layers=convert_state_dict_to_diffusers(self.weights.state()),
-                unet_lora_adapter_metadata=self.weights.metadata,
-            )
+            self._export_adapter(folder, self.weights.folded())
         else:
-            self.pipeline.save_pretrained(folder, safe_serialization=True)
+            self._export_pipeline(folder)
+
+    def _export_adapter(self, folder: Path, adapter: dict[str, Any]) -> None:
+        # Under peft's names, all of them: diffusers' own conversion renames attention layers alone,
+        # and its loader then drops those. Without settings in the header: some readers do not look
+        # there, and older ones refuse settings that are newer than they are.
+        self.pipeline.save_lora_weights(
+            folder, unet_lora_layers=adapter, save_function=exports.save_tensors
+        )
+        with torch.device("meta"):
+            unet = cast(
+                UNet2DConditionModel, UNet2DConditionModel.from_config(self.pipeline.unet.config)
+            )
+        unet.to_empty(device="cpu")  # without values, which loading an adapter does not need
+        absent: Any = None
+        reader = StableDiffusionPipeline(
+            absent, absent, absent, unet, absent, absent, absent, requires_safety_checker=False
+        )
+        reader.load_lora_weights(str(folder), adapter_name="default", local_files_only=True)
+        exports.check_read_back("adapter", get_peft_model_state_dict(unet), adapter)
+
+    def _export_pipeline(self, folder: Path) -> None:
+        exports.write_pipeline(folder, self.folder, self.parts, "unet", self.weights.state())
+        reader = load_pipeline(folder)
+        for part in ("unet", "vae", "text_encoder"):
+            written, found = (getattr(each, part).state_dict() for each in (self.pipeline, reader))
+            exports.check_read_back(f"pipeline's {part}", found, written)
 
     def _load(self, model: ModelConfig) -> UNet2DConditionModel:
         self.pipeline = load_pipeline(self.folder)

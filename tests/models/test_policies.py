@@ -93,16 +93,6 @@ def test_exports_draw_the_same_pictures_in_plain_diffusers(
     assert not np.array_equal(expected["whole"][0], base[0])
 
 
-def test_the_lora_file_says_its_rank_and_alpha(tiny_model: Path, tmp_path: Path) -> None:
-    from safetensors import safe_open
-
-    policy = load_policy(tiny_config(tiny_model, trainable={"type": "lora", "rank": 2, "alpha": 8}))
-    policy.export(tmp_path)
-    with safe_open(tmp_path / "pytorch_lora_weights.safetensors", "pt") as file:
-        metadata = json.loads(file.metadata()["lora_adapter_metadata"])
-    assert (metadata["unet.r"], metadata["unet.lora_alpha"]) == (2, 8.0)
-
-
 # The base model's digest
 
 
