@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors.torch import load_file, save_file
+
 from starter_training.loop import console, load_ema, write_json
 from starter_training.measure import measure
 from starter_training.networks import Denoiser, assemble
@@ -29,6 +31,14 @@ def _replacing_folder(destination: Path) -> Iterator[Path]:
         destination.replace(old)
     fresh.replace(destination)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _prefix_names(file: Path, prefix: str) -> None:
+    """Put a prefix before the names of a safetensors file's tensors, unless it is there."""
+    tensors = load_file(file)
+    if not all(name.startswith(prefix) for name in tensors):
+        tensors = {prefix + name: value for name, value in tensors.items()}
+    save_file(tensors, file, metadata={"format": "pt"})
 
 
 def export(work: WorkFolder, recipe: Recipe, pipeline_folder: Path, judge_folder: Path) -> None:
@@ -67,6 +77,10 @@ def export(work: WorkFolder, recipe: Recipe, pipeline_folder: Path, judge_folder
     denoiser.unet.half()
     with _replacing_folder(pipeline_folder) as fresh:
         pipeline.save_pretrained(fresh, safe_serialization=True)
+        # What transformers 4 looks for, and 5 reads too: names with a prefix, and a tokenizer's
+        # vocabulary and merges as files of their own.
+        _prefix_names(fresh / "text_encoder" / "model.safetensors", "text_model.")
+        denoiser.tokenizer.backend_tokenizer.model.save(str(fresh / "tokenizer"))
         write_json(fresh / "training.json", record)
     with _replacing_folder(judge_folder) as fresh:
         judge.save(fresh)

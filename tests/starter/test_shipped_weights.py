@@ -11,6 +11,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from PIL import Image
+from safetensors.torch import load_file
 
 from ddpo.starter import JUDGE_PATH, STARTER_PATH
 from ddpo.starter.judge import Judge
@@ -45,7 +46,7 @@ def generate(pipeline: StableDiffusionPipeline, prompts: list[str]) -> np.ndarra
 @pytest.mark.parametrize(("folder", "limit_mb"), [(STARTER_PATH, 25), (JUDGE_PATH, 8)])
 def test_weights_are_safetensors_of_limited_size(folder: Path, limit_mb: int) -> None:
     files = [path for path in folder.rglob("*") if path.is_file()]
-    assert {path.suffix for path in files} <= {".safetensors", ".json"}
+    assert {path.suffix for path in files if path.name != "merges.txt"} <= {".safetensors", ".json"}
     assert sum(path.stat().st_size for path in files) <= limit_mb * 1e6
 
 
@@ -71,6 +72,17 @@ def test_it_loads_in_float32_without_checker_and_extractor(
     assert pipeline.safety_checker is None and pipeline.feature_extractor is None
     for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
         assert {parameter.dtype for parameter in part.parameters()} == {torch.float32}
+
+
+def test_transformers_4_finds_all_that_it_looks_for() -> None:
+    """`tests/models/test_older_releases.py` lets it load them."""
+    names = load_file(STARTER_PATH / "text_encoder" / "model.safetensors").keys()
+    assert all(name.startswith("text_model.") for name in names)
+    folder = STARTER_PATH / "tokenizer"
+    model = json.loads((folder / "tokenizer.json").read_text())["model"]
+    assert json.loads((folder / "vocab.json").read_text()) == model["vocab"]
+    merges = (folder / "merges.txt").read_text().splitlines()[1:]
+    assert [merge.split(" ") for merge in merges] == model["merges"]
 
 
 def test_the_same_seeds_give_the_same_bytes(pipeline: StableDiffusionPipeline) -> None:
