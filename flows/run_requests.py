@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import secrets
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -156,7 +156,7 @@ class ForkRequest(Request["RunPlan"]):
             statistics=self.statistics,
             overrides=self.overrides,
         )
-        return _check_start(config, fork_name(parent, config, self.fork_id))
+        return _check_start(config, self.fork_id or fork_name(parent, config))
 
 
 @dataclass(frozen=True)
@@ -286,12 +286,13 @@ def check_comparison(comparison: Comparison) -> ComparisonPlan:
     """
     from ddpo.errors import ConfigError, RunIdentityMismatch
     from ddpo.runs import check_run
-    from ddpo_workflow.tasks.tracking.connection import connect
 
     plans: dict[str, RunPlan] = {}
     for member in comparison.members:
         try:
-            plans[member.run_id] = check_run(member.config, member.run_id)
+            plans[member.run_id] = check_run(
+                member.config, member.run_id, awaits_parent=member.config.fork is not None
+            )
         except RunIdentityMismatch as error:
             shared = member is comparison.shared[member.seed]
             which = "the run with its shared samples" if shared else "its run"
@@ -301,7 +302,7 @@ def check_comparison(comparison: Comparison) -> ComparisonPlan:
                 f"settings:{lines}\nExisting runs stay as they are: give the changed comparison "
                 "another name (--name), or undo the change"
             ) from error
-    connect(comparison.members[0].config.tracking.uri)
+    _check_surroundings(list(plans.values()))
     return ComparisonPlan(comparison, plans)
 
 
@@ -334,12 +335,20 @@ def rescorable_epochs(run: Run, words: str | None) -> list[int]:
 
 
 def _check_start(config: RunConfig, run_id: str) -> RunPlan:
-    """Check that a run can start: every way of starting one comes through here."""
+    """Check that a run can start: every way of starting one by itself comes through here."""
     from ddpo.analysis.comparison.plan import check_not_shared
     from ddpo.runs import check_run
-    from ddpo_workflow.tasks.tracking.connection import connect
 
     plan = check_run(config, run_id)
     check_not_shared(plan.store, plan.run_id)
-    connect(config.tracking.uri)
+    _check_surroundings([plan])
     return plan
+
+
+def _check_surroundings(plans: Sequence[RunPlan]) -> None:
+    """Check MLflow and the model that runs have in common; the model last, which is loaded."""
+    from ddpo_workflow.tasks.tracking.connection import connect
+    from ddpo_workflow.tasks.worker import check_model
+
+    connect(plans[0].config.tracking.uri)
+    check_model(plans)

@@ -11,7 +11,7 @@ from ddpo.store.keys import Partition
 from ddpo.store.kinds import CHECKPOINT
 from ddpo.store.manifests import Ref
 from ddpo_workflow.tasks.score import score_shard
-from ddpo_workflow.tasks.start import check_fork, start
+from ddpo_workflow.tasks.start import start
 
 
 def first_checkpoint(run: Run) -> Ref[Checkpoint]:
@@ -30,7 +30,6 @@ def first_checkpoint(run: Run) -> Ref[Checkpoint]:
         return checkpoint  # without the epochs before it, which may be retired by now
     if run.fork is None or not run.fork.rebuilds_statistics:
         return start(run.handle)
-    check_fork(run.handle)
     return start(run.handle, scores_before(run.fork, run.config.reward))
 
 

@@ -13,7 +13,12 @@ from ddpo.diffusion.sampling import sampler_digest
 from ddpo.errors import ConfigError, CorruptObject, MissingObject, RetiredObject
 from ddpo.models import Policy, policy_digest
 from ddpo.runs import Fork, Run, Scorer
-from ddpo.runs.forks.checks import check_policy, check_sampler, saved_rollouts
+from ddpo.runs.forks.checks import (
+    check_policy,
+    check_sampler,
+    parent_checkpoint,
+    saved_rollouts,
+)
 from ddpo.store import keys
 from ddpo.store.artefacts import RolloutShard, Scores
 from ddpo.store.checkpoints import TENSOR_ROLES, Checkpoint, checkpoint_objects
@@ -34,15 +39,18 @@ def inherit_shard(run: Run, epoch: int, shard: int) -> Ref[RolloutShard]:
         shard: The shard.
 
     Raises:
-        ConfigError: The parent has no such shard.
+        ConfigError: The parent has no such shard, or its shards have another number of samples.
         RetiredObject: Retention deleted it.
     """
     parent = _fork_of(run).parent
     where = Partition(run.run_id, epoch, shard)
     if found := ROLLOUTS.find(run.store, where):
         return found  # retention spares it from its commit on, but may record the epoch as retired
-    saved = saved_rollouts(parent, epoch)[shard]
-    objects = ROLLOUTS.load(run.store, saved).objects
+    shards = saved_rollouts(parent, epoch)
+    saved = shards[shard]
+    adopted = ROLLOUTS.load(run.store, saved)
+    _check_size(run, epoch, len(shards), len(adopted.samples()))
+    objects = adopted.objects
     done = ROLLOUTS.commit(run.store, where, {"inherited": saved}, objects).ref
     # After the commit: a retirement that began before it has left its record.
     record = keys.retired_key("trajectories", parent.run_id, epoch)
@@ -93,8 +101,9 @@ def inherit_checkpoint(run: Run, policy: Policy, scores: Sequence[Ref[Scores]]) 
         RetiredObject: Retention deleted the checkpoint.
     """
     fork = _fork_of(run)
-    check_inheritable(run, policy)
-    parent_ref = _parent_checkpoint(fork)
+    check_policy(fork, policy)
+    check_sampler(fork)
+    parent_ref = parent_checkpoint(fork)
     parent = CHECKPOINT.load(run.store, parent_ref)
     state = parent.state()
     digests = _digests(run, policy)
@@ -128,34 +137,28 @@ def inherit_checkpoint(run: Run, policy: Policy, scores: Sequence[Ref[Scores]]) 
     return ref
 
 
-def check_inheritable(run: Run, policy: Policy) -> None:
-    """Refuse a fork whose saved rollouts are of another base model or sampler.
+def _check_size(run: Run, epoch: int, shards: int, samples: int) -> None:
+    """Refuse saved samples that are not as many as the fork's own would be.
 
     Args:
         run: The fork.
-        policy: Its model, as loaded.
-
-    Raises:
-        ConfigError: The parent has no such checkpoint.
-        PolicyMismatch: The base model, the sampler, or the place of its noise differs.
+        epoch: The epoch.
+        shards: Number of saved shards.
+        samples: Number of samples in one of them.
     """
-    fork = _fork_of(run)
-    parent = CHECKPOINT.load(run.store, _parent_checkpoint(fork))
-    check_policy(fork, parent.digests, _digests(run, policy))
-    check_sampler(fork)
+    expected = run.shards_per_epoch, run.config.rollouts.shard_size
+    if (shards, samples) != expected:
+        raise ConfigError(
+            f"epoch {epoch} of run {_fork_of(run).parent_id!r} has {shards} shards of {samples} "
+            f"samples, but the fork {run.run_id!r} expects {expected[0]} of {expected[1]}. Start "
+            "another fork, with the parent's rollouts.samples_per_epoch and rollouts.shard_size"
+        )
 
 
 def _fork_of(run: Run) -> Fork:
     if run.fork is None:
         raise ValueError(f"run {run.run_id!r} is not a fork")
     return run.fork
-
-
-def _parent_checkpoint(fork: Fork) -> Ref[Checkpoint]:
-    found = CHECKPOINT.find(fork.store, Partition(fork.parent_id, fork.epoch))
-    if found is None:
-        raise ConfigError(f"run {fork.parent_id!r} has no checkpoint {fork.epoch}")
-    return found
 
 
 def _digests(run: Run, policy: Policy) -> dict[str, str]:

@@ -15,7 +15,7 @@ from ddpo.store.keys import Partition
 from ddpo.store.kinds import CHECKPOINT, committed
 from ddpo.store.manifests import Ref
 from ddpo.training.loop import initial_state
-from ddpo_workflow.tasks.inherit import check_inheritable, inherit_checkpoint
+from ddpo_workflow.tasks.inherit import inherit_checkpoint
 from ddpo_workflow.tasks.retries import STORAGE
 from ddpo_workflow.tasks.worker import RunHandle, fresh_policy, opened
 
@@ -56,23 +56,3 @@ def start(handle: RunHandle, history: Sequence[Ref[Scores]] = ()) -> Ref[Checkpo
             {"identity_digest": run.identity_digest},
             lambda: checkpoint_objects(initial_state(policy, ema=ema), digests),
         )
-
-
-@task(
-    name="check fork",
-    task_run_name="policy of the saved samples",
-    cache_policy=NO_CACHE,
-    **STORAGE,
-)
-def check_fork(handle: RunHandle) -> None:
-    """Refuse a fork of another base model's or sampler's samples, before any scoring.
-
-    Args:
-        handle: The fork.
-
-    Raises:
-        PolicyMismatch: Its base model or sampler is not that of the saved rollouts.
-    """
-    run = opened(handle)
-    with fresh_policy(run) as policy:
-        check_inheritable(run, policy)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -12,7 +12,7 @@ from ddpo.config import RewardConfig
 from ddpo.errors import PolicyMismatch
 from ddpo.models import Policy, WeightSet, load_policy
 from ddpo.rewards import load_reward
-from ddpo.runs import Run, RunHandle, Scorer
+from ddpo.runs import Run, RunHandle, RunPlan, Scorer
 from ddpo.store.checkpoints import Checkpoint
 from ddpo.store.kinds import CHECKPOINT
 from ddpo.store.manifests import Ref
@@ -28,10 +28,14 @@ _loaded: _Loaded | None = None
 
 @dataclass
 class _Loaded:
-    """The one model of this process, and the checkpoint whose trained weights it holds."""
+    """The one model of this process, and the checkpoint whose trained weights it holds.
+
+    `fresh` until its trained weights may have changed.
+    """
 
     key: tuple[str, str]
     policy: Policy
+    fresh: bool = True
     checkpoint: Ref[Checkpoint] | None = None
     state: TrainState | None = None
 
@@ -90,6 +94,25 @@ def forget() -> None:
     _loaded = None
 
 
+def check_model(plans: Sequence[RunPlan]) -> None:
+    """Check those runs that have no checkpoint yet against their model, before they start.
+
+    Args:
+        plans: Runs of one model, such as those of a comparison. It is loaded once, and kept for the
+            first of them.
+
+    Raises:
+        DdpoError: The model cannot be loaded; or as `RunPlan.check_model`.
+    """
+    new = [plan for plan in plans if not plan.has_checkpoint]
+    if not new:
+        return
+    with _device:
+        policy = _load(new[0], fresh=True).policy
+        for plan in new:
+            plan.check_model(policy)
+
+
 @contextmanager
 def fresh_policy(run: Run) -> Iterator[Policy]:
     """Hold the device and the run's model as checkpoint 0 has it.
@@ -101,7 +124,7 @@ def fresh_policy(run: Run) -> Iterator[Policy]:
         The policy; the device is locked until the context is left.
     """
     with _device:
-        yield _load(run, anew=True).policy
+        yield _load(run, fresh=True).policy
 
 
 @contextmanager
@@ -130,6 +153,7 @@ def policy_at(
     """
     with _device:
         loaded = _load(run)
+        loaded.fresh = False
         if loaded.checkpoint != checkpoint or loaded.state is None:
             loaded.checkpoint = None
             state = CHECKPOINT.load(run.store, checkpoint).state()
@@ -152,10 +176,10 @@ def policy_at(
         loaded.checkpoint = checkpoint
 
 
-def _load(run: Run, *, anew: bool = False) -> _Loaded:
+def _load(run: Run | RunPlan, *, fresh: bool = False) -> _Loaded:
     global _loaded
     key = (run.run_id, run.identity_digest)
-    if _loaded is None or _loaded.key != key or anew:
+    if _loaded is None or _loaded.key != key or (fresh and not _loaded.fresh):
         _loaded = None  # free the old model's memory before loading the new one
         config = run.config
         policy = load_policy(config.model, config.trainable, run.numerics, seed=config.seed)

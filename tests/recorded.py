@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from ddpo.config import RunConfig
 from ddpo.prompts import Prompt
 from ddpo.rewards import Scores, load_reward
-from ddpo.runs import Run, Scorer, start_run
+from ddpo.runs import Run, Scorer, check_run, start_run
 from ddpo.store import manifests
 from ddpo.store.keys import Partition
 from ddpo.store.kinds import ROLLOUTS
@@ -40,6 +42,12 @@ def record_run(model: Path, root: Path | str, run_id: str = "mine", **changes: A
     run = start_run(tiny_config(model, **changes), run_id)
     run_epochs(run, EPOCHS)
     return run
+
+
+def start_unchecked(config: RunConfig, run_id: str) -> Run:
+    """Start a fork without a look at its parent, as if that had changed since."""
+    plan = check_run(config, run_id, awaits_parent=True)
+    return replace(plan, awaits_parent=False).start()
 
 
 def score_again(run: Run, reward: str, epochs: range = range(EPOCHS), **parameters: Any) -> str:

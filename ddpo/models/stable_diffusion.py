@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel  # pyright: ignore[reportPrivateImportUsage]
+from diffusers.utils import logging
 from peft.utils import get_peft_model_state_dict
 from PIL import Image
 from torch import Tensor
@@ -137,6 +138,7 @@ def load_pipeline(folder: Path) -> StableDiffusionPipeline:
     Raises:
         ModelError: The folder does not hold such a pipeline.
     """
+    logging.disable_progress_bar()  # of loading, which no environment variable controls
     try:
         pipeline = StableDiffusionPipeline.from_pretrained(
             folder,

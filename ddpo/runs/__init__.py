@@ -9,7 +9,7 @@ from ddpo.runs.run import (
     open_run,
     storage_root,
 )
-from ddpo.runs.start import RunPlan, check_config, check_run, start_run
+from ddpo.runs.start import RunPlan, check_run, start_run
 
 __all__ = [
     "DEFAULT_ROOT",
@@ -18,7 +18,6 @@ __all__ = [
     "RunHandle",
     "RunPlan",
     "Scorer",
-    "check_config",
     "check_run",
     "open_run",
     "start_run",

@@ -140,15 +140,12 @@ class Run:
     @property
     def identity_digest(self) -> str:
         """sha256 over identity and numerics: what checkpoint 0 is made from."""
-        return json_digest(
-            {"identity": self.config.identity(), "numerics": self.numerics.model_dump(mode="json")}
-        )
+        return identity_digest(self.config, self.numerics)
 
     @once_property
     def fork(self) -> Fork | None:
         """What the run inherits from its parent; None unless it is a fork."""
-        settings = self.config.fork
-        return Fork(self.store, self.config, settings) if settings else None
+        return fork_of(self.store, self.config)
 
     @property
     def first_epoch(self) -> int:
@@ -220,6 +217,18 @@ class Fork:
             yield from parent.fork.epochs_before()
         for epoch in range(parent.first_epoch, self.epoch):
             yield parent, epoch
+
+
+def fork_of(store: Store, config: RunConfig) -> Fork | None:
+    """Return what a run with this config inherits from its parent; None unless it is a fork."""
+    return Fork(store, config, config.fork) if config.fork else None
+
+
+def identity_digest(config: RunConfig, numerics: Numerics) -> str:
+    """Return the sha256 over the identity and the numerics of a run."""
+    return json_digest(
+        {"identity": config.identity(), "numerics": numerics.model_dump(mode="json")}
+    )
 
 
 def storage_root(root: str | None) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,16 +12,19 @@ from pydantic import JsonValue
 
 from ddpo.basics.version import VERSION
 from ddpo.config import RunConfig
+from ddpo.diffusion.window import sampler_of_epoch
 from ddpo.errors import ConfigError, RunIdentityMismatch
-from ddpo.models import check_model
+from ddpo.models import Policy, check_model
 from ddpo.models.numerics import Numerics, changed_versions, resolve_again, resolve_numerics
 from ddpo.prompts import load_prompts, prompt_set_digest
 from ddpo.rewards import Reward, load_reward
+from ddpo.runs.forks.checks import check_fork, check_policy
 from ddpo.runs.readback import check_readable
-from ddpo.runs.run import Run, run_of_record, storage_root
+from ddpo.runs.run import Fork, Run, fork_of, identity_digest, run_of_record, storage_root
 from ddpo.store import keys, runs
 from ddpo.store.documents import differences
-from ddpo.store.kinds import EPOCH
+from ddpo.store.keys import Partition
+from ddpo.store.kinds import CHECKPOINT, EPOCH
 from ddpo.store.objects import Store
 from ddpo.store.upkeep.probe import probe
 
@@ -45,16 +49,51 @@ class RunPlan:
     """The settings and digests that must be the same at every start."""
     reward: Reward
     """The reward, kept so that it is not built again for the run."""
+    awaits_parent: bool = False
+    """Whether a fork's parent has yet to run; what is inherited is then checked by `start`."""
 
     def __post_init__(self) -> None:
         check_readable(self.store, self.run_id, self.config, self.numerics, self.identity)
+
+    @property
+    def identity_digest(self) -> str:
+        """The `identity_digest` of the run."""
+        return identity_digest(self.config, self.numerics)
+
+    @property
+    def fork(self) -> Fork | None:
+        """What the run inherits from its parent; None unless it is a fork."""
+        return fork_of(self.store, self.config)
+
+    @property
+    def has_checkpoint(self) -> bool:
+        """Whether the run has its first checkpoint, made by an earlier start."""
+        first = self.config.fork.epoch if self.config.fork else 0
+        return CHECKPOINT.exists(self.store, Partition(self.run_id, first))
+
+    def check_model(self, policy: Policy) -> None:
+        """Check what only the run's loaded model can tell.
+
+        Args:
+            policy: The model.
+
+        Raises:
+            ConfigError: The window of steps contains none to train on.
+            PolicyMismatch: A fork's base model or sampler is not that of the saved rollouts.
+        """
+        sampler_of_epoch(policy, self.config, 0)
+        if self.fork and not self.awaits_parent:
+            check_policy(self.fork, policy)
 
     def start(self) -> Run:
         """Create the run, or resume the one in the store.
 
         Raises:
             RunIdentityMismatch: Another process has just created the run with another config.
+            DdpoError: As `check_fork`, if the parent had yet to run.
         """
+        if self.fork and self.awaits_parent and not self.has_checkpoint:
+            check_fork(self.fork)
         record = runs.create_or_check_run(
             self.store,
             self.run_id,
@@ -90,28 +129,43 @@ def start_run(config: RunConfig, run_id: str) -> Run:
     return check_run(config, run_id).start()
 
 
-def check_run(config: RunConfig, run_id: str) -> RunPlan:
+def check_run(config: RunConfig, run_id: str, *, awaits_parent: bool = False) -> RunPlan:
     """Check that a run can start or be resumed, before a model is loaded or anything is written.
 
     Args:
         config: The config of this start.
         run_id: The run's name.
+        awaits_parent: Whether a fork's parent has yet to run.
 
     Returns:
         The run, ready to start.
 
     Raises:
-        DdpoError: The config, the model, the store or a folder cannot be used; or the run exists
-            with another identity.
+        DdpoError: The config, the model, the store, a folder or a fork's parent cannot be used; or
+            the run exists with another identity.
     """
     keys.validate_run_id(run_id)
     _check_folders(config.outputs)
     store = Store.open(storage_root(config.storage.root), config.storage.s3)
     probe(store)
     runs.check_not_being_deleted(store, run_id)
-    if not store.exists(keys.run_key(run_id)):
-        numerics, reward = check_config(config)
-        return RunPlan(store, run_id, config, numerics, _identity(config, reward), reward)
+    reward = load_reward(config.reward.name, config.reward.parameters)
+    identity = _identity(config, reward)
+    if store.exists(keys.run_key(run_id)):
+        numerics = _check_stored(store, run_id, config, identity)
+    else:
+        numerics = resolve_numerics(config.numerics)
+        fork = fork_of(store, config)
+        if fork and not awaits_parent:
+            check_fork(fork)
+    check_model(config.model)
+    return RunPlan(store, run_id, config, numerics, identity, reward, awaits_parent)
+
+
+def _check_stored(
+    store: Store, run_id: str, config: RunConfig, identity: Mapping[str, JsonValue]
+) -> Numerics:
+    """Refuse to resume a run with another config; return the numerics that it is resumed with."""
     first = config.fork.epoch if config.fork else 0
     committed = first + len(EPOCH.partitions_of(store, run_id))
     if config.epochs < committed:
@@ -120,36 +174,12 @@ def check_run(config: RunConfig, run_id: str) -> RunPlan:
             f"set at least as many (--epochs {committed} on resume), or start another run"
         )
     record = runs.load_run(store, run_id)
-    frozen = Numerics.model_validate(record.numerics)
-    numerics = resolve_again(config.numerics, frozen)
-    reward = load_reward(config.reward.name, config.reward.parameters)
-    identity = _identity(config, reward)
+    numerics = resolve_again(config.numerics, Numerics.model_validate(record.numerics))
     changed = differences(record.identity, identity)
     changed += differences(record.numerics, numerics.model_dump(mode="json"), "numerics")
     if changed:
         raise RunIdentityMismatch(run_id, changed)
-    check_config(config)
-    return RunPlan(store, run_id, config, numerics, identity, reward)
-
-
-def check_config(config: RunConfig) -> tuple[Numerics, Reward]:
-    """Check all that can be checked before a model is loaded.
-
-    Args:
-        config: The config.
-
-    Returns:
-        The numerics, resolved on this machine, and the reward.
-
-    Raises:
-        ConfigError: Unknown prompt set or reward, wrong parameters, missing device.
-        ModelError: The model is neither on disk nor downloadable.
-    """
-    load_prompts(config.prompts.name, config.prompts.parameters)
-    reward = load_reward(config.reward.name, config.reward.parameters)
-    numerics = resolve_numerics(config.numerics)
-    check_model(config.model)
-    return numerics, reward
+    return numerics
 
 
 def _check_folders(outputs: str) -> None:

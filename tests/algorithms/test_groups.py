@@ -14,7 +14,7 @@ import yaml
 
 from ddpo.algorithms.advantages import GroupAdvantages
 from ddpo.errors import ConfigError, RewardError
-from ddpo.runs import start_run
+from ddpo.runs import check_run, start_run
 from ddpo.runs.forks.plan import fork_config
 from ddpo.store import manifests
 from ddpo.store.epochs import read_epoch
@@ -174,4 +174,4 @@ def test_a_fork_keeps_the_groups_of_the_samples_that_it_inherits(
     assert fork_config(run, 0).rollouts.samples_per_prompt == 4
     message = r"rollouts\.samples_per_prompt is 2, but the saved samples have 4"
     with pytest.raises(ConfigError, match=message):
-        fork_config(run, 0, overrides=["rollouts.samples_per_prompt=2"])
+        check_run(fork_config(run, 0, overrides=["rollouts.samples_per_prompt=2"]), "fork")

@@ -15,6 +15,7 @@ from ddpo.analysis.comparison.statistics import interval, t_quantile
 from ddpo.errors import ConfigError
 from ddpo.runs import start_run
 from ddpo.store.objects import Store
+from tests.recorded import start_unchecked
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 SHIPPED = CONFIGS / "starter_compare.yaml"
@@ -150,7 +151,7 @@ def test_the_shared_run_alone_is_not_to_be_trained(tmp_path: Path) -> None:
     shared, variant = planned.shared[3], planned.variants["is"][0]
     check_not_shared(store, shared.run_id)  # does not exist yet
     for member in (shared, variant):
-        start_run(member.config, member.run_id)
+        start_unchecked(member.config, member.run_id)
     check_not_shared(store, variant.run_id)
     with pytest.raises(ConfigError, match="ddpo compare CONFIG --name my-comparison") as refused:
         check_not_shared(store, shared.run_id)

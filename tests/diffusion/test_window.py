@@ -17,7 +17,7 @@ from ddpo.diffusion.window import sampler_of_epoch, window_steps
 from ddpo.errors import ConfigError, PolicyMismatch
 from ddpo.models import Policy
 from ddpo.models.schedule import NoiseSchedule
-from ddpo.runs import Run, RunHandle, start_run
+from ddpo.runs import Run, RunHandle, check_run, start_run
 from ddpo.runs.forks.plan import fork_config
 from ddpo.store import manifests
 from ddpo.store.kinds import CHECKPOINT
@@ -31,6 +31,7 @@ from ddpo_workflow.tasks.sample import sample_shard
 from ddpo_workflow.tasks.start import start
 from tests.checks import accumulated, ddim_reference
 from tests.fold import as_in_a_new_process, run_epoch
+from tests.recorded import start_unchecked
 from tests.tiny import (
     PROMPTS,
     alternating_advantages,
@@ -287,17 +288,22 @@ def test_a_fork_of_another_seed_may_not_train_samples_whose_noise_is_elsewhere(
     run_epoch(parent, checkpoint, 0)
     refusal = "placed by seed 13, but a fork with seed 14 would train"
     with pytest.raises(PolicyMismatch, match=refusal):  # before there is such a run
-        fork_config(parent, 0, overrides=[f"seed={MOVING_SEED + 1}"])
+        check_run(fork_config(parent, 0, overrides=[f"seed={MOVING_SEED + 1}"]), "other")
     fork = {"run_id": "r", "epoch": 0}
     _, same = moving_run(tiny_model, tmp_path / "store", "same", fork=fork)
     assert start.fn(same) != checkpoint
-    _, other = moving_run(tiny_model, tmp_path / "store", "other", fork=fork, seed=MOVING_SEED + 1)
     with pytest.raises(PolicyMismatch, match=refusal):
-        start.fn(other)
+        moving_run(tiny_model, tmp_path / "store", "other", fork=fork, seed=MOVING_SEED + 1)
+    # And where it comes to the model, should its parent be another run by then.
+    other = same.open().config.model_copy(update={"seed": MOVING_SEED + 1})
+    with pytest.raises(PolicyMismatch, match=refusal):
+        start.fn(start_unchecked(other, "other").handle)
     # Steps that are all noisy can be trained in any window.
     everywhere = {"steps": 2, "position": "random"}
-    _, handle = moving_run(tiny_model, tmp_path / "store", "noisy", sampler={"window": everywhere})
-    start.fn(handle)
+    run, handle = moving_run(
+        tiny_model, tmp_path / "store", "noisy", sampler={"window": everywhere}
+    )
+    run_epoch(run, start.fn(handle), 0)
     fork = {"run_id": "noisy", "epoch": 0}
     changes: dict[str, Any] = {"sampler": {"window": everywhere}, "seed": MOVING_SEED + 1}
     _, other = moving_run(tiny_model, tmp_path / "store", "free", fork=fork, **changes)

@@ -9,6 +9,7 @@ import pytest
 
 from ddpo.analysis.report import reward_curve
 from ddpo.errors import ConfigError, PolicyMismatch, UnknownSchema
+from ddpo.runs import check_run
 from ddpo.runs.forks.plan import fork_config
 from ddpo.store import keys, manifests
 from ddpo.store.keys import Partition
@@ -171,11 +172,12 @@ def test_a_history_is_trained_on_off_policy_where_the_config_says_so(place: Plac
 def test_what_cannot_be_forked_is_said_before_anything_is_loaded(place: Place) -> None:
     parent = place.run(NIGHT)
     with pytest.raises(ConfigError, match="has not committed epoch 7"):
-        fork_config(parent, 7)
+        check_run(fork_config(parent, 7, epochs=9), "fork")
     with pytest.raises(ConfigError, match="expected at least 3"):
         fork_config(parent, 2, epochs=2)
     with pytest.raises(ConfigError, match="trainable"):
-        fork_config(parent, 1, overrides=["trainable.rank=2", "trainable.type=lora"])
+        trainable = ["trainable.rank=2", "trainable.type=lora"]
+        check_run(fork_config(parent, 1, overrides=trainable), "fork")
     recomputed = ["fork.off_policy=true", "algorithm.old_log_probs=recompute"]
     with pytest.raises(ConfigError, match="every ratio would be 1"):
         fork_config(parent, 1, overrides=recomputed)

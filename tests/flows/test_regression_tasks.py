@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ddpo.errors import ConfigError
-from ddpo.runs import Run, RunHandle, start_run
+from ddpo.runs import Run, RunHandle, check_run, start_run
 from ddpo.runs.forks.plan import fork_config
 from ddpo.store import manifests
 from ddpo.store.keys import Partition
@@ -203,4 +203,4 @@ def test_a_fork_by_ddpo_is_refused_where_clean_latents_alone_were_saved(
     run_epochs(run, 1)
     settings = ["algorithm={type: ddpo_is, updates_per_epoch: 2}"]
     with pytest.raises(ConfigError, match="rwr saved only the final latents"):
-        fork_config(run, 0, overrides=settings)
+        check_run(fork_config(run, 0, overrides=settings), "fork")

@@ -10,9 +10,9 @@ from ddpo.algorithms.advantages import PerPromptAdvantages
 from ddpo.basics.digests import tensors_digest
 from ddpo.config import ForkConfig, RunConfig
 from ddpo.errors import ConfigError, PolicyMismatch, RetiredObject
-from ddpo.runs import Run, RunHandle, open_run, start_run
+from ddpo.runs import Run, RunHandle, check_run, open_run, start_run
 from ddpo.runs.forks.checks import saved_rollouts
-from ddpo.runs.forks.plan import fork_config, fork_name
+from ddpo.runs.forks.plan import fork_config
 from ddpo.runs.forks.records import record_fork
 from ddpo.store import keys, manifests
 from ddpo.store.checkpoints import Checkpoint
@@ -30,6 +30,7 @@ from ddpo_workflow.tasks.inherit import inherit_shard
 from ddpo_workflow.tasks.score import score_shard
 from ddpo_workflow.tasks.start import start
 from tests.fold import as_in_a_new_process, run_epoch, run_epochs
+from tests.recorded import start_unchecked
 from tests.tiny import tiny_config
 
 ADOPTED = 3
@@ -111,9 +112,9 @@ def test_a_fork_keeps_every_epoch_that_it_adopted(history: Run, tiny_model: Path
     run_epochs(open_run(fork.store, "fork"), ADOPTED + 1)
     # The command that made it goes on with it too; under another name it would be too late.
     assert fork_config(history, 0).fork == ForkConfig(run_id="history", epoch=0)
-    assert fork_name(history, fork.config, "fork") == "fork"
+    check_run(fork.config, "fork")
     with pytest.raises(RetiredObject):
-        fork_name(history, fork.config, "another")
+        check_run(fork.config, "another")
 
 
 def test_a_fork_that_was_stopped_between_two_epochs_finds_the_others_after_retention(
@@ -138,9 +139,8 @@ def test_a_fork_that_was_stopped_between_two_epochs_finds_the_others_after_reten
 
 def test_a_fork_that_comes_after_retention_is_told_so(history: Run, tiny_model: Path) -> None:
     retire_epochs(history.store, "history", keep="images_and_scores", older_than=1)
-    fork = forked(history, tiny_model)
     with pytest.raises(RetiredObject, match="trajectories"):
-        run_epochs(fork, 1)
+        forked(history, tiny_model)
 
 
 def test_a_fork_that_cannot_begin_is_refused_before_its_name_is_taken(history: Run) -> None:
@@ -150,7 +150,7 @@ def test_a_fork_that_cannot_begin_is_refused_before_its_name_is_taken(history: R
         "algorithm": history.config.algorithm.model_copy(update={"advantages": PER_PROMPT}),
     }
     config = history.config.model_copy(update=changes)
-    assert fork_name(history, config, "fork") == "fork"
+    check_run(config, "fork")
 
     keep_all = {key: store.read(key) for key in store.list()}
 
@@ -167,19 +167,19 @@ def test_a_fork_that_cannot_begin_is_refused_before_its_name_is_taken(history: R
     for part, epoch in (("samples", 2), ("trajectories", 3)):
         retired(part, epoch)
         with pytest.raises(RetiredObject, match=f"{part} of epoch {epoch}"):
-            fork_name(history, config, "fork")
+            check_run(config, "fork")
     # What its prompt statistics would be rebuilt from; pictures alone are enough for that.
     retired("trajectories", 0)
-    assert fork_name(history, config, "fork") == "fork"
+    check_run(config, "fork")
     retired("samples", 0)
     with pytest.raises(ConfigError, match=r"epoch 0 of 'history'.*--reset-statistics"):
-        fork_name(history, config, "fork")
+        check_run(config, "fork")
     reset = ForkConfig(run_id="history", epoch=1, statistics="reset")
     forgetful = config.model_copy(update={"fork": reset})
-    assert fork_name(history, forgetful, "fork") == "fork"
+    check_run(forgetful, "fork")
     assert retire_checkpoints(store, "history", keep_newest=1, keep_every=None)[:2] == [0, 1]
     with pytest.raises(RetiredObject, match="checkpoints"):
-        fork_name(history, forgetful, "fork")
+        check_run(forgetful, "fork")
     assert not store.exists(keys.run_key("fork"))
 
 
@@ -192,13 +192,13 @@ def test_an_epoch_that_a_run_adopted_off_policy_starts_no_on_policy_fork(
     parent = start_run(config.model_copy(update={"optimizer": faster}), "fork")
     run_epochs(parent, ADOPTED + 1)
     with pytest.raises(PolicyMismatch, match=r"epoch 1 of run 'fork'.*'history'.*off_policy: true"):
-        fork_name(parent, fork_config(parent, 1), "second")
+        check_run(fork_config(parent, 1), "second")
     assert not parent.store.exists(keys.run_key("second"))
     off = fork_config(parent, 1, overrides=["fork.off_policy=true"])
-    assert fork_name(parent, off, "second") == "second"
+    check_run(off, "second")
     # Of its first epoch, and of what it drew itself, its own checkpoint is the policy.
     for epoch in (0, ADOPTED):
-        assert fork_name(parent, fork_config(parent, epoch), "second") == "second"
+        check_run(fork_config(parent, epoch), "second")
 
 
 def test_a_checkpoint_that_never_was_is_missed_before_a_name_is_taken(history: Run) -> None:
@@ -206,7 +206,7 @@ def test_a_checkpoint_that_never_was_is_missed_before_a_name_is_taken(history: R
     config = fork_config(history, 1)
     history.store.delete(CHECKPOINT.key(Partition("history", 1)))
     with pytest.raises(ConfigError, match="has no checkpoint 1"):
-        fork_name(history, config, "fork")
+        check_run(config, "fork")
 
 
 def test_a_fork_is_told_what_retention_deletes_while_it_adopts_it(
@@ -251,7 +251,7 @@ def test_a_fork_that_was_killed_before_it_left_its_record_leaves_it_as_it_goes_o
 
     root = tmp_path / "store"
     start_run(config_of(tiny_model, root, 5, fork=False), "history")
-    fork = start_run(config_of(tiny_model, root, ADOPTED + 1, fork=True), "fork")
+    fork = start_unchecked(config_of(tiny_model, root, ADOPTED + 1, fork=True), "fork")
     assert fork.store.list(keys.forks_prefix("history")) == []
     monkeypatch.setattr("ddpo_workflow.flows.train.picture_set", stop)
     with pytest.raises(Stopped):

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from ddpo.config import RunConfig
+from ddpo.diffusion.sampling import sampler_digest
 from ddpo.errors import ConfigError, PolicyMismatch, RetiredObject
+from ddpo.models import Policy
 from ddpo.runs.run import Fork, Run
 from ddpo.store import keys
 from ddpo.store.artefacts import RolloutShard
+from ddpo.store.checkpoints import Checkpoint
 from ddpo.store.keys import Partition
 from ddpo.store.kinds import CHECKPOINT, EPOCH, ROLLOUTS
 from ddpo.store.manifests import Ref
@@ -16,6 +19,28 @@ _OTHER_SAMPLER = (
     "the saved rollouts of run {run_id!r} come from another sampler than this fork's: "
     "{differences}. Keep those settings as they are, or start a new run"
 )
+_NO_CHECKPOINT = (
+    "run {run_id!r} has no checkpoint {epoch}, which a fork at that epoch would start from; a run "
+    "without training, such as the shared run of a comparison, can only be forked at epoch 0"
+)
+
+
+def check_fork(fork: Fork) -> None:
+    """Check everything that a new fork needs of its parent, except what only its model can tell.
+
+    Args:
+        fork: The fork.
+
+    Raises:
+        RunNotFound: The store has no such parent.
+        ConfigError: Its config does not fit the saved samples; or as `check_kept`.
+        RetiredObject: As `check_kept`.
+        PolicyMismatch: The samples come from another sampler, or from another policy.
+    """
+    _check_unchanged(fork.config, fork.parent)
+    check_sampler(fork)
+    check_kept(fork)
+    check_on_policy(fork)
 
 
 def saved_rollouts(run: Run, epoch: int) -> list[Ref[RolloutShard]]:
@@ -67,11 +92,7 @@ def check_kept(fork: Fork) -> None:
     store, parent_id, epoch = fork.store, fork.parent_id, fork.epoch
     where = Partition(parent_id, epoch)
     if not CHECKPOINT.exists(store, where):
-        raise ConfigError(
-            f"run {parent_id!r} has no checkpoint {epoch}, which a fork at that epoch would start "
-            "from; a run without training, such as the shared run of a comparison, can only be "
-            "forked at epoch 0"
-        )
+        raise ConfigError(_NO_CHECKPOINT.format(run_id=parent_id, epoch=epoch))
     if is_retired(store, parent_id, epoch):
         record = keys.retired_key("checkpoints", parent_id, epoch)
         raise RetiredObject(CHECKPOINT.key(where), store.root, record)
@@ -136,31 +157,55 @@ def _sampling(config: RunConfig) -> dict[str, object]:
     }
 
 
-def check_policy(fork: Fork, parent: dict[str, str], own: dict[str, str]) -> None:
+def check_policy(fork: Fork, policy: Policy) -> None:
     """Refuse to inherit rollouts of another base model or sampler, by their digests.
 
     Args:
         fork: The fork.
-        parent: `sampler_digest` and `base_digest` of the checkpoint that the rollouts come from.
-        own: The same digests of the fork's model, as loaded.
+        policy: The fork's model, as loaded.
 
     Raises:
-        PolicyMismatch: One differs, and the fork's config does not allow it.
+        ConfigError: The parent has no such checkpoint.
+        PolicyMismatch: A digest differs, and the fork's config does not allow it.
     """
-    name = "sampler_digest"
-    if parent[name] != own[name]:
+    expected = CHECKPOINT.load(fork.store, parent_checkpoint(fork)).digests
+    found = sampler_digest(policy, fork.config.sampler)
+    if found != expected["sampler_digest"]:
         differences = (
-            "its resolution, dtype, scheduler or noise window differs: "
-            f"{name} {own[name]}, expected {parent[name]}"
+            f"{_visible_differences(fork, policy)}: sampler_digest {found}, expected "
+            f"{expected['sampler_digest']}"
         )
         raise PolicyMismatch(_OTHER_SAMPLER.format(run_id=fork.parent_id, differences=differences))
-    name = "base_digest"
-    if parent[name] != own[name] and not fork.settings.off_policy:
+    if policy.base_digest != expected["base_digest"] and not fork.settings.off_policy:
         raise PolicyMismatch(
             f"the saved rollouts of run {fork.parent_id!r} come from another base model than this "
-            f"fork's: {name} {own[name]}, expected {parent[name]}. Keep the model, or start a new "
-            "run; fork.off_policy: true trains on rollouts of another base model"
+            f"fork's: base_digest {policy.base_digest}, expected {expected['base_digest']}. Keep "
+            "the model, or start a new run; fork.off_policy: true trains on rollouts of another "
+            "base model"
         )
+
+
+def parent_checkpoint(fork: Fork) -> Ref[Checkpoint]:
+    """Return the parent's checkpoint that a fork starts from.
+
+    Raises:
+        ConfigError: The parent has no such checkpoint.
+    """
+    found = CHECKPOINT.find(fork.store, Partition(fork.parent_id, fork.epoch))
+    if found is None:
+        raise ConfigError(_NO_CHECKPOINT.format(run_id=fork.parent_id, epoch=fork.epoch))
+    return found
+
+
+def _visible_differences(fork: Fork, policy: Policy) -> str:
+    """Say what makes a sampler another one, as far as the configs of both runs show it."""
+    parent, dtype = fork.parent, policy.numerics.dtype
+    if dtype != parent.numerics.dtype:
+        return f"numerics.dtype is {dtype}, expected {parent.numerics.dtype}"
+    if fork.config.model.resolution != parent.config.model.resolution:
+        own = parent.config.model.resolution or "the model's own"
+        return f"model.resolution is {'x'.join(map(str, policy.size))}, expected {own}"
+    return "its model's scheduler or size differs"
 
 
 def check_on_policy(fork: Fork) -> None:
@@ -188,6 +233,29 @@ def check_on_policy(fork: Fork) -> None:
             f"{expected}. Fork at an epoch that the run sampled itself, or train on them anyway "
             "with fork.off_policy: true"
         )
+
+
+def _check_unchanged(config: RunConfig, parent: Run) -> None:
+    """Refuse settings that the saved samples cannot be trained with."""
+    theirs = parent.config
+    problems = [
+        f"{name} is {value}, but the saved samples have {expected}"
+        for name, value, expected in (
+            ("trainable", config.trainable, theirs.trainable),
+            *(
+                (f"rollouts.{name}", getattr(config.rollouts, name), getattr(theirs.rollouts, name))
+                for name in ("samples_per_epoch", "samples_per_prompt", "shard_size")
+            ),
+        )
+        if value != expected
+    ]
+    if (theirs.stored_trajectories, config.stored_trajectories) == ("final", "full"):
+        problems.append(
+            f"{config.algorithm.type} trains on all steps, but {theirs.algorithm.type} saved only "
+            "the final latents. Start a new run"
+        )
+    if problems:
+        raise ConfigError(f"a fork of {parent.run_id} cannot start: {'; '.join(problems)}")
 
 
 def _check_kept(run: Run, epoch: int, part: keys.RetiredPart) -> None:
