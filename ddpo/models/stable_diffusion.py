@@ -14,6 +14,7 @@ from diffusers.utils import logging
 from peft.utils import get_peft_model_state_dict
 from PIL import Image
 from torch import Tensor
+from transformers import CLIPTextModel
 
 from ddpo.config import ModelConfig
 from ddpo.errors import ConfigError, ModelError
@@ -142,6 +143,7 @@ def load_pipeline(folder: Path) -> StableDiffusionPipeline:
     try:
         pipeline = StableDiffusionPipeline.from_pretrained(
             folder,
+            text_encoder=_load_text_encoder(folder / "text_encoder"),
             use_safetensors=True,
             safety_checker=None,
             feature_extractor=None,
@@ -159,3 +161,19 @@ def load_pipeline(folder: Path) -> StableDiffusionPipeline:
     for module in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
         module.requires_grad_(False).eval()
     return pipeline
+
+
+def _load_text_encoder(folder: Path) -> CLIPTextModel:
+    """Load a text encoder; raise ModelError if its files lack, or name otherwise, some weights."""
+    # Where diffusers refuses, transformers draws what it does not find at random, with a warning.
+    loaded: Any = CLIPTextModel.from_pretrained(
+        folder, output_loading_info=True, use_safetensors=True, local_files_only=True
+    )
+    model, report = loaded
+    if missing := sorted(report["missing_keys"]):
+        raise ModelError(
+            f"the text encoder in {folder} has no weights that this release of transformers finds "
+            f"for {missing[0]} and {len(missing) - 1} others; expected a CLIPTextModel as "
+            "save_pretrained writes it. Download or convert the model again"
+        )
+    return model

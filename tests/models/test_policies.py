@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from ddpo.config import DdimSampler, ModelConfig
 from ddpo.diffusion.sampling import sample
@@ -309,6 +310,32 @@ def test_a_pipeline_that_lost_its_weights_is_refused(tiny_model: Path, tmp_path:
     (copy / "unet" / "diffusion_pytorch_model.safetensors").unlink()
     with pytest.raises(ModelError, match="cannot be loaded as a StableDiffusionPipeline"):
         load_policy(tiny_config(copy))
+
+
+def test_a_text_encoder_under_unknown_names_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+    """Transformers would draw its weights at random and go on, with a warning."""
+    copy = tmp_path / "copy"
+    shutil.copytree(tiny_model, copy)
+    file = copy / "text_encoder" / "model.safetensors"
+    tensors = {f"encoder_of_text.{name}": value for name, value in load_file(file).items()}
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"text encoder in .* finds for .* and \d+ others"):
+        load_policy(tiny_config(copy))
+
+
+def test_a_text_encoder_with_or_without_a_prefix_is_the_same(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    """Transformers 4 writes its tensors' names with one, 5 without."""
+    copy = tmp_path / "copy"
+    shutil.copytree(tiny_model, copy)
+    file = copy / "text_encoder" / "model.safetensors"
+    tensors = {f"text_model.{name}": value for name, value in load_file(file).items()}
+    save_file(tensors, file, metadata={"format": "pt"})
+    found, expected = (
+        load_policy(tiny_config(folder)).encode(["a cat"])["text"] for folder in (copy, tiny_model)
+    )
+    assert torch.equal(found, expected)
 
 
 def test_a_pipeline_of_another_family_is_refused_before_it_is_loaded(
