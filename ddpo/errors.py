@@ -219,6 +219,17 @@ class ConfigError(DdpoError):
     """A configuration that cannot be run, found before anything is loaded."""
 
 
+class NotTrusted(DdpoError):
+    """A run from elsewhere names code, an address or a file that only a trusted run may use."""
+
+    def __init__(self, run: str, what: str) -> None:
+        self.run = run
+        super().__init__(
+            f"{run} was not started on this machine, and {what}. If you trust whoever wrote it, "
+            "say so once with --trust (in a form, tick `trust`)"
+        )
+
+
 class QueryError(DdpoError):
     """A query that cannot be answered as written."""
 

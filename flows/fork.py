@@ -22,6 +22,7 @@ def fork(
     statistics: Literal["rebuild", "reset"] = "rebuild",
     overrides: Sequence[str] = (),
     storage: Text = None,
+    trust: bool = False,
 ) -> str:
     """Fork a run: start a new one from its checkpoint and saved samples.
 
@@ -38,6 +39,7 @@ def fork(
             them.
         overrides: Any other setting, one an item, such as `optimizer.learning_rate=1e-4`.
         storage: Folder or URL of the store. Empty: the worker's DDPO_ROOT, or the local store.
+        trust: Use the code, addresses and files that a run started on another machine names.
 
     Returns:
         The new run's name.
@@ -52,5 +54,6 @@ def fork(
         statistics=statistics,
         overrides=tuple(overrides),
         storage=storage,
+        trust=trust,
     )
     return train_run(request.plan().start())

@@ -32,6 +32,7 @@ def rescore(
     epochs: Text = None,
     storage: Text = None,
     tracking: Text = None,
+    trust: bool = False,
 ) -> str:
     """Score a run's saved samples with another reward; committed scores are reused.
 
@@ -42,6 +43,7 @@ def rescore(
         epochs: One epoch, or a range `a:b` without b; either end may be left out. Empty: all.
         storage: Folder or URL of the store. Empty: the worker's DDPO_ROOT, or the local store.
         tracking: MLflow's tracking URI. Empty: the run's.
+        trust: Use the MLflow server that a run started on another machine names.
 
     Returns:
         The reward's id, which is `reward_name=` of its tables in the store.
@@ -53,6 +55,7 @@ def rescore(
         epochs=epochs,
         storage=storage,
         tracking=tracking,
+        trust=trust,
     ).plan()
     run, new = rescoring.run, rescoring.reward
     with open_rescored_page(run, new, rescoring.reward_id, uri=tracking) as page:

@@ -102,20 +102,23 @@ class ResumeRequest(Request["RunPlan"]):
     """The store."""
     epochs: int | None = None
     """Total number of epochs; by default as before."""
+    trust: bool = False
+    """Trust the code, addresses and files that the run names."""
 
     def resolve(self) -> RunPlan:
         """Open the run and check that it can be resumed."""
         from ddpo.config.files import parse_config
-        from ddpo.runs import open_run, storage_root
-        from ddpo.store.objects import Store
+        from ddpo.runs import storage_root
 
         root = storage_root(self.storage)
-        raw: dict[str, Any] = open_run(Store.open(root), self.run_id).config.whole()
+        run = _opened(root, self.run_id, trust=self.trust)
+        raw: dict[str, Any] = run.config.whole()
         # As it is reached now; the address that an earlier start was given may be outdated.
         raw["storage"] |= {"root": root, "s3": {}}
         if self.epochs is not None:
             raw["epochs"] = self.epochs
-        return _check_start(parse_config(raw, f"run {self.run_id}"), self.run_id)
+        with run.naming():
+            return _check_start(parse_config(raw, f"run {self.run_id}"), self.run_id)
 
 
 class ForkRequest(Request["RunPlan"]):
@@ -139,14 +142,15 @@ class ForkRequest(Request["RunPlan"]):
     """Any other setting, as ``optimizer.learning_rate=1e-4``."""
     storage: str | None = None
     """The store."""
+    trust: bool = False
+    """Trust the code, addresses and files that the parent names."""
 
     def resolve(self) -> RunPlan:
         """Plan the fork and check all that it inherits."""
-        from ddpo.runs import open_run, storage_root
+        from ddpo.runs import storage_root
         from ddpo.runs.forks.plan import fork_config, fork_name
-        from ddpo.store.objects import Store
 
-        parent = open_run(Store.open(storage_root(self.storage)), self.run_id)
+        parent = _opened(storage_root(self.storage), self.run_id, trust=self.trust)
         config = fork_config(
             parent,
             self.epoch,
@@ -156,7 +160,8 @@ class ForkRequest(Request["RunPlan"]):
             statistics=self.statistics,
             overrides=self.overrides,
         )
-        return _check_start(config, self.fork_id or fork_name(parent, config))
+        with parent.naming(chosen=() if self.reward is None else (self.reward,)):
+            return _check_start(config, self.fork_id or fork_name(parent, config))
 
 
 @dataclass(frozen=True)
@@ -188,17 +193,18 @@ class RescoreRequest(Request[Rescoring]):
     """The store."""
     tracking: str | None = None
     """MLflow's tracking URI; by default the run's."""
+    trust: bool = False
+    """Trust the MLflow server that the run names."""
 
     def resolve(self) -> Rescoring:
         """Load the reward and find the samples."""
         from ddpo.config.files import parse_reward
         from ddpo.errors import ConfigError
-        from ddpo.runs import open_run, storage_root
-        from ddpo.store.objects import Store
+        from ddpo.runs import storage_root
         from ddpo_workflow.tasks.tracking.connection import connect
         from ddpo_workflow.tasks.worker import scorer_of
 
-        run = open_run(Store.open(storage_root(self.storage)), self.run_id)
+        run = _opened(storage_root(self.storage), self.run_id, trust=self.trust)
         epochs = rescorable_epochs(run, self.epochs)
         reward = parse_reward(
             {
@@ -213,7 +219,11 @@ class RescoreRequest(Request[Rescoring]):
             raise ConfigError(
                 f"{reward_id} is the run's own reward: its samples have these scores already"
             )
-        connect(self.tracking or run.config.tracking.uri)
+        if self.tracking:
+            connect(self.tracking)
+        else:
+            with run.naming():
+                connect(run.config.tracking.uri)
         return Rescoring(run, reward, reward_id, epochs)
 
 
@@ -332,6 +342,17 @@ def rescorable_epochs(run: Run, words: str | None) -> list[int]:
             "retention deleted them (storage.retention)"
         )
     return kept
+
+
+def _opened(root: str, run_id: str, *, trust: bool) -> Run:
+    """Open a stored run, and trust it from now on if the user says so."""
+    from ddpo.runs import open_run
+    from ddpo.store.objects import Store
+
+    run = open_run(Store.open(root), run_id)
+    if trust:
+        run.trust()
+    return run
 
 
 def _check_start(config: RunConfig, run_id: str) -> RunPlan:

@@ -86,18 +86,19 @@ def train(
 
 
 @ddpo_flow(name="ddpo-resume", run_name="{run_id}")
-def resume(run_id: str, storage: Text = None, epochs: Whole = None) -> str:
+def resume(run_id: str, storage: Text = None, epochs: Whole = None, trust: bool = False) -> str:
     """Resume a run with the settings of its last start.
 
     Args:
         run_id: The run's name.
         storage: Folder or URL of the store. Empty: the worker's DDPO_ROOT, or the local store.
         epochs: Total number of epochs. Empty: as before.
+        trust: Use the code, addresses and files that a run started on another machine names.
 
     Returns:
         The run's name.
     """
-    request = ResumeRequest(run_id=run_id, storage=storage, epochs=epochs)
+    request = ResumeRequest(run_id=run_id, storage=storage, epochs=epochs, trust=trust)
     return train_run(request.plan().start())
 
 

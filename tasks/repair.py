@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from ddpo.basics.digests import sha256_bytes
-from ddpo.errors import DdpoError
+from ddpo.errors import DdpoError, NotTrusted
 from ddpo.runs import Run
 from ddpo.store.artefacts import RolloutShard, Scores
 from ddpo.store.keys import Partition
@@ -48,6 +48,9 @@ def repair(run: Run, damages: Iterable[Damage]) -> list[Repair]:
 
     Returns:
         One outcome per part, in the order of rebuilding; damage of other kinds has none.
+
+    Raises:
+        NotTrusted: A part is made by code of the run's own, and the run is not trusted here.
     """
     by_manifest: dict[str, list[Damage]] = {}
     for damage in damages:
@@ -58,6 +61,8 @@ def repair(run: Run, damages: Iterable[Damage]) -> list[Repair]:
     for (kind, where), key in parts:
         try:
             _rebuild(run, key, by_manifest[key], kind, where)
+        except NotTrusted:
+            raise
         except Exception as error:  # the other parts can still be repaired
             outcomes.append(Repair(key, False, f"{type(error).__name__}: {error}"))
         else:

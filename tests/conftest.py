@@ -18,6 +18,8 @@ set_defaults()
 # Flows that run in this process start their temporary server in a home of the tests' own.
 _home = tempfile.TemporaryDirectory(prefix="ddpo-tests-", ignore_cleanup_errors=True)
 os.environ["PREFECT_HOME"] = _home.name
+# What the tests' runs are trusted to name is remembered there too.
+os.environ["XDG_STATE_HOME"] = f"{_home.name}/state"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that needs the network is a defect
 
 # After the environment is set.

@@ -22,6 +22,7 @@ from typing import Any
 from pydantic import JsonValue, PydanticUserError, TypeAdapter, ValidationError
 from pydantic_core import PydanticSerializationError, to_json
 
+from ddpo.basics import trust
 from ddpo.basics.digests import canonical_json
 from ddpo.errors import ConfigError
 
@@ -64,9 +65,10 @@ def resolve(kind: str, name: str, registered: Mapping[str, str], group: str) -> 
     Raises:
         ConfigError: There is no such name (the nearest is suggested), module or attribute; the
             import fails; or two packages claim an entry point.
+        NotTrusted: A stored run that is not trusted names an import path other than theirs.
     """
     if ":" in name:
-        return _import_plugin(kind, name, name)
+        return _import_named(kind, name, {*registered.values(), *_values(group)})
     if name in registered:
         return _import_plugin(kind, name, registered[name])
     found = [point for point in entry_points(group=group) if point.name == name]
@@ -145,6 +147,23 @@ def check_parameters(
             canonical_json(default)
             identity[name] = default
     return CheckedParameters(values=values, identity=dict(sorted(identity.items())))
+
+
+def _values(group: str) -> Iterable[str]:
+    return (point.value for point in entry_points(group=group))
+
+
+def _import_named(kind: str, name: str, known: Iterable[str]) -> Plugin:
+    """Import what an import path names, if whoever wrote it may name that code."""
+    if name in known:
+        return _import_plugin(kind, name, name)
+    what = f"{kind} {name!r}"
+    trust.check_module(what, name.partition(":")[0])
+    plugin = _import_plugin(kind, name, name)
+    # A trusted module may have imported the attribute from one that is not: 'mine:os.system'.
+    target = inspect.unwrap(plugin.target) if callable(plugin.target) else plugin.target
+    trust.check_module(what, getattr(target, "__module__", None) or type(target).__module__)
+    return plugin
 
 
 def _import_plugin(kind: str, name: str, path: str) -> Plugin:

@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field, PositiveInt, field_validator
 
 from ddpo.basics.part import Part, is_off
+from ddpo.basics.redaction import NO_PASSWORD, has_password
 from ddpo.config.s3 import S3Options
 
 Keep = Literal["everything", "images_and_scores", "checkpoints"]
@@ -69,12 +70,6 @@ class TrackingConfig(Part):
     @field_validator("uri")
     @classmethod
     def _has_no_password(cls, value: str) -> str:
-        # Up to the last '@': a password may hold any character.
-        user, at, _ = value.partition("://")[2].rpartition("@")
-        if at and ":" in user:
-            raise ValueError(
-                "a config must not contain a password; set MLFLOW_TRACKING_USERNAME and "
-                "MLFLOW_TRACKING_PASSWORD for a server, or what the driver of a database reads "
-                "(PGPASSWORD)"
-            )
+        if has_password(value):
+            raise ValueError(f"a config must not contain a password; {NO_PASSWORD}")
         return value

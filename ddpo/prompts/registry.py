@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ddpo.basics import plugins
-from ddpo.errors import ConfigError, DdpoError
+from ddpo.errors import ConfigError, DdpoError, NotTrusted
 from ddpo.prompts.base import Prompt
 
 ENTRY_POINT_GROUP = "ddpo.prompts"
@@ -44,6 +44,7 @@ def load_prompts(name: str, parameters: Mapping[str, Any]) -> tuple[Prompt, ...]
 
     Raises:
         ConfigError: There is no such set, the parameters do not fit, or it does not return prompts.
+        NotTrusted: A stored run that is not trusted names code or a file of its own.
     """
     plugin = plugins.resolve("prompt set", name, _OURS, ENTRY_POINT_GROUP)
     what = f"prompt set {name!r}"
@@ -57,6 +58,8 @@ def load_prompts(name: str, parameters: Mapping[str, Any]) -> tuple[Prompt, ...]
         if isinstance(items, str) or not isinstance(items, Iterable):
             raise ConfigError(f"it returned {items!r}; return a list of strings or of Prompts")
         prompts = tuple(_as_prompt(item) for item in items)
+    except NotTrusted:
+        raise
     except DdpoError as error:
         raise ConfigError(f"{what}: {error}") from error
     except Exception as error:

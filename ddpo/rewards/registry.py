@@ -14,7 +14,7 @@ from weakref import WeakValueDictionary
 from PIL import Image
 from pydantic import JsonValue
 
-from ddpo.basics import plugins
+from ddpo.basics import plugins, trust
 from ddpo.basics.digests import json_digest
 from ddpo.errors import ConfigError, DdpoError, RewardError
 from ddpo.prompts.base import Prompt
@@ -104,8 +104,9 @@ def load_reward(name: str, parameters: Mapping[str, Any]) -> Reward:
     Raises:
         ConfigError: There is no such reward, the parameters do not fit, or it is not a reward.
         RewardError: Building it failed.
+        NotTrusted: A stored run that is not trusted names code or addresses of its own.
     """
-    with _loading:
+    with _loading, trust.building(name):
         plugin = plugins.resolve("reward", name, BUILTIN, ENTRY_POINT_GROUP)
         what = f"reward {name!r}"
         checked = _check(what, plugin.target, parameters)

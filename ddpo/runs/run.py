@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from ddpo.basics import trust
 from ddpo.basics.digests import json_digest
 from ddpo.basics.once import once_property
 from ddpo.basics.validation import in_one_line
@@ -105,8 +107,13 @@ class Run:
 
     @once_property
     def prompts(self) -> tuple[Prompt, ...]:
-        """The prompt set."""
-        return load_prompts(self.config.prompts.name, self.config.prompts.parameters)
+        """The prompt set.
+
+        Raises:
+            NotTrusted: It is code or a file of the run's own, and the run is not trusted here.
+        """
+        with self.naming():
+            return load_prompts(self.config.prompts.name, self.config.prompts.parameters)
 
     @once_property
     def reward(self) -> Reward:
@@ -114,9 +121,11 @@ class Run:
 
         Raises:
             RewardError: It is no longer the one that the run was started with.
+            NotTrusted: It is code or an address of the run's own, and the run is not trusted here.
             DdpoError: As `load_reward`.
         """
-        reward = load_reward(self.config.reward.name, self.config.reward.parameters)
+        with self.naming():
+            reward = load_reward(self.config.reward.name, self.config.reward.parameters)
         identity = reward.identity
         if identity.digest != self.reward_digest:
             raise RewardError(
@@ -141,6 +150,21 @@ class Run:
     def identity_digest(self) -> str:
         """sha256 over identity and numerics: what checkpoint 0 is made from."""
         return identity_digest(self.config, self.numerics)
+
+    def naming(self, chosen: Iterable[str] = ()) -> AbstractContextManager[None]:
+        """Treat code, addresses and files within as named by this run, and not by the user.
+
+        Args:
+            chosen: Names of plug-ins that the user chose in place of the run's.
+        """
+        name = f"run {self.run_id!r} in {self.store.root}"
+        return trust.acting_for(name, self.identity_digest, chosen)
+
+    def trust(self) -> None:
+        """Trust the code, addresses and files that this run names, on this machine from now on."""
+        trust.trust(self.identity_digest)
+        trust.trust_place(self.config.tracking.uri)
+        trust.trust_place(self.config.outputs)
 
     @once_property
     def fork(self) -> Fork | None:

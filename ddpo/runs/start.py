@@ -10,6 +10,7 @@ from pathlib import Path
 
 from pydantic import JsonValue
 
+from ddpo.basics.trust import check_place
 from ddpo.basics.version import VERSION
 from ddpo.config import RunConfig
 from ddpo.diffusion.window import sampler_of_epoch
@@ -86,7 +87,7 @@ class RunPlan:
             check_policy(self.fork, policy)
 
     def start(self) -> Run:
-        """Create the run, or resume the one in the store.
+        """Create the run, or resume the one in the store; this machine trusts it from now on.
 
         Raises:
             RunIdentityMismatch: Another process has just created the run with another config.
@@ -110,7 +111,9 @@ class RunPlan:
                 "; ".join(changed),
             )
         uid = runs.run_uid(self.store, self.run_id)
-        return run_of_record(self.store, record, operation, number, uid=uid)
+        run = run_of_record(self.store, record, operation, number, uid=uid)
+        run.trust()
+        return run
 
 
 def start_run(config: RunConfig, run_id: str) -> Run:
@@ -184,6 +187,7 @@ def _check_stored(
 
 def _check_folders(outputs: str) -> None:
     """Check up front that the output folder is writable, so no run fails after hours of work."""
+    check_place(f"its report and weights go to {outputs}", outputs, Path(outputs))
     try:
         Path(outputs).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=outputs) as file:

@@ -22,6 +22,14 @@ Root = Annotated[
     typer.Option("--root", help="The store. By default DDPO_ROOT, or else ddpo-data/store."),
 ]
 RunId = Annotated[str, typer.Argument(help="The run's name; `ddpo runs` lists all.")]
+Trust = Annotated[
+    bool,
+    typer.Option(
+        "--trust",
+        help="Use the code, addresses and files that a run started elsewhere names; said once, it "
+        "holds on this machine.",
+    ),
+]
 Epochs = Annotated[
     str | None,
     typer.Option(

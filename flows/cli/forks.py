@@ -14,6 +14,7 @@ from ddpo_workflow.flows.cli.common import (
     Root,
     RunId,
     Settings,
+    Trust,
     console,
     read_parameters,
     show_places,
@@ -36,6 +37,7 @@ def rescore(
     param: Parameters = None,
     epochs: Epochs = None,
     root: Root = None,
+    trust: Trust = False,
 ) -> None:
     """Score a run's saved samples with another reward; nothing is sampled again."""
     from ddpo.runs import storage_root
@@ -47,6 +49,7 @@ def rescore(
         parameters=read_parameters(param or ()),
         epochs=epochs,
         storage=storage_root(root),
+        trust=trust,
     )
     with request.resolved() as rescoring:
         from ddpo_workflow.flows.rescore import rescore as rescore_flow
@@ -89,8 +92,12 @@ def fork(
         ),
     ] = False,
     root: Root = None,
+    trust: Trust = False,
 ) -> None:
-    """Start a run from another's checkpoint and saved samples, under another reward or settings."""
+    """Start a run from another's checkpoint and saved samples, under another reward or settings.
+
+    Runs the code that the other run names.
+    """
     from ddpo.runs import storage_root
     from ddpo_workflow.flows.run_requests import ForkRequest
 
@@ -104,6 +111,7 @@ def fork(
         statistics="reset" if reset_statistics else "rebuild",
         overrides=tuple(set_ or ()),
         storage=storage_root(root),
+        trust=trust,
     )
     with checked(request) as plan:
         from ddpo_workflow.flows.fork import fork as fork_flow

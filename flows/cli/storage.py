@@ -12,6 +12,7 @@ from ddpo_workflow.flows.cli.common import (
     Root,
     RunId,
     Settings,
+    Trust,
     console,
     saved_run,
     say,
@@ -31,10 +32,12 @@ def verify(
         bool, typer.Option("--repair", help="Rebuild damaged parts from intact ones.")
     ] = False,
     root: Root = None,
+    trust: Trust = False,
 ) -> None:
     """Read everything a run committed; report what is damaged, and rebuild what can be rebuilt.
 
-    The exit status is 1 if anything is damaged, or if no committed epoch is found.
+    Only --repair runs code that the run names. The exit status is 1 if anything is damaged, or if
+    no committed epoch is found.
     """
     from ddpo.runs import open_run, storage_root
     from ddpo.store.objects import Store
@@ -52,7 +55,10 @@ def verify(
         from ddpo_workflow.tasks.repair import repair as repair_parts
 
         hide_loading_bars()
-        for outcome in repair_parts(open_run(store, run_id), found.damages):
+        run = open_run(store, run_id)
+        if trust:
+            run.trust()
+        for outcome in repair_parts(run, found.damages):
             reasons[outcome.manifest] = outcome.reason
             status = "rebuilt" if outcome.done else "not rebuilt"
             say(f"{status}: {outcome.manifest}")

@@ -14,6 +14,7 @@ from ddpo_workflow.flows.cli.common import (
     Root,
     RunId,
     Settings,
+    Trust,
     console,
     saved_run,
 )
@@ -56,12 +57,16 @@ def resume(
     run_id: RunId,
     epochs: Annotated[int | None, typer.Option(help="Total number of epochs.", min=1)] = None,
     root: Root = None,
+    trust: Trust = False,
 ) -> None:
-    """Resume a run that was stopped; committed work is never redone."""
+    """Resume a run that was stopped; committed work is never redone.
+
+    Runs the code that the run names.
+    """
     from ddpo.runs import storage_root
     from ddpo_workflow.flows.run_requests import ResumeRequest
 
-    request = ResumeRequest(run_id=run_id, storage=storage_root(root), epochs=epochs)
+    request = ResumeRequest(run_id=run_id, storage=storage_root(root), epochs=epochs, trust=trust)
     with checked(request) as plan:
         from ddpo_workflow.flows.train import resume as resume_flow
 

@@ -11,6 +11,7 @@ import urllib.request
 
 from rich.console import Console
 
+from ddpo.basics.redaction import hide_credentials
 from ddpo.errors import DdpoError
 
 _STARTUP_S = 120.0
@@ -40,7 +41,7 @@ def serve_pages(console: Console, tracking: str, *, mlflow_port: int, prefect_po
     servers: dict[str, subprocess.Popen[bytes]] = {}
     try:
         if tracking.startswith(("http://", "https://")):
-            pages["MLflow"] = tracking
+            pages["MLflow"] = hide_credentials(tracking)
         else:
             pages["MLflow"] = f"http://127.0.0.1:{mlflow_port}"
             servers["MLflow"] = _start(

@@ -17,7 +17,8 @@ from mlflow.tracking import MlflowClient
 from mlflow.utils.mlflow_tags import MLFLOW_RUN_NAME
 from sqlalchemy.engine import make_url
 
-from ddpo.basics.redaction import HIDDEN, USER_INFO, hide_credentials
+from ddpo.basics.redaction import HIDDEN, NO_PASSWORD, has_password, hide_credentials
+from ddpo.basics.trust import check_place
 from ddpo.errors import DdpoError
 
 RUN_ID_TAG = "ddpo.run_id"
@@ -80,9 +81,14 @@ def connect(tracking_uri: str) -> MlflowClient:
             database, or the `http(s)://` address of an MLflow server.
 
     Raises:
-        TrackingError: The address is a plain folder, no server answers within 5 seconds, or the
-            database cannot be opened.
+        TrackingError: The address is a plain folder or contains a password, no server answers
+            within 5 seconds, or the database cannot be opened.
+        NotTrusted: A stored run from elsewhere names the address.
     """
+    if has_password(tracking_uri):
+        raise TrackingError(f"The tracking address contains a password; {NO_PASSWORD}.")
+    shown = f"it is shown in MLflow at {hide_credentials(tracking_uri)}"
+    check_place(shown, tracking_uri, sqlite_file(tracking_uri))
     scheme = urlsplit(tracking_uri).scheme
     if scheme == "file" or (not scheme and tracking_uri not in _DATABRICKS):
         raise TrackingError(
@@ -206,7 +212,7 @@ def latest_metrics(run: Run) -> Sequence[Metric]:
 
 
 def _require_answer(address: str) -> None:
-    health = f"{USER_INFO.sub('', address).rstrip('/')}/health"
+    health = f"{address.rstrip('/')}/health"
     try:
         status = requests.get(health, timeout=_REACH_TIMEOUT_S, allow_redirects=False).status_code
     except requests.exceptions.SSLError:

@@ -229,12 +229,14 @@ def test_wrong_or_missing_token_names_the_variable(monkeypatch):
         wait_for(url)
         with pytest.raises(RewardError, match="variable DDPO_REWARD_TOKEN is empty or not set"):
             load(url)
-        monkeypatch.setenv("MINE", "not-that-one")
-        with pytest.raises(RewardError, match=r"the token is wrong.*variable MINE does not match"):
-            load(url, token_variable="MINE")
-        monkeypatch.setenv("MINE", TOKEN)
+        monkeypatch.setenv("DDPO_T", "not-that-one")
+        with pytest.raises(
+            RewardError, match=r"the token is wrong.*variable DDPO_T does not match"
+        ):
+            load(url, token_variable="DDPO_T")
+        monkeypatch.setenv("DDPO_T", TOKEN)
         same(
-            scored(load(url, token_variable="MINE"), 3),
+            scored(load(url, token_variable="DDPO_T"), 3),
             score_images(Sum(), IMAGES[:3], PROMPTS[:3]),
         )
 

@@ -65,8 +65,8 @@ def test_address_is_no_part_of_the_identity_and_comes_from_the_environment(monke
         gone = f"http://127.0.0.1:{free_port()}"
         monkeypatch.setenv("DDPO_REWARD_ENDPOINTS", f"{other}, {one}")
         assert load(gone).identity == Sum.identity
-        monkeypatch.setenv("MINE", one)
-        assert load_reward("http", {"endpoints_variable": "MINE"}).identity == Sum.identity
+        monkeypatch.setenv("DDPO_MINE", one)
+        assert load_reward("http", {"endpoints_variable": "DDPO_MINE"}).identity == Sum.identity
 
 
 @pytest.mark.parametrize(

@@ -172,8 +172,8 @@ def test_a_service_that_is_gone_is_unavailable_and_one_that_returns_goes_on():
 def test_the_key_is_sent_as_a_bearer_token_and_never_told(up, monkeypatch, caplog):
     served, url = up
     caplog.set_level(logging.DEBUG)
-    monkeypatch.setenv("MY_KEY", KEY)
-    reward = load(url, key_variable="MY_KEY", retries=1)
+    monkeypatch.setenv("DDPO_MY_KEY", KEY)
+    reward = load(url, key_variable="DDPO_MY_KEY", retries=1)
     scored(reward)
     assert served.authorization == {f"Bearer {KEY}"}
     said = json.dumps({"error": {"message": f"bad key {KEY}"}}).encode()

@@ -353,11 +353,16 @@ def test_a_plain_folder_is_refused_with_the_way_out(folder: str):
 def test_a_server_that_is_not_there_is_refused_within_seconds():
     with socket.socket() as taken:  # bound and not listening: nobody else can answer there
         taken.bind(("127.0.0.1", 0))
-        address = f"http://me:hunter2@127.0.0.1:{taken.getsockname()[1]}"
+        address = f"http://127.0.0.1:{taken.getsockname()[1]}"
         started = time.monotonic()
-        with pytest.raises(TrackingError, match="No MLflow server answers") as caught:
+        with pytest.raises(TrackingError, match="No MLflow server answers"):
             open_tracker(address)
     assert time.monotonic() - started < 8
+
+
+def test_an_address_with_a_password_is_refused_and_not_quoted():
+    with pytest.raises(TrackingError, match="contains a password") as caught:
+        open_tracker("http://me:hunter2@127.0.0.1:9")
     assert "hunter2" not in str(caught.value)
 
 

@@ -68,7 +68,6 @@ class HttpReward(ServedReward):
             what="the reward service",
             start="Start it with `ddpo serve-reward`",
             example="http://127.0.0.1:8100",
-            token_variable=self.token_variable,
             token_parameter="token_variable",
         )
         self.identity = self._ask_identity()

@@ -87,7 +87,6 @@ class OpenaiVlm(ServedReward):
             what="the served model",
             start="Start it",
             example="http://127.0.0.1:8000/v1",
-            token_variable=self.key_variable,
             token_parameter="key_variable",
         )
         self._chat = ChatModel(endpoints, self.model, self.max_new_tokens, self.at_once)

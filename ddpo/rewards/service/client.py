@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import ClassVar
 
 from pydantic import NonNegativeInt, PositiveFloat
 
+from ddpo.basics.trust import check_trusted
 from ddpo.rewards.identity import RewardIdentity
 from ddpo.rewards.service.endpoints import Endpoints, Patience, Service
+from ddpo.rewards.service.wire import check_variable
 
 
 @dataclass(kw_only=True, eq=False)
@@ -41,10 +43,24 @@ class ServedReward:
     connection: tuple[str, ...] = field(init=False, repr=False)
     """Where it is reached, and with which token: a reward elsewhere is another object."""
 
-    def _connect(
-        self, *, what: str, start: str, example: str, token_variable: str, token_parameter: str
-    ) -> Endpoints:
-        """Return the service's endpoints; the arguments are those of `Service`."""
+    def _connect(self, *, what: str, start: str, example: str, token_parameter: str) -> Endpoints:
+        """Return the service's endpoints.
+
+        Args:
+            what: As in `Service`.
+            start: As in `Service`.
+            example: As in `Service`.
+            token_parameter: Name of the parameter that names the variable with the token.
+
+        Raises:
+            ConfigError: A variable's name or the token is malformed, or a config may not name it.
+            NotTrusted: A stored run that is not trusted names the endpoints.
+        """
+        usual = {field.name: field.default for field in fields(self)}
+        for parameter in ("endpoints_variable", token_parameter):
+            check_variable(getattr(self, parameter), parameter, str(usual[parameter]))
+        if self.endpoints:
+            check_trusted("its reward sends images to addresses that it names")
         endpoints = Endpoints(
             self.endpoints,
             Service(
@@ -52,8 +68,7 @@ class ServedReward:
                 start=start,
                 example=example,
                 variable=self.endpoints_variable,
-                token_variable=token_variable,
-                token_parameter=token_parameter,
+                token_variable=getattr(self, token_parameter),
             ),
             Patience(self.connect_timeout_s, self.timeout_s, self.retries, self.give_up_after_s),
         )

@@ -53,8 +53,6 @@ class Service:
     """Environment variable with addresses that override those of the config."""
     token_variable: str
     """Environment variable with the bearer token, if one is required."""
-    token_parameter: str
-    """Name of the reward's parameter that names `token_variable`."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +117,7 @@ class Endpoints:
         self.addresses = _addresses(given, service)
         self.patience = patience
         self._service = service
-        self._token = read_token(service.token_variable, service.token_parameter)
+        self._token = read_token(service.token_variable)
         self._turns = itertools.count()  # next() is atomic
         self._avoided_until: dict[str, float] = {}
         headers = {"Accept": "application/json", "Accept-Encoding": "identity"}

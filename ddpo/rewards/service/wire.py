@@ -11,6 +11,10 @@ from ddpo.errors import ConfigError
 from ddpo.rewards.identity import RewardIdentity
 
 TOKEN_VARIABLE = "DDPO_REWARD_TOKEN"
+PREFIX = "DDPO_"
+"""What the environment variables that a config names begin with."""
+ALLOWED_VARIABLES = "DDPO_REWARD_VARIABLES"
+"""Environment variable with further variables that a config may name, separated by commas."""
 
 _SHOWN = 3  # problems of one message
 
@@ -78,25 +82,45 @@ def describe_problems(error: ValidationError, whole: str = "the body") -> str:
     )
 
 
-def read_token(variable: str, parameter: str = "token_variable") -> str | None:
+def check_variable(variable: str, parameter: str, usual: str) -> None:
+    """Refuse an environment variable that a config must not name: its value leaves this machine.
+
+    Args:
+        variable: Name of the variable.
+        parameter: Name of the parameter that names it.
+        usual: The parameter's default, which is always allowed.
+
+    Raises:
+        ConfigError: The name is malformed, or neither begins with `DDPO_` nor is listed in
+            `DDPO_REWARD_VARIABLES`. It is not quoted: someone may have written a token in its
+            place.
+    """
+    if not re.fullmatch(r"[A-Z_][A-Z0-9_]*", variable):
+        raise ConfigError(
+            f"{parameter} is not the name of an environment variable (capitals, digits, '_'); name "
+            "the variable that holds the value, and never write a token itself into a config"
+        )
+    listed = {name.strip() for name in os.environ.get(ALLOWED_VARIABLES, "").split(",")}
+    if not (variable == usual or variable.startswith(PREFIX) or variable in listed):
+        raise ConfigError(
+            f"{parameter} names an environment variable that a config may not read, since its "
+            f"value leaves this machine; expected a name that begins with {PREFIX}, or one listed "
+            f"in the environment variable {ALLOWED_VARIABLES} (separated by commas)"
+        )
+
+
+def read_token(variable: str) -> str | None:
     """Return the bearer token in an environment variable.
 
     Args:
         variable: Name of the variable.
-        parameter: Name of the parameter that names the variable, for messages.
 
     Returns:
         The token without surrounding whitespace; None if the variable is unset or empty.
 
     Raises:
-        ConfigError: The name or the token (RFC 6750) is malformed. Neither is quoted: someone may
-            have written the token in place of the name.
+        ConfigError: The token (RFC 6750) is malformed. It is not quoted.
     """
-    if not re.fullmatch(r"[A-Z_][A-Z0-9_]*", variable):
-        raise ConfigError(
-            f"{parameter} is not the name of an environment variable (capitals, digits, '_'); name "
-            "the variable that holds the token, and never write the token itself into a config"
-        )
     token = os.environ.get(variable, "").strip()
     if token and not re.fullmatch(r"[A-Za-z0-9._~+/-]+=*", token):
         raise ConfigError(
