@@ -15,6 +15,7 @@ from prefect.artifacts import (
 from prefect.runtime import flow_run
 
 from ddpo.analysis.report import write_report
+from ddpo.basics.paths import expand
 from ddpo.config import RunConfig
 from ddpo.errors import MissingObject
 from ddpo.runs import Run
@@ -104,7 +105,7 @@ def resume(run_id: str, storage: Text = None, epochs: Whole = None, trust: bool 
 
 def outputs_folder(config: RunConfig, run_id: str) -> Path:
     """Return the local folder that receives a run's report and weights."""
-    return Path(config.outputs) / run_id
+    return Path(expand(config.outputs)) / run_id
 
 
 def train_run(run: Run) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
+from ddpo.basics.paths import expand
 from ddpo.config import FullConfig
 from ddpo.store.checkpoints import Checkpoint
 from ddpo.store.kinds import CHECKPOINT
@@ -53,7 +54,7 @@ def export_weights(
         else:
             # A hub id stays one: the user who loads the adapter has another cache.
             path = run.config.model.path
-            on_hub = path != "starter" and not Path(path).expanduser().is_dir()
+            on_hub = path != "starter" and not Path(expand(path)).is_dir()
             tracker(tracking).log_adapter(
                 folder,
                 base_model=path if on_hub else local,

@@ -8,13 +8,21 @@ from ddpo.diffusion.sampling import sample
 from ddpo.diffusion.window import sampler_of_epoch
 from ddpo.errors import ConfigError
 from ddpo.models import load_policy
+from ddpo.models.numerics import resolve_elsewhere
 from ddpo.runs import Run
 from ddpo.store.checkpoints import Checkpoint
 from ddpo.store.keys import Partition
 from ddpo.store.kinds import CHECKPOINT
 
 
-def draw(run: Run, prompt: str, *, seed: int, checkpoint: int | None = None) -> Image.Image:
+def draw(
+    run: Run,
+    prompt: str,
+    *,
+    seed: int,
+    checkpoint: int | None = None,
+    device: str | None = None,
+) -> Image.Image:
     """Sample one RGB image with a run's sampler, using the EMA weights if the run has them.
 
     Args:
@@ -23,14 +31,17 @@ def draw(run: Run, prompt: str, *, seed: int, checkpoint: int | None = None) -> 
         seed: Seed of the noise, which equals the noise that plain diffusers draws from a
             ``torch.Generator`` with this seed.
         checkpoint: Number of epochs trained; by default the latest checkpoint.
+        device: Where to compute: `auto`, `cpu`, `cuda` or `mps`; by default where the run was
+            trained. Another kind of device gives a slightly different image.
 
     Raises:
-        ConfigError: There is no such checkpoint.
+        ConfigError: There is no such checkpoint, or this machine has no such device.
         RetiredObject: Retention has deleted its weights.
     """
+    numerics = resolve_elsewhere(run.numerics, device)
     policy_weights = _checkpoint(run, checkpoint).state().shown_weights
     config = run.config
-    policy = load_policy(config.model, config.trainable, run.numerics, seed=config.seed)
+    policy = load_policy(config.model, config.trainable, numerics, seed=config.seed)
     policy.weights.load(policy_weights)
     sampler = sampler_of_epoch(policy, run.config, 0)
     return sample(policy, [prompt], [seed], sampler).images[0]

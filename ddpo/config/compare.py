@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 
-from pydantic import Field, NonNegativeInt, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from ddpo.basics.limits import Seed
 from ddpo.basics.part import JsonMapping, Part
 
 VARIED = ("algorithm", "optimizer")
@@ -31,7 +32,7 @@ class CompareConfig(Part):
     """Variant to its control, a variant that is trained the same way but blind to the reward, by
     `algorithm: {advantages: {shuffle: true}}` or `algorithm: {beta: 0}`. The result says how far a
     variant is above its control."""
-    seeds: tuple[NonNegativeInt, ...] = (0, 1, 2)
+    seeds: tuple[Seed, ...] = (0, 1, 2)
     """Each variant is run with each seed. Confidence intervals are over seeds: they need at least
     2, and more make them narrower."""
     epochs: int | None = Field(default=None, ge=2)

@@ -10,6 +10,7 @@ from typing import Any, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
+from ddpo.basics.paths import expand
 from ddpo.basics.validation import shown
 from ddpo.config import CompareConfig, RewardConfig, RunConfig
 from ddpo.config.overrides import apply_overrides, apply_settings, models_in
@@ -56,7 +57,7 @@ def read_mapping(path: str | Path, expected: str) -> dict[str, Any]:
     Raises:
         ConfigError: There is no such file, or its content is something else.
     """
-    file = Path(path)
+    file = Path(expand(str(path)))
     try:
         raw = read_yaml(file.read_text(encoding="utf-8-sig"))
     except FileNotFoundError as error:

@@ -45,7 +45,9 @@ class LoraConfig(Part):
     """Rank of the adapters. The paper's code uses 4, which makes a file of a few MB."""
     alpha: PositiveFloat = 4.0
     """The adapter's output is scaled by alpha / rank."""
-    target_modules: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
+    target_modules: tuple[str, ...] = Field(
+        default=("to_q", "to_k", "to_v", "to_out.0"), min_length=1
+    )
     """Names of the layers that get an adapter, as peft matches them."""
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import PositiveInt
+from pydantic import Field, PositiveInt
 
+from ddpo.basics.limits import THREAD_LIMIT
 from ddpo.basics.part import Part
+
+ThreadCount = Annotated[int, Field(gt=0, le=THREAD_LIMIT)]
 
 
 class NumericsConfig(Part):
@@ -22,7 +25,7 @@ class NumericsConfig(Part):
     micro_batch_size: PositiveInt = 8
     """(sample, timestep) pairs per forward and backward in the update. Any size gives the same
     gradient; if equal to sample_batch_size, the update repeats the sampler's forwards exactly."""
-    threads: PositiveInt | Literal["auto"] = "auto"
+    threads: ThreadCount | Literal["auto"] = "auto"
     """CPU threads of torch."""
     tf32: bool = True
     """Allow TF32 matrix products on CUDA."""

@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field, PositiveInt, field_validator
 
+from ddpo.basics.limits import Seed
 from ddpo.basics.part import Part, is_off
 from ddpo.basics.redaction import NO_PASSWORD, has_password
 from ddpo.config.s3 import S3Options
@@ -45,7 +46,7 @@ class PicturesConfig(Part):
 
     prompts: tuple[str, ...] = ()
     """The prompts; by default the first four of the run's prompt set."""
-    seeds: tuple[int, ...] = (0,)
+    seeds: tuple[Seed, ...] = (0,)
     """The seeds; each prompt is sampled with each seed."""
 
 

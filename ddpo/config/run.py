@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal
 
 from pydantic import (
     Field,
     JsonValue,
-    NonNegativeFloat,
     PositiveFloat,
     PositiveInt,
     field_validator,
@@ -16,6 +16,7 @@ from pydantic import (
 
 from ddpo.algorithms import AnyAlgorithm, DdpoIs
 from ddpo.algorithms.base import RunSettings
+from ddpo.basics.limits import EPOCH_LIMIT, INDEX_LIMIT, LARGEST_RATE, Seed
 from ddpo.basics.part import JsonMapping, Part, check_divides, is_auto, is_off, is_one
 from ddpo.config.fork import ForkConfig
 from ddpo.config.model import LoraConfig, ModelConfig, Trainable
@@ -48,7 +49,7 @@ class RewardConfig(NamedConfig):
 class RolloutsConfig(Part):
     """How many samples an epoch has, and what is stored of them."""
 
-    samples_per_epoch: PositiveInt = 256
+    samples_per_epoch: int = Field(default=256, gt=0, le=INDEX_LIMIT)
     """Images per epoch. More of them reduce the gradient's variance and lengthen the epoch."""
     samples_per_prompt: PositiveInt = Field(default=1, exclude_if=is_one)
     """Size of a group: this many consecutive samples share a prompt. By default each image has a
@@ -67,11 +68,11 @@ DecayRate = Annotated[float, Field(ge=0.0, lt=1.0)]
 class OptimizerConfig(Part):
     """AdamW, with the defaults of the paper's code."""
 
-    learning_rate: PositiveFloat = 3e-4
+    learning_rate: float = Field(default=3e-4, gt=0.0, le=LARGEST_RATE)
     """3e-4 for LoRA on Stable Diffusion, 1e-5 for full fine-tuning."""
     betas: tuple[DecayRate, DecayRate] = (0.9, 0.999)
     """Decay rates of the two moments, each from 0 to below 1."""
-    weight_decay: NonNegativeFloat = 1e-4
+    weight_decay: float = Field(default=1e-4, ge=0.0, le=LARGEST_RATE)
     """Decoupled weight decay."""
     epsilon: PositiveFloat = 1e-8
     """Added to the square root of the second moment."""
@@ -90,7 +91,7 @@ OPERATION_FIELDS = frozenset({"epochs", "storage", "tracking", "outputs"})
 class RunConfig(Part):
     """The config of a run."""
 
-    seed: int = Field(default=0, ge=0, lt=2**63)
+    seed: Seed = 0
     """All randomness is derived from it."""
     model: ModelConfig
     """A path alone (`model: starter`) is short for `model: {path: starter}`."""
@@ -112,7 +113,7 @@ class RunConfig(Part):
     """Batches, dtype, device."""
     fork: ForkConfig | None = Field(default=None, exclude_if=is_off)
     """The run and epoch that this run is a fork of; by default it starts from the base model."""
-    epochs: PositiveInt = 100
+    epochs: int = Field(default=100, gt=0, lt=EPOCH_LIMIT)
     """Rounds of sampling and updating. May be increased later, and the run resumes. A fork's epochs
     are counted from its parent's start."""
     storage: StorageConfig = StorageConfig()
@@ -137,6 +138,11 @@ class RunConfig(Part):
             samples,
         )
         check_divides("rollouts.shard_size", self.rollouts.shard_size, "samples_per_epoch", samples)
+        if (shards := samples // self.rollouts.shard_size) > EPOCH_LIMIT:
+            raise ValueError(
+                f"rollouts.shard_size {self.rollouts.shard_size} makes {shards} shards an epoch; "
+                f"set it to at least {math.ceil(samples / EPOCH_LIMIT)}"
+            )
         check_divides(
             "numerics.sample_batch_size",
             self.numerics.sample_batch_size,

@@ -8,6 +8,8 @@ from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, field_validator, model_validator
 
+from ddpo.basics.paths import expand
+
 CONNECT_TIMEOUT_S = 10
 READ_TIMEOUT_S = 20
 """Of silence within one answer, not of a whole transfer."""
@@ -57,12 +59,17 @@ class S3Options(BaseModel):
             raise ValueError("ca_bundle is of no use with verify_tls: false; give one of the two")
         return self
 
+    @property
+    def bundle(self) -> Path | None:
+        """The file of `ca_bundle`."""
+        return Path(expand(str(self.ca_bundle))) if self.ca_bundle else None
+
     def environment(self) -> dict[str, str]:
         """Returns the AWS variables that say the same, as far as there are any."""
         found = {
             "AWS_ENDPOINT_URL": self.endpoint_url,
             "AWS_DEFAULT_REGION": self.region,
-            "AWS_CA_BUNDLE": str(self.ca_bundle) if self.ca_bundle else None,
+            "AWS_CA_BUNDLE": str(self.bundle) if self.bundle else None,
         }
         return {name: value for name, value in found.items() if value}
 
@@ -73,8 +80,8 @@ class S3Options(BaseModel):
             client["region_name"] = self.region
         if not self.verify_tls:
             client["verify"] = False
-        elif self.ca_bundle:
-            client["verify"] = str(self.ca_bundle)
+        elif self.bundle:
+            client["verify"] = str(self.bundle)
         # Unset options are left to ~/.aws/config, which any value here would override.
         chosen = self.addressing_style != "auto"
         return {

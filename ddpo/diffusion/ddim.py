@@ -137,16 +137,23 @@ def spaced_timesteps(schedule: NoiseSchedule, steps: int) -> Tensor:
         ConfigError: N is too small for so many steps.
     """
     count = schedule.training_timesteps
+    if steps > count:
+        raise _too_many(schedule, steps)
     if schedule.spacing == "linspace":
         timesteps = np.linspace(0, count - 1, steps).round()[::-1]
     elif schedule.spacing == "leading":
         timesteps = np.arange(steps)[::-1] * (count // steps) + schedule.steps_offset
     else:
         timesteps = np.round(np.arange(count, 0, -count / steps)) - 1
-    if steps > count or timesteps[0] >= count:
-        largest = count - (schedule.steps_offset if schedule.spacing == "leading" else 0)
-        raise ConfigError(
-            f"sampler.steps is {steps}, more than the model's {count} training timesteps allow; "
-            f"set it to at most {largest}"
-        )
+    if timesteps[0] >= count:
+        raise _too_many(schedule, steps)
     return torch.from_numpy(timesteps.astype(np.int64))
+
+
+def _too_many(schedule: NoiseSchedule, steps: int) -> ConfigError:
+    count = schedule.training_timesteps
+    largest = count - (schedule.steps_offset if schedule.spacing == "leading" else 0)
+    return ConfigError(
+        f"sampler.steps is {steps}, more than the model's {count} training timesteps allow; "
+        f"set it to at most {largest}"
+    )

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import torch
+
 from ddpo.basics.randomness import derive_seed
 from ddpo.config import RunConfig, SamplerConfig
 from ddpo.diffusion import PROCESSES, Process
 from ddpo.errors import ConfigError
 from ddpo.models import Policy
+from ddpo.models.schedule import NoiseSchedule
 
 
 def sampler_of_epoch(policy: Policy, config: RunConfig, epoch: int) -> SamplerConfig:
@@ -27,10 +30,32 @@ def sampler_of_epoch(policy: Policy, config: RunConfig, epoch: int) -> SamplerCo
     Raises:
         ConfigError: The window contains no step that draws noise, so nothing would be trained.
     """
+    return _of_epoch(policy.schedule, policy.device, config, epoch)
+
+
+def check_sampler(schedule: NoiseSchedule, config: RunConfig) -> None:
+    """Check that a model can be denoised as the config says, before the model is loaded.
+
+    Args:
+        schedule: The model's.
+        config: Sampler and algorithm.
+
+    Raises:
+        ConfigError: There are more steps than the model's schedule has; or as
+            :func:`sampler_of_epoch`.
+    """
+    cpu = torch.device("cpu")
+    _process(schedule, config.sampler.changed(window=None), cpu)
+    _of_epoch(schedule, cpu, config, 0)
+
+
+def _of_epoch(
+    schedule: NoiseSchedule, device: torch.device, config: RunConfig, epoch: int
+) -> SamplerConfig:
     window = config.sampler.window
     if window is None:
         return config.sampler
-    process = whole_process(policy, config.sampler)
+    process = _process(schedule, config.sampler.changed(window=None), device)
     stochastic = process.stochastic()
     every = range(process.steps - window.steps + 1)
     positions = [first for first in every if stochastic[first : first + window.steps].any()]
@@ -57,10 +82,13 @@ def process_of(policy: Policy, sampler: SamplerConfig) -> Process:
         policy: Whose latents are denoised.
         sampler: If noise is drawn in a window only, as :func:`sampler_of_epoch` resolved it.
     """
+    return _process(policy.schedule, sampler, policy.device)
+
+
+def _process(schedule: NoiseSchedule, sampler: SamplerConfig, device: torch.device) -> Process:
     window = sampler.window
     noisy = window_steps(sampler) if window is not None and window.noise_only_there else None
-    make = PROCESSES[sampler.type]
-    return make(policy.schedule, sampler, policy.device, noisy)
+    return PROCESSES[sampler.type](schedule, sampler, device, noisy)
 
 
 def whole_process(policy: Policy, sampler: SamplerConfig) -> Process:

@@ -12,7 +12,7 @@ from ddpo.config import FullConfig, LoraConfig, ModelConfig
 from ddpo.errors import ModelError
 from ddpo.models import hub
 from ddpo.models.base import Conditioning, Policy, policy_digest
-from ddpo.models.numerics import Numerics
+from ddpo.models.numerics import Numerics, resolve_device
 from ddpo.models.stable_diffusion import StableDiffusion
 from ddpo.models.weights import WeightSet
 
@@ -47,9 +47,11 @@ def load_policy(
         The policy: the base model as far as its output goes, since a fresh adapter adds nothing.
 
     Raises:
-        ConfigError: Size or trainable weights do not fit the model.
+        ConfigError: This machine lacks the device; or size or trainable weights do not fit the
+            model.
         ModelError: The model cannot be downloaded or loaded, or its family is not supported.
     """
+    resolve_device(numerics.device)  # before minutes of loading
     return _family(model)(model, trainable, numerics, seed=seed)
 
 

@@ -18,6 +18,7 @@ from huggingface_hub.errors import (
     LocalEntryNotFoundError,
 )
 
+from ddpo.basics.paths import expand
 from ddpo.config import ModelConfig
 from ddpo.errors import ModelError
 from ddpo.starter import STARTER_PATH
@@ -142,7 +143,7 @@ def _model_index(config: ModelConfig) -> Path:
 def _local_folder(config: ModelConfig) -> Path | None:
     if config.path == "starter":
         return STARTER_PATH
-    folder = Path(config.path).expanduser()
+    folder = Path(expand(config.path))
     return folder.absolute() if folder.is_dir() else None
 
 

@@ -75,7 +75,7 @@ def resolve_numerics(config: NumericsConfig) -> Numerics:
     Raises:
         ConfigError: The configured device is missing.
     """
-    device = _resolve_device(config.device)
+    device = resolve_device(config.device)
     dtype = config.dtype
     if dtype == "auto":
         dtype = "float32"
@@ -108,13 +108,41 @@ def resolve_again(config: NumericsConfig, frozen: Numerics) -> Numerics:
     Raises:
         ConfigError: The frozen device is missing.
     """
-    device = _resolve_device(frozen.device if config.device == "auto" else config.device)
+    device = resolve_device(frozen.device if config.device == "auto" else config.device)
     explicit = {
         name: value
         for name in NumericsConfig.model_fields
         if (value := getattr(config, name)) != "auto"
     }
     return Numerics.model_validate({**dict(frozen), **explicit, "device": device})
+
+
+def resolve_elsewhere(frozen: Numerics, device: str | None) -> Numerics:
+    """Return the numerics of a run for use on this machine, which may lack the run's device.
+
+    Args:
+        frozen: The numerics of the first start.
+        device: As in a config; None for the run's own. On another kind of device than the run's,
+            the arithmetic is float32.
+
+    Raises:
+        ConfigError: This machine has no such device.
+    """
+    if device is None:
+        try:
+            resolve_device(frozen.device)
+        except ConfigError as error:
+            raise ConfigError(
+                f"the run was trained on {frozen.device!r}, which torch does not find here; choose "
+                "a device of this machine, such as --device cpu"
+            ) from error
+        return frozen
+    resolved = resolve_device(device, "--device")
+    if resolved == frozen.device:
+        return frozen
+    settings = {name: getattr(frozen, name) for name in NumericsConfig.model_fields}
+    settings |= {"device": resolved, "dtype": "float32"}
+    return resolve_numerics(NumericsConfig.model_validate(settings))
 
 
 def changed_versions(frozen: Numerics) -> list[str]:
@@ -134,15 +162,26 @@ def changed_versions(frozen: Numerics) -> list[str]:
     ]
 
 
-def _resolve_device(requested: str) -> Literal["cpu", "cuda", "mps"]:
+def resolve_device(
+    requested: str, setting: str = "numerics.device"
+) -> Literal["cpu", "cuda", "mps"]:
+    """Return the kind of device that a setting stands for here.
+
+    Args:
+        requested: `auto`, `cpu`, `cuda` or `mps`.
+        setting: The setting, for the message.
+
+    Raises:
+        ConfigError: This machine has no such device.
+    """
     if requested == "cuda" and not torch.cuda.is_available():
         raise ConfigError(
-            "numerics.device is 'cuda', but torch finds no CUDA device here. Set it to 'cpu', or "
+            f"{setting} is 'cuda', but torch finds no CUDA device here. Set it to 'cpu', or "
             "install a CUDA build of torch and check `nvidia-smi`."
         )
     if requested == "mps" and not torch.backends.mps.is_available():
         raise ConfigError(
-            "numerics.device is 'mps', but torch finds no Apple GPU here. Set it to 'cpu'."
+            f"{setting} is 'mps', but torch finds no Apple GPU here. Set it to 'cpu'."
         )
     if requested == "auto":
         if torch.cuda.is_available():

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
 from ddpo.basics import trust
+from ddpo.basics.paths import expand
 from ddpo.errors import ConfigError
 from ddpo.prompts.base import Prompt
 
@@ -121,7 +122,7 @@ def text_file(path: str) -> list[Prompt]:
             those of any other file are the text itself. A relative path starts at the working
             directory. A duplicate is sampled twice as often.
     """
-    file = Path(path).expanduser()
+    file = Path(expand(path))
     trust.check_trusted(f"its prompts are the lines of a file on this machine, {file.absolute()}")
     try:
         lines = file.read_text(encoding="utf-8-sig").splitlines()

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from pydantic import JsonValue
 
+from ddpo.basics.paths import expand
 from ddpo.basics.trust import check_place
 from ddpo.basics.version import VERSION
 from ddpo.config import RunConfig
@@ -187,14 +188,15 @@ def _check_stored(
 
 def _check_folders(outputs: str) -> None:
     """Check up front that the output folder is writable, so no run fails after hours of work."""
-    check_place(f"its report and weights go to {outputs}", outputs, Path(outputs))
+    folder = Path(expand(outputs))
+    check_place(f"its report and weights go to {outputs}", outputs, folder)
     try:
-        Path(outputs).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=outputs) as file:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
             file.write(bytes(_ROOM))
     except OSError as error:
         raise ConfigError(
-            f"cannot write to the output folder {outputs}: {error.strerror}. It receives the "
+            f"cannot write to the output folder {folder}: {error.strerror}. It receives the "
             "report and the weights; choose another with --set outputs=FOLDER"
         ) from error
     try:

@@ -9,6 +9,7 @@ import fsspec
 from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
+from ddpo.basics.paths import expand
 from ddpo.config.s3 import S3Options
 from ddpo.errors import StoreNotWritable
 
@@ -22,9 +23,11 @@ def open_filesystem(root: str, s3: S3Options | None) -> tuple[AbstractFileSystem
         s3: How to connect to a bucket; by default as the AWS environment variables say.
 
     Raises:
+        ConfigError: The address names a variable that is not set.
         StoreNotWritable: The kind of store is unknown, or the address contains credentials, names
             no bucket, or has a segment `.` or `..` that an object store would take literally.
     """
+    root = expand(root)
     scheme, _, place = root.partition("://")
     if place and "@" in place and scheme not in ("file", "local"):
         raise StoreNotWritable(
@@ -46,7 +49,7 @@ def open_filesystem(root: str, s3: S3Options | None) -> tuple[AbstractFileSystem
                     "AWS_SECRET_ACCESS_KEY in the environment",
                 )
         arguments = (s3 or S3Options()).filesystem_arguments()
-        bundle = s3.ca_bundle if s3 else None
+        bundle = s3.bundle if s3 else None
         if bundle and not bundle.is_file():
             raise StoreNotWritable(root, f"ca_bundle {bundle} does not exist", "Check its path.")
     # Other processes write to the same store, so a cached listing would be wrong.

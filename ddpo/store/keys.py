@@ -10,12 +10,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from ddpo.basics.limits import EPOCH_LIMIT, INDEX_LIMIT
 from ddpo.errors import InvalidKey
 
-EPOCH_LIMIT = 100_000
-"""Epochs and shards have five digits, so that text order is numerical order."""
-INDEX_LIMIT = 1_000_000
-"""Sample indices have six digits, for the same reason."""
 PARTITION_NAMES = frozenset({"run_id", "epoch", "reward_name", "pictures_name"})
 """Names of partition keys; no column of a table may share one (pyarrow refuses to merge them)."""
 TENSORS_SUFFIX = ".safetensors"

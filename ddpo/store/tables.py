@@ -19,8 +19,9 @@ import pyarrow.parquet as pq
 from pydantic import JsonValue
 
 from ddpo.basics.digests import canonical_json
+from ddpo.basics.limits import INDEX_LIMIT
 from ddpo.errors import InvalidTable, UnreadableData
-from ddpo.store.keys import INDEX_LIMIT, PARTITION_NAMES, image_name
+from ddpo.store.keys import PARTITION_NAMES, image_name
 
 UNFOLDED_LIMIT_BYTES = 2**32
 """Uncompressed size limit of a table; a shard of 1,000 images of 1024x1024 pixels has 3 GB."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -26,6 +27,15 @@ if TYPE_CHECKING:
     from ddpo.store.objects import Store
 
 app = typer.Typer()
+
+
+class Device(StrEnum):
+    """Where an image is computed."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+    mps = "mps"
 
 
 @app.command()
@@ -155,6 +165,10 @@ def sample(
     checkpoint: Annotated[
         int | None, typer.Option(help="The checkpoint: 0 is the base model. By default the last.")
     ] = None,
+    device: Annotated[
+        Device | None,
+        typer.Option(help="Where to compute. By default on the kind of device that trained."),
+    ] = None,
     root: Root = None,
 ) -> None:
     """Sample an image from a run's model."""
@@ -164,7 +178,8 @@ def sample(
     if out.suffix.lower() != ".png":
         raise ConfigError(f"--out must end in .png; got {out}")
     hide_loading_bars()
-    image = draw(saved_run(run_id, root), prompt, seed=seed, checkpoint=checkpoint)
+    run = saved_run(run_id, root)
+    image = draw(run, prompt, seed=seed, checkpoint=checkpoint, device=device)
     out.parent.mkdir(parents=True, exist_ok=True)
     image.save(out)
     console.print(f"{out}: '{prompt}', seed {seed}")

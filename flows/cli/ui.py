@@ -13,6 +13,7 @@ from rich.console import Console
 
 from ddpo.basics.redaction import hide_credentials
 from ddpo.errors import DdpoError
+from ddpo_workflow.tasks.tracking.connection import whole_address
 
 _STARTUP_S = 120.0
 
@@ -45,7 +46,7 @@ def serve_pages(console: Console, tracking: str, *, mlflow_port: int, prefect_po
         else:
             pages["MLflow"] = f"http://127.0.0.1:{mlflow_port}"
             servers["MLflow"] = _start(
-                "mlflow", "server", "--backend-store-uri", tracking,
+                "mlflow", "server", "--backend-store-uri", whole_address(tracking),
                 "--host", "127.0.0.1", "--port", str(mlflow_port),
             )  # fmt: skip
         pages["Prefect"] = f"http://127.0.0.1:{prefect_port}"

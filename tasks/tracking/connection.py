@@ -17,6 +17,7 @@ from mlflow.tracking import MlflowClient
 from mlflow.utils.mlflow_tags import MLFLOW_RUN_NAME
 from sqlalchemy.engine import make_url
 
+from ddpo.basics.paths import expand
 from ddpo.basics.redaction import HIDDEN, NO_PASSWORD, has_password, hide_credentials
 from ddpo.basics.trust import check_place
 from ddpo.errors import DdpoError
@@ -102,8 +103,13 @@ def connect(tracking_uri: str) -> MlflowClient:
         database = sqlite_file(tracking_uri)
         if database is not None:
             database.parent.mkdir(parents=True, exist_ok=True)
-            tracking_uri = f"sqlite:///{database}"
-        return MlflowClient(tracking_uri)
+        return MlflowClient(whole_address(tracking_uri))
+
+
+def whole_address(tracking_uri: str) -> str:
+    """Return an address that means the same in every folder and for every user of the machine."""
+    database = sqlite_file(tracking_uri)
+    return tracking_uri if database is None else f"sqlite:///{database}"
 
 
 def sqlite_file(tracking_uri: str) -> Path | None:
@@ -111,7 +117,9 @@ def sqlite_file(tracking_uri: str) -> Path | None:
     if not urlsplit(tracking_uri).scheme.startswith("sqlite"):
         return None
     database = make_url(tracking_uri).database
-    return Path(database).resolve() if database and database != ":memory:" else None
+    if not database or database == ":memory:":
+        return None
+    return Path(expand(database)).resolve()
 
 
 def find_or_create_experiment(client: MlflowClient, name: str) -> str:

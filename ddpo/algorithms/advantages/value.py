@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt
 
 from ddpo.algorithms.advantages.base import Advantages, CriticSettings, Moments, batch_moments
 from ddpo.algorithms.base import PromptStatistics, Scored
+from ddpo.basics.limits import LARGEST_RATE
 
 
 class ValueAdvantages(Advantages):
@@ -27,7 +28,7 @@ class ValueAdvantages(Advantages):
     from them."""
     value_epochs: PositiveInt = 10
     """Steps of AdamW that V takes after each epoch's updates, each on all samples."""
-    value_learning_rate: PositiveFloat = 1e-3
+    value_learning_rate: float = Field(default=1e-3, gt=0.0, le=LARGEST_RATE)
     """Learning rate of V; the policy's is `optimizer.learning_rate`."""
 
     @property

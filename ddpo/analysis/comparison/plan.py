@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ddpo.basics.paths import expand
 from ddpo.config import CompareConfig, RunConfig
 from ddpo.config.compare import SHARED
 from ddpo.config.files import parse_comparison, parse_config, read_mapping
@@ -79,10 +80,10 @@ def read_comparison(
         ConfigError: The file or a variant is invalid.
         InvalidKey: The name is not valid in a run's name.
     """
-    file = Path(path)
+    file = Path(expand(str(path)))
     config = parse_comparison(read_mapping(file, "`base:` and `variants:`"), str(file))
     if isinstance(config.base, str):
-        base_file = file.parent / config.base
+        base_file = file.parent / expand(config.base)
         base = read_mapping(base_file, "`model:`, `prompts:` and `reward:`")
         source = str(base_file)
     else:

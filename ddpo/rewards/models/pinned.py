@@ -26,6 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from ddpo.basics.paths import expand
 from ddpo.errors import ConfigError, RewardError
 from ddpo.rewards.models.pretrained import few
 from ddpo.rewards.models.torch_zip import read_torch_zip
@@ -177,7 +178,7 @@ def find_model(name: str, revision: str | None) -> ModelFolder:
     Raises:
         ConfigError: The name is neither a folder nor a Hub id, or a Hub id has no commit.
     """
-    folder = Path(name).expanduser()
+    folder = Path(expand(name))
     if folder.is_dir():
         if revision is not None:
             raise ConfigError(f"model {name!r} is a folder, which has no revision; remove it")
@@ -209,7 +210,7 @@ def find_weights(name: str, revision: str | None, sha256: str | None) -> Weights
     """
     if sha256 is not None and not _SHA256.fullmatch(sha256):
         raise ConfigError(f"{sha256!r} is not a sha256; expected 64 hex digits (`sha256sum FILE`)")
-    path = Path(name).expanduser()
+    path = Path(expand(name))
     hub = _HUB_FILE.fullmatch(name)
     if revision is not None and (path.is_file() or not hub):
         raise ConfigError(
