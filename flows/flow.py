@@ -11,12 +11,15 @@ from prefect import Flow, flow
 from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
 
 from ddpo_workflow.flows.hooks import mark_cancelled, remember_flow_run
+from ddpo_workflow.flows.logs import log_to_flow_runs
 from ddpo_workflow.flows.threads import WorkerThreads
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 _THREADS = 4
+
+log_to_flow_runs()  # also of a flow that another program calls
 
 
 def ddpo_flow(

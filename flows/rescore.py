@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
-
-from prefect import get_run_logger
 
 from ddpo.errors import RetiredObject
 from ddpo.runs.forks.checks import saved_rollouts
@@ -22,6 +21,8 @@ from ddpo_workflow.tasks.score import score_shard
 from ddpo_workflow.tasks.statistics import rebuild_statistics
 from ddpo_workflow.tasks.tracking.page import open_rescored_page
 from ddpo_workflow.tasks.tracking.rescored import track_disagreement, track_rescored
+
+_logger = logging.getLogger(__name__)
 
 
 @ddpo_flow(name="ddpo-rescore", run_name="{run_id} by {reward}")
@@ -70,7 +71,7 @@ def rescore(
             if "reward/mean" in metrics:
                 reason = _commit_advantages(rescoring, rollouts, scores, epoch)
             if reason:
-                get_run_logger().warning("epoch %d has no advantages: %s", epoch, reason)
+                _logger.warning("epoch %d has no advantages: %s", epoch, reason)
         track_disagreement(run.handle, page.handle, rescoring.epochs, new)
     return rescoring.reward_id
 

@@ -41,6 +41,8 @@ def start(handle: RunHandle, history: Sequence[Ref[Scores]] = ()) -> Ref[Checkpo
         sampler_of_epoch(policy, run.config, 0)  # refuses a window without a step to train
         if run.fork:
             return inherit_checkpoint(run, policy, history)
+        pictures = run.config.tracking.pictures.prompts
+        policy.warn_of_cut([*(prompt.text for prompt in run.prompts), *pictures])
         digests = {
             "policy_digest": policy.digest,
             "base_digest": policy.base_digest,

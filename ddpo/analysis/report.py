@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 
-from ddpo.analysis.rewards import summarize
+from ddpo.analysis.rewards import EpochRewards, reward_curve
 from ddpo.basics.images import decode_image
 from ddpo.runs import Run
 from ddpo.store.keys import Partition
-from ddpo.store.kinds import ADVANTAGES, IMAGES
+from ddpo.store.kinds import IMAGES
 from ddpo.store.tables import RolloutRow
 
 matplotlib.use("Agg")
@@ -24,30 +23,6 @@ from matplotlib.ticker import MaxNLocator
 _MAX_IMAGES = 8
 _CHARACTERS = 140
 """How many characters of a title fit side by side into the width of the figure."""
-
-
-@dataclass(frozen=True)
-class EpochRewards:
-    """The rewards of one epoch."""
-
-    epoch: int
-    """The epoch."""
-    mean: float
-    """Mean over its samples."""
-    std: float
-    """Standard deviation over its samples."""
-
-
-def reward_curve(run: Run) -> list[EpochRewards]:
-    """Return a run's rewards by epoch, as far as advantages are committed without a gap."""
-    curve: list[EpochRewards] = []
-    while True:
-        epoch = run.first_epoch + len(curve)
-        table = ADVANTAGES.get(run.store, Partition(run.run_id, epoch, reward_id=run.reward_id))
-        if table is None:
-            return curve
-        rewards = summarize(row.reward for row in table.rows())
-        curve.append(EpochRewards(epoch, rewards.mean, rewards.std))
 
 
 def checkpoint_pictures(run: Run, pictures_id: str, epoch: int) -> list[RolloutRow]:

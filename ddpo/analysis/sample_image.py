@@ -42,6 +42,7 @@ def draw(
     policy_weights = _checkpoint(run, checkpoint).state().shown_weights
     config = run.config
     policy = load_policy(config.model, config.trainable, numerics, seed=config.seed)
+    policy.warn_of_cut([prompt])
     policy.weights.load(policy_weights)
     sampler = sampler_of_epoch(policy, run.config, 0)
     return sample(policy, [prompt], [seed], sampler).images[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Literal
+from urllib.parse import urlsplit
 
 from pydantic import Field, PositiveInt, field_validator
 
@@ -10,6 +11,8 @@ from ddpo.basics.limits import Seed
 from ddpo.basics.part import Part, is_off
 from ddpo.basics.redaction import NO_PASSWORD, has_password
 from ddpo.config.s3 import S3Options
+
+_DATABRICKS = {"databricks", "databricks-uc", "uc"}
 
 Keep = Literal["everything", "images_and_scores", "checkpoints"]
 
@@ -46,8 +49,24 @@ class PicturesConfig(Part):
 
     prompts: tuple[str, ...] = ()
     """The prompts; by default the first four of the run's prompt set."""
-    seeds: tuple[Seed, ...] = (0,)
+    seeds: tuple[Seed, ...] = Field(default=(0,), min_length=1)
     """The seeds; each prompt is sampled with each seed."""
+
+
+def check_tracking_uri(uri: str) -> str:
+    """Return the address of a tracking store, checked to be none that MLflow refuses.
+
+    Raises:
+        ValueError: It is a plain folder.
+    """
+    scheme = urlsplit(uri).scheme
+    if scheme == "file" or (not scheme and uri not in _DATABRICKS):
+        raise ValueError(
+            f"the tracking address {uri!r} is a plain folder, which MLflow 3.13 and later refuse; "
+            "use a database, such as sqlite:///mlflow.db, or the address of an MLflow server "
+            "(`mlflow migrate-filestore` moves the runs of an old folder)"
+        )
+    return uri
 
 
 class TrackingConfig(Part):
@@ -73,4 +92,4 @@ class TrackingConfig(Part):
     def _has_no_password(cls, value: str) -> str:
         if has_password(value):
             raise ValueError(f"a config must not contain a password; {NO_PASSWORD}")
-        return value
+        return check_tracking_uri(value)

@@ -5,9 +5,10 @@ Shapes: B images, C latent channels, h x w latent pixels, L tokens, D text featu
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -25,6 +26,8 @@ from ddpo.models.lora import LoraWeights
 from ddpo.models.numerics import Numerics
 from ddpo.models.schedule import NoiseSchedule
 from ddpo.models.weights import Network, Weights
+
+_logger = logging.getLogger(__name__)
 
 _CACHED_PROMPTS = 1024
 """Encoded prompts that a policy keeps; a prompt of Stable Diffusion 1.x takes 236 kB."""
@@ -155,6 +158,27 @@ class Policy(ABC):
         while len(cache) > _CACHED_PROMPTS:
             cache.popitem(last=False)
         return conditioning
+
+    def warn_of_cut(self, prompts: Iterable[str]) -> None:
+        """Log how many of the prompts are longer than what the model reads, if any are."""
+        texts = list(dict.fromkeys(prompts))
+        counts = self.count_tokens(texts)
+        cut = [text for text, n in zip(texts, counts, strict=True) if n > self.most_tokens]
+        if cut:
+            _logger.warning(
+                "%d of %d prompts are longer than the %d tokens that the model reads, and are cut "
+                "there; the first: %s",
+                *(len(cut), len(texts), self.most_tokens, cut[0]),
+            )
+
+    @property
+    @abstractmethod
+    def most_tokens(self) -> int:
+        """How many tokens of a prompt the model reads."""
+
+    @abstractmethod
+    def count_tokens(self, prompts: Sequence[str]) -> list[int]:
+        """Return how many tokens each prompt has, those included that mark its start and end."""
 
     @abstractmethod
     def predict(

@@ -5,6 +5,7 @@ Shapes: B images, C latent channels, h x w latent pixels, L tokens, D text featu
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -34,6 +35,16 @@ class StableDiffusion(Policy):
         """Shape of one image's latents, [C, h, w]."""
         width, height = (pixels // self.pipeline.vae_scale_factor for pixels in self.size)
         return (self.pipeline.unet.config.in_channels, height, width)
+
+    @property
+    def most_tokens(self) -> int:
+        """How many tokens of a prompt the text encoder reads."""
+        return self.pipeline.tokenizer.model_max_length
+
+    def count_tokens(self, prompts: Sequence[str]) -> list[int]:
+        """Return how many tokens each prompt has, those included that mark its start and end."""
+        tokens = self.pipeline.tokenizer(list(prompts), verbose=False).input_ids
+        return [len(ids) for ids in tokens]
 
     def predict(
         self, latents: Tensor, times: Tensor, conditioning: Conditioning, guidance_scale: float

@@ -23,7 +23,8 @@ class Prompt:
     """What an image is generated for.
 
     Raises:
-        ConfigError: The text is blank or not a string, or the metadata is not plain JSON.
+        ConfigError: The text is blank, not a string or not Unicode, or the metadata is not plain
+            JSON.
     """
 
     text: str
@@ -36,15 +37,28 @@ class Prompt:
         text: Any = self.text
         if not isinstance(text, str) or not text.strip():
             raise ConfigError(f"a prompt must be text that is not blank, not {text!r}")
+        _check_unicode(text, f"the prompt {text!r}")
         try:
             metadata = _METADATA.validate_python(dict(self.metadata))
-            json.dumps(metadata, allow_nan=False)
+            written = json.dumps(metadata, allow_nan=False, ensure_ascii=False)
         except (ValidationError, ValueError, TypeError) as error:
             raise ConfigError(
                 f"metadata of the prompt {text!r} must be plain JSON (objects with string keys, "
                 f"lists, strings, finite numbers, booleans, null): {error}"
             ) from error
+        _check_unicode(written, f"metadata of the prompt {text!r}")
         object.__setattr__(self, "metadata", metadata)
+
+
+def _check_unicode(text: str, what: str) -> None:
+    """Refuse what no file and no text encoder takes, such as a name in another encoding."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(
+            f"{what} has half of a surrogate pair at character {error.start + 1}, which is not "
+            "Unicode text; write the whole character, in UTF-8"
+        ) from error
 
 
 def draw_prompt(prompts: Sequence[Prompt], generator: torch.Generator) -> Prompt:

@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     import inflect
 
 
+_OTHER_FORMATS = {".json", ".csv", ".tsv", ".parquet", ".yaml", ".yml", ".xlsx"}
+_BLANKS = " \t\r"
+
+
 def _shipped_lines(file_name: str) -> tuple[str, ...]:
     text = resources.files("ddpo.prompts").joinpath(file_name).read_text(encoding="utf-8")
     return tuple(text.splitlines())
@@ -118,24 +122,31 @@ def text_file(path: str) -> list[Prompt]:
     """Return the prompts of a UTF-8 file, one per line; blank lines are skipped.
 
     Args:
-        path: The file. Lines of a ``.jsonl`` are objects with ``text`` and optionally ``metadata``;
-            those of any other file are the text itself. A relative path starts at the working
-            directory. A duplicate is sampled twice as often.
+        path: The file. Lines of a ``.jsonl`` or ``.ndjson`` are objects with ``text`` and
+            optionally ``metadata``; those of any other file are the text itself. They end with LF
+            or CRLF. A relative path starts at the working directory. A duplicate is sampled twice
+            as often.
     """
     file = Path(expand(path))
+    suffix = file.suffix.lower()
     trust.check_trusted(f"its prompts are the lines of a file on this machine, {file.absolute()}")
+    if suffix in _OTHER_FORMATS:
+        raise ConfigError(
+            f"{file.absolute()} is a {suffix} file, whose lines are not prompts; write a text file "
+            'with one prompt per line, or a .jsonl file with one {"text": "..."} per line'
+        )
     try:
-        lines = file.read_text(encoding="utf-8-sig").splitlines()
+        lines = file.read_bytes().decode("utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
             f"cannot read prompts from {file.absolute()} "
             f"({getattr(error, 'strerror', None) or error}); "
             "give the path of a UTF-8 text file with one prompt per line"
         ) from error
-    numbered = [(number, line.strip()) for number, line in enumerate(lines, start=1)]
-    if file.suffix == ".jsonl":
-        return [_json_prompt(file, number, line) for number, line in numbered if line]
-    return [Prompt(line) for _, line in numbered if line]
+    numbered = [(n, line.strip(_BLANKS)) for n, line in enumerate(lines, start=1) if line.strip()]
+    if suffix in {".jsonl", ".ndjson"}:
+        return [_json_prompt(file, number, line) for number, line in numbered]
+    return [Prompt(line) for _, line in numbered]
 
 
 class _JsonPrompt(BaseModel):

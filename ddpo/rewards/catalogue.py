@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from pydantic import JsonValue
 
 from ddpo.basics import plugins
-from ddpo.basics.images import PIXEL_LIMIT
+from ddpo.basics.images import DECODING_ERRORS, PIXEL_LIMIT, as_rgb
 from ddpo.errors import ConfigError
 from ddpo.prompts import Prompt
 from ddpo.rewards.base import Scores
@@ -59,7 +59,8 @@ def read_image(path: Path) -> Image.Image:
     """Read an image of any format that Pillow knows, as RGB.
 
     Raises:
-        ConfigError: The file is not an image, is damaged, or has more than 4096x4096 pixels.
+        ConfigError: The file is not an image, is damaged, has more than 4096x4096 pixels, or has
+            pixels of 32 bits.
     """
     try:
         with Image.open(path) as image:
@@ -67,8 +68,8 @@ def read_image(path: Path) -> Image.Image:
                 raise ConfigError(
                     f"{path} has {image.width}x{image.height} pixels; at most 4096x4096 are allowed"
                 )
-            return image.convert("RGB")
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+            return as_rgb(image)
+    except DECODING_ERRORS as error:
         raise ConfigError(f"cannot read {path} as an image: {error}") from error
 
 

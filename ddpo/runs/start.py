@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Event
+from typing import TYPE_CHECKING
 
 from pydantic import JsonValue
 
@@ -14,9 +16,8 @@ from ddpo.basics.paths import expand
 from ddpo.basics.trust import check_place
 from ddpo.basics.version import VERSION
 from ddpo.config import RunConfig
-from ddpo.diffusion.window import sampler_of_epoch
 from ddpo.errors import ConfigError, RunIdentityMismatch
-from ddpo.models import Policy, check_model
+from ddpo.models import check_model
 from ddpo.models.numerics import Numerics, changed_versions, resolve_again, resolve_numerics
 from ddpo.prompts import load_prompts, prompt_set_digest
 from ddpo.rewards import Reward, load_reward
@@ -29,6 +30,9 @@ from ddpo.store.keys import Partition
 from ddpo.store.kinds import CHECKPOINT, EPOCH
 from ddpo.store.objects import Store
 from ddpo.store.upkeep.probe import probe
+
+if TYPE_CHECKING:
+    from ddpo.models import Policy
 
 _logger = logging.getLogger(__name__)
 
@@ -53,6 +57,8 @@ class RunPlan:
     """The reward, kept so that it is not built again for the run."""
     awaits_parent: bool = False
     """Whether a fork's parent has yet to run; what is inherited is then checked by `start`."""
+    begun: Event = field(default_factory=Event, compare=False)
+    """Set once the run is in the store, so that it can be resumed."""
 
     def __post_init__(self) -> None:
         check_readable(self.store, self.run_id, self.config, self.numerics, self.identity)
@@ -83,6 +89,8 @@ class RunPlan:
             ConfigError: The window of steps contains none to train on.
             PolicyMismatch: A fork's base model or sampler is not that of the saved rollouts.
         """
+        from ddpo.diffusion.window import sampler_of_epoch  # imports torch
+
         sampler_of_epoch(policy, self.config, 0)
         if self.fork and not self.awaits_parent:
             check_policy(self.fork, policy)
@@ -103,6 +111,7 @@ class RunPlan:
             numerics=self.numerics.model_dump(mode="json"),
             code={"ddpo": VERSION},
         )
+        self.begun.set()
         operation = self.config.operation()
         number = runs.append_operation(self.store, self.run_id, operation)
         if changed := changed_versions(self.numerics):
@@ -155,15 +164,18 @@ def check_run(config: RunConfig, run_id: str, *, awaits_parent: bool = False) ->
     runs.check_not_being_deleted(store, run_id)
     reward = load_reward(config.reward.name, config.reward.parameters)
     identity = _identity(config, reward)
-    if store.exists(keys.run_key(run_id)):
+    check_model(config.model)
+    if exists := store.exists(keys.run_key(run_id)):
         numerics = _check_stored(store, run_id, config, identity)
     else:
         numerics = resolve_numerics(config.numerics)
         fork = fork_of(store, config)
         if fork and not awaits_parent:
             check_fork(fork)
-    check_model(config.model)
-    return RunPlan(store, run_id, config, numerics, identity, reward, awaits_parent)
+    plan = RunPlan(store, run_id, config, numerics, identity, reward, awaits_parent)
+    if exists:
+        plan.begun.set()
+    return plan
 
 
 def _check_stored(

@@ -12,9 +12,9 @@ import typer
 
 from ddpo.errors import DdpoError
 from ddpo_workflow.flows.cli import data, forks, pages, rewards, storage, training
-from ddpo_workflow.flows.cli.common import console, say
 from ddpo_workflow.flows.cli.once import OptionsOnce
 from ddpo_workflow.flows.cli.quiet import set_defaults
+from ddpo_workflow.flows.cli.screen import say, set_up
 
 app = typer.Typer(
     help="Reinforcement learning for diffusion models, as a durable batch workflow.",
@@ -31,10 +31,11 @@ for _module in (training, forks, data, storage, pages, rewards):  # the order of
 def main() -> None:
     """Run the command; invalid input ends it with one message and exit status 2."""
     set_defaults()
+    set_up()
     try:
         app()
     except DdpoError as error:
-        console.print(f"[bold red]{type(error).__name__}[/]", style=None, highlight=False)
+        say(type(error).__name__, style="bold red")
         say(str(error))
         sys.exit(2)
 

@@ -20,14 +20,14 @@ class Bars:
 
     def __init__(self, console: Console, run_id: str, epochs: int) -> None:
         self._progress = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", style="bold", markup=False),
             BarColumn(bar_width=28),
             TaskProgressColumn(),
             TimeElapsedColumn(),
-            TextColumn("{task.fields[note]}", style="dim"),
+            TextColumn("{task.fields[note]}", style="dim", markup=False),
             console=console,
         )
-        self._run = self._progress.add_task(f"[bold]{run_id}", total=epochs, note="starting")
+        self._run = self._progress.add_task(run_id, total=epochs, note="starting")
         self._stage = self._progress.add_task("", total=1.0, note="", visible=False)
         self._name = ""
         self._began = 0.0
@@ -77,7 +77,7 @@ class Bars:
         self._progress.update(
             self._run,
             completed=done,
-            description=f"[bold]epoch {done}/{total}",
+            description=f"epoch {done}/{total}",
             note="  ".join(notes),
         )
 

@@ -1,21 +1,17 @@
-"""What the commands share: the screen, common options, how a run is opened.
+"""What the commands share: common options, how a run is opened.
 
 Heavy libraries are imported by the commands that need them, so that typos are reported at once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 if TYPE_CHECKING:
     from ddpo.runs import Run
-
-console = Console()
 
 Root = Annotated[
     str | None,
@@ -53,11 +49,6 @@ Settings = Annotated[
         "counts.",
     ),
 ]
-
-
-def say(text: str) -> None:
-    """Print a line verbatim: keys and errors may look like markup."""
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def saved_run(run_id: str, root: str | None) -> Run:
@@ -98,17 +89,3 @@ def read_parameters(given: Sequence[str]) -> dict[str, Any]:
         except ValueError as error:
             raise ConfigError(f"--param {item!r} is not valid YAML: {error}") from None
     return parameters
-
-
-def show_places(places: Mapping[str, str]) -> None:
-    """Print where results are.
-
-    Args:
-        places: Paths and addresses by name.
-    """
-    table = Table.grid(padding=(0, 2))
-    table.add_column()
-    table.add_column(overflow="fold")  # a truncated path would be useless
-    for name, place in places.items():
-        table.add_row(name, place)
-    console.print(table)

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
-from rich.text import Text
 
-from ddpo_workflow.flows.cli.common import Epochs, Root, RunId, console
+from ddpo_workflow.flows.cli.common import Epochs, Root, RunId
+from ddpo_workflow.flows.cli.screen import busy, say, show
 
 if TYPE_CHECKING:
     from ddpo.analysis.history import History
@@ -42,19 +42,15 @@ def query(
     with ask(_history(run_id, root), sql) as answer:
         if csv is not None:
             count = _write_csv(csv, answer)
-            console.print(f"{csv}: {count} rows", markup=False, highlight=False)
+            say(f"{csv}: {count} rows")
             return
-        table = Table()
-        for name in answer.columns:
-            table.add_column(Text(name, overflow="fold"))
+        table = Table(*answer.columns)
         for row in itertools.islice(answer.rows, _MOST_ROWS):
-            table.add_row(*(Text(text, overflow="fold") for text in map(format_value, row)))
+            table.add_row(*map(format_value, row))
         cut = next(answer.rows, None) is not None
-    console.print(table)
+    show(table, fold=True)
     if cut:
-        console.print(
-            f"showing the first {_MOST_ROWS} rows; --csv FILE writes all", highlight=False
-        )
+        say(f"showing the first {_MOST_ROWS} rows; --csv FILE writes all")
 
 
 @app.command()
@@ -79,9 +75,9 @@ def export(
 
     history = _history(run_id, root)
     chosen = None if epochs is None else history.epochs_within(epochs)
-    with console.status("writing"):
+    with busy("writing"):
         count = write_dataset(history, to_hf_dataset, epochs=chosen, reward=reward)
-    console.print(f"{to_hf_dataset}: {count} samples", markup=False, highlight=False)
+    say(f"{to_hf_dataset}: {count} samples")
 
 
 def _write_csv(file: Path, answer: Answer) -> int:

@@ -15,11 +15,10 @@ from ddpo_workflow.flows.cli.common import (
     RunId,
     Settings,
     Trust,
-    console,
     read_parameters,
-    show_places,
 )
-from ddpo_workflow.flows.cli.running import checked, running, show_run
+from ddpo_workflow.flows.cli.running import NOTHING_BEGUN, checked, running, show_run
+from ddpo_workflow.flows.cli.screen import busy, console, say, show, show_places
 
 if TYPE_CHECKING:
     from ddpo.analysis.comparison.plan import Comparison
@@ -51,12 +50,11 @@ def rescore(
         storage=storage_root(root),
         trust=trust,
     )
-    with request.resolved() as rescoring:
+    with checked(request) as rescoring:
         from ddpo_workflow.flows.rescore import rescore as rescore_flow
 
-        status = console.status(f"scoring {len(rescoring.epochs)} epochs")
-        advice = "Scored shards are kept; run the same command again to continue"
-        with running("scoring", advice), status:
+        again = "Scored shards are kept; run the same command again to continue"
+        with running("scoring", lambda: again), busy(f"scoring {len(rescoring.epochs)} epochs"):
             rescore_flow(**dict(request))
     _show_rescored(rescoring, reward)
 
@@ -144,7 +142,12 @@ def compare(
 
         comparison = plan.comparison
         bars = Bars(console, comparison.name, plan.epochs)
-        advice = "Committed work is kept; run the same command again to continue"
+
+        def advice() -> str:
+            if any(run.begun.is_set() for run in plan.runs.values()):
+                return "Committed work is kept; run the same command again to continue"
+            return NOTHING_BEGUN
+
         with running("the comparison", advice), bars, shown_by(bars):
             compare_flow(**dict(request))
     _show_comparison(comparison, plan.store)
@@ -164,11 +167,11 @@ def _show_comparison(comparison: Comparison, store: Store) -> None:
     from ddpo_workflow.flows.compare import comparison_folder
 
     result = read_result(comparison, store)
-    console.print(_table(result_table(comparison, result), comparison.name))
+    _show_table(result_table(comparison, result), comparison.name)
     if result.ratios:
-        console.print(_table(ratio_table(result), "importance ratios on the shared history"))
+        _show_table(ratio_table(result), "importance ratios on the shared history")
     for paragraph in explanation(comparison):
-        console.print(paragraph, style="dim", markup=False, highlight=False)
+        say(paragraph, style="dim")
     folder = comparison_folder(comparison)
     show_places(
         {
@@ -180,14 +183,13 @@ def _show_comparison(comparison: Comparison, store: Store) -> None:
     )
 
 
-def _table(cells: Cells, title: str) -> Table:
+def _show_table(cells: Cells, title: str) -> None:
     headings, rows = cells
-    table = Table(title=title, title_justify="left")
-    for heading in headings:
-        table.add_column(heading, overflow="fold")
+    say(title, style="bold")
+    table = Table(*headings)
     for row in rows:
         table.add_row(*row)
-    return table
+    show(table)
 
 
 def _show_rescored(rescoring: Rescoring, reward: str) -> None:
@@ -198,7 +200,8 @@ def _show_rescored(rescoring: Rescoring, reward: str) -> None:
 
     run, reward_id = rescoring.run, rescoring.reward_id
     history = History(run)
-    table = Table("epoch", run.config.reward.name, reward, title=run.run_id, title_justify="left")
+    say(run.run_id, style="bold")
+    table = Table("epoch", run.config.reward.name, reward)
     for epoch in history.epochs:
         if epoch in history.retired_epochs:
             continue
@@ -207,7 +210,7 @@ def _show_rescored(rescoring: Rescoring, reward: str) -> None:
             for name in (None, reward_id)
         ]
         table.add_row(str(epoch), *[f"{s.mean:.4g}" if s.scored else "" for s in summaries])
-    console.print(table)
+    show(table)
     root = run.store.root.removeprefix("file://")
     show_places(
         {

@@ -6,8 +6,6 @@ from typing import Annotated
 
 import typer
 
-from ddpo_workflow.flows.cli.common import console
-
 app = typer.Typer()
 
 
@@ -22,4 +20,4 @@ def ui(
     """Serve the web pages of MLflow and Prefect, until Ctrl-C."""
     from ddpo_workflow.flows.cli.ui import serve_pages
 
-    serve_pages(console, tracking, mlflow_port=mlflow_port, prefect_port=prefect_port)
+    serve_pages(tracking, mlflow_port=mlflow_port, prefect_port=prefect_port)

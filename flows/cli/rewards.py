@@ -9,17 +9,15 @@ from typing import Annotated, Any
 
 import typer
 from rich.table import Table
-from rich.text import Text
 
 from ddpo_workflow.flows.cli.common import (
     Parameters,
     Root,
-    console,
     read_parameters,
     saved_run,
-    say,
 )
 from ddpo_workflow.flows.cli.quiet import hide_loading_bars
+from ddpo_workflow.flows.cli.screen import busy, say, show
 
 app = typer.Typer()
 
@@ -58,7 +56,7 @@ def rewards() -> None:
     from ddpo.rewards.catalogue import describe_rewards
 
     for reward in describe_rewards():
-        console.print(reward.name, style="bold", markup=False, highlight=False)
+        say(reward.name, style="bold")
         say(f"    {reward.summary}")
         if reward.needs:
             say(f"    needs: {reward.needs}")
@@ -107,8 +105,8 @@ def score(
     loaded = load_reward(reward, parameters)
     hide_loading_bars()
     if run:
-        with console.status("scoring") as status:
-            scores = measure_range(loaded, saved_run(run, root), epoch or (), status.update)
+        with busy("scoring") as update:
+            scores = measure_range(loaded, saved_run(run, root), epoch or (), update)
         say(f"{scores.count} samples of {run}, epoch {', '.join(map(str, scores.epochs))}")
         say(
             f"mean {scores.mean:.6g}, std {scores.std:.6g}, "
@@ -149,10 +147,8 @@ def _table(columns: Mapping[str, Sequence[str]]) -> None:
     rows = [[name, *texts] for name, texts in columns.items()]
     if len(rows[0]) > _MOST_COLUMNS:
         rows = list(map(list, zip(*rows, strict=True)))
-    head, *body = [[Text(text, overflow="fold") for text in row] for row in rows]
-    table = Table()
-    for title in head:
-        table.add_column(title)
+    head, *body = rows
+    table = Table(*head)
     for row in body:
         table.add_row(*row)
-    console.print(table)
+    show(table, fold=True)

@@ -9,14 +9,17 @@ from typing import TYPE_CHECKING, TypeVar
 
 from rich.table import Table
 
-from ddpo_workflow.flows.cli.common import console, say, show_places
+from ddpo_workflow.flows.cli import early_stop
 from ddpo_workflow.flows.cli.quiet import hide_loading_bars
+from ddpo_workflow.flows.cli.screen import console, say, show, show_places
 
 if TYPE_CHECKING:
     from ddpo.runs import Run, RunPlan
     from ddpo_workflow.flows.run_requests import Request
 
 Plan = TypeVar("Plan")
+
+NOTHING_BEGUN = "No run has begun: there is nothing to resume. Run the same command again to start"
 
 
 @contextmanager
@@ -29,8 +32,8 @@ def checked(request: Request[Plan]) -> Iterator[Plan]:
     Yields:
         What the request resolves to.
     """
-    console.print("[dim]checking model, store and tracking ...[/]")
-    with request.resolved() as plan:
+    say("checking model, store and tracking ...", style="dim")
+    with early_stop.nothing_begun(), request.resolved() as plan:
         yield plan
 
 
@@ -48,52 +51,60 @@ def show_run(plan: RunPlan, train: Callable[[], object]) -> None:
 
     command = resume_command(plan.store, plan.run_id)
     bars = Bars(console, plan.run_id, plan.config.epochs)
-    advice = f"Committed work is kept. Resume with: {command}"
+
+    def advice() -> str:
+        if plan.begun.is_set():
+            return f"Committed work is kept. Resume with: {command}"
+        return NOTHING_BEGUN
+
+    say(f"run {plan.run_id}")
     with running("the run", advice), bars, shown_by(bars):
         train()
     _summarise(open_run(plan.store, plan.run_id))
 
 
 @contextmanager
-def running(what: str, advice: str) -> Iterator[None]:
+def running(what: str, advice: Callable[[], str]) -> Iterator[None]:
     """Run a flow within: a stop or a failure ends the command with advice on how to continue.
 
     Args:
         what: What runs, for the message of a failure.
-        advice: How to continue.
+        advice: Says how to continue.
     """
     from ddpo_workflow.flows.cli.signals import StopHandler, start_server
     from ddpo_workflow.flows.flow import without_heartbeats
 
     def show_stopped() -> None:
         console.show_cursor()  # in case bars that were abandoned have hidden it
-        say(f"stopped. {advice}")
+        say(f"stopped. {advice()}")
 
     hide_loading_bars()
+    early_stop.leave()
     try:
         with StopHandler(show_stopped), without_heartbeats():
             start_server()
             yield
     except Exception as error:
-        console.print(f"[bold red]{what} failed: {type(error).__name__}[/]", highlight=False)
+        say(f"{what} failed: {type(error).__name__}", style="bold red")
         say(str(error))
-        say(advice)
+        say(advice())
         sys.exit(1)
 
 
 def _summarise(run: Run) -> None:
-    from ddpo.analysis.report import reward_curve
+    from ddpo.analysis.rewards import reward_curve
     from ddpo.basics.redaction import hide_credentials
     from ddpo_workflow.flows.train import outputs_folder
     from ddpo_workflow.tasks.export_weights import ADAPTER_FOLDER, PIPELINE_FOLDER
 
     curve = reward_curve(run)
-    table = Table("", "first epoch", "last epoch", title=run.run_id, title_justify="left")
+    say(run.run_id, style="bold")
+    table = Table("", "first epoch", "last epoch")
     first, last = curve[0], curve[-1]
     table.add_row("epoch", str(first.epoch), str(last.epoch))
     table.add_row("reward, mean", f"{first.mean:.4f}", f"{last.mean:.4f}")
     table.add_row("reward, std", f"{first.std:.4f}", f"{last.std:.4f}")
-    console.print(table)
+    show(table)
     outputs = outputs_folder(run.config, run.run_id)
     full = run.config.trainable.type == "full"
     show_places(

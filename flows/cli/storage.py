@@ -6,6 +6,7 @@ import sys
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.text import Text
 
 from ddpo_workflow.flows.cli.common import (
     ConfigFile,
@@ -13,11 +14,10 @@ from ddpo_workflow.flows.cli.common import (
     RunId,
     Settings,
     Trust,
-    console,
     saved_run,
-    say,
 )
 from ddpo_workflow.flows.cli.quiet import hide_loading_bars
+from ddpo_workflow.flows.cli.screen import busy, say
 
 if TYPE_CHECKING:
     from ddpo.store.upkeep.delete import Deletion
@@ -46,8 +46,8 @@ def verify(
     store = Store.open(storage_root(root))
 
     def check() -> Verification:
-        with console.status("reading") as status:
-            return verify_run(store, run_id, lambda key: status.update(f"reading {key}"))
+        with busy("reading") as update:
+            return verify_run(store, run_id, lambda key: update(f"reading {key}"))
 
     found = check()
     reasons: dict[str, str] = {}
@@ -100,7 +100,7 @@ def gc(
         say(f"{size:>12,}  {key}")
     verb = "would be deleted" if dry_run else "deleted"
     megabytes = sum(found.values()) / 1e6
-    console.print(f"{len(found)} objects, {megabytes:.1f} MB {verb}")
+    say(f"{len(found)} objects, {megabytes:.1f} MB {verb}")
 
 
 @app.command()
@@ -113,18 +113,19 @@ def delete(
     from ddpo.runs import storage_root
     from ddpo.store.objects import Store
     from ddpo.store.upkeep.delete import begin_deletion, finish_deletion, plan_deletion
-    from ddpo_workflow.tasks.tracking.deletion import delete_pages
 
     deletion = plan_deletion(Store.open(storage_root(root)), run_id)
     say(_described(deletion))
     if not yes and not typer.confirm("Delete it?"):
         say("nothing was deleted")
         return
+    from ddpo_workflow.tasks.tracking.deletion import delete_pages  # imports MLflow
+
     begin_deletion(deletion)
     for reason in delete_pages(deletion.record):
         say(f"a page in MLflow stays as it is: {reason}")
-    with console.status("deleting") as status:
-        finish_deletion(deletion, lambda key: status.update(f"deleting {key}"))
+    with busy("deleting") as update:
+        finish_deletion(deletion, lambda key: update(f"deleting {key}"))
     say(f"deleted {run_id}. Exported files, such as the outputs folder's, stay")
 
 
@@ -156,11 +157,11 @@ def doctor(
     failed = 0
     for finding in examine(settings):
         failed += not finding.ok
-        mark = "[green]ok[/]  " if finding.ok else "[bold red]no[/]  "
-        console.print(f"{mark}[bold]{finding.part}[/]", highlight=False)
+        mark = ("ok  ", "green") if finding.ok else ("no  ", "bold red")
+        say(Text.assemble(mark, (finding.part, "bold")))
         say(f"    {finding.message}")
     if failed:
         checks = "1 check" if failed == 1 else f"{failed} checks"
-        console.print(f"{checks} failed; see the suggested fixes above")
+        say(f"{checks} failed; see the suggested fixes above")
         sys.exit(1)
-    console.print("ready")
+    say("ready")

@@ -9,10 +9,9 @@ import time
 import urllib.error
 import urllib.request
 
-from rich.console import Console
-
 from ddpo.basics.redaction import hide_credentials
 from ddpo.errors import DdpoError
+from ddpo_workflow.flows.cli.screen import say
 from ddpo_workflow.tasks.tracking.connection import whole_address
 
 _STARTUP_S = 120.0
@@ -22,11 +21,10 @@ class PagesError(DdpoError):
     """The server of a page did not start."""
 
 
-def serve_pages(console: Console, tracking: str, *, mlflow_port: int, prefect_port: int) -> None:
+def serve_pages(tracking: str, *, mlflow_port: int, prefect_port: int) -> None:
     """Serve both pages until SIGINT (Ctrl-C) or SIGTERM.
 
     Args:
-        console: Receives the addresses.
         tracking: MLflow's tracking URI; the address of a server is only printed.
         mlflow_port: Port of MLflow's page.
         prefect_port: Port of Prefect's page.
@@ -56,12 +54,12 @@ def serve_pages(console: Console, tracking: str, *, mlflow_port: int, prefect_po
         for name, server in servers.items():
             _wait(name, pages[name], server)
         for name, address in pages.items():
-            console.print(f"{name:8} {address}")
-        console.print("[dim]Press Ctrl-C to stop[/]")
+            say(f"{name:8} {address}")
+        say("Press Ctrl-C to stop", style="dim")
         while all(server.poll() is None for server in servers.values()):
             time.sleep(0.5)
     except KeyboardInterrupt:
-        console.print("stopped")
+        say("stopped")
     finally:
         for server in servers.values():
             server.terminate()

@@ -11,15 +11,18 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import requests
+from alembic.util.exc import CommandError
 from mlflow.entities import Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 from mlflow.utils.mlflow_tags import MLFLOW_RUN_NAME
 from sqlalchemy.engine import make_url
+from sqlalchemy.exc import SQLAlchemyError
 
 from ddpo.basics.paths import expand
 from ddpo.basics.redaction import HIDDEN, NO_PASSWORD, has_password, hide_credentials
 from ddpo.basics.trust import check_place
+from ddpo.config.operation import check_tracking_uri
 from ddpo.errors import DdpoError
 
 RUN_ID_TAG = "ddpo.run_id"
@@ -34,7 +37,6 @@ _PARAM_LIMIT = 500  # MLflow accepts 6,000, but its pages print parameters in fu
 _TAG_LIMIT = 8000
 _BATCH_LIMIT = 100
 _EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
-_DATABRICKS = {"databricks", "databricks-uc", "uc"}
 _SECRET_NAME = re.compile(
     r"(^|[._/\-])(pass(word|wd|phrase)?|secret|token|credentials?|(api|access|secret|private)_?key)"
     r"([._/\-]|$)",
@@ -60,6 +62,9 @@ def named_errors(action: str) -> Iterator[None]:
         yield
     except (MlflowException, requests.RequestException, OSError) as error:
         raise TrackingError(f"MLflow could not {action}: {hide_credentials(str(error))}") from error
+    except (SQLAlchemyError, CommandError) as error:  # of a database that is none, or not MLflow's
+        reason = str(error).partition("\n")[0]  # without the SQL
+        raise TrackingError(f"MLflow could not {action}: {hide_credentials(reason)}") from error
 
 
 def loggable(values: Mapping[str, str | int | float | bool]) -> dict[str, str]:
@@ -90,14 +95,11 @@ def connect(tracking_uri: str) -> MlflowClient:
         raise TrackingError(f"The tracking address contains a password; {NO_PASSWORD}.")
     shown = f"it is shown in MLflow at {hide_credentials(tracking_uri)}"
     check_place(shown, tracking_uri, sqlite_file(tracking_uri))
-    scheme = urlsplit(tracking_uri).scheme
-    if scheme == "file" or (not scheme and tracking_uri not in _DATABRICKS):
-        raise TrackingError(
-            f"The tracking address {tracking_uri!r} is a plain folder, which MLflow 3.13 and later "
-            "refuse. Use a database, such as sqlite:///mlflow.db, or the address of an MLflow "
-            "server; `mlflow migrate-filestore` moves the runs of an old folder."
-        )
-    if scheme in {"http", "https"}:
+    try:
+        check_tracking_uri(tracking_uri)
+    except ValueError as error:
+        raise TrackingError(str(error)) from error
+    if urlsplit(tracking_uri).scheme in {"http", "https"}:
         _require_answer(tracking_uri)
     with named_errors(f"open {hide_credentials(tracking_uri)}"):
         database = sqlite_file(tracking_uri)

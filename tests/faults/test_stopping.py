@@ -47,6 +47,34 @@ def animals():
     return ["a cat", "a dog"]
 """
 
+SLOW_CHECK = """
+import pathlib, time
+
+def animals():
+    pathlib.Path(__file__).with_name("checking").touch()
+    time.sleep(600)
+"""
+
+# A run that is stopped before its name is taken, or just after.
+STOPPED = """
+import os, signal, sys
+from ddpo.config.files import read_config
+from ddpo.runs import check_run
+from ddpo_workflow.flows.cli.quiet import set_defaults
+from ddpo_workflow.flows.cli.running import show_run
+
+set_defaults()
+plan = check_run(read_config("configs/starter.yaml", sys.argv[2:]), "night")
+
+def train():
+    if sys.argv[1] == "begun":
+        plan.start()
+    os.kill(os.getpid(), signal.SIGTERM)
+    signal.pause()
+
+show_run(plan, train)
+"""
+
 
 class Started:
     """A run in a process group of its own, with a Prefect home of its own."""
@@ -205,6 +233,39 @@ def test_what_does_not_end_is_left(
     assert run.screen.count("ddpo resume night") == 1
     assert "Traceback" not in run.screen
     assert run.flow_states() == dict.fromkeys(cancelled, "CANCELLED")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("sign", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stop_during_the_checks_says_that_nothing_has_begun(
+    sign: signal.Signals, status: int, tiny_model: Path, tmp_path: Path
+):
+    (tmp_path / "mine.py").write_text(SLOW_CHECK)
+    run = Started(tmp_path, tiny_model, "prompts.name=mine:animals")
+    with run.running(run.train_command(), until=(tmp_path / "checking").exists):
+        assert run.stop(sign) == status
+        assert not run.group()
+    assert "stopped before it began; nothing was written" in run.screen
+    assert "Traceback" not in run.screen
+    assert not list((tmp_path / "store").rglob("*.json"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("begun", "told"),
+    [
+        ("not begun", "stopped. No run has begun: there is nothing to resume"),
+        ("begun", "stopped. Committed work is kept. Resume with: ddpo resume night"),
+    ],
+)
+def test_a_stop_says_whether_there_is_a_run_to_resume(
+    begun: str, told: str, tiny_model: Path, tmp_path: Path
+):
+    run = Started(tmp_path, tiny_model)
+    command = [sys.executable, "-c", STOPPED, begun, *run.settings]
+    done = subprocess.run(command, env=run.environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 143, done.stderr
+    assert told in done.stdout
 
 
 @pytest.mark.slow

@@ -17,7 +17,7 @@ from ddpo.analysis.reward_range import measure_range
 from ddpo.config.files import read_config
 from ddpo.prompts import Prompt
 from ddpo.rewards import available_rewards, load_reward, score_images
-from ddpo.rewards.catalogue import describe_rewards
+from ddpo.rewards.catalogue import describe_rewards, read_image
 from ddpo.runs import Run, RunHandle, start_run
 from ddpo.store.kinds import ROLLOUTS
 from ddpo_workflow.flows.cli import app as cli
@@ -268,6 +268,24 @@ def calibrate(ddpo, run: Run, *words: object) -> tuple[str, list]:
     assert status == 0, screen
     pasted = screen.partition("of `weighted`:\n")[2]
     return screen, yaml.safe_load(pasted)
+
+
+def test_gray_of_16_bits_is_read_as_what_it_shows(tmp_path):
+    eight = np.arange(64, dtype=np.uint8).reshape(8, 8) * 4
+    Image.fromarray(eight).save(tmp_path / "8.png")
+    sixteen = eight.astype(np.uint16) << 8
+    Image.fromarray(sixteen).save(tmp_path / "16.png")
+    Image.fromarray(sixteen).save(tmp_path / "16.tif")
+    for name in ("16.png", "16.tif"):
+        assert np.array_equal(read_image(tmp_path / name), read_image(tmp_path / "8.png"))
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.float32])
+def test_pixels_of_32_bits_are_refused(ddpo, tmp_path, dtype):
+    Image.fromarray(np.zeros((8, 8), dtype)).save(tmp_path / "32.tif")
+    status, screen = ddpo("score", "jpeg_compressibility", tmp_path / "32.tif", "--prompt", "x")
+    assert status == 2
+    assert "save it with 8 or 16 bits a channel" in screen
 
 
 def test_a_runs_samples_give_the_constants_that_weighted_takes(ddpo, drawn):

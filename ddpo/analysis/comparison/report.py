@@ -137,7 +137,7 @@ def write_report(comparison: Comparison, result: Result, folder: Path) -> list[P
     """Write a comparison's report and plot into a folder, created if needed; return both paths."""
     folder.mkdir(parents=True, exist_ok=True)
     page = folder / MARKDOWN
-    page.write_text(markdown(comparison, result))
+    page.write_text(markdown(comparison, result), encoding="utf-8")
     return [page, _draw(comparison, result, folder / PLOT)]
 
 

@@ -7,6 +7,7 @@ import json
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 
 import httpx
 from PIL import Image
@@ -117,7 +118,11 @@ class ChatModel:
                 raise
 
         with ThreadPoolExecutor(self._at_once, "chat") as pool:
-            futures = [pool.submit(answer, *pair) for pair in zip(images, questions, strict=True)]
+            # In this context, to which the log of a warning belongs.
+            futures = [
+                pool.submit(copy_context().run, answer, *pair)
+                for pair in zip(images, questions, strict=True)
+            ]
         answers = [future.result() for future in futures]
         if len(answers) > 1 and all(answer.error for answer in answers):
             raise RewardError(f"none of {len(answers)} questions was answered: {answers[0].error}")

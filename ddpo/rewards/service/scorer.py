@@ -18,6 +18,7 @@ from PIL import Image, UnidentifiedImageError
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive
 
+from ddpo.basics.images import as_rgb
 from ddpo.errors import RewardError
 from ddpo.rewards.base import Reward, Scores
 from ddpo.rewards.identity import RewardIdentity
@@ -136,7 +137,7 @@ def _decode(files: Sequence[bytes | bytearray], limits: Limits) -> list[Image.Im
         )
     for index, image in enumerate(images):
         with _readable(index):
-            image.load()
+            images[index] = as_rgb(image)
     return images
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from ddpo.config import RunConfig
-from ddpo.diffusion.sampling import sampler_digest
 from ddpo.errors import ConfigError, PolicyMismatch, RetiredObject
-from ddpo.models import Policy
 from ddpo.runs.run import Fork, Run
 from ddpo.store import keys
 from ddpo.store.artefacts import RolloutShard
@@ -14,6 +14,9 @@ from ddpo.store.keys import Partition
 from ddpo.store.kinds import CHECKPOINT, EPOCH, ROLLOUTS
 from ddpo.store.manifests import Ref
 from ddpo.store.upkeep.retention import is_retired
+
+if TYPE_CHECKING:
+    from ddpo.models import Policy
 
 _OTHER_SAMPLER = (
     "the saved rollouts of run {run_id!r} come from another sampler than this fork's: "
@@ -168,6 +171,8 @@ def check_policy(fork: Fork, policy: Policy) -> None:
         ConfigError: The parent has no such checkpoint.
         PolicyMismatch: A digest differs, and the fork's config does not allow it.
     """
+    from ddpo.diffusion.sampling import sampler_digest  # imports torch
+
     expected = CHECKPOINT.load(fork.store, parent_checkpoint(fork)).digests
     found = sampler_digest(policy, fork.config.sampler)
     if found != expected["sampler_digest"]:
