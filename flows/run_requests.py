@@ -201,8 +201,6 @@ class RescoreRequest(Request[Rescoring]):
         from ddpo.config.files import parse_reward
         from ddpo.errors import ConfigError
         from ddpo.runs import storage_root
-        from ddpo_workflow.tasks.tracking.connection import connect
-        from ddpo_workflow.tasks.worker import scorer_of
 
         run = _opened(storage_root(self.storage), self.run_id, trust=self.trust)
         epochs = rescorable_epochs(run, self.epochs)
@@ -214,6 +212,9 @@ class RescoreRequest(Request[Rescoring]):
             },
             f"reward {self.reward!r}",
         )
+        from ddpo_workflow.tasks.tracking.connection import connect  # imports MLflow
+        from ddpo_workflow.tasks.worker import scorer_of
+
         reward_id = scorer_of(run, reward).reward_id
         if reward_id == run.reward_id:
             raise ConfigError(

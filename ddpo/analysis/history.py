@@ -13,11 +13,11 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from os import PathLike, fspath
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as ds
-import torch
 from PIL import Image
 
 from ddpo.basics.images import decode_image
@@ -32,6 +32,9 @@ from ddpo.store.artefacts import RolloutShard
 from ddpo.store.epochs import Epoch
 from ddpo.store.objects import Store, StoredObject
 from ddpo.store.tables import ADVANTAGE_SCHEMA, REWARD_SCHEMA, ROLLOUT_SCHEMA
+
+if TYPE_CHECKING:
+    import torch
 
 _logger = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""Summary statistics of rewards."""
+"""Summary statistics of rewards, and their course over a run."""
 
 from __future__ import annotations
 
@@ -6,6 +6,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
+
+from ddpo.runs import Run
+from ddpo.store.keys import Partition
+from ddpo.store.kinds import ADVANTAGES
 
 
 @dataclass(frozen=True)
@@ -36,3 +40,27 @@ def summarize(rewards: Iterable[float | None]) -> RewardSummary:
         min=float(scored.min()),
         max=float(scored.max()),
     )
+
+
+@dataclass(frozen=True)
+class EpochRewards:
+    """The rewards of one epoch."""
+
+    epoch: int
+    """The epoch."""
+    mean: float
+    """Mean over its samples."""
+    std: float
+    """Standard deviation over its samples."""
+
+
+def reward_curve(run: Run) -> list[EpochRewards]:
+    """Return a run's rewards by epoch, as far as advantages are committed without a gap."""
+    curve: list[EpochRewards] = []
+    while True:
+        epoch = run.first_epoch + len(curve)
+        table = ADVANTAGES.get(run.store, Partition(run.run_id, epoch, reward_id=run.reward_id))
+        if table is None:
+            return curve
+        rewards = summarize(row.reward for row in table.rows())
+        curve.append(EpochRewards(epoch, rewards.mean, rewards.std))

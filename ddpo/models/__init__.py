@@ -1,23 +1,43 @@
 """Model families, one file each: a text-to-image pipeline as a policy.
 
 `base.py` says what a family has to provide. Nothing outside this room touches a diffusers pipeline
-or scheduler.
+or scheduler. PyTorch and diffusers are imported once a model is loaded, not before: a stored run is
+listed and a wrong config refused without them.
 """
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from ddpo.config import FullConfig, LoraConfig, ModelConfig
 from ddpo.errors import ModelError
 from ddpo.models import hub
-from ddpo.models.base import Conditioning, Policy, policy_digest
 from ddpo.models.numerics import Numerics, resolve_device
-from ddpo.models.stable_diffusion import StableDiffusion
-from ddpo.models.weights import WeightSet
 
-FAMILIES: Mapping[str, type[Policy]] = {"StableDiffusionPipeline": StableDiffusion}
+if TYPE_CHECKING:
+    from ddpo.models.base import Conditioning, Policy, policy_digest
+    from ddpo.models.weights import WeightSet
+
+FAMILIES: Mapping[str, str] = {
+    "StableDiffusionPipeline": "ddpo.models.stable_diffusion:StableDiffusion",
+}
 """The registry: the family of a pipeline's class, as ``model_index.json`` names it."""
+
+_HEAVY = {
+    "Conditioning": "ddpo.models.base",
+    "Policy": "ddpo.models.base",
+    "WeightSet": "ddpo.models.weights",
+    "policy_digest": "ddpo.models.base",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import what needs PyTorch when it is asked for."""
+    if name not in _HEAVY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HEAVY[name]), name)
 
 
 def check_model(config: ModelConfig) -> None:
@@ -52,10 +72,12 @@ def load_policy(
         ModelError: The model cannot be downloaded or loaded, or its family is not supported.
     """
     resolve_device(numerics.device)  # before minutes of loading
-    return _family(model)(model, trainable, numerics, seed=seed)
+    module, _, name = _family(model).partition(":")
+    family: type[Policy] = getattr(importlib.import_module(module), name)
+    return family(model, trainable, numerics, seed=seed)
 
 
-def _family(config: ModelConfig) -> type[Policy]:
+def _family(config: ModelConfig) -> str:
     name = hub.pipeline_class(config)
     if name not in FAMILIES:
         raise ModelError(

@@ -1,4 +1,7 @@
-"""What the bytes of a result depend on besides the config: device, dtype, threads, versions."""
+"""What the bytes of a result depend on besides the config: device, dtype, threads, versions.
+
+torch is imported where it is used: a stored run is listed without it.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +9,15 @@ import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
 from pydantic import BaseModel, ConfigDict
 
 from ddpo.config import NumericsConfig
 from ddpo.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
 
 _VERSIONED = ("torch", "diffusers", "transformers", "peft", "pillow")
 
@@ -44,11 +49,15 @@ class Numerics(BaseModel):
     @property
     def torch_dtype(self) -> torch.dtype:
         """The denoising network's dtype as a torch dtype."""
+        import torch
+
         return getattr(torch, self.dtype)
 
     @property
     def torch_device(self) -> torch.device:
         """The device as a torch device."""
+        import torch
+
         return torch.device(self.device)
 
     @property
@@ -58,6 +67,8 @@ class Numerics(BaseModel):
 
     def apply(self) -> None:
         """Set torch's process-wide switches."""
+        import torch
+
         torch.set_num_threads(self.threads)
         torch.backends.cuda.matmul.allow_tf32 = self.tf32
         torch.backends.cudnn.allow_tf32 = self.tf32
@@ -65,6 +76,8 @@ class Numerics(BaseModel):
     @contextmanager
     def autocast(self) -> Iterator[None]:
         """Compute in the 16-bit dtype inside the block, if one is set."""
+        import torch
+
         with torch.autocast(self.device, dtype=self.torch_dtype, enabled=self.low_precision):
             yield
 
@@ -75,6 +88,8 @@ def resolve_numerics(config: NumericsConfig) -> Numerics:
     Raises:
         ConfigError: The configured device is missing.
     """
+    import torch
+
     device = resolve_device(config.device)
     dtype = config.dtype
     if dtype == "auto":
@@ -174,6 +189,8 @@ def resolve_device(
     Raises:
         ConfigError: This machine has no such device.
     """
+    import torch
+
     if requested == "cuda" and not torch.cuda.is_available():
         raise ConfigError(
             f"{setting} is 'cuda', but torch finds no CUDA device here. Set it to 'cpu', or "

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from ddpo.store.checkpoints import Checkpoint
 from ddpo.store.manifests import Artefact, Ref
@@ -25,6 +24,9 @@ from ddpo.store.tables import (
 )
 from ddpo.store.tensors import decode_tensors
 from ddpo.training.state import PromptStatistics
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)

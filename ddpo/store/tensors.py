@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
-import safetensors.torch
-import torch
 from pydantic import JsonValue
 from safetensors import SafetensorError
 
 from ddpo.basics.digests import canonical_json
 from ddpo.errors import UnreadableData
+
+if TYPE_CHECKING:
+    import torch
 
 HEADER_LIMIT_BYTES = 16 * 2**20
 TENSOR_LIMIT = 100_000
@@ -28,6 +30,8 @@ def encode_tensors(tensors: Mapping[str, torch.Tensor], metadata: JsonValue | No
         tensors: Dense tensors of any shape, dtype and device.
         metadata: A JSON value to store in the header.
     """
+    from safetensors.torch import save  # here: commands that only list need no torch
+
     plain: dict[str, torch.Tensor] = {}
     storages: set[int] = set()
     for name in sorted(tensors):
@@ -37,7 +41,7 @@ def encode_tensors(tensors: Mapping[str, torch.Tensor], metadata: JsonValue | No
         plain[name] = tensor.clone() if storage in storages else tensor
         storages.add(storage)
     header = None if metadata is None else {METADATA_KEY: canonical_json(metadata).decode()}
-    return safetensors.torch.save(plain, metadata=header)
+    return save(plain, metadata=header)
 
 
 def decode_tensors(data: bytes) -> tuple[dict[str, torch.Tensor], JsonValue]:
@@ -48,6 +52,8 @@ def decode_tensors(data: bytes) -> tuple[dict[str, torch.Tensor], JsonValue]:
     Raises:
         UnreadableData: The bytes are not a safetensors file.
     """
+    from safetensors.torch import load
+
     try:
         header_size = int.from_bytes(data[:8], "little")
         if header_size > HEADER_LIMIT_BYTES:
@@ -55,7 +61,7 @@ def decode_tensors(data: bytes) -> tuple[dict[str, torch.Tensor], JsonValue]:
         header = json.loads(data[8 : 8 + header_size])
         if len(header) > TENSOR_LIMIT:
             raise ValueError(f"it lists {len(header)} tensors, {TENSOR_LIMIT} at most")
-        tensors = safetensors.torch.load(data)
+        tensors = load(data)
         text = header.get("__metadata__", {}).get(METADATA_KEY)
         return tensors, None if text is None else json.loads(text)
     except (SafetensorError, ValueError, KeyError, AttributeError) as error:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -16,11 +19,11 @@ from ddpo_workflow.flows.cli.common import (
     RunId,
     Settings,
     Trust,
-    console,
     saved_run,
 )
 from ddpo_workflow.flows.cli.quiet import hide_loading_bars
 from ddpo_workflow.flows.cli.running import checked, show_run
+from ddpo_workflow.flows.cli.screen import say, show, visible
 
 if TYPE_CHECKING:
     from ddpo.errors import DdpoError
@@ -98,19 +101,23 @@ def runs(
     if tree:
         _show_tree(store)
         return
-    table = Table("run", "model", "reward", "epochs", "first", "last", title=store.root)
+    table = Table("run", "model", "reward", "epochs", "first", "last")
     for run_id in list_runs(store):
         try:
             cells = _cells(store, run_id)
         except DdpoError as error:
             cells = [_unreadable(error)]
-        table.add_row(Text(run_id), *map(Text, cells))
-    console.print(table if table.row_count else f"no runs in {store.root}")
+        table.add_row(run_id, *cells)
+    if not table.row_count:
+        say(f"no runs in {store.root}")
+        return
+    say(store.root)
+    show(table)
 
 
 def _cells(store: Store, run_id: str) -> list[str]:
     """Return what the list of runs shows of one."""
-    from ddpo.analysis.report import reward_curve
+    from ddpo.analysis.rewards import reward_curve
     from ddpo.runs import open_run
 
     run = open_run(store, run_id)
@@ -138,7 +145,7 @@ def _show_tree(store: Store) -> None:
             runs[run_id] = open_run(store, run_id)
         except DdpoError as error:
             runs[run_id] = error
-    tree = Tree(Text(store.root))
+    tree = Tree(Text(visible(store.root)))
     nodes: dict[str, Tree] = {}
 
     def node(run_id: str) -> Tree:
@@ -148,12 +155,12 @@ def _show_tree(store: Store) -> None:
             above = node(fork.parent_id) if fork and fork.parent_id in runs else tree
             origin = f", from epoch {fork.epoch} of {fork.parent_id}" if fork else ""
             told = run.config.reward.name if isinstance(run, Run) else _unreadable(run)
-            nodes[run_id] = above.add(Text.assemble((run_id, "bold"), f"  {told}{origin}"))
+            nodes[run_id] = above.add(Text.assemble((run_id, "bold"), visible(f"  {told}{origin}")))
         return nodes[run_id]
 
     for run_id in runs:
         node(run_id)
-    console.print(tree)
+    show(tree)
 
 
 @app.command()
@@ -161,7 +168,7 @@ def sample(
     run_id: RunId,
     prompt: Annotated[str, typer.Option(help="The prompt.")],
     out: Annotated[Path, typer.Option(help="The image file to write, a .png.")],
-    seed: Annotated[int, typer.Option(help="Seed of the noise.", min=0)] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the noise.", min=0, max=2**63 - 1)] = 0,
     checkpoint: Annotated[
         int | None, typer.Option(help="The checkpoint: 0 is the base model. By default the last.")
     ] = None,
@@ -172,14 +179,29 @@ def sample(
     root: Root = None,
 ) -> None:
     """Sample an image from a run's model."""
-    from ddpo.analysis.sample_image import draw
+    from ddpo.errors import ConfigError
+    from ddpo.prompts import Prompt
+
+    if out.suffix.lower() != ".png" or out.is_dir():
+        raise ConfigError(f"--out must be a file that ends in .png; got {out}")
+    text, run = Prompt(prompt).text, saved_run(run_id, root)
+    with _writing(out):  # before the model is loaded
+        out.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out.parent).close()
+    from ddpo.analysis.sample_image import draw  # imports torch
+
+    hide_loading_bars()
+    image = draw(run, text, seed=seed, checkpoint=checkpoint, device=device)
+    with _writing(out):
+        image.save(out)
+    say(f"{out}: '{prompt}', seed {seed}")
+
+
+@contextmanager
+def _writing(out: Path) -> Iterator[None]:
     from ddpo.errors import ConfigError
 
-    if out.suffix.lower() != ".png":
-        raise ConfigError(f"--out must end in .png; got {out}")
-    hide_loading_bars()
-    run = saved_run(run_id, root)
-    image = draw(run, prompt, seed=seed, checkpoint=checkpoint, device=device)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    image.save(out)
-    console.print(f"{out}: '{prompt}', seed {seed}")
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(f"--out {out} cannot be written: {error.strerror or error}") from error

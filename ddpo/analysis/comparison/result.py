@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ddpo.analysis.comparison.plan import Comparison, Member
 from ddpo.analysis.comparison.statistics import Interval, interval
-from ddpo.analysis.report import reward_curve
+from ddpo.analysis.rewards import reward_curve
 from ddpo.errors import MissingObject
 from ddpo.runs import Run, open_run
 from ddpo.store.keys import Partition
