@@ -9,6 +9,7 @@ from prefect import Task
 from prefect.futures import PrefectConcurrentFuture
 from prefect.task_runners import ThreadPoolTaskRunner
 
+from ddpo.basics.children import ordinary_children
 from ddpo_workflow.tasks.stops import is_stop
 from ddpo_workflow.tasks.worker import ON_DEVICE
 
@@ -42,6 +43,7 @@ class WorkerThreads(AbandoningThreads):
     def __init__(self, max_workers: int | None = None) -> None:
         super().__init__(max_workers)
         self._device = AbandoningThreads(max_workers=1)
+        self._children = ordinary_children()  # user code may fork
 
     def submit(  # pyright: ignore[reportIncompatibleMethodOverride]  # its overloads are of async tasks
         self, task: Task[..., Any], parameters: dict[str, Any], *rest: Any, **named: Any
@@ -59,6 +61,7 @@ class WorkerThreads(AbandoningThreads):
         return super().submit(task, parameters, *rest, **named)
 
     def __enter__(self) -> WorkerThreads:
+        self._children.__enter__()
         self._device.__enter__()
         super().__enter__()
         return self
@@ -72,3 +75,4 @@ class WorkerThreads(AbandoningThreads):
         # The device's thread first: scoring may be waiting for samples of its queue.
         self._device.__exit__(exc_type, exc_value, traceback)
         super().__exit__(exc_type, exc_value, traceback)
+        self._children.__exit__(None, None, None)

@@ -22,6 +22,7 @@ from types import FrameType, TracebackType
 import psutil
 from prefect.client.orchestration import get_client
 
+from ddpo.basics.children import ordinary_children
 from ddpo_workflow.flows.hooks import cancel_unfinished
 from ddpo_workflow.tasks.stops import is_stop, recognise_stop, stopping
 
@@ -51,8 +52,10 @@ class StopHandler:
         self._number = int(signal.SIGINT)
         self._received = threading.Event()
         self._reader, self._writer = socket.socketpair()
+        self._children = ordinary_children()
 
     def __enter__(self) -> None:
+        self._children.__enter__()
         # Python writes the number of every signal here, whichever handler is installed and whatever
         # the main thread is doing.
         self._writer.setblocking(False)
@@ -84,6 +87,7 @@ class StopHandler:
         for sign, handler in self._handlers.items():
             signal.signal(sign, handler)
         self._writer.close()
+        self._children.__exit__(None, None, None)
 
     def _next_signal(self) -> int:
         """Return the number of the next stop signal; 0 once the context is left."""

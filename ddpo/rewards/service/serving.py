@@ -10,6 +10,7 @@ from typing import Any
 
 import uvicorn
 
+from ddpo.basics.children import ordinary_children
 from ddpo.errors import ConfigError
 from ddpo.rewards.base import Reward
 from ddpo.rewards.registry import load_reward
@@ -83,7 +84,7 @@ def serve(
             timeout_graceful_shutdown=_SHUTDOWN_S,
         )
     )
-    with _listen(host, port) as listener:
+    with _listen(host, port) as listener, ordinary_children():
         address = f"[{host}]" if ":" in host else host
         url = f"http://{address}:{listener.getsockname()[1]}"
         say(f"reward {name} on {url}, its API on {url}/docs")
