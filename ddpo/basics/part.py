@@ -7,6 +7,8 @@ from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, JsonValue, field_validator
 
+from ddpo.basics.validation import shown, shown_key
+
 _SMALLEST, _LARGEST = 1.1754944e-38, 3.4028235e38
 """Of the magnitudes that float32 holds in full precision; torch refuses larger ones."""
 _WHOLE = 2**63
@@ -134,9 +136,9 @@ def _check_json(value: Any, where: str = "", depth: int = 0) -> Any:
     elif isinstance(value, dict):
         for name, item in value.items():
             if not isinstance(name, str):
-                raise ValueError(f"{place}the key {name!r} is not text; write it in quotes")
+                raise ValueError(f"{place}the key {shown(name)} is not text; write it in quotes")
             _check_text(name, place)
-            _check_json(item, f"{where}.{name}", depth + 1)
+            _check_json(item, f"{where}.{shown_key(name)}", depth + 1)
     else:
         kind = type(value).__name__
         raise ValueError(
@@ -150,7 +152,7 @@ def _check_text(text: str, place: str) -> None:
         text.encode()
     except UnicodeEncodeError:
         raise ValueError(
-            f"{place}{text[:40]!r} is not valid Unicode: half of a surrogate pair; leave it out"
+            f"{place}{shown(text)} is not valid Unicode: half of a surrogate pair; leave it out"
         ) from None
 
 

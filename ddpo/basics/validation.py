@@ -16,9 +16,15 @@ def shown(value: object) -> str:
     return _repr.repr(value)
 
 
+def shown_key(key: object) -> str:
+    """Return a key as it is written, or its `repr` if that is long or cannot be printed."""
+    text = str(key)
+    return text if text.isprintable() and len(text) <= _repr.maxother else shown(key)
+
+
 def in_one_line(error: ValidationError) -> str:
     """Return what is wrong with which key, without the values."""
     return "; ".join(
-        ": ".join(filter(None, (".".join(map(str, item["loc"])), item["msg"])))
+        ": ".join(filter(None, (".".join(map(shown_key, item["loc"])), item["msg"])))
         for item in error.errors(include_url=False, include_input=False)
     )

@@ -11,7 +11,7 @@ from typing import Any, TypeVar, Union, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 
 from ddpo.basics.paths import expand
-from ddpo.basics.validation import shown
+from ddpo.basics.validation import shown, shown_key
 from ddpo.config import CompareConfig, RewardConfig, RunConfig
 from ddpo.config.overrides import apply_overrides, apply_settings, models_in
 from ddpo.config.yaml_text import read_yaml
@@ -137,7 +137,7 @@ def _parsed(kind: type[_Model], raw: Mapping[str, Any], refusal: str) -> _Model:
 def _problem(error: dict[str, Any], kind_of_config: type[BaseModel]) -> tuple[str, str]:
     """Return what is wrong with which key, and what was expected."""
     path, model, tags = _walk(error["loc"], kind_of_config)
-    name = ".".join(part if part.isprintable() else ascii(part) for part in path) or "the config"
+    name = ".".join(map(shown_key, path)) or "the config"
     kind, found = error["type"], error.get("input")
     if kind == "extra_forbidden":
         known = list(model.model_fields) if model else []

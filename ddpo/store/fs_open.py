@@ -36,6 +36,10 @@ def open_filesystem(root: str, s3: S3Options | None) -> tuple[AbstractFileSystem
             "Use s3://bucket/prefix, and set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY in the "
             "environment",
         )
+    if "::" in root:
+        raise StoreNotWritable(
+            root, "its address contains '::', which chains filesystems", "Use one without."
+        )
     arguments = {}
     if scheme in ("s3", "s3a"):
         if place.startswith("/") or not place:

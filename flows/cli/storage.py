@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 app = typer.Typer()
 
+_LONGEST = 100 * 365 * 24  # hours
+
 
 @app.command()
 def verify(
@@ -81,7 +83,10 @@ def verify(
 def gc(
     run_id: RunId,
     older_than: Annotated[
-        float, typer.Option(help="Hours; younger objects may belong to a running task.", min=6)
+        float,
+        typer.Option(
+            help="Hours; younger objects may belong to a running task.", min=6, max=_LONGEST
+        ),
     ] = 24.0,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only list what would be deleted.")

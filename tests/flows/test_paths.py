@@ -9,11 +9,12 @@ import pytest
 import yaml
 
 from ddpo.analysis.comparison.plan import read_comparison
+from ddpo.basics import trust
 from ddpo.basics.paths import expand
 from ddpo.config import ModelConfig
 from ddpo.config.files import read_config
 from ddpo.config.s3 import S3Options
-from ddpo.errors import ConfigError
+from ddpo.errors import ConfigError, NotTrusted
 from ddpo.models import check_model
 from ddpo.prompts import load_prompts
 from ddpo.runs import open_run, start_run
@@ -113,6 +114,21 @@ def test_a_start_names_a_variable_that_is_not_set(setting: str) -> None:
     with pytest.raises(ConfigError, match=r"no environment variable 'UNSET'|NUL character"):
         start_run(config, "mine")
     assert not list(Path.cwd().rglob("run.json"))
+
+
+@pytest.mark.parametrize("short", ["~", "$HOME", "$DATA"])
+def test_a_stored_run_hides_no_place_behind_a_variable(
+    monkeypatch: pytest.MonkeyPatch, home: Path, short: str
+) -> None:
+    (home / "work").mkdir()
+    monkeypatch.chdir(home / "work")
+    config = read_config(CONFIGS / "starter.yaml", ["storage.root=store", f"outputs={short}/out"])
+    with trust.acting_for("run 'mine'", "0" * 64):
+        with pytest.raises(NotTrusted, match="its report and weights go to"):
+            start_run(config, "mine")
+        with pytest.raises(NotTrusted, match="it is shown in MLflow at"):
+            connect(f"sqlite:///{short}/mlflow.db")
+    assert not (home / "out").exists() and not (home / "data").exists()
 
 
 def test_an_address_that_is_no_path_stays_as_it_is() -> None:

@@ -27,7 +27,7 @@ def ddpo(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tm
         monkeypatch.setattr(sys, "argv", ["ddpo", *words])
         with pytest.raises(SystemExit) as ended:
             cli.main()
-        return int(ended.value.code or 0), " ".join(capsys.readouterr().out.split())
+        return int(ended.value.code or 0), " ".join("".join(capsys.readouterr()).split())
 
     return run
 
@@ -117,3 +117,10 @@ def test_metadata_of_which_a_key_stands_twice_is_refused(ddpo, tmp_path: Path) -
     )
     assert status == 2
     assert "'text' stands twice" in screen
+
+
+@pytest.mark.parametrize("hours", ["nan", "inf", "-inf", "1e300"])
+def test_hours_are_finite(ddpo, hours: str) -> None:
+    status, screen = ddpo("gc", "mine", "--older-than", hours)
+    assert status == 2
+    assert "Invalid value for '--older-than'" in screen
