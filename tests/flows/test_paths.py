@@ -122,13 +122,15 @@ def test_a_stored_run_hides_no_place_behind_a_variable(
 ) -> None:
     (home / "work").mkdir()
     monkeypatch.chdir(home / "work")
-    config = read_config(CONFIGS / "starter.yaml", ["storage.root=store", f"outputs={short}/out"])
+    config = read_config(
+        CONFIGS / "starter.yaml", ["storage.root=store", f"outputs={short}/hidden"]
+    )
     with trust.acting_for("run 'mine'", "0" * 64):
         with pytest.raises(NotTrusted, match="its report and weights go to"):
             start_run(config, "mine")
         with pytest.raises(NotTrusted, match="it is shown in MLflow at"):
-            connect(f"sqlite:///{short}/mlflow.db")
-    assert not (home / "out").exists() and not (home / "data").exists()
+            connect(f"sqlite:///{short}/hidden.db")
+    assert not (home / "hidden").exists() and not (home / "data").exists()
 
 
 def test_an_address_that_is_no_path_stays_as_it_is() -> None:
