@@ -18,7 +18,7 @@ from torch import Tensor
 from ddpo.basics.tensors import expand_like
 from ddpo.config import DdimSampler
 from ddpo.diffusion.base import Process, Transition
-from ddpo.errors import ConfigError
+from ddpo.errors import ConfigError, ModelError
 from ddpo.models.schedule import NoiseSchedule
 
 
@@ -33,6 +33,7 @@ class Ddim(Process):
 
     Raises:
         ConfigError: The model has fewer training timesteps than there are to be steps.
+        ModelError: The model predicts noise at a step whose input is nothing but noise.
     """
 
     initial_noise_scale = 1.0
@@ -52,6 +53,13 @@ class Ddim(Process):
         alphas = schedule.alphas_cumprod
         self.times = timesteps.float().to(device)
         self._alphas = alphas[timesteps].to(device)
+        if schedule.prediction_type == "epsilon" and not self._alphas.all():
+            raise ModelError(
+                f"the model predicts noise, and at timestep {int(timesteps[0])} its input is "
+                "nothing but noise (rescale_betas_zero_snr): no image follows from that. Expected "
+                "a model that predicts v; else set timestep_spacing to 'leading' in the model's "
+                "scheduler_config.json, which leaves that timestep out"
+            )
         self._alphas_after = torch.where(
             previous >= 0, alphas[previous.clamp(min=0)], schedule.final_alpha_cumprod
         ).to(device)
@@ -96,7 +104,8 @@ class Ddim(Process):
             clean = (alpha**0.5) * latents - (beta**0.5) * output
             epsilon = (alpha**0.5) * output + (beta**0.5) * latents
         std = expand_like(self.stds(steps), latents)
-        direction = (1 - alpha_after - std**2) ** 0.5 * epsilon
+        # Rounding takes 0 below it where the input is nothing but noise (zero terminal SNR).
+        direction = (1 - alpha_after - std**2).clamp(min=0) ** 0.5 * epsilon
         return Transition(mean=alpha_after**0.5 * clean + direction, std=std)
 
     def noised(self, clean: Tensor, noise: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:

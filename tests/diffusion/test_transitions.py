@@ -166,6 +166,33 @@ def test_a_step_without_variance_has_no_log_prob_and_no_gradient(
     assert output.grad[others].abs().sum(dim=(1, 2, 3)).gt(0).all()
 
 
+@pytest.mark.parametrize("spacing", ["leading", "linspace", "trailing"])
+@pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
+def test_zero_terminal_snr_is_finite_at_every_number_of_steps(spacing: str, eta: float) -> None:
+    """The first step starts from pure noise: rounding takes 1 - alpha - std² to -6e-8, not 0."""
+    scheduler = stable_diffusion_scheduler(
+        prediction_type="v_prediction", rescale_betas_zero_snr=True, timestep_spacing=spacing
+    )
+    bad = []
+    for steps in range(1, 101):
+        process = ddim(scheduler, steps=steps, eta=eta)
+        latents, output, noise = torch.ones((3, steps, 1, 2, 2))
+        found = process.transition(torch.arange(steps), output, latents)
+        drawn = found.draw(noise)
+        if not (drawn.isfinite().all() and found.log_prob(drawn).isfinite().all()):
+            bad.append(steps)
+    assert not bad
+
+
+def test_a_model_that_predicts_noise_is_refused_where_its_input_is_nothing_else() -> None:
+    settings = {"rescale_betas_zero_snr": True, "prediction_type": "epsilon"}
+    with pytest.raises(ModelError, match=r"at timestep 999 .*Expected a model that predicts v"):
+        ddim(stable_diffusion_scheduler(**settings, timestep_spacing="trailing"), steps=STEPS)
+    process = ddim(stable_diffusion_scheduler(**settings), steps=STEPS)
+    latents, output, _ = tensors()
+    assert process.transition(ALL, output, latents).mean.isfinite().all()
+
+
 def test_every_step_of_stable_diffusion_is_stochastic() -> None:
     assert process_of().stochastic().all()
 
