@@ -22,7 +22,8 @@ class DdpoIs(PolicyGradient):
     dimensions."""
     old_log_probs: Literal["auto", "stored", "recompute"] = "auto"
     """Where the ratio's denominator comes from. `auto` recomputes it in the update's own graph if
-    low precision moves the ratio by more than a tenth of the clip range before any update."""
+    rounding moves the ratio by more than a tenth of the clip range before any update; float32 on a
+    CPU does not, anything else is measured."""
 
     @property
     def tolerated_deviation(self) -> float:

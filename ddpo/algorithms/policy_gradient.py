@@ -108,9 +108,8 @@ class PolicyGradient(Algorithm):
     def tolerated_deviation(self) -> float:
         """How far the initial importance ratio may be from 1 before it is recomputed.
 
-        The 99th percentile of |rho - 1|, before any update, that rounding in low precision may
-        cause. Beyond it the old log-probs are recomputed in the update's own graph: 0 is always,
-        infinity never.
+        The 99th percentile of |rho - 1|, before any update, that rounding may cause. Beyond it the
+        old log-probs are recomputed in the update's own graph: 0 is always, infinity never.
         """
         return float("inf")
 

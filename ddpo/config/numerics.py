@@ -28,6 +28,7 @@ class NumericsConfig(Part):
     threads: ThreadCount | Literal["auto"] = "auto"
     """CPU threads of torch."""
     tf32: bool = True
-    """Allow TF32 matrix products on CUDA."""
+    """Let float32 compute in TF32 on CUDA: faster, and rounded to 11 bits, also in the autoencoder
+    and in rewards of this process."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward: less memory for about a third more time."""

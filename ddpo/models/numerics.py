@@ -65,6 +65,28 @@ class Numerics(BaseModel):
         """Whether the denoising network computes in 16 bits."""
         return self.dtype != "float32"
 
+    @property
+    def exact(self) -> bool:
+        """Whether the network computes in float32 and nothing less, on a device that rounds alike.
+
+        A GPU does not: TF32 rounds to 11 bits, and its libraries choose another algorithm for
+        another batch.
+        """
+        return self.device == "cpu" and not self.low_precision
+
+    @property
+    def advice(self) -> str:
+        """What to change after weights have diverged, for messages; a run's identity is fixed."""
+        if self.dtype == "float16":
+            return (
+                "Start a new run with numerics.dtype bfloat16 or float32, whose range is wider "
+                "than float16's, or with a lower optimizer.learning_rate"
+            )
+        return (
+            "Fork the run at an earlier epoch (`ddpo fork`) or start a new one, with a lower "
+            "optimizer.learning_rate"
+        )
+
     def apply(self) -> None:
         """Set torch's process-wide switches."""
         import torch

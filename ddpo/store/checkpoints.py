@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
@@ -12,6 +12,7 @@ from ddpo.store.manifests import Artefact
 from ddpo.store.objects import Objects, StoredObject
 from ddpo.store.statistics import statistics_from, statistics_to_json
 from ddpo.store.tensors import decode_tensors, encode_tensors
+from ddpo.training.loss_scale import LossScale
 from ddpo.training.state import PromptStatistics, TrainState
 
 TENSOR_ROLES = ("weights", "optimizer", "ema", "value")
@@ -68,6 +69,7 @@ class Checkpoint(Artefact):
             samples=self.samples,
             ema=tensors.get("ema", {}),
             value=tensors.get("value", {}),
+            loss_scale=LossScale(**scale) if (scale := self._progress.get("loss_scale")) else None,
         )
 
     @cached_property
@@ -96,6 +98,7 @@ def checkpoint_objects(
         "updates": state.updates,
         "samples": state.samples,
         "statistics": statistics_to_json(state.statistics),
+        **({"loss_scale": asdict(state.loss_scale)} if state.loss_scale else {}),
     }
     objects: dict[str, bytes | StoredObject] = {
         "progress": canonical_json(progress),

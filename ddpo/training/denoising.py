@@ -25,7 +25,8 @@ from ddpo.diffusion import Process
 from ddpo.diffusion.window import whole_process
 from ddpo.errors import NonFiniteError
 from ddpo.models import Policy
-from ddpo.training.objective import Objective, float16_loss_scale, unscale
+from ddpo.training.loss_scale import LossScale, first_loss_scale
+from ddpo.training.objective import Objective, factor_of, unscale
 from ddpo.training.samples import FinalLatents, Rollouts, Samples
 from ddpo.training.state import TrainState
 
@@ -84,7 +85,7 @@ class DenoisingGradient:
         self.process = process
         self.algorithm = algorithm
         self.parameters = policy.weights.parameters()
-        self.loss_scale = float16_loss_scale(policy.numerics)
+        self.loss_scale = first_loss_scale(policy.numerics)
 
     def losses(
         self, prompts: Sequence[str], latents: Tensor, weights: Tensor, noising: Noising
@@ -133,19 +134,19 @@ class DenoisingGradient:
             NonFiniteError: A sample's loss is NaN or infinite.
         """
         count = len(samples)
-        scale = self.loss_scale * count if self.loss_scale != 1.0 else 1.0
+        factor = factor_of(self.loss_scale, count)
         total = 0.0
         for part in torch.arange(count).split(self.policy.numerics.micro_batch_size):
             rows: list[int] = [samples[int(i)] for i in part]
             prompts = [finals.prompts[row] for row in rows]
             noised = Noising(noising.times[part], noising.noise[part])
             losses = self.losses(prompts, finals.latents[rows], weights[rows], noised)
-            _check_finite(rows, prompts, noised, losses)
+            _check_finite(rows, prompts, noised, losses, self.policy.numerics.advice)
             loss = losses.sum() / count
-            (loss * scale).backward()
+            (loss * factor).backward()
             total += float(loss.detach())
             on_samples(len(rows))
-        unscale(self.parameters, scale)
+        unscale(self.parameters, factor)
         return total
 
 
@@ -179,8 +180,11 @@ class DenoisingObjective(Objective):
         self.gradient = DenoisingGradient(policy, process, config.algorithm)
         self._path = (config.seed, state.epoch)
 
-    def accumulate(self, update: Update, on_items: Callable[[int], None]) -> float:
+    def accumulate(
+        self, update: Update, scale: LossScale | None, on_items: Callable[[int], None]
+    ) -> float:
         """Add the gradient of one update's loss to the policy's parameters."""
+        self.gradient.loss_scale = scale
         noising = Noising.draw(
             *self._path, update.inner_epoch, update.samples, self.policy, self.gradient.process
         )
@@ -197,7 +201,7 @@ class DenoisingObjective(Objective):
 
 
 def _check_finite(
-    rows: Sequence[int], prompts: Sequence[str], noising: Noising, losses: Tensor
+    rows: Sequence[int], prompts: Sequence[str], noising: Noising, losses: Tensor, advice: str
 ) -> None:
     bad = ~torch.isfinite(losses)
     if bad.any():
@@ -205,6 +209,5 @@ def _check_finite(
         raise NonFiniteError(
             f"denoising loss {float(losses.detach()[first])} for sample {rows[first]} (prompt "
             f"{prompts[first]!r}) at time {float(noising.times[first]):g}; the weights were "
-            "left as they were. Lower optimizer.learning_rate, or use numerics.dtype float32 or "
-            "bfloat16."
+            f"left as they were. {advice}"
         )

@@ -6,6 +6,7 @@ gradients, and the algorithm says which samples each optimizer step sees.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -17,6 +18,7 @@ from ddpo.errors import NonFiniteError
 from ddpo.models import Policy
 from ddpo.training.denoising import DenoisingObjective
 from ddpo.training.ema import Ema
+from ddpo.training.loss_scale import LossScale, first_loss_scale
 from ddpo.training.optimizer import copies, make_adamw, optimizer_state, take_step
 from ddpo.training.samples import Samples
 from ddpo.training.state import TrainState
@@ -65,13 +67,14 @@ def update(
 
     Returns:
         The state after the epoch, and metrics by name as JSON values: ``loss`` and ``grad_norm``
-        (before clipping) are means over the updates; the rest is the objective's and the
-        algorithm's.
+        (before clipping, None if no step was taken) are means over the updates; in float16,
+        ``loss_scale`` is what the next epoch starts with, and ``skipped_steps`` counts updates
+        whose gradient overflowed; the rest is the objective's and the algorithm's.
 
     Raises:
         ConfigError: The algorithm cannot train on such samples.
-        NonFiniteError: A loss, log-prob or gradient is NaN or infinite; the policy has the weights
-            of ``state`` again.
+        NonFiniteError: A loss or log-prob is NaN or infinite, or a gradient that no smaller loss
+            scale can help; the policy has the weights of ``state`` again.
     """
     algorithm = config.algorithm
     updates = algorithm.updates(credit, run_seed=config.seed, epoch=state.epoch)
@@ -89,10 +92,16 @@ def update(
         on_progress(done / items)
 
     losses, norms = [], []
+    scale = state.loss_scale or first_loss_scale(policy.numerics)
     try:
         for each in updates:
-            losses.append(objective.accumulate(each, on_items))
-            norms.append(take_step(adamw, parameters, config.optimizer))
+            losses.append(objective.accumulate(each, scale, on_items))
+            norm = take_step(adamw, parameters, config.optimizer)
+            if not math.isfinite(norm):
+                scale = _backed_off(scale, norm, policy)
+                continue
+            norms.append(norm)
+            scale = scale and scale.after_step()
             if ema is not None:
                 ema.follow(policy.weights.state())
         objective.finish()
@@ -105,15 +114,30 @@ def update(
         optimizer=copies(optimizer_state(adamw, parameters)),
         statistics=statistics,
         epoch=state.epoch + 1,
-        updates=state.updates + len(updates),
+        updates=state.updates + len(norms),
         samples=state.samples + len(samples.prompts),
         ema={} if ema is None else copies(ema.average),
         value=objective.state(),
+        loss_scale=scale,
     )
+    scaling = {}
+    if scale is not None:
+        scaling = {"loss_scale": scale.value, "skipped_steps": len(updates) - len(norms)}
     return after, {
         "loss": sum(losses) / len(losses),
-        "grad_norm": sum(norms) / len(norms),
+        "grad_norm": sum(norms) / len(norms) if norms else None,
         "learning_rate": config.optimizer.learning_rate,
+        **scaling,
         **objective.metrics(),
         **algorithm.credit_metrics(credit, config.rollouts.samples_per_prompt),
     }
+
+
+def _backed_off(scale: LossScale | None, norm: float, policy: Policy) -> LossScale:
+    """Return a smaller loss scale after an overflow, or raise if none is left."""
+    if scale is None or scale.least:
+        raise NonFiniteError(
+            f"the gradient's norm is {norm}; the weights were left as they were. "
+            f"{policy.numerics.advice}"
+        )
+    return scale.after_overflow()

@@ -10,11 +10,7 @@ import torch
 from torch import Tensor
 
 from ddpo.algorithms.base import Update
-from ddpo.models.numerics import Numerics
-
-# float16's smallest normal number is 6e-5. The mean over thousands of items would put gradients
-# inside the network below it: they are computed of the sum, times this, and scaled down at the end.
-_FLOAT16_LOSS_SCALE = 1024.0
+from ddpo.training.loss_scale import LossScale
 
 
 class Objective(ABC):
@@ -24,11 +20,14 @@ class Objective(ABC):
     """Items (forwards) that a sample of an update is made of, for progress."""
 
     @abstractmethod
-    def accumulate(self, update: Update, on_items: Callable[[int], None]) -> float:
+    def accumulate(
+        self, update: Update, scale: LossScale | None, on_items: Callable[[int], None]
+    ) -> float:
         """Add the gradient of one update's loss to the policy's parameters.
 
         Args:
             update: What the update sees.
+            scale: What the loss is scaled by before its backward; None without scaling.
             on_items: Called with the number of items just processed.
 
         Returns:
@@ -55,15 +54,15 @@ class Objective(ABC):
         return {}
 
 
-def float16_loss_scale(numerics: Numerics) -> float:
-    """Return what a summed loss is multiplied by before its backward; 1 where nothing is lost."""
-    return _FLOAT16_LOSS_SCALE if numerics.dtype == "float16" else 1.0
+def factor_of(scale: LossScale | None, count: int) -> float:
+    """Return what the mean loss of ``count`` items is multiplied by before its backward."""
+    return 1.0 if scale is None else scale.value * count
 
 
-def unscale(parameters: Mapping[str, torch.nn.Parameter], scale: float) -> None:
-    """Divide the accumulated gradients by the scale of their losses, in place."""
-    if scale == 1.0:
+def unscale(parameters: Mapping[str, torch.nn.Parameter], factor: float) -> None:
+    """Divide the accumulated gradients by the factor of their losses, in place."""
+    if factor == 1.0:
         return
     for parameter in parameters.values():
         if parameter.grad is not None:
-            parameter.grad /= scale
+            parameter.grad /= factor

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from ddpo.config import OptimizerConfig
-from ddpo.errors import NonFiniteError
 
 
 def make_adamw(
@@ -60,7 +59,7 @@ def take_step(
     parameters: Mapping[str, torch.nn.Parameter],
     settings: OptimizerConfig,
 ) -> float:
-    """Clip the accumulated gradient, step, and clear it.
+    """Clip the accumulated gradient, step unless it overflowed, and clear it.
 
     Args:
         adamw: The optimizer of ``parameters``.
@@ -68,20 +67,12 @@ def take_step(
         settings: Gives the norm that the gradient is clipped to.
 
     Returns:
-        The gradient's norm before clipping.
-
-    Raises:
-        NonFiniteError: The norm is NaN or infinite; no step was taken.
+        The gradient's norm before clipping; if it is NaN or infinite, no step was taken.
     """
     largest = math.inf if settings.max_grad_norm is None else settings.max_grad_norm
     norm = torch.nn.utils.clip_grad_norm_(parameters.values(), largest)
-    if not torch.isfinite(norm):
-        adamw.zero_grad(set_to_none=True)
-        raise NonFiniteError(
-            f"the gradient's norm is {float(norm)}; the weights were left as they were. Lower "
-            "optimizer.learning_rate, or use numerics.dtype float32 or bfloat16."
-        )
-    adamw.step()
+    if torch.isfinite(norm):
+        adamw.step()
     adamw.zero_grad(set_to_none=True)
     return float(norm)
 

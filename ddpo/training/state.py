@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from ddpo.algorithms.base import PromptStatistics
+from ddpo.training.loss_scale import LossScale
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,6 +34,8 @@ class TrainState:
     value: Mapping[str, Tensor] = field(default_factory=dict)
     """Weights and AdamW's state of the value function; empty if there is none, and before it is
     first trained."""
+    loss_scale: LossScale | None = None
+    """The scale of losses in float16; None in other dtypes, and before the first update."""
 
     @property
     def shown_weights(self) -> Mapping[str, Tensor]:

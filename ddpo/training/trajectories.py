@@ -23,7 +23,8 @@ from ddpo.diffusion.window import process_of, sampler_of_epoch, window_steps
 from ddpo.errors import ConfigError, NonFiniteError
 from ddpo.models import Policy
 from ddpo.training.critic import Critic
-from ddpo.training.objective import Objective, float16_loss_scale, unscale
+from ddpo.training.loss_scale import LossScale, first_loss_scale
+from ddpo.training.objective import Objective, factor_of, unscale
 from ddpo.training.ratios import RatioDeviation, ratio_metrics
 from ddpo.training.samples import Rollouts, Samples
 from ddpo.training.state import TrainState
@@ -84,7 +85,7 @@ class TrajectoryGradient:
         self.algorithm = algorithm
         self.process = process_of(policy, sampler)
         self.parameters = policy.weights.parameters()
-        self.loss_scale = float16_loss_scale(policy.numerics)
+        self.loss_scale = first_loss_scale(policy.numerics)
 
     def transition(self, rollouts: Rollouts, pairs: Pairs) -> Transition:
         """Compute the distribution of each pair's next latents under the current policy.
@@ -144,7 +145,7 @@ class TrajectoryGradient:
         """
         steps = self.trained_steps()
         count = len(samples) * len(steps)
-        scale = self.loss_scale * count if self.loss_scale != 1.0 else 1.0
+        factor = factor_of(self.loss_scale, count)
         advantages = advantages.reshape(len(advantages), -1).expand_as(rollouts.log_probs)
         seen = torch.full_like(rollouts.log_probs, torch.nan)
         total, total_kl = 0.0, 0.0
@@ -164,13 +165,13 @@ class TrajectoryGradient:
             losses = self.algorithm.losses(batch)
             if with_base:
                 total_kl += float(batch.kl_to_base.detach().sum()) / count
-            _check_finite(rollouts, pairs, self.process.times, log_probs, losses)
+            _check_finite(rollouts, pairs, self, log_probs, losses)
             loss = losses.sum() / count
-            (loss * scale).backward()
+            (loss * factor).backward()
             total += float(loss.detach())
             seen[pairs.samples, pairs.steps] = log_probs.detach().to(seen)
             on_pairs(len(pairs.samples))
-        unscale(self.parameters, scale)
+        unscale(self.parameters, factor)
         return Accumulated(total, seen, total_kl if with_base else None)
 
     @torch.no_grad()
@@ -264,8 +265,11 @@ class TrajectoryObjective(Objective):
         self._done: list[Accumulated] = []
         self._learned: dict[str, float | None] = {}
 
-    def accumulate(self, update: Update, on_items: Callable[[int], None]) -> float:
+    def accumulate(
+        self, update: Update, scale: LossScale | None, on_items: Callable[[int], None]
+    ) -> float:
         """Add the gradient of one update's loss to the policy's parameters."""
+        self.gradient.loss_scale = scale
         self._done.append(
             self.gradient.accumulate(
                 self.rollouts, self.advantages, update.samples, self.old, on_items
@@ -314,15 +318,16 @@ class TrajectoryObjective(Objective):
     def _old_log_probs(self, updates: Sequence[Update]) -> Tensor:
         """Return the ratio's denominator, [S, T]: stored log-probs, or recomputed ones.
 
-        In float32 the stored ones are accurate to 5e-6. In 16 bits one sampler batch is recomputed
-        first: it tells whether the two graphs round alike, at a fraction of the cost of all.
+        In float32 on a CPU the stored ones are accurate to 5e-6. Anywhere else, and in 16 bits, one
+        sampler batch is recomputed first: it tells whether the two graphs round alike, at a
+        fraction of the cost of all.
         """
         stored, limit = self.rollouts.log_probs, self.algorithm.tolerated_deviation
         if limit == float("inf"):
             return stored
         if limit > 0:
             numerics = self.gradient.policy.numerics
-            if not numerics.low_precision:
+            if numerics.exact:
                 return stored
             probe = range(min(numerics.sample_batch_size, len(self.rollouts.prompts)))
             deviation = RatioDeviation.of(self.gradient.recompute(self.rollouts, probe), stored)
@@ -334,7 +339,11 @@ class TrajectoryObjective(Objective):
 
 
 def _check_finite(
-    rollouts: Rollouts, pairs: Pairs, times: Tensor, log_probs: Tensor, losses: Tensor
+    rollouts: Rollouts,
+    pairs: Pairs,
+    gradient: TrajectoryGradient,
+    log_probs: Tensor,
+    losses: Tensor,
 ) -> None:
     bad = ~(torch.isfinite(log_probs) & torch.isfinite(losses))
     if bad.any():
@@ -343,6 +352,6 @@ def _check_finite(
         raise NonFiniteError(
             f"log-prob {float(log_probs.detach()[first])}, loss {float(losses.detach()[first])} "
             f"for sample {row} (prompt {rollouts.prompts[row]!r}) at step {step} "
-            f"(time {float(times[step]):g}); the weights were left as they "
-            "were. Lower optimizer.learning_rate, or use numerics.dtype float32 or bfloat16."
+            f"(time {float(gradient.process.times[step]):g}); the weights were left as they were. "
+            f"{gradient.policy.numerics.advice}"
         )

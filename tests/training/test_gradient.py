@@ -104,7 +104,7 @@ def test_the_loss_scale_of_float16_leaves_the_gradient_as_it_is(
     unscaled, expected = accumulated(policy, config, exact, exact.log_probs, 8)
     policy.numerics = policy.numerics.model_copy(update={"dtype": "float16"})
     scaled = TrajectoryGradient(policy, config.sampler, config.algorithm)
-    assert scaled.loss_scale > 1
+    assert scaled.loss_scale is not None and scaled.loss_scale.value > 1
     # Of the scaled loss, inside the network; the float64 weights compute it without rounding.
     policy.numerics = policy.numerics.model_copy(update={"dtype": "float32"})
     loss = scaled.accumulate(exact, ADVANTAGES, range(8), exact.log_probs).loss

@@ -190,6 +190,21 @@ def test_an_adopted_epochs_log_probs_are_never_made_again_by_another_policy(
     assert recomputed == [False, False, True]
 
 
+@pytest.mark.filterwarnings("ignore:User provided device_type")
+def test_auto_measures_float32_on_a_gpu(
+    policy: Policy, rollouts: Rollouts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TF32 moves log-probs by about as much as they are perturbed here."""
+    monkeypatch.setattr(type(policy), "device", torch.device("cpu"))  # what computes all the same
+    policy.numerics = policy.numerics.model_copy(update={"device": "cuda"})
+    config = tiny_config(policy.folder, optimizer={"learning_rate": _STILL, "weight_decay": 0.0})
+    _, metrics = update(
+        policy, initial_state(policy), other_order(rollouts), as_credit(ADVANTAGES), {}, config
+    )
+    assert metrics["initial_ratio_deviation"]["p99"] > 1e-4
+    assert metrics["recomputed_log_probs"] and metrics["clip_fraction"] == 0.0
+
+
 def test_auto_trusts_float32(policy: Policy, config: RunConfig, rollouts: Rollouts) -> None:
     _, metrics = update(
         policy, initial_state(policy), other_order(rollouts), as_credit(ADVANTAGES), {}, config
