@@ -98,7 +98,13 @@ def _generated(run: Run, checkpoint: Ref[Checkpoint], pictures: PictureSet, epoc
     with policy_at(run, checkpoint, weights="average") as lease:
         # Always the window of epoch 0: the images differ by the policy alone.
         sampler = sampler_of_epoch(lease.policy, run.config, 0)
-        generated = sample(lease.policy, [prompt for prompt, _ in pairs], seeds, sampler)
+        generated = sample(
+            lease.policy,
+            [prompt for prompt, _ in pairs],
+            seeds,
+            sampler,
+            updates=lease.state.updates,
+        )
     report("pictures", len(pairs), len(pairs))
     digests = CHECKPOINT.load(run.store, checkpoint).digests
     ema = run.config.optimizer.ema_decay is not None

@@ -82,6 +82,7 @@ def _sampled(run: Run, checkpoint: Ref[Checkpoint], epoch: int, shard: int) -> O
             [p.text for p in prompts],
             seeds,
             sampler_of_epoch(lease.policy, run.config, epoch),
+            updates=lease.state.updates,
             on_images=on_images,
         )
     rows = _rows(run, checkpoint, epoch, shard, indices, prompts, seeds, sampled)

@@ -39,13 +39,13 @@ def draw(
         RetiredObject: Retention has deleted its weights.
     """
     numerics = resolve_elsewhere(run.numerics, device)
-    policy_weights = _checkpoint(run, checkpoint).state().shown_weights
+    state = _checkpoint(run, checkpoint).state()
     config = run.config
     policy = load_policy(config.model, config.trainable, numerics, seed=config.seed)
     policy.warn_of_cut([prompt])
-    policy.weights.load(policy_weights)
+    policy.weights.load(state.shown_weights)
     sampler = sampler_of_epoch(policy, run.config, 0)
-    return sample(policy, [prompt], [seed], sampler).images[0]
+    return sample(policy, [prompt], [seed], sampler, updates=state.updates).images[0]
 
 
 def _checkpoint(run: Run, epoch: int | None) -> Checkpoint:

@@ -16,7 +16,8 @@ class ModelConfig(Part):
     """The diffusion pipeline to fine-tune: Stable Diffusion 1.x or 2.x, or the starter."""
 
     path: str
-    """`starter`, a folder that contains `model_index.json`, or a Hub id such as `owner/name`."""
+    """`starter`, a folder that contains `model_index.json`, a Hub id such as `owner/name`, or a
+    single `.safetensors` file, which is converted to such a folder once."""
     revision: str | None = None
     """Commit of a Hub model. Pin it: a branch may move while a run is going on."""
     resolution: PositiveInt | Size | None = None

@@ -47,6 +47,7 @@ def sample(
     seeds: Sequence[int],
     sampler: SamplerConfig,
     *,
+    updates: int | None = None,
     on_images: Callable[[int], None] = lambda count: None,
 ) -> Trajectories:
     """Sample trajectories from the policy as it is now.
@@ -58,6 +59,8 @@ def sample(
             numbers of a seed's generator are the starting latents.
         sampler: Process and guidance; if noise is drawn in a window only, as
             :func:`~ddpo.diffusion.window.sampler_of_epoch` resolved it.
+        updates: Optimizer steps behind the policy's weights, for the error's message; None if
+            unknown.
         on_images: Called with the number of images that were just finished.
 
     Returns:
@@ -67,13 +70,14 @@ def sample(
         NonFiniteError: A log-prob or latent is NaN or infinite.
     """
     process = process_of(policy, sampler)
+    policy.keep_prompts(prompts)
     size = policy.numerics.sample_batch_size
     batches: list[Trajectories] = []
     for start in range(0, len(prompts), size):
         batch = slice(start, start + size)
-        batches.append(
-            _sample_batch(policy, prompts[batch], seeds[batch], process, sampler.guidance_scale)
-        )
+        drawn = _sample_batch(policy, prompts[batch], seeds[batch], process, sampler.guidance_scale)
+        _check_finite(drawn, prompts[batch], policy, updates)
+        batches.append(drawn)
         on_images(len(batches[-1].images))
     return Trajectories(
         latents=torch.cat([b.latents for b in batches]),
@@ -129,14 +133,12 @@ def _sample_batch(
         noise = _noise(policy, generators) if draws_noise else torch.zeros_like(latents[-1])
         latents.append(transition.draw(noise))
         log_probs.append(transition.log_prob(latents[-1]))
-    result = Trajectories(
+    return Trajectories(
         latents=torch.stack(latents, dim=1).cpu(),
         log_probs=torch.stack(log_probs, dim=1).cpu(),
         times=process.times.cpu(),
         images=policy.decode(latents[-1]),
     )
-    _check_finite(result, prompts)
-    return result
 
 
 def _noise(policy: Policy, generators: Sequence[torch.Generator]) -> Tensor:
@@ -144,14 +146,30 @@ def _noise(policy: Policy, generators: Sequence[torch.Generator]) -> Tensor:
     return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(policy.device)
 
 
-def _check_finite(result: Trajectories, prompts: Sequence[str]) -> None:
+def _check_finite(
+    result: Trajectories, prompts: Sequence[str], policy: Policy, updates: int | None
+) -> None:
     latents = torch.isfinite(result.latents[:, 1:]).flatten(2).all(dim=-1)
     bad = ~(torch.isfinite(result.log_probs) & latents)
     if bad.any():
         row, step = (int(i) for i in bad.nonzero()[0])
         raise NonFiniteError(
             f"sampling produced a non-finite latent or log-prob for prompt {prompts[row]!r} at "
-            f"step {step} (time {float(result.times[step]):g}); nothing was stored. The weights "
-            "have diverged: return to an earlier checkpoint with a lower learning rate, or use "
-            "numerics.dtype float32 or bfloat16."
+            f"step {step} (time {float(result.times[step]):g}); nothing was stored. "
+            f"{_cause(policy, updates)}"
         )
+
+
+def _cause(policy: Policy, updates: int | None) -> str:
+    """Say what made a sample non-finite, and the way out."""
+    if updates != 0:
+        return f"The weights have diverged. {policy.numerics.advice}"
+    advice = (
+        "Start a new run with numerics.dtype bfloat16 or float32"
+        if policy.numerics.dtype == "float16"
+        else "Check that plain diffusers samples from it, and lower sampler.guidance_scale"
+    )
+    return (
+        "Nothing has been trained yet (checkpoint 0), so this is the base model in "
+        f"{policy.folder}, computed in {policy.numerics.dtype}. {advice}"
+    )

@@ -17,7 +17,7 @@ from ddpo.models import hub
 from ddpo.models.numerics import Numerics, resolve_device
 
 if TYPE_CHECKING:
-    from ddpo.models.base import Conditioning, Policy, policy_digest
+    from ddpo.models.base import Conditioning, ModelFacts, Policy, policy_digest
     from ddpo.models.weights import WeightSet
 
 FAMILIES: Mapping[str, str] = {
@@ -27,6 +27,7 @@ FAMILIES: Mapping[str, str] = {
 
 _HEAVY = {
     "Conditioning": "ddpo.models.base",
+    "ModelFacts": "ddpo.models.base",
     "Policy": "ddpo.models.base",
     "WeightSet": "ddpo.models.weights",
     "policy_digest": "ddpo.models.base",
@@ -40,16 +41,29 @@ def __getattr__(name: str) -> Any:
     return getattr(importlib.import_module(_HEAVY[name]), name)
 
 
-def check_model(config: ModelConfig) -> None:
-    """Check that a model is there and of a supported family, without loading it.
+def check_model(
+    config: ModelConfig, trainable: LoraConfig | FullConfig | None = None
+) -> ModelFacts:
+    """Check that a model can be trained, without loading it.
+
+    Its small JSON files and the headers of its weights decide; of a Hub model that is not
+    downloaded, the names of its files do in place of the headers.
 
     Args:
         config: Path or Hub id.
+        trainable: Weights to train; by default a LoRA on the layers that every model has.
+
+    Returns:
+        What the files say of the model.
 
     Raises:
-        ModelError: The model is neither on disk nor reachable, or its family is not supported.
+        ConfigError: Size or trainable weights do not fit the model.
+        ModelError: The model is neither on disk nor reachable, its family is not supported, it is
+            of a kind that cannot be trained, or its files are incomplete or damaged.
     """
-    _family(config)
+    family = _family(config)
+    files = hub.find_model(config, family.parts)
+    return family.inspect(files, config, trainable or LoraConfig())
 
 
 def load_policy(
@@ -72,24 +86,24 @@ def load_policy(
         ModelError: The model cannot be downloaded or loaded, or its family is not supported.
     """
     resolve_device(numerics.device)  # before minutes of loading
-    module, _, name = _family(model).partition(":")
-    family: type[Policy] = getattr(importlib.import_module(module), name)
-    return family(model, trainable, numerics, seed=seed)
+    return _family(model)(model, trainable, numerics, seed=seed)
 
 
-def _family(config: ModelConfig) -> str:
-    name = hub.pipeline_class(config)
+def _family(config: ModelConfig) -> type[Policy]:
+    name = hub.find_model(config).pipeline_class
     if name not in FAMILIES:
         raise ModelError(
             f"model.path {config.path!r} is a {name}, which is not supported; expected a pipeline "
             f"of class {' or '.join(FAMILIES)}"
         )
-    return FAMILIES[name]
+    module, _, family = FAMILIES[name].partition(":")
+    return getattr(importlib.import_module(module), family)
 
 
 __all__ = [
     "FAMILIES",
     "Conditioning",
+    "ModelFacts",
     "Policy",
     "WeightSet",
     "check_model",

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from ddpo.basics.digests import json_digest, tensors_digest
 from ddpo.basics.randomness import derive_seed
 from ddpo.config import FullConfig, LoraConfig, ModelConfig
 from ddpo.models import hub
+from ddpo.models.files import ModelFiles
 from ddpo.models.full import FullWeights
 from ddpo.models.lora import LoraWeights
 from ddpo.models.numerics import Numerics
@@ -29,8 +29,17 @@ from ddpo.models.weights import Network, Weights
 
 _logger = logging.getLogger(__name__)
 
-_CACHED_PROMPTS = 1024
-"""Encoded prompts that a policy keeps; a prompt of Stable Diffusion 1.x takes 236 kB."""
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What a model's small files say of it, before it is loaded."""
+
+    schedule: NoiseSchedule
+    """What the model was trained to denoise; all that a denoising process knows of it."""
+    size: tuple[int, int]
+    """Width and height of an image in pixels."""
+    latent_shape: tuple[int, ...]
+    """Shape of one image's latents, [C, h, w]."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +89,7 @@ class Policy(ABC):
 
     Raises:
         ConfigError: Size or trainable weights do not fit the model.
-        ModelError: The model cannot be downloaded or loaded.
+        ModelError: The model cannot be downloaded, loaded or trained.
     """
 
     parts: ClassVar[Sequence[str]]
@@ -98,6 +107,8 @@ class Policy(ABC):
     """What the model was trained to denoise; all that a denoising process knows of it."""
     size: tuple[int, int]
     """Width and height of an image in pixels."""
+    latent_shape: tuple[int, ...]
+    """Shape of one image's latents, [C, h, w]."""
 
     def __init__(
         self,
@@ -109,9 +120,13 @@ class Policy(ABC):
     ) -> None:
         numerics.apply()
         self.numerics = numerics
-        self.folder = hub.fetch_model(model, self.parts)
+        files = hub.fetch_model(model, self.parts)
+        facts = self.inspect(files, model, trainable)
+        self.schedule, self.size = facts.schedule, facts.size
+        self.latent_shape = facts.latent_shape
+        self.folder = files.folder
         self.base_digest = hub.base_digest(self.folder, self.parts)
-        network = self._load(model)
+        network = self._load(files)
         if isinstance(trainable, FullConfig):
             self.weights = FullWeights(network)
         else:
@@ -122,7 +137,7 @@ class Policy(ABC):
         if numerics.gradient_checkpointing:
             network.enable_gradient_checkpointing()
         self._move(numerics.torch_device)
-        self._encoded: OrderedDict[str, Conditioning] = OrderedDict()
+        self._encoded: dict[str, Conditioning] = {}
 
     @property
     def device(self) -> torch.device:
@@ -130,17 +145,12 @@ class Policy(ABC):
         return self.numerics.torch_device
 
     @property
-    @abstractmethod
-    def latent_shape(self) -> tuple[int, ...]:
-        """Shape of one image's latents, [C, h, w]."""
-
-    @property
     def digest(self) -> str:
         """``policy_digest`` of the base model and the trained weights as they are now."""
         return policy_digest(self.base_digest, self.weights.state())
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
-        """Encode prompts, each distinct one by itself and once as long as it is cached.
+        """Encode prompts, each distinct one by itself and once until :meth:`keep_prompts`.
 
         Args:
             prompts: B prompts.
@@ -148,16 +158,20 @@ class Policy(ABC):
         Returns:
             B rows, float32 on the device.
         """
-        cache = self._encoded
         for prompt in dict.fromkeys(prompts):
-            if prompt not in cache:
+            if prompt not in self._encoded:
                 with torch.no_grad():
-                    cache[prompt] = self._encode(prompt)
-            cache.move_to_end(prompt)
-        conditioning = Conditioning.cat([cache[prompt] for prompt in prompts])
-        while len(cache) > _CACHED_PROMPTS:
-            cache.popitem(last=False)
-        return conditioning
+                    self._encoded[prompt] = self._encode(prompt)
+        return Conditioning.cat([self._encoded[prompt] for prompt in prompts])
+
+    def keep_prompts(self, prompts: Iterable[str]) -> None:
+        """Forget all encoded prompts but these and the empty one.
+
+        One of Stable Diffusion 1.x takes 236 kB on the device. Sampling and an epoch's updates call
+        it with their own prompts, so that a large prompt set does not fill the device.
+        """
+        kept = {"", *prompts}
+        self._encoded = {text: row for text, row in self._encoded.items() if text in kept}
 
     def warn_of_cut(self, prompts: Iterable[str]) -> None:
         """Log how many of the prompts are longer than what the model reads, if any are."""
@@ -215,12 +229,29 @@ class Policy(ABC):
             folder: Created if missing.
         """
 
+    @classmethod
     @abstractmethod
-    def _load(self, model: ModelConfig) -> Network:
-        """Load the pipeline from :attr:`folder`, on the CPU, and set ``schedule`` and ``size``.
+    def inspect(
+        cls, files: ModelFiles, model: ModelConfig, trainable: LoraConfig | FullConfig
+    ) -> ModelFacts:
+        """Check without loading it that a model of the family can be trained.
 
         Args:
-            model: Gives the size.
+            files: The pipeline's; those of the Hub may not be here yet.
+            model: Path or Hub id, and the size of its images.
+            trainable: Weights to train.
+
+        Raises:
+            ConfigError: Size or trainable weights do not fit the model.
+            ModelError: It is a model of another kind, or its files are incomplete or damaged.
+        """
+
+    @abstractmethod
+    def _load(self, files: ModelFiles) -> Network:
+        """Load the pipeline on the CPU.
+
+        Args:
+            files: The pipeline's, all of them here.
 
         Returns:
             The denoising network: frozen, float32.

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ddpo.errors import ModelError
 from ddpo.models import hub
+from ddpo.models.files import INDEX
 
 _SHARD_INDEX = ".safetensors.index.json"
 
@@ -44,6 +45,7 @@ def write_pipeline(
 
     Every other file is a copy of the base model's. The trained part keeps the base model's file
     names and shards, but is stored in float32: 16 bits would round away what small steps changed.
+    Weights of a variant lose its name, so that they are found without it.
 
     Args:
         folder: Created if missing.
@@ -52,16 +54,19 @@ def write_pipeline(
         trained: The part that was trained.
         state: The trained part's weights.
     """
-    for file in hub.base_files(base, parts):
-        target = folder / file.relative_to(base)
+    files = hub.local_files(base, parts)
+    for name in files.loaded():
+        file, target = base / name, folder / files.without_variant(name)
         target.parent.mkdir(parents=True, exist_ok=True)
         if file.parent.name == trained and file.suffix == ".safetensors":
             _write_trained(target, file, state)
+        elif target.name.endswith(_SHARD_INDEX):
+            target.write_text(files.without_variant(file.read_text("utf-8")), encoding="utf-8")
         else:
             shutil.copyfile(file, target)
     for index in (folder / trained).glob(f"*{_SHARD_INDEX}"):
         _update_size(index, state)
-    _name_only(folder / hub.INDEX, parts)
+    _name_only(folder / INDEX, parts)
 
 
 def check_read_back(what: str, found: Mapping[str, Tensor], written: Mapping[str, Tensor]) -> None:

@@ -6,14 +6,13 @@ A family's *parts* are the subfolders of the pipeline that it loads.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from huggingface_hub import hf_hub_download, snapshot_download
+from httpx import HTTPError
+from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
-    HfHubHTTPError,
     HFValidationError,
     LocalEntryNotFoundError,
 )
@@ -21,71 +20,55 @@ from huggingface_hub.errors import (
 from ddpo.basics.paths import expand
 from ddpo.config import ModelConfig
 from ddpo.errors import ModelError
+from ddpo.models.files import INDEX, ModelFiles
+from ddpo.models.single_file import converted
 from ddpo.starter import STARTER_PATH
 
-INDEX = "model_index.json"
-"""The file that names a pipeline's class and parts."""
 
-# Other files of the same folders that are not loaded: pickles, other frameworks', other variants'.
-_UNWANTED = ["*.bin", "*.msgpack", "*.h5", "*.ckpt", "*.fp16.*", "*.non_ema.*", "*.onnx*"]
-
-
-def pipeline_class(config: ModelConfig) -> str:
-    """Return the class of a model's pipeline, which tells its family, without loading the model.
-
-    Args:
-        config: Path or Hub id.
-
-    Raises:
-        ModelError: The model is neither on disk nor reachable, or is not a diffusers pipeline.
-    """
-    index = _model_index(config)
-    try:
-        return str(json.loads(index.read_bytes())["_class_name"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ModelError(
-            f"{index} does not name a pipeline class (_class_name); expected a diffusers pipeline "
-            "as save_pretrained writes it"
-        ) from error
-
-
-def fetch_model(config: ModelConfig, parts: Sequence[str]) -> Path:
-    """Return the folder of a model's files, downloading them from the Hub if needed.
+def find_model(config: ModelConfig, parts: Sequence[str] = ()) -> ModelFiles:
+    """Return a model's files without downloading weights: of the Hub's, only the small JSON files.
 
     Args:
         config: Path or Hub id.
         parts: The family's.
-
-    Returns:
-        A folder as ``save_pretrained`` writes it.
 
     Raises:
         ModelError: The model is neither on disk nor reachable.
     """
     folder = _model_index(config).parent
-    if _local_folder(config) is not None:
-        return folder
-    return Path(
-        snapshot_download(
-            config.path,
-            revision=config.revision,
-            allow_patterns=[INDEX, *(f"{part}/*" for part in parts)],
-            ignore_patterns=_UNWANTED,
-        )
-    )
+    names = frozenset[str]()
+    if _local_folder(config) is None:
+        names = _hub_names(config, folder)
+        if parts:
+            _download(config, folder, [f"{part}/*.json" for part in parts])
+    return ModelFiles(config.path, folder, names or _names(folder), parts)
 
 
-def base_files(folder: Path, parts: Sequence[str]) -> list[Path]:
-    """Return the files that make up a base model: configs, tokenizer, safetensors.
+def fetch_model(config: ModelConfig, parts: Sequence[str]) -> ModelFiles:
+    """Return a model's files, downloading from the Hub those that are loaded and not here.
 
     Args:
-        folder: A pipeline's folder.
+        config: Path or Hub id.
+        parts: The family's.
+
+    Raises:
+        ModelError: The model is neither on disk nor reachable, or a part has no safetensors.
+    """
+    files = find_model(config, parts)
+    loaded = files.loaded()
+    if _local_folder(config) is None:
+        _download(config, files.folder, loaded)
+    return files
+
+
+def local_files(folder: Path, parts: Sequence[str]) -> ModelFiles:
+    """Return the files of a pipeline's folder.
+
+    Args:
+        folder: The folder.
         parts: The family's.
     """
-    files = [folder / INDEX]
-    for part in parts:
-        files += sorted(p for p in (folder / part).glob("*") if _is_loaded(p))
-    return files
+    return ModelFiles(str(folder), folder, _names(folder), parts)
 
 
 def base_digest(folder: Path, parts: Sequence[str]) -> str:
@@ -99,8 +82,9 @@ def base_digest(folder: Path, parts: Sequence[str]) -> str:
         sha256 over names and contents, whatever the folder is called.
     """
     digest = hashlib.sha256()
-    for file in base_files(folder, parts):
-        digest.update(f"{file.relative_to(folder).as_posix()}\0{file.stat().st_size}\0".encode())
+    for name in local_files(folder, parts).loaded():
+        file = folder / name
+        digest.update(f"{name}\0{file.stat().st_size}\0".encode())
         with file.open("rb") as stream:
             while chunk := stream.read(1 << 22):
                 digest.update(chunk)
@@ -132,20 +116,45 @@ def _model_index(config: ModelConfig) -> Path:
         raise ModelError(
             f"Hub model {config.path!r} has no {INDEX}; expected a diffusers pipeline"
         ) from error
-    except (HfHubHTTPError, OSError) as error:
-        raise ModelError(
-            f"cannot download {config.path!r} (revision {config.revision or 'main'}) from the Hub: "
-            f"{str(error).splitlines()[0]}. Check the spelling, and log in with `hf auth login` if "
-            "the model is gated."
-        ) from error
+    except (HTTPError, OSError) as error:
+        raise _cannot_download(config, error) from error
 
 
 def _local_folder(config: ModelConfig) -> Path | None:
     if config.path == "starter":
         return STARTER_PATH
-    folder = Path(expand(config.path))
-    return folder.absolute() if folder.is_dir() else None
+    path = Path(expand(config.path)).absolute()
+    if path.is_file():
+        return converted(path)
+    return path if path.is_dir() else None
 
 
-def _is_loaded(path: Path) -> bool:
-    return path.is_file() and not any(path.match(pattern) for pattern in _UNWANTED)
+def _names(folder: Path) -> frozenset[str]:
+    """Return the names of a local folder's files and of those in its subfolders."""
+    files = [path for pattern in ("*", "*/*") for path in folder.glob(pattern) if path.is_file()]
+    return frozenset(path.relative_to(folder).as_posix() for path in files)
+
+
+def _hub_names(config: ModelConfig, snapshot: Path) -> frozenset[str]:
+    """Return the names of a Hub model's files; none where the Hub cannot be asked."""
+    try:
+        # A snapshot is named after its commit: a branch may have moved since it was looked up.
+        return frozenset(HfApi().list_repo_files(config.path, revision=snapshot.name))
+    except (HTTPError, OSError):
+        return frozenset()
+
+
+def _download(config: ModelConfig, snapshot: Path, patterns: Sequence[str]) -> None:
+    """Download what is missing from the Hub's cache; offline, do with what is there."""
+    try:
+        snapshot_download(config.path, revision=snapshot.name, allow_patterns=list(patterns))
+    except (HTTPError, OSError) as error:
+        raise _cannot_download(config, error) from error
+
+
+def _cannot_download(config: ModelConfig, error: Exception) -> ModelError:
+    return ModelError(
+        f"cannot download {config.path!r} (revision {config.revision or 'main'}) from the Hub: "
+        f"{str(error).splitlines()[0]}. Check the spelling, and log in with `hf auth login` if "
+        "the model is gated."
+    )

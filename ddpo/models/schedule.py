@@ -13,6 +13,20 @@ from torch import Tensor
 
 from ddpo.errors import ModelError
 
+_SETTINGS = (
+    "num_train_timesteps",
+    "beta_start",
+    "beta_end",
+    "beta_schedule",
+    "trained_betas",
+    "rescale_betas_zero_snr",
+    "set_alpha_to_one",
+    "prediction_type",
+    "timestep_spacing",
+    "steps_offset",
+)
+"""What a schedule is made from. A scheduler's file has more, for other processes than ours."""
+
 
 @dataclass(frozen=True)
 class NoiseSchedule:
@@ -65,17 +79,17 @@ class NoiseSchedule:
             prediction_type=settings.prediction_type,
             spacing=settings.timestep_spacing,
             steps_offset=settings.steps_offset,
-            settings={
-                name: value
-                for name, value in settings.items()
-                if not name.startswith("_") and isinstance(value, str | int | float | bool | None)
-            },
+            settings={name: _plain(getattr(settings, name)) for name in _SETTINGS},
         )
 
     @property
     def training_timesteps(self) -> int:
         """N, the number of timesteps that the model was trained with."""
         return len(self.alphas_cumprod)
+
+
+def _plain(value: Any) -> JsonValue:
+    return [float(each) for each in value] if isinstance(value, list | tuple) else value
 
 
 def ddim_scheduler(config: Mapping[str, Any]) -> DDIMScheduler:

@@ -17,12 +17,14 @@ from PIL import Image
 from torch import Tensor
 from transformers import CLIPTextModel
 
-from ddpo.config import ModelConfig
-from ddpo.errors import ConfigError, ModelError
-from ddpo.models import exports
-from ddpo.models.base import Conditioning, Policy
+from ddpo.config import FullConfig, LoraConfig, ModelConfig
+from ddpo.errors import ModelError
+from ddpo.models import exports, hub
+from ddpo.models.base import Conditioning, ModelFacts, Policy
+from ddpo.models.files import ModelFiles
+from ddpo.models.inspection import inspect_stable_diffusion
 from ddpo.models.lora import LoraWeights
-from ddpo.models.schedule import NoiseSchedule, ddim_scheduler
+from ddpo.models.schedule import ddim_scheduler
 
 
 class StableDiffusion(Policy):
@@ -30,11 +32,12 @@ class StableDiffusion(Policy):
 
     parts = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 
-    @property
-    def latent_shape(self) -> tuple[int, int, int]:
-        """Shape of one image's latents, [C, h, w]."""
-        width, height = (pixels // self.pipeline.vae_scale_factor for pixels in self.size)
-        return (self.pipeline.unet.config.in_channels, height, width)
+    @classmethod
+    def inspect(
+        cls, files: ModelFiles, model: ModelConfig, trainable: LoraConfig | FullConfig
+    ) -> ModelFacts:
+        """Check UNet, scheduler, size and files."""
+        return inspect_stable_diffusion(files, model, trainable)
 
     @property
     def most_tokens(self) -> int:
@@ -66,7 +69,8 @@ class StableDiffusion(Policy):
         """Turn clean latents into images.
 
         In float32 whatever the UNet computes in: 16-bit rounding in the autoencoder would be noise
-        that a reward sees.
+        that a reward sees. On CUDA, with ``numerics.tf32``, its convolutions round to TF32: the
+        switch is the process's, and rewards that compute beside it must not see it change.
         """
         vae = self.pipeline.vae
         decoded = vae.decode(latents / vae.config.scaling_factor, return_dict=False)[0]
@@ -102,23 +106,14 @@ class StableDiffusion(Policy):
 
     def _export_pipeline(self, folder: Path) -> None:
         exports.write_pipeline(folder, self.folder, self.parts, "unet", self.weights.state())
-        reader = load_pipeline(folder)
+        reader = load_pipeline(hub.local_files(folder, self.parts))
         for part in ("unet", "vae", "text_encoder"):
             written, found = (getattr(each, part).state_dict() for each in (self.pipeline, reader))
             exports.check_read_back(f"pipeline's {part}", found, written)
 
-    def _load(self, model: ModelConfig) -> UNet2DConditionModel:
-        self.pipeline = load_pipeline(self.folder)
-        self.schedule = NoiseSchedule.from_scheduler(self.pipeline.scheduler.config)
-        unet, scale = self.pipeline.unet, self.pipeline.vae_scale_factor
-        side = unet.config.sample_size * scale
-        self.size = model.size or (side, side)
-        if any(pixels % scale for pixels in self.size):
-            raise ConfigError(
-                f"model.resolution {model.resolution} is not a multiple of {scale}, the pixels "
-                "along one side of a latent pixel"
-            )
-        return unet
+    def _load(self, files: ModelFiles) -> UNet2DConditionModel:
+        self.pipeline = load_pipeline(files)
+        return self.pipeline.unet
 
     def _move(self, device: torch.device) -> None:
         self.pipeline.to(device)
@@ -135,50 +130,58 @@ class StableDiffusion(Policy):
         return output.float() if self.numerics.low_precision else output
 
 
-def load_pipeline(folder: Path) -> StableDiffusionPipeline:
+def load_pipeline(files: ModelFiles) -> StableDiffusionPipeline:
     """Load a pipeline in float32, with diffusers' DDIM scheduler.
 
     Safetensors only, no remote code. The safety checker is left out: a black image in place of a
     sample would be scored as the model's own.
 
     Args:
-        folder: A pipeline's folder.
+        files: The pipeline's, all of them here.
 
     Returns:
         The pipeline, on the CPU, in eval mode and without gradients.
 
     Raises:
-        ModelError: The folder does not hold such a pipeline.
+        ModelError: The folder does not hold such a pipeline, or its weights are not finite.
     """
     logging.disable_progress_bar()  # of loading, which no environment variable controls
     try:
         pipeline = StableDiffusionPipeline.from_pretrained(
-            folder,
-            text_encoder=_load_text_encoder(folder / "text_encoder"),
+            files.folder,
+            text_encoder=_load_text_encoder(files),
+            variant=files.variant,
             use_safetensors=True,
             safety_checker=None,
             feature_extractor=None,
             requires_safety_checker=False,
             local_files_only=True,
         )
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, IndexError, RuntimeError) as error:
         raise ModelError(
-            f"{folder} cannot be loaded as a StableDiffusionPipeline: {error}. Expected Stable "
-            "Diffusion 1.x or 2.x (or the starter) in safetensors."
+            f"{files.folder} cannot be loaded as a StableDiffusionPipeline: {error}. Expected "
+            "Stable Diffusion 1.x or 2.x (or the starter) in safetensors."
         ) from error
     pipeline.to(dtype=torch.float32)  # whatever the files are stored in
     pipeline.scheduler = ddim_scheduler(pipeline.scheduler.config)
     pipeline.set_progress_bar_config(disable=True)
-    for module in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
+    for part in ("unet", "vae", "text_encoder"):
+        module: torch.nn.Module = getattr(pipeline, part)
         module.requires_grad_(False).eval()
+        _check_finite(module, files.folder / part)
     return pipeline
 
 
-def _load_text_encoder(folder: Path) -> CLIPTextModel:
+def _load_text_encoder(files: ModelFiles) -> CLIPTextModel:
     """Load a text encoder; raise ModelError if its files lack, or name otherwise, some weights."""
     # Where diffusers refuses, transformers draws what it does not find at random, with a warning.
+    folder, variant = files.folder / "text_encoder", files.variant_of("text_encoder")
     loaded: Any = CLIPTextModel.from_pretrained(
-        folder, output_loading_info=True, use_safetensors=True, local_files_only=True
+        folder,
+        variant=variant,
+        output_loading_info=True,
+        use_safetensors=True,
+        local_files_only=True,
     )
     model, report = loaded
     if missing := sorted(report["missing_keys"]):
@@ -188,3 +191,12 @@ def _load_text_encoder(folder: Path) -> CLIPTextModel:
             "save_pretrained writes it. Download or convert the model again"
         )
     return model
+
+
+def _check_finite(module: torch.nn.Module, folder: Path) -> None:
+    for name, parameter in module.named_parameters():
+        if not parameter.isfinite().all():
+            raise ModelError(
+                f"{name} in {folder} holds NaN or infinity: the base model itself (checkpoint 0) "
+                "is damaged, before any training. Download or convert it again"
+            )

@@ -164,7 +164,7 @@ def check_run(config: RunConfig, run_id: str, *, awaits_parent: bool = False) ->
     runs.check_not_being_deleted(store, run_id)
     reward = load_reward(config.reward.name, config.reward.parameters)
     identity = _identity(config, reward)
-    check_model(config.model)
+    check_model(config.model, config.trainable)
     if exists := store.exists(keys.run_key(run_id)):
         numerics = _check_stored(store, run_id, config, identity)
     else:

@@ -79,6 +79,7 @@ def update(
     algorithm = config.algorithm
     updates = algorithm.updates(credit, run_seed=config.seed, epoch=state.epoch)
     parameters = policy.weights.parameters()
+    policy.keep_prompts(samples.prompts)
     ema = Ema.of(policy, state, config.optimizer)
     adamw = make_adamw(parameters, config.optimizer, state.optimizer)
     make_objective = OBJECTIVES[algorithm.needs.data]

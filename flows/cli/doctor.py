@@ -84,8 +84,8 @@ def _storage(config: RunConfig) -> str:
 
 
 def _model(config: RunConfig) -> str:
-    check_model(config.model)
-    return f"{config.model.path} is available"
+    width, height = check_model(config.model, config.trainable).size
+    return f"{config.model.path} is complete and can be trained, {width} x {height} px"
 
 
 def _device(config: RunConfig) -> str:

@@ -176,6 +176,25 @@ def test_non_finite_weights_stop_sampling_by_name(tiny_model: Path) -> None:
         draw(policy, PROMPTS[:4], SEEDS)
 
 
+@pytest.mark.parametrize(
+    ("updates", "message"),
+    [
+        (0, r"Nothing has been trained yet \(checkpoint 0\), so this is the base model.*float32"),
+        (12, r"The weights have diverged\. Fork the run.*lower optimizer\.learning_rate"),
+        (None, r"The weights have diverged"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:invalid value")
+def test_the_error_tells_a_base_model_from_weights_that_diverged(
+    tiny_model: Path, updates: int | None, message: str
+) -> None:
+    policy = load_policy(tiny_config(tiny_model))
+    with torch.no_grad():
+        policy.pipeline.unet.conv_out.bias[0] = torch.nan
+    with pytest.raises(NonFiniteError, match=message):
+        sample(policy, PROMPTS[:4], SEEDS, SAMPLER, updates=updates)
+
+
 def test_the_error_names_the_sample_and_step_that_went_wrong_first(
     policy: Policy, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,14 +15,18 @@ from safetensors.torch import load_file, save_file
 from ddpo.config import DdimSampler, ModelConfig
 from ddpo.diffusion.sampling import sample
 from ddpo.errors import ConfigError, ModelError
-from ddpo.models import Conditioning, Policy, base, check_model, hub
+from ddpo.models import Conditioning, Policy, check_model, hub
 from ddpo.models.stable_diffusion import StableDiffusion
+from ddpo.training.loop import initial_state, update
 from tests.tiny import (
     PROMPTS,
+    alternating_advantages,
+    as_credit,
     assert_same_tensors,
     build_tiny_model,
     grow_adapter,
     load_policy,
+    rollouts_of,
     tiny_config,
 )
 
@@ -221,16 +225,28 @@ def test_each_distinct_prompt_is_encoded_once(
     assert sorted(encoded) == ["", "a cat", "a dog", "a fox"]
 
 
-def test_the_cache_of_encoded_prompts_is_bounded(
+def test_encoded_prompts_are_kept_for_an_epoch_and_no_longer(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(base, "_CACHED_PROMPTS", 3)
-    policy = load_policy(tiny_config(tiny_model))
-    whole = policy.encode(PROMPTS)  # more distinct prompts than are kept
-    assert len(whole) == len(PROMPTS) and list(policy._encoded) == list(PROMPTS[-3:])
-    policy.encode([PROMPTS[-3], "a cat"])  # the one that was used longest ago has to go
-    assert list(policy._encoded) == [PROMPTS[-1], PROMPTS[-3], "a cat"]
-    assert torch.equal(policy.encode(PROMPTS)["text"], whole["text"])
+    config = tiny_config(tiny_model)
+    policy = load_policy(config)
+    state, credit = initial_state(policy), as_credit(alternating_advantages(8))
+    encoded: list[str] = []
+    encode = policy._encode
+
+    def counted(prompt: str) -> Conditioning:
+        encoded.append(prompt)
+        return encode(prompt)
+
+    monkeypatch.setattr(policy, "_encode", counted)
+    for epoch in range(2):
+        prompts = [f"{i} cats of epoch {epoch}" for i in range(8)]
+        drawn = rollouts_of(sample(policy, prompts, range(8), config.sampler), prompts)
+        assert {*encoded} - {""} == {*prompts} and len(encoded) <= 9
+        encoded.clear()
+        state, _ = update(policy, state, drawn, credit, {}, config)
+        assert not encoded  # again, for the updates
+        assert {*policy._encoded} == {"", *prompts}
 
 
 def test_conditioning_is_a_bundle_of_rows(tiny_model: Path) -> None:
