@@ -10,9 +10,12 @@ from typing import ParamSpec, TypeVar
 from prefect import Flow, flow
 from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
 
+from ddpo.basics.loopback import never_proxy_loopback
 from ddpo_workflow.flows.hooks import mark_cancelled, remember_flow_run
 from ddpo_workflow.flows.logs import log_to_flow_runs
 from ddpo_workflow.flows.threads import WorkerThreads
+
+never_proxy_loopback()  # on a worker, too
 
 P = ParamSpec("P")
 R = TypeVar("R")

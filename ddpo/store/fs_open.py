@@ -9,6 +9,7 @@ import fsspec
 from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
+from ddpo.basics.loopback import never_proxy_loopback
 from ddpo.basics.paths import expand
 from ddpo.config.s3 import S3Options
 from ddpo.errors import StoreNotWritable
@@ -56,6 +57,7 @@ def open_filesystem(root: str, s3: S3Options | None) -> tuple[AbstractFileSystem
         bundle = s3.bundle if s3 else None
         if bundle and not bundle.is_file():
             raise StoreNotWritable(root, f"ca_bundle {bundle} does not exist", "Check its path.")
+    never_proxy_loopback()
     # Other processes write to the same store, so a cached listing would be wrong.
     try:
         fs, path = fsspec.core.url_to_fs(root, use_listings_cache=False, **arguments)

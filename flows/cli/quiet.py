@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 
+from ddpo.basics.loopback import never_proxy_loopback
+
 _DEFAULTS = {
     # Prefect's log lines go to its database and UI, not to the console.
     "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
@@ -27,6 +29,7 @@ _DEFAULTS = {
 
 def set_defaults() -> None:
     """Set the defaults; call this before Prefect, MLflow or diffusers are imported."""
+    never_proxy_loopback()
     for name, value in _DEFAULTS.items():
         os.environ.setdefault(name, value)
 

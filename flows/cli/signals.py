@@ -20,7 +20,7 @@ from contextlib import suppress
 from types import FrameType, TracebackType
 
 import psutil
-from prefect.client.orchestration import get_client
+from prefect.settings import get_current_settings
 
 from ddpo.basics.children import ordinary_children
 from ddpo_workflow.flows.hooks import cancel_unfinished
@@ -142,7 +142,10 @@ def start_server() -> None:
     """
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
-        get_client(sync_client=True)
+        if get_current_settings().api.url is None:
+            from ddpo_workflow.flows.cli.temporary_server import start_temporary_server
+
+            start_temporary_server()  # imports Prefect's server
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 

@@ -119,7 +119,7 @@ def test_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(ui, "_start", start)
     for tracking in ("sqlite:///mlflow.db", "http://127.0.0.1:9"):
-        ui.serve_pages(ui.Console(quiet=True), tracking, mlflow_port=1, prefect_port=2)
+        ui.serve_pages(tracking, mlflow_port=1, prefect_port=2)
     assert [command[command.index("--host") + 1] for command in started] == ["127.0.0.1"] * 2
     monkeypatch.delenv("DDPO_REWARD_TOKEN", raising=False)
     with pytest.raises(ConfigError, match="no token"):

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 import httpx
 
+from ddpo.basics.loopback import never_proxy_loopback
 from ddpo.basics.redaction import HIDDEN, hide_credentials
 from ddpo.errors import ConfigError, RewardError, RewardUnavailable
 from ddpo.rewards.service.wire import read_token
@@ -125,6 +126,7 @@ class Endpoints:
             headers["Authorization"] = f"Bearer {self._token}"
         # Callers bound their own concurrency; no request waits for a connection.
         limits = httpx.Limits(max_connections=None)
+        never_proxy_loopback()
         self._client = httpx.Client(headers=headers, follow_redirects=False, limits=limits)
 
     @property

@@ -1,0 +1,61 @@
+"""Prefect's temporary server, whose failure to start is told at once and by its cause."""
+
+from __future__ import annotations
+
+import asyncio
+
+import prefect
+from prefect.client.orchestration import get_client
+from prefect.server.database import provide_database_interface
+from prefect.settings import PREFECT_API_DATABASE_CONNECTION_URL
+
+from ddpo.basics.redaction import hide_credentials
+from ddpo.errors import DdpoError
+
+_UNKNOWN_REVISION = "locate revision"
+"""What alembic says of a database that a newer version has migrated further."""
+
+
+class ServerNotStarted(DdpoError):
+    """Prefect's temporary server did not start; the message says why."""
+
+
+def start_temporary_server() -> None:
+    """Start Prefect's temporary server, for this process.
+
+    Raises:
+        ServerNotStarted: Its database cannot be opened, or it did not answer in time.
+    """
+    try:
+        # As the server does first. One that fails at it is started again and again by Prefect, for
+        # two minutes and without a word.
+        asyncio.run(_open_database())
+    except Exception as error:
+        raise _unusable_database(error) from error
+    try:
+        get_client(sync_client=True)
+    except RuntimeError as error:
+        raise ServerNotStarted(
+            f"Prefect's temporary server did not start: {hide_credentials(str(error))} See what "
+            "`prefect server start` says, and set PREFECT_API_URL to use that server"
+        ) from error
+
+
+async def _open_database() -> None:
+    """Open Prefect's database, created and migrated if necessary."""
+    await provide_database_interface().create_db()
+
+
+def _unusable_database(error: Exception) -> ServerNotStarted:
+    database = hide_credentials(str(PREFECT_API_DATABASE_CONNECTION_URL.value()))
+    reason = hide_credentials(str(error)).partition("\n")[0]
+    if _UNKNOWN_REVISION in reason:
+        return ServerNotStarted(
+            f"Prefect's database {database} was written by a newer version than the "
+            f"{prefect.__version__} that is installed ({reason}). Install that version, or use "
+            "another database: PREFECT_HOME=FOLDER"
+        )
+    return ServerNotStarted(
+        f"Prefect's database {database} cannot be opened: {type(error).__name__}: {reason}. Use a "
+        "folder that can be written: PREFECT_HOME=FOLDER"
+    )

@@ -1,0 +1,87 @@
+"""Prefect's temporary server behind a proxy, on another version's database, or on none at all."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+LIMIT_S = 240
+
+START = """
+from ddpo_workflow.flows.cli.quiet import set_defaults
+set_defaults()
+from ddpo_workflow.flows.cli.signals import start_server
+start_server()
+from prefect.client.orchestration import get_client
+print("problem:", get_client(sync_client=True).api_healthcheck())
+"""
+
+
+def train(tiny_model: Path, folder: Path, home: Path) -> subprocess.CompletedProcess[str]:
+    words = ["train", "configs/starter.yaml", "--run-id", "r", "--root", str(folder / "store")]
+    for setting in (
+        f"model={{path: {tiny_model}}}",
+        f"tracking.uri=sqlite:///{folder}/mlflow.db",
+        f"outputs={folder}/outputs",
+        "sampler.window=null",
+        "epochs=1",
+    ):
+        words += ["--set", setting]
+    return subprocess.run(
+        [sys.executable, "-m", "ddpo_workflow.flows.cli", *words],
+        env={**os.environ, "PREFECT_HOME": str(home), "COLUMNS": "400"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=LIMIT_S,
+    )
+
+
+@pytest.mark.slow
+def test_the_server_is_reached_without_the_proxy_of_the_environment(tmp_path: Path) -> None:
+    environment = {
+        **os.environ,
+        "PREFECT_HOME": str(tmp_path / "prefect"),
+        "HTTP_PROXY": "http://127.0.0.1:9",
+        "ALL_PROXY": "http://127.0.0.1:9",
+        "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "100",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", START],
+        env=environment, capture_output=True, text=True, check=False, timeout=LIMIT_S,
+    )  # fmt: skip
+    assert done.stdout.strip() == "problem: None", done.stdout + done.stderr[-2000:]
+
+
+@pytest.mark.slow
+def test_a_database_of_a_newer_prefect_is_named_and_no_run_is_said_to_be_there(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    home = tmp_path / "prefect"
+    home.mkdir()
+    with sqlite3.connect(home / "prefect.db") as database:
+        database.execute("create table alembic_version (version_num varchar(32) not null)")
+        database.execute("insert into alembic_version values ('fedcba987654')")
+    done = train(tiny_model, tmp_path, home)
+    screen = " ".join((done.stdout + done.stderr).split())
+    assert done.returncode == 1, screen
+    assert "written by a newer version" in screen and "PREFECT_HOME" in screen, screen
+    assert str(home / "prefect.db") in screen and "Traceback" not in screen, screen
+    assert "ddpo resume" not in screen, screen
+    assert not list((tmp_path / "store").rglob("run.json"))
+
+
+@pytest.mark.slow
+def test_a_database_that_cannot_be_opened_is_named(tiny_model: Path, tmp_path: Path) -> None:
+    home = tmp_path / "prefect"
+    home.mkdir()
+    (home / "prefect.db").write_bytes(b"no database" * 1000)
+    done = train(tiny_model, tmp_path, home)
+    screen = " ".join((done.stdout + done.stderr).split())
+    assert done.returncode == 1, screen
+    assert "cannot be opened" in screen and str(home / "prefect.db") in screen, screen
