@@ -55,6 +55,14 @@ class StoreCallFailed(StoreError):
         )
 
 
+class StoreUnavailable(StoreCallFailed):
+    """The store did not answer, or only that it is busy, for as long as the caller waits."""
+
+
+class StoreRefused(StoreCallFailed):
+    """The store refused a call, for want of permission or of valid credentials."""
+
+
 class InvalidKey(StoreError):
     """A key, or an id that becomes part of one, contains something that is not allowed."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from prefect.artifacts import create_markdown_artifact
@@ -17,15 +18,16 @@ from ddpo.store.kinds import EPOCH
 from ddpo_workflow.flows.epoch import submit_shards
 from ddpo_workflow.flows.flow import artifact_key, ddpo_flow, without_heartbeats
 from ddpo_workflow.flows.forms import Text
+from ddpo_workflow.flows.prefect_server import show, watched_server
 from ddpo_workflow.flows.run_requests import CompareRequest, ComparisonPlan
 from ddpo_workflow.flows.train import outputs_folder, train_run
 from ddpo_workflow.tasks.commit import commit_epoch
 from ddpo_workflow.tasks.credit import credit_of
 from ddpo_workflow.tasks.progress import as_part, finished_epoch
 from ddpo_workflow.tasks.start import start
-from ddpo_workflow.tasks.tracking.connection import connect, find_or_create_experiment, find_page
+from ddpo_workflow.tasks.tracking.connection import waited_for
 from ddpo_workflow.tasks.tracking.metrics import track_scores
-from ddpo_workflow.tasks.tracking.page import open_comparison_page, open_page, tags_of
+from ddpo_workflow.tasks.tracking.page import open_comparison_page, open_page, page_of
 from ddpo_workflow.tasks.tracking.tracker import TrackingHandle
 from ddpo_workflow.tasks.worker import RunHandle, opened
 
@@ -70,7 +72,7 @@ def compare(
         result = read_result(comparison, plan.store)
         folder = comparison_folder(comparison)
         for file in write_report(comparison, result, folder):
-            page.log_file(file)
+            page.backlog.log(partial(page.log_file, file))
         _show(comparison, result, artifact_key(comparison.name, first.uid))
     return str(folder)
 
@@ -110,7 +112,7 @@ def _run_members(plan: ComparisonPlan, first: Run) -> None:
         with as_part(before, plan.epochs):
             if member is comparison.shared[member.seed]:
                 # The flow around it has heartbeats.
-                with open_page(run) as page, without_heartbeats():
+                with watched_server(), open_page(run) as page, without_heartbeats():
                     sample_shared(run.handle, page.handle)
             elif _is_whole(run):
                 finished_epoch(run.config.epochs, run.config.epochs, {})
@@ -129,17 +131,13 @@ def _is_whole(run: Run) -> bool:
         return False
     if not (outputs_folder(run.config, run.run_id) / "report.png").exists():
         return False
-    client = connect(run.config.tracking.uri)
-    experiment = find_or_create_experiment(client, run.config.tracking.experiment)
-    page = find_page(client, experiment, tags_of(run))
+    page = waited_for(run.config.tracking.uri, lambda: page_of(run))
     return page is not None and page.info.status == "FINISHED"
 
 
 def _show(comparison: Comparison, result: Result, key: str) -> None:
     """Add the report to the flow run's artifacts, without its plot, which is in MLflow."""
     page = markdown(comparison, result)
-    create_markdown_artifact(
-        key=f"{key}-comparison",
-        markdown="\n".join(line for line in page.splitlines() if PLOT not in line),
-        description=f"{comparison.name}: {', '.join(comparison.config.variants)}",
-    )
+    text = "\n".join(line for line in page.splitlines() if PLOT not in line)
+    description = f"{comparison.name}: {', '.join(comparison.config.variants)}"
+    show(lambda: create_markdown_artifact(text, key=f"{key}-comparison", description=description))

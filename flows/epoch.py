@@ -13,6 +13,7 @@ from ddpo.store.kinds import EPOCH
 from ddpo.store.manifests import Ref
 from ddpo_workflow.flows.flow import artifact_key, ddpo_flow
 from ddpo_workflow.flows.laps import Laps
+from ddpo_workflow.flows.prefect_server import show
 from ddpo_workflow.tasks.commit import commit_epoch
 from ddpo_workflow.tasks.credit import credit_of
 from ddpo_workflow.tasks.pictures import PictureSet, draw_pictures
@@ -79,18 +80,15 @@ def run_epoch(plan: EpochPlan, checkpoint: Ref[Checkpoint], epoch: int) -> Epoch
     metrics = track_epoch(
         plan.run,
         plan.tracking,
-        scores=scores,
         advantages=advantages,
         next_checkpoint=next_checkpoint,
         timings={} if resumed else laps.timings(run.config.rollouts.samples_per_epoch),
         epoch=epoch,
     )
     shown.result()
-    create_table_artifact(
-        key=f"{artifact_key(run.run_id, run.uid)}-epoch",
-        table=[{"metric": name, "value": f"{value:.6g}"} for name, value in metrics.items()],
-        description=f"Epoch {epoch} of {plan.run.run_id}",
-    )
+    table = [{"metric": name, "value": f"{value:.6g}"} for name, value in metrics.items()]
+    key, description = artifact_key(run.run_id, run.uid), f"Epoch {epoch} of {run.run_id}"
+    show(lambda: create_table_artifact(table, key=f"{key}-epoch", description=description))
     return EpochOutcome(checkpoint=next_checkpoint, metrics=metrics)
 
 

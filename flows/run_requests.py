@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
+from ddpo.basics.outages import PATIENCE_S
+
 if TYPE_CHECKING:
     from ddpo.analysis.comparison.plan import Comparison
     from ddpo.config import RewardConfig, RunConfig
@@ -225,7 +227,7 @@ class RescoreRequest(Request[Rescoring]):
         else:
             with run.naming():
                 connect(run.config.tracking.uri)
-        return Rescoring(run, reward, reward_id, epochs)
+        return Rescoring(run.patient(), reward, reward_id, epochs)
 
 
 @dataclass(frozen=True)
@@ -239,8 +241,8 @@ class ComparisonPlan:
 
     @property
     def store(self) -> Store:
-        """The store of the runs."""
-        return self.runs[self.comparison.members[0].run_id].store
+        """The store of the runs, which is waited for."""
+        return self.runs[self.comparison.members[0].run_id].store.patient(PATIENCE_S)
 
     @property
     def epochs(self) -> int:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from uuid import UUID
 
 from prefect import get_run_logger
 from prefect.artifacts import (
@@ -28,12 +30,14 @@ from ddpo_workflow.flows.epoch import EpochPlan, run_epoch
 from ddpo_workflow.flows.flow import artifact_key, ddpo_flow, without_heartbeats
 from ddpo_workflow.flows.forms import Number, Text, Whole
 from ddpo_workflow.flows.messages import resume_command
+from ddpo_workflow.flows.prefect_server import show, watched_server
 from ddpo_workflow.flows.run_requests import ResumeRequest, TrainRequest, run_name_stem
 from ddpo_workflow.flows.start import first_checkpoint
 from ddpo_workflow.tasks.export_weights import export_weights
 from ddpo_workflow.tasks.pictures import draw_pictures, picture_set
 from ddpo_workflow.tasks.progress import finished_epoch
 from ddpo_workflow.tasks.stops import recognise_stop
+from ddpo_workflow.tasks.tracking.catch_up import track_missing
 from ddpo_workflow.tasks.tracking.metrics import track_pictures
 from ddpo_workflow.tasks.tracking.page import log_samples, open_page
 
@@ -121,16 +125,17 @@ def train_run(run: Run) -> str:
     epochs = run.config.epochs
     outputs = outputs_folder(run.config, run.run_id)
     pictures = picture_set(run, run.config.tracking.pictures)
-    progress = create_progress_artifact(
-        key=f"{artifact_key(run.run_id, run.uid)}-progress",
-        progress=0.0,
-        description=f"{run.run_id}: {epochs} epochs",
+    key = artifact_key(run.run_id, run.uid)
+    description = f"{run.run_id}: {epochs} epochs"
+    progress = show(
+        lambda: create_progress_artifact(0.0, key=f"{key}-progress", description=description)
     )
-    with open_page(run) as page, _saying_how_to_resume(run):
+    with watched_server(), open_page(run) as page, _saying_how_to_resume(run):
         plan = EpochPlan(run=run.handle, tracking=page.handle, pictures=pictures)
         rows: list[dict[str, str]] = []
         first = first_unfinished_epoch(run)
         resumed = first > run.first_epoch
+        track_missing(run.handle, page.handle, pictures, first)
         checkpoint = committed_checkpoint(run, first) if resumed else first_checkpoint(run)
         for epoch in range(first, epochs):
             with without_heartbeats():  # this flow has its own
@@ -138,19 +143,19 @@ def train_run(run: Run) -> str:
             checkpoint = outcome.checkpoint
             finished_epoch(epoch + 1, epochs, outcome.metrics)
             rows.append({"epoch": str(epoch), **_row(outcome.metrics)})
-            update_progress_artifact(progress, progress=100.0 * (epoch + 1) / epochs)  # pyright: ignore
+            percent = 100.0 * (epoch + 1) / epochs
+            if isinstance(progress, UUID):
+                show(partial(update_progress_artifact, progress, progress=percent))
             if (epoch + 1) % run.config.tracking.adapter_every == 0 and epoch + 1 < epochs:
                 export_weights(run.handle, page.handle, checkpoint, None, epoch + 1)
         last = draw_pictures(run.handle, checkpoint, pictures, epochs)
         track_pictures(run.handle, page.handle, last, epochs)
         export_weights(run.handle, page.handle, checkpoint, str(outputs), epochs)
-        page.log_file(write_report(run, pictures.pictures_id, outputs / "report.png"))
-        log_samples(page, run)
-        create_table_artifact(
-            key=f"{artifact_key(run.run_id, run.uid)}-epochs",
-            table=rows,
-            description=f"Mean reward: {_mean(rows[0])} at first, {_mean(rows[-1])} at the end",
-        )
+        report = write_report(run, pictures.pictures_id, outputs / "report.png")
+        page.backlog.log(lambda: page.log_file(report))
+        page.backlog.log(lambda: log_samples(page, run))
+        description = f"Mean reward: {_mean(rows[0])} at first, {_mean(rows[-1])} at the end"
+        show(lambda: create_table_artifact(rows, key=f"{key}-epochs", description=description))
     return run.run_id
 
 

@@ -44,18 +44,23 @@ def export_weights(
     digests = CHECKPOINT.load(run.store, checkpoint).digests
     names = ("policy_digest", "ema_digest")  # the second if the average is exported
     exported = {name: digests[name] for name in names if name in digests}
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary) / (PIPELINE_FOLDER if whole else ADAPTER_FOLDER)
-        with policy_at(run, checkpoint, weights="average") as lease:
-            lease.policy.export(folder)
-            local = str(lease.policy.folder)
+    temporary = tempfile.TemporaryDirectory()
+    folder = Path(temporary.name) / (PIPELINE_FOLDER if whole else ADAPTER_FOLDER)
+    with policy_at(run, checkpoint, weights="average") as lease:
+        lease.policy.export(folder)
+        local = str(lease.policy.folder)
+    if outputs is not None:
+        shutil.copytree(folder, Path(outputs) / folder.name, dirs_exist_ok=True)
+    page = tracker(tracking)
+
+    def log() -> None:
         if whole:
-            tracker(tracking).log_folder(folder, PIPELINE_FOLDER)
+            page.log_folder(folder, PIPELINE_FOLDER)
         else:
             # A hub id stays one: the user who loads the adapter has another cache.
             path = run.config.model.path
             on_hub = path != "starter" and not Path(expand(path)).is_dir()
-            tracker(tracking).log_adapter(
+            page.log_adapter(
                 folder,
                 base_model=path if on_hub else local,
                 base_model_revision=run.config.model.revision if on_hub else None,
@@ -63,5 +68,6 @@ def export_weights(
                 step=max(epoch - 1, 0),
                 metadata={"epochs": epoch, **exported},
             )
-        if outputs is not None:
-            shutil.copytree(folder, Path(outputs) / folder.name, dirs_exist_ok=True)
+        temporary.cleanup()
+
+    page.backlog.log(log)  # the folder stays until that is done

@@ -6,17 +6,26 @@ from typing import Any
 
 from prefect.tasks import exponential_backoff
 
-from ddpo.errors import DdpoError, RewardError, StoreCallFailed
+from ddpo.errors import (
+    DdpoError,
+    RewardError,
+    RewardUnavailable,
+    StoreCallFailed,
+    StoreRefused,
+    StoreUnavailable,
+)
 
 
 def _may_be_temporary(task: object, task_run: object, state: Any) -> bool:
     """Return whether a failure may be temporary.
 
-    Our own errors name something that a person has to fix, except for failed calls to the store
-    and to the reward, whose server may be unavailable for a moment.
+    Our own errors name something that a person has to fix, except for some failed calls to the
+    store and the reward. One that is unavailable has been waited for already.
     """
     try:
         state.result()
+    except (StoreUnavailable, StoreRefused, RewardUnavailable):
+        return False
     except (StoreCallFailed, RewardError):
         return True
     except DdpoError:

@@ -11,6 +11,7 @@ from ddpo_workflow.tasks.pictures import draw_pictures, picture_set
 from ddpo_workflow.tasks.sample import sample_shard
 from ddpo_workflow.tasks.score import score_shard
 from ddpo_workflow.tasks.start import start
+from ddpo_workflow.tasks.tracking.backlog import backlog
 from ddpo_workflow.tasks.tracking.metrics import track_epoch, track_pictures
 from ddpo_workflow.tasks.tracking.tracker import TrackingHandle, tracker
 from ddpo_workflow.tasks.update import update_policy
@@ -20,6 +21,7 @@ def as_in_a_new_process() -> None:
     """Forget all that a process keeps between tasks."""
     worker.forget()
     tracker.cache_clear()
+    backlog.cache_clear()
 
 
 def run_epochs(run: Run, epochs: int) -> Ref:
@@ -45,5 +47,5 @@ def run_epoch(run: Run, checkpoint: Ref, epoch: int, tracking: TrackingHandle | 
     next_checkpoint = update_policy.fn(handle, checkpoint, rollouts, advantages, epoch)
     commit_epoch.fn(handle, rollouts, scores, advantages, next_checkpoint, epoch)
     if tracking:
-        track_epoch.fn(handle, tracking, scores, advantages, next_checkpoint, {}, epoch)
+        track_epoch.fn(handle, tracking, advantages, next_checkpoint, {}, epoch)
     return next_checkpoint

@@ -9,9 +9,10 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.request
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -142,6 +143,37 @@ def seaweedfs(folder: Path, again: ObjectStore | None = None) -> Iterator[Object
     fresh = ObjectStore(f"http://127.0.0.1:{ports['s3']}", "tests", f"canary-{uuid.uuid4().hex}")
     with running(command, again or fresh, folder) as up:
         yield up
+
+
+@contextmanager
+def mlflow_server(folder: Path, port: int) -> Iterator[subprocess.Popen[bytes]]:
+    """Run MLflow's server until the block ends, or until its process group is killed.
+
+    Args:
+        folder: Holds its database, `mlflow.db`, and its artifacts.
+        port: Where it listens.
+    """
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1"]
+    command += ["--port", str(port), "--workers", "1"]
+    command += ["--backend-store-uri", f"sqlite:///{folder}/mlflow.db"]
+    command += ["--artifacts-destination", str(folder / "artifacts")]
+    log = folder / "mlflow.log"
+    with log.open("ab") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 2 * START_LIMIT_S
+        while True:
+            try:
+                with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2):
+                    break
+            except OSError:
+                assert process.poll() is None and time.monotonic() < deadline, log.read_text()
+                time.sleep(0.1)
+        yield process
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def _ports_of(folder: Path) -> dict[str, int]:

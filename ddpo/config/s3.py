@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, field_validator, model_validator
 
 from ddpo.basics.paths import expand
 
-CONNECT_TIMEOUT_S = 10
+CONNECT_TIMEOUT_S = 5
 READ_TIMEOUT_S = 20
 """Of silence within one answer, not of a whole transfer."""
 ATTEMPTS = 5

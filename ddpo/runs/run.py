@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from ddpo.basics import trust
 from ddpo.basics.digests import json_digest
 from ddpo.basics.once import once_property
+from ddpo.basics.outages import PATIENCE_S
 from ddpo.basics.validation import in_one_line
 from ddpo.config import (
     ForkConfig,
@@ -50,12 +51,13 @@ class RunHandle(BaseModel, frozen=True):
     """`Run.uid`: a worker may still remember an earlier run of the same name."""
 
     def open(self) -> Run:
-        """Open the run.
+        """Open the run in a store that is waited for.
 
         Raises:
             RunNotFound: The store has no such run.
         """
-        return open_run(Store.open(self.root, self.s3), self.run_id, start=self.start)
+        store = Store.open(self.root, self.s3, PATIENCE_S)
+        return open_run(store, self.run_id, start=self.start)
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,10 @@ class Run:
             start=self.start,
             uid=self.uid,
         )
+
+    def patient(self) -> Run:
+        """Return the same run in a store that is waited for while it is unavailable."""
+        return replace(self, store=self.store.patient(PATIENCE_S))
 
     @once_property
     def prompts(self) -> tuple[Prompt, ...]:

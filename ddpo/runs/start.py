@@ -98,6 +98,8 @@ class RunPlan:
     def start(self) -> Run:
         """Create the run, or resume the one in the store; this machine trusts it from now on.
 
+        The run's store is waited for.
+
         Raises:
             RunIdentityMismatch: Another process has just created the run with another config.
             DdpoError: As `check_fork`, if the parent had yet to run.
@@ -121,7 +123,7 @@ class RunPlan:
                 "; ".join(changed),
             )
         uid = runs.run_uid(self.store, self.run_id)
-        run = run_of_record(self.store, record, operation, number, uid=uid)
+        run = run_of_record(self.store, record, operation, number, uid=uid).patient()
         run.trust()
         return run
 

@@ -158,7 +158,8 @@ class S3Backend(ConditionalPutBackend):
                 try:
                     writer = self._writer(path)
                 except CALL_ERRORS:
-                    raise error from None  # the first error is the informative one
+                    # The first error is the informative one; its cause is the server's answer.
+                    raise error from error.__cause__
                 if writer is not None:
                     return writer == mark
                 if not _is_busy(error) or wait_s is None:

@@ -10,11 +10,16 @@ from typing import Any, TypeVar
 
 from aiohttp import ClientError as ConnectionLost
 from aiohttp import ClientPayloadError
-from botocore.exceptions import BotoCoreError, IncompleteReadError, ResponseStreamingError
+from botocore.exceptions import (
+    BotoCoreError,
+    HTTPClientError,
+    IncompleteReadError,
+    ResponseStreamingError,
+)
 from fsspec.exceptions import FSTimeoutError
 
 from ddpo.basics.redaction import hide_credentials
-from ddpo.errors import StoreCallFailed
+from ddpo.errors import StoreCallFailed, StoreRefused, StoreUnavailable
 
 CALL_ERRORS = (OSError, BotoCoreError, ConnectionLost)
 """What a failed call raises; s3fs lets some errors of its dependencies through."""
@@ -69,7 +74,9 @@ def named_call(call: str, key: str, root: str, *, writes: bool = False) -> Itera
         writes: Whether the call writes: a missing bucket is a failure then.
 
     Raises:
-        StoreCallFailed: The call failed.
+        StoreUnavailable: No server answered, or it was busy.
+        StoreRefused: The server or the disk did not permit the call.
+        StoreCallFailed: The call failed otherwise.
         FileNotFoundError: A call that does not write found nothing; callers handle that themselves.
     """
     try:
@@ -81,7 +88,17 @@ def named_call(call: str, key: str, root: str, *, writes: bool = False) -> Itera
         cause = error.__cause__ or error if isinstance(error, FSTimeoutError) else error
         reason = f"{type(cause).__name__}: {hide_credentials(str(cause))}"
         # Not chained: its message may contain credentials.
-        raise StoreCallFailed(call, key, root, reason, _way_out(error, root)) from None
+        raise _kind_of(error)(call, key, root, reason, _way_out(error, root)) from None
+
+
+def _kind_of(error: Exception) -> type[StoreCallFailed]:
+    if isinstance(error, PermissionError):
+        return StoreRefused
+    if isinstance(error, (HTTPClientError, ConnectionLost, FSTimeoutError)):
+        return StoreUnavailable
+    answer = getattr(error.__cause__, "response", {}).get("ResponseMetadata", {})
+    busy = answer.get("HTTPStatusCode") in (429, 500, 502, 503, 504)
+    return StoreUnavailable if busy else StoreCallFailed
 
 
 def _way_out(error: Exception, root: str) -> str:

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from fsspec import AbstractFileSystem
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from ddpo.basics.digests import sha256_bytes
+from ddpo.basics.outages import Outage, patiently
 from ddpo.config.s3 import S3Options
-from ddpo.errors import CorruptObject, InvalidKey, MissingObject, RetiredObject, StoreError
+from ddpo.errors import (
+    CorruptObject,
+    InvalidKey,
+    MissingObject,
+    RetiredObject,
+    StoreError,
+    StoreUnavailable,
+)
 from ddpo.store import keys
 from ddpo.store.backends import backend_for
 from ddpo.store.fs_errors import named_call, read_on, read_whole
@@ -24,6 +32,9 @@ REFRESH_AFTER = timedelta(hours=1)
 """An existing object that is older than this is rewritten before it is committed."""
 
 BLOCK_BYTES = 8 * 2**20
+_SLOW_AFTER_S = 5.0
+
+T = TypeVar("T")
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
@@ -62,7 +73,15 @@ class Store:
     has used a store on S3 must not be forked: the child would share its sockets.
     """
 
-    def __init__(self, fs: AbstractFileSystem, path: str, s3: S3Options | None = None) -> None:
+    def __init__(
+        self,
+        fs: AbstractFileSystem,
+        path: str,
+        s3: S3Options | None = None,
+        patience_s: float = 0.0,
+    ) -> None:
+        self.patience_s = patience_s
+        """For how many seconds each call is tried again while the store is unavailable."""
         self._fs = fs
         self._path = path.rstrip("/")
         self.s3 = s3
@@ -70,28 +89,34 @@ class Store:
         self._backend = backend_for(fs, self._path)
         self.root: str = fs.unstrip_protocol(self._path)
         """URL of the root, without a trailing slash."""
+        self._outage = Outage(f"the store {self.root}")
 
     @classmethod
-    def open(cls, root: str, s3: S3Options | None = None) -> Store:
+    def open(cls, root: str, s3: S3Options | None = None, patience_s: float = 0.0) -> Store:
         """Open a store, whether or not anything exists at its root; write nothing.
 
         Args:
             root: An fsspec URL, or a path (made absolute).
             s3: How to connect to a bucket; by default as the AWS environment variables say.
+            patience_s: For how many seconds each call is tried again while it is unavailable.
 
         Raises:
             StoreNotWritable: The kind of store is unknown, or the address contains credentials.
         """
         fs, path = open_filesystem(root, s3)
-        return cls(fs, path, s3)
+        return cls(fs, path, s3, patience_s)
 
     @property
-    def connection(self) -> tuple[AbstractFileSystem, str, S3Options | None]:
+    def connection(self) -> tuple[AbstractFileSystem, str, S3Options | None, float]:
         """The arguments with which another `Store` reaches the same store."""
-        return self._fs, self._path, self.s3
+        return self._fs, self._path, self.s3, self.patience_s
+
+    def patient(self, seconds: float) -> Store:
+        """Return the same store, each call of which waits so long while it is unavailable."""
+        return Store(self._fs, self._path, self.s3, seconds)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Store.open, (self.root, self.s3)
+        return Store.open, (self.root, self.s3, self.patience_s)
 
     def __repr__(self) -> str:
         return f"Store({self.root!r})"
@@ -119,19 +144,18 @@ class Store:
             key=keys.check_key(f"{stem}-{digest[:12]}{suffix}"), size=len(data), sha256=digest
         )
         if not self._is_fresh(stored):
-            with self._named("write", stored.key, writes=True):
-                self._backend.write(self._full(stored.key), data)
+            self.replace(stored.key, data)
         return stored
 
     def replace(self, key: str, data: bytes) -> None:
         """Replace a damaged object atomically: readers see either the old bytes or the new."""
-        with self._named("write", key, writes=True):
-            self._backend.write(self._full(key), data)
+        full = self._full(key)
+        self._call("write", key, lambda: self._backend.write(full, data), writes=True)
 
     def put_if_absent(self, key: str, data: bytes) -> bool:
         """Create an object exclusively; return False if one exists."""
-        with self._named("create", key, writes=True):
-            return self._backend.create(self._full(key), data)
+        full = self._full(key)
+        return self._call("create", key, lambda: self._backend.create(full, data), writes=True)
 
     def get(self, stored: StoredObject) -> bytes:
         """Read an object and verify its size and digest.
@@ -156,18 +180,20 @@ class Store:
         Raises:
             MissingObject: As `get`.
         """
-        digest = hashlib.sha256()
-        try:
+        full = self._full(key)
+
+        def hashed() -> str:
+            digest = hashlib.sha256()
             file: Any  # typed as text or bytes
-            with (
-                self._named("read", key),
-                self._fs.open(self._full(key), "rb", block_size=BLOCK_BYTES) as file,
-            ):
+            with self._fs.open(full, "rb", block_size=BLOCK_BYTES) as file:
                 while block := read_on(file, BLOCK_BYTES):
                     digest.update(block)
+            return digest.hexdigest()
+
+        try:
+            return self._call("read", key, hashed)
         except FileNotFoundError:
             raise self._missing(key) from None
-        return digest.hexdigest()
 
     def read(self, key: str) -> bytes:
         """Return the object under a key, unverified.
@@ -175,13 +201,12 @@ class Store:
         Raises:
             MissingObject: As `get`.
         """
+        full = self._full(key)
         try:
-            with self._named("read", key):
-                full = self._full(key)
-                data: Any = read_whole(lambda: self._fs.cat_file(full))  # typed as str | bytes
+            data: Any = self._call("read", key, lambda: read_whole(lambda: self._fs.cat_file(full)))
         except FileNotFoundError:
             raise self._missing(key) from None
-        return data
+        return data  # typed as str | bytes
 
     def size(self, key: str) -> int:
         """Return the size in bytes of the object under a key, 0 if there is none."""
@@ -193,8 +218,9 @@ class Store:
 
     def delete(self, key: str) -> None:
         """Delete the object under the key, if there is one."""
-        with suppress(FileNotFoundError), self._named("delete", key):
-            self._fs.rm_file(self._full(key))
+        full = self._full(key)
+        with suppress(FileNotFoundError):
+            self._call("delete", key, lambda: self._fs.rm_file(full))
 
     def list(self, prefix: str = "", *, hidden: bool = False) -> list[str]:
         """Return the keys below a folder, sorted.
@@ -220,8 +246,8 @@ class Store:
         Args:
             folder: The folder, without its slash. It need not exist.
         """
-        with self._named("list", folder):
-            return folders_in(self._fs, self._full(folder))
+        full = self._full(folder)
+        return self._call("list", folder, lambda: folders_in(self._fs, full))
 
     def ages(self) -> dict[str, tuple[int, datetime]]:
         """Return the size in bytes and the time of the last write (UTC) of every key.
@@ -246,8 +272,7 @@ class Store:
     def _below(self, folder: str) -> dict[str, dict[str, Any]]:
         """Return fsspec's info on all objects below a folder, unfinished writes too, by key."""
         start = len(self._path) + 1
-        with self._named("list", folder[start:]):
-            found = files_below(self._fs, folder)
+        found = self._call("list", folder[start:], lambda: files_below(self._fs, folder))
         return {path[start:]: info for path, info in found.items()}
 
     def _modified(self, key: str, info: dict[str, Any]) -> datetime:
@@ -268,11 +293,21 @@ class Store:
         return info["type"] == "file" and info["size"] == stored.size and young
 
     def _info(self, key: str) -> dict[str, Any]:
-        with self._named("look at", key):
-            return self._fs.info(self._full(key))
+        full = self._full(key)
+        return self._call("look at", key, lambda: self._fs.info(full))
 
-    def _named(self, call: str, key: str, *, writes: bool = False) -> AbstractContextManager[None]:
-        return named_call(call, key, self.root, writes=writes)
+    def _call(self, call: str, key: str, do: Callable[[], T], *, writes: bool = False) -> T:
+        """Call the filesystem, with errors that name the call; wait while it is unavailable."""
+
+        def named() -> T:
+            with named_call(call, key, self.root, writes=writes):
+                return do()
+
+        # How long a transfer may take depends on its size.
+        slow_after_s = None if call in ("read", "write") else _SLOW_AFTER_S
+        return patiently(
+            named, StoreUnavailable, self._outage, self.patience_s, slow_after_s=slow_after_s
+        )
 
     def _full(self, key: str) -> str:
         return f"{self._path}/{keys.check_key(key)}"

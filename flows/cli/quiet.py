@@ -15,6 +15,8 @@ _DEFAULTS = {
     # to 6 s. In batches, once a second, the delay is 0.2 s.
     "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_BATCH_SIZE": "100",
     "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_FLUSH_INTERVAL": "1",
+    # A server that is restarted is waited for, 8 minutes in all; Prefect's 5 tries take 1 minute.
+    "PREFECT_CLIENT_MAX_RETRIES": "8",
     # No telemetry.
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "DO_NOT_TRACK": "1",

@@ -4,10 +4,12 @@ All calls go through `MlflowClient`: MLflow's fluent API keeps the active run in
 log from several threads of a process.
 """
 
+import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 from urllib.parse import urlsplit
 
 import requests
@@ -16,9 +18,11 @@ from mlflow.entities import Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 from mlflow.utils.mlflow_tags import MLFLOW_RUN_NAME
+from pydantic import BaseModel, ConfigDict
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import SQLAlchemyError
 
+from ddpo.basics.outages import PATIENCE_S, Outage, patiently
 from ddpo.basics.paths import expand
 from ddpo.basics.redaction import HIDDEN, NO_PASSWORD, has_password, hide_credentials
 from ddpo.basics.trust import check_place
@@ -32,7 +36,9 @@ UID_TAG = "ddpo.uid"
 ROOT_TAG = "ddpo.storage_root"
 """The tag with the address of the store."""
 
-_REACH_TIMEOUT_S = 5.0
+_REACH_TIMEOUT_S = 4.0
+_UNAVAILABLE_STATUS = frozenset({429, 502, 503, 504})
+_UNAVAILABLE_ERRORS = (requests.ConnectionError, requests.Timeout, requests.exceptions.RetryError)
 _PARAM_LIMIT = 500  # MLflow accepts 6,000, but its pages print parameters in full.
 _TAG_LIMIT = 8000
 _BATCH_LIMIT = 100
@@ -44,8 +50,32 @@ _SECRET_NAME = re.compile(
 )
 
 
+T = TypeVar("T")
+
+
 class TrackingError(DdpoError):
     """MLflow cannot be reached or refuses a call; the message says how to fix it."""
+
+
+class TrackingUnavailable(TrackingError):
+    """MLflow does not answer, or only that it is busy: worth another try later."""
+
+    def __init__(self, message: str, reason: str) -> None:
+        self.reason = reason
+        super().__init__(message)
+
+
+class TrackingHandle(BaseModel, frozen=True):
+    """The address of an MLflow run, as tasks take it."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    uri: str
+    """MLflow's tracking URI."""
+    experiment_id: str
+    """MLflow's id of the experiment."""
+    mlflow_run_id: str
+    """MLflow's id of the run."""
 
 
 @contextmanager
@@ -56,15 +86,45 @@ def named_errors(action: str) -> Iterator[None]:
         action: The action in words, such as `log the metrics of step 3`.
 
     Raises:
-        TrackingError: MLflow, the network or the disk failed; the message has no credentials.
+        TrackingUnavailable: The server or the database did not answer, or was busy.
+        TrackingError: MLflow or the disk failed; neither message has credentials.
     """
     try:
         yield
     except (MlflowException, requests.RequestException, OSError) as error:
-        raise TrackingError(f"MLflow could not {action}: {hide_credentials(str(error))}") from error
+        message = f"MLflow could not {action}: {hide_credentials(str(error))}"
+        if reason := _reason_of_absence(error):
+            raise TrackingUnavailable(message, reason) from error
+        raise TrackingError(message) from error
     except (SQLAlchemyError, CommandError) as error:  # of a database that is none, or not MLflow's
         reason = str(error).partition("\n")[0]  # without the SQL
         raise TrackingError(f"MLflow could not {action}: {hide_credentials(reason)}") from error
+
+
+def _reason_of_absence(error: Exception) -> str:
+    """Return why MLflow is unavailable; '' if the error is of another kind."""
+    for cause in (error, error.__cause__, error.__context__):
+        if isinstance(cause, _UNAVAILABLE_ERRORS):
+            return type(cause).__name__
+    if isinstance(error, MlflowException):
+        status = error.get_http_status_code()
+        return f"status {status}" if status in _UNAVAILABLE_STATUS else ""
+    return ""
+
+
+def waited_for(tracking_uri: str, call: Callable[[], T]) -> T:
+    """Call MLflow, and wait for it if it is unavailable.
+
+    Args:
+        tracking_uri: Its address.
+        call: What may be called again.
+
+    Raises:
+        TrackingUnavailable: It stayed unavailable.
+        TrackingError: MLflow refuses.
+    """
+    outage = Outage(f"MLflow at {hide_credentials(tracking_uri)}")
+    return patiently(call, TrackingUnavailable, outage, PATIENCE_S)
 
 
 def loggable(values: Mapping[str, str | int | float | bool]) -> dict[str, str]:
@@ -87,8 +147,9 @@ def connect(tracking_uri: str) -> MlflowClient:
             database, or the `http(s)://` address of an MLflow server.
 
     Raises:
-        TrackingError: The address is a plain folder or contains a password, no server answers
-            within 5 seconds, or the database cannot be opened.
+        TrackingUnavailable: No server answers within seconds.
+        TrackingError: The address is a plain folder or contains a password, or the database cannot
+            be opened.
         NotTrusted: A stored run from elsewhere names the address.
     """
     if has_password(tracking_uri):
@@ -99,8 +160,26 @@ def connect(tracking_uri: str) -> MlflowClient:
         check_tracking_uri(tracking_uri)
     except ValueError as error:
         raise TrackingError(str(error)) from error
-    if urlsplit(tracking_uri).scheme in {"http", "https"}:
-        _require_answer(tracking_uri)
+    if reason := why_unavailable(tracking_uri):
+        raise TrackingUnavailable(
+            f"No MLflow server answers at {hide_credentials(tracking_uri)} within "
+            f"{_REACH_TIMEOUT_S:g} s ({reason}). Start one (`mlflow server --backend-store-uri "
+            "sqlite:///mlflow.db`), correct the address, or track into a file: "
+            "sqlite:///mlflow.db.",
+            reason,
+        )
+    return client_of(tracking_uri)
+
+
+def client_of(tracking_uri: str) -> MlflowClient:
+    """Open a tracking store; a server need not answer.
+
+    Raises:
+        TrackingError: The database cannot be opened.
+    """
+    if is_server(tracking_uri):
+        # MLflow's own, 7, keep a run silent for minutes.
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     with named_errors(f"open {hide_credentials(tracking_uri)}"):
         database = sqlite_file(tracking_uri)
         if database is not None:
@@ -221,23 +300,23 @@ def latest_metrics(run: Run) -> Sequence[Metric]:
     return [Metric.from_proto(entry) for entry in run.data.to_proto().metrics]
 
 
-def _require_answer(address: str) -> None:
-    health = f"{address.rstrip('/')}/health"
+def is_server(tracking_uri: str) -> bool:
+    """Return whether an address is that of a server."""
+    return urlsplit(tracking_uri).scheme in {"http", "https"}
+
+
+def why_unavailable(tracking_uri: str, *, within_s: float = _REACH_TIMEOUT_S) -> str:
+    """Return why no server answers at an address; '' if one does, or if it is no server's."""
+    if not is_server(tracking_uri):
+        return ""
+    health = f"{tracking_uri.rstrip('/')}/health"
     try:
-        status = requests.get(health, timeout=_REACH_TIMEOUT_S, allow_redirects=False).status_code
+        status = requests.get(health, timeout=within_s, allow_redirects=False).status_code
     except requests.exceptions.SSLError:
-        return  # A server answers; MLflow's own settings say whether to trust its certificate.
+        return ""  # A server answers; MLflow's own settings say whether to trust its certificate.
     except requests.RequestException as error:
-        reason = type(error).__name__
-    else:
-        if status < 500:
-            return
-        reason = f"status {status}"
-    raise TrackingError(
-        f"No MLflow server answers at {hide_credentials(address)} within {_REACH_TIMEOUT_S:g} s "
-        f"({reason}). Start one (`mlflow server --backend-store-uri sqlite:///mlflow.db`), correct "
-        "the address, or track into a file: sqlite:///mlflow.db."
-    )
+        return type(error).__name__
+    return "" if status < 500 else f"status {status}"
 
 
 def _tags(tags: Mapping[str, str]) -> dict[str, str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,13 +14,14 @@ from prefect.cache_policies import NO_CACHE
 from ddpo.analysis.rewards import summarize
 from ddpo.basics.digests import sha256_bytes
 from ddpo.basics.images import decode_image
+from ddpo.runs import Run
 from ddpo.store.artefacts import AdvantageTable, CheckpointImages, Scores
 from ddpo.store.checkpoints import Checkpoint
 from ddpo.store.kinds import ADVANTAGES, CHECKPOINT, IMAGES, SCORES
 from ddpo.store.manifests import Ref
 from ddpo.store.objects import Store
 from ddpo_workflow.tasks.retries import STORAGE
-from ddpo_workflow.tasks.tracking.tracker import TrackingHandle, tracker
+from ddpo_workflow.tasks.tracking.tracker import RunTracker, TrackingHandle, tracker
 from ddpo_workflow.tasks.worker import RunHandle, opened
 
 _NAME_LENGTH = 60
@@ -31,7 +32,6 @@ _DIGEST_LENGTH = 8
 def track_epoch(
     handle: RunHandle,
     tracking: TrackingHandle,
-    scores: Sequence[Ref[Scores]],
     advantages: Ref[AdvantageTable],
     next_checkpoint: Ref[Checkpoint],
     timings: Mapping[str, float],
@@ -42,7 +42,6 @@ def track_epoch(
     Args:
         handle: The run.
         tracking: Its page in MLflow.
-        scores: The epoch's scores.
         advantages: The epoch's advantages.
         next_checkpoint: Checkpoint ``epoch + 1``, which holds the update's metrics.
         timings: Seconds and rates by name; logged as ``time/<name>``.
@@ -53,8 +52,9 @@ def track_epoch(
     """
     run = opened(handle)
     metrics = {f"time/{name}": value for name, value in timings.items()}
-    metrics |= reward_metrics(run.store, scores)
+    # They have the rewards too, and are kept where retention deletes the scores.
     rows = ADVANTAGES.load(run.store, advantages).rows()
+    metrics |= _reward_metrics(row.reward for row in rows)
     metrics["reward/imputed"] = float(sum(row.status == "imputed" for row in rows))
     normalised = [row.columns["advantage"] for row in rows if "advantage" in row.columns]
     if normalised:
@@ -62,7 +62,8 @@ def track_epoch(
     checkpoint = CHECKPOINT.load(run.store, next_checkpoint)
     metrics |= _update_metrics(checkpoint.metrics)
     metrics |= {"total/samples": checkpoint.samples, "total/updates": checkpoint.updates}
-    tracker(tracking).log_metrics(metrics, step=epoch)
+    page = tracker(tracking)
+    page.backlog.log(lambda: page.log_metrics(metrics, step=epoch))
     return metrics
 
 
@@ -82,7 +83,8 @@ def track_scores(
         The metrics by name.
     """
     metrics = reward_metrics(opened(handle).store, scores)
-    tracker(tracking).log_metrics(metrics, step=epoch)
+    page = tracker(tracking)
+    page.backlog.log(lambda: page.log_metrics(metrics, step=epoch))
     return metrics
 
 
@@ -103,9 +105,12 @@ def track_pictures(
         pictures: The images' manifest, if there is one.
         epoch: The checkpoint's epoch.
     """
-    if pictures is None:
-        return
-    run, page = opened(handle), tracker(tracking)
+    if pictures is not None:
+        run, page = opened(handle), tracker(tracking)
+        page.backlog.log(lambda: _log_pictures(run, page, pictures, epoch))
+
+
+def _log_pictures(run: Run, page: RunTracker, pictures: Ref[CheckpointImages], epoch: int) -> None:
     prompts: dict[str, str] = {}
     for row in IMAGES.load(run.store, pictures).rows():
         key = image_key(row.prompt, row.prompt_metadata["seed"])
@@ -149,8 +154,11 @@ def reward_metrics(store: Store, scores: Sequence[Ref[Scores]]) -> dict[str, flo
     Returns:
         Metrics by name.
     """
-    rows = [row for ref in scores for row in SCORES.load(store, ref).rows()]
-    rewards = summarize(row.reward for row in rows)
+    return _reward_metrics(row.reward for ref in scores for row in SCORES.load(store, ref).rows())
+
+
+def _reward_metrics(values: Iterable[float | None]) -> dict[str, float]:
+    rewards = summarize(values)
     metrics = {"reward/failed": float(rewards.failed)}
     if rewards.scored:
         metrics |= {

@@ -7,7 +7,9 @@ import shutil
 import subprocess
 import tempfile
 from pathlib import Path
+from typing import Any
 
+from mlflow.entities import Run as MlflowRun
 from prefect.runtime import flow_run
 
 from ddpo.analysis.comparison.plan import Comparison
@@ -18,7 +20,15 @@ from ddpo.runs import Run
 from ddpo.store.keys import Partition
 from ddpo.store.kinds import EPOCH, ROLLOUTS
 from ddpo.store.tables import ROLLOUT_SCHEMA
-from ddpo_workflow.tasks.tracking.connection import ROOT_TAG, RUN_ID_TAG, UID_TAG
+from ddpo_workflow.tasks.tracking.connection import (
+    ROOT_TAG,
+    RUN_ID_TAG,
+    UID_TAG,
+    connect,
+    find_or_create_experiment,
+    find_page,
+    waited_for,
+)
 from ddpo_workflow.tasks.tracking.tracker import RunTracker
 
 RESCORED_TAG = "ddpo.rescored_run"
@@ -30,6 +40,17 @@ def tags_of(run: Run) -> dict[str, str]:
     return {RUN_ID_TAG: run.run_id, UID_TAG: run.uid}
 
 
+def page_of(run: Run) -> MlflowRun | None:
+    """Return a run's page in MLflow; None if it has none.
+
+    Raises:
+        TrackingError: MLflow refuses or cannot be reached.
+    """
+    tracking = run.config.tracking
+    client = connect(tracking.uri)
+    return find_page(client, find_or_create_experiment(client, tracking.experiment), tags_of(run))
+
+
 def open_page(run: Run) -> RunTracker:
     """Open a run's page in MLflow, with its parameters, tags and config.
 
@@ -39,6 +60,10 @@ def open_page(run: Run) -> RunTracker:
     Raises:
         TrackingError: MLflow refuses or cannot be reached.
     """
+    return waited_for(run.config.tracking.uri, lambda: _open_page(run))
+
+
+def _open_page(run: Run) -> RunTracker:
     tracking = run.config.tracking
     fork = run.fork
     parent = {"ddpo.forked_from": fork.parent_id, "ddpo.forked_at": str(fork.epoch)} if fork else {}
@@ -77,7 +102,7 @@ def open_rescored_page(
     Raises:
         TrackingError: MLflow refuses or cannot be reached.
     """
-    return RunTracker.open(
+    return _opened(
         tracking_uri=uri or run.config.tracking.uri,
         experiment=run.config.tracking.experiment,
         run_id=f"{run.run_id}-by-{reward_id}",
@@ -107,7 +132,7 @@ def open_comparison_page(comparison: Comparison, first: Run) -> RunTracker:
         TrackingError: MLflow refuses or cannot be reached.
     """
     base = comparison.members[0].config
-    return RunTracker.open(
+    return _opened(
         tracking_uri=base.tracking.uri,
         experiment=base.tracking.experiment,
         run_id=comparison.name,
@@ -146,6 +171,11 @@ def log_samples(page: RunTracker, run: Run) -> None:
         rows=len(epochs) * run.config.rollouts.samples_per_epoch,
         columns={field.name: str(field.type) for field in ROLLOUT_SCHEMA},
     )
+
+
+def _opened(*, tracking_uri: str, **page: Any) -> RunTracker:
+    """Open a page; wait for MLflow if it is unavailable."""
+    return waited_for(tracking_uri, lambda: RunTracker.open(tracking_uri=tracking_uri, **page))
 
 
 def _parent_tags(run: Run) -> dict[str, str] | None:

@@ -57,7 +57,8 @@ def track_rescored(
     if len(pairs) > 1:
         first, second = np.asarray(pairs, dtype=np.float64).T
         metrics |= correlations(first, second)
-    tracker(tracking).log_metrics(metrics, step=epoch)
+    page = tracker(tracking)
+    page.backlog.log(lambda: page.log_metrics(metrics, step=epoch))
     return metrics
 
 
@@ -96,14 +97,18 @@ def track_disagreement(
         for side, rows in (("new-higher", order[:count]), ("own-higher", order[::-1][:count]))
         for rank, row in enumerate(rows)
     }
-    page, prompts = tracker(tracking), dict[str, str]()
-    for row in _samples(run, names):
-        caption = f"new {new[row.sample_id]:.4g}, own {own[row.sample_id]:.4g}"
-        # The images of a step are never replaced, so rescoring more epochs logs to a later step.
-        image = _captioned(row, caption)
-        page.log_image(names[row.sample_id], image, step=max(epochs))
-        prompts[names[row.sample_id]] = row.prompt
-    page.log_text(legend(prompts), f"prompts/disagreement-{max(epochs)}.txt")
+    page = tracker(tracking)
+
+    def log_images() -> None:
+        prompts: dict[str, str] = {}
+        for row in _samples(run, names):
+            caption = f"new {new[row.sample_id]:.4g}, own {own[row.sample_id]:.4g}"
+            # The images of a step are never replaced: rescoring more epochs logs to a later step.
+            page.log_image(names[row.sample_id], _captioned(row, caption), step=max(epochs))
+            prompts[names[row.sample_id]] = row.prompt
+        page.log_text(legend(prompts), f"prompts/disagreement-{max(epochs)}.txt")
+
+    page.backlog.log(log_images)
     return list(names)
 
 

@@ -18,50 +18,45 @@ from urllib.parse import urlsplit
 
 import PIL.Image
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric
-from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 from mlflow.tracking import MlflowClient
 from mlflow.tracking.multimedia import compress_image_size
 from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT, MLFLOW_PARENT_RUN_ID
-from pydantic import BaseModel, ConfigDict
 
 from ddpo_workflow.tasks.stops import recognise_stop
 from ddpo_workflow.tasks.tracking import adapters as mlflow_adapters
+from ddpo_workflow.tasks.tracking.backlog import Backlog, backlog
 from ddpo_workflow.tasks.tracking.connection import (
     TrackingError,
+    TrackingHandle,
+    client_of,
     connect,
     find_or_create_experiment,
     find_or_create_run,
     find_page,
     hide_credentials,
+    is_server,
     latest_metrics,
     loggable,
     named_errors,
+    waited_for,
 )
+from ddpo_workflow.tasks.tracking.system_metrics import SystemMetrics
 
 __all__ = ["RunTracker", "TrackingError", "TrackingHandle", "tracker"]
 
 _METRICS_PER_BATCH = 1000
+_BEAT_S = 1.5
 _DATASET_DIGEST_LENGTH = 36
 _COLUMN_TYPES = {"int32": "integer", "int64": "long", "bool": "boolean", "large_string": "string"}
 
 _logger = logging.getLogger(__name__)
 
 
-class TrackingHandle(BaseModel, frozen=True):
-    """The address of an MLflow run, as tasks take it."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    uri: str
-    """MLflow's tracking URI."""
-    experiment_id: str
-    """MLflow's id of the experiment."""
-    mlflow_run_id: str
-    """MLflow's id of the run."""
-
-
 class RunTracker:
     """One run's page in MLflow, open while used as a context.
+
+    A page in use as a context looks every few seconds whether MLflow's server answers, and at its
+    end waits until all of its backlog is logged.
 
     Methods may be called from several threads. Each raises `TrackingError` if MLflow refuses the
     call or cannot be reached; the two for system metrics log a warning instead.
@@ -76,7 +71,8 @@ class RunTracker:
         self._lock = threading.Lock()
         self._image_files: set[str] | None = None
         self._texts: dict[str, str] = {}
-        self._monitor: SystemMetricsMonitor | None = None
+        self._system_metrics: SystemMetrics | None = None
+        self._left = threading.Event()
 
     @classmethod
     def open(
@@ -104,7 +100,7 @@ class RunTracker:
             parent: Tags of the MLflow run below which this one is nested, if it is here.
 
         Raises:
-            TrackingError: The address is a plain folder, no server answers within 5 seconds, or
+            TrackingError: The address is a plain folder, no server answers within seconds, or
                 MLflow refuses.
         """
         client = connect(tracking_uri)
@@ -116,6 +112,8 @@ class RunTracker:
         return cls(client, experiment_id, run.info.run_id)
 
     def __enter__(self) -> Self:
+        if is_server(self._client.tracking_uri):
+            threading.Thread(target=self._watch, name="mlflow", daemon=True).start()
         return self
 
     def __exit__(
@@ -125,9 +123,14 @@ class RunTracker:
         traceback: TracebackType | None,
     ) -> None:
         """End the MLflow run as finished, failed, or killed if a signal stopped it."""
-        if error is None:
-            self.finish("FINISHED")
-            return
+        try:
+            if error is None:
+                self.backlog.finish()
+                waited_for(self._client.tracking_uri, lambda: self.finish("FINISHED"))
+                return
+        finally:
+            self._left.set()
+            self.stop_system_metrics()
         killed = recognise_stop(error) or not isinstance(error, Exception)
         with suppress(TrackingError):  # MLflow may be what failed; the first error is the one shown
             self.finish("KILLED" if killed else "FAILED")
@@ -140,6 +143,11 @@ class RunTracker:
             experiment_id=self.experiment_id,
             mlflow_run_id=self.mlflow_run_id,
         )
+
+    @property
+    def backlog(self) -> Backlog:
+        """What is to be logged to the page now, or once MLflow answers again."""
+        return backlog(self.handle)
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
         """Log those of `metrics` that have no value at `step` yet.
@@ -163,6 +171,17 @@ class RunTracker:
                 batch = missing[start : start + _METRICS_PER_BATCH]
                 self._client.log_batch(self.mlflow_run_id, metrics=batch)
 
+    def steps(self, key: str) -> set[int]:
+        """Return the steps at which a metric has a value."""
+        with self._exclusive(f"read the metric {key!r}"):
+            history = self._client.get_metric_history(self.mlflow_run_id, key)
+        return {metric.step for metric in history}
+
+    def images_at(self, step: int) -> int:
+        """Return how many images the UI's grid shows at a step."""
+        with self._exclusive(f"list the images of step {step}"):
+            return sum(f"+step+{step}+" in file and file.endswith(".webp") for file in self._files)
+
     def log_image(self, key: str, image: PIL.Image.Image, step: int) -> None:
         """Add an image to the UI's grid, which has a slider over steps; once per step.
 
@@ -175,10 +194,7 @@ class RunTracker:
         # <the same>+compressed.webp, which the grid shows.
         prefix = f"images/{key.replace('/', '~')}+step+{step}+"
         with self._exclusive(f"log the image {key!r} of step {step}"):
-            if self._image_files is None:
-                listed = self._client.list_artifacts(self.mlflow_run_id, "images")
-                self._image_files = {file.path for file in listed}
-            files = [path for path in self._image_files if path.startswith(prefix)]
+            files = [path for path in self._files if path.startswith(prefix)]
             originals = [path for path in files if path.endswith(".png")]
             if not originals:
                 self._client.log_image(
@@ -189,7 +205,7 @@ class RunTracker:
                 self._client.log_image(
                     self.mlflow_run_id, compress_image_size(image), artifact_file=compressed
                 )
-            self._image_files |= {f"{prefix}.png", f"{prefix}.webp"}
+            self._files.update({f"{prefix}.png", f"{prefix}.webp"})
 
     def log_rollouts(
         self, *, name: str, source_url: str, digest: str, rows: int, columns: Mapping[str, str]
@@ -285,36 +301,37 @@ class RunTracker:
         Args:
             interval_s: Seconds between samples.
         """
-        try:
-            self._monitor = SystemMetricsMonitor(
-                self.mlflow_run_id,
-                sampling_interval=interval_s,
-                resume_logging=True,
-                tracking_uri=self._client.tracking_uri,
-            )
-            self._monitor.start()
-        except Exception as error:
-            _logger.warning("System metrics are not logged: %s", error)
+        uri = self._client.tracking_uri
+        self._system_metrics = SystemMetrics(uri, self.mlflow_run_id, interval_s)
+        self._system_metrics.start()
 
     def stop_system_metrics(self) -> None:
         """Stop monitoring and log the last values, so that even a short run has some."""
-        monitor, self._monitor = self._monitor, None
-        if monitor is None:
-            return
-        try:
-            monitor.finish()
-            monitor.collect_metrics()
-            if rest := monitor.aggregate_metrics():
-                monitor.publish_metrics(rest)
-                monitor.mlflow_logger.flush()
-        except Exception as error:
-            _logger.warning("The last system metrics were not logged: %s", error)
+        metrics, self._system_metrics = self._system_metrics, None
+        if metrics is not None:
+            metrics.stop()
 
     def finish(self, status: Literal["FINISHED", "FAILED", "KILLED"]) -> None:
         """Stop the system metrics and end the MLflow run; `open` marks it as running again."""
         self.stop_system_metrics()
         with self._exclusive(f"end the run as {status}"):
             self._client.set_terminated(self.mlflow_run_id, status)
+
+    @property
+    def _files(self) -> set[str]:
+        """The image files that the page has."""
+        if self._image_files is None:
+            listed = self._client.list_artifacts(self.mlflow_run_id, "images")
+            self._image_files = {file.path for file in listed}
+        return self._image_files
+
+    def _watch(self) -> None:
+        while not self._left.wait(_BEAT_S):
+            try:
+                if self.backlog.beat() and self._system_metrics is not None:
+                    self._system_metrics.start()  # their thread has ended with the server
+            except Exception as error:  # it is raised again where the run logs something next
+                _logger.warning("MLflow cannot be caught up with: %s", error)
 
     def _has_metric(self, key: str, step: int, latest_step: int | None) -> bool:
         if latest_step is None or latest_step < step:
@@ -334,4 +351,4 @@ class RunTracker:
 @lru_cache(maxsize=8)
 def tracker(handle: TrackingHandle) -> RunTracker:
     """Open a run's page in MLflow, once per process."""
-    return RunTracker(connect(handle.uri), handle.experiment_id, handle.mlflow_run_id)
+    return RunTracker(client_of(handle.uri), handle.experiment_id, handle.mlflow_run_id)

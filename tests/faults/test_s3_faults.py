@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import time
 import traceback
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from threading import Barrier
@@ -17,11 +18,12 @@ from typing import Any
 import pytest
 from botocore.retries.standard import ExponentialBackoff
 
+from ddpo.basics import outages
 from ddpo.config import s3
 from ddpo.config.s3 import S3Options
-from ddpo.errors import StoreCallFailed
+from ddpo.errors import StoreCallFailed, StoreRefused, StoreUnavailable
 from ddpo.runs import start_run
-from ddpo.store import backends, keys, manifests
+from ddpo.store import backends, keys, manifests, objects
 from ddpo.store import fs_errors as calls
 from ddpo.store.keys import Partition
 from ddpo.store.kinds import ROLLOUTS
@@ -306,6 +308,71 @@ def test_botocores_own_waits_end_in_bounded_time(behind: StoreBehind) -> None:
         with pytest.raises(StoreCallFailed):
             store.read(MANIFEST)
     assert time.monotonic() - began < LONGEST_WAITS_S + 5
+
+
+# A run's store, which is waited for
+
+
+@pytest.fixture
+def said(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Callable[[], Any]:
+    """What the screen says of outages, of which even the shortest is mentioned."""
+    monkeypatch.setattr(outages, "SILENT_S", 0.0)
+    monkeypatch.setattr(outages, "_FIRST_WAITS_S", (0.01,) * 8)
+    return lambda: [r.getMessage() for r in caplog.records if r.name == outages.__name__]
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_run_waits_for_a_server_and_says_so(
+    behind: StoreBehind, waits: Waits, said: Callable[[], list[str]], name: str
+) -> None:
+    away = Plan(Fault("slow_down", at=range(1, 2 * s3.ATTEMPTS + 2)))
+    with behind(Plan()) as direct, behind(away, direct.root) as store:
+        direct.replace(MANIFEST, b"x")
+        CALLS[name][1](store.patient(60.0))
+    assert away.planted.total() > s3.ATTEMPTS
+    line, last = said()
+    assert f"the store {direct.root} is unavailable (" in line
+    assert re.search(r"\); waiting for it until \d\d:\d\d:\d\d$", line)
+    assert last == f"the store {direct.root} answers again"
+
+
+def test_a_call_that_stands_still_is_mentioned_before_it_fails(
+    behind: StoreBehind, said: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(objects, "_SLOW_AFTER_S", 0.2)
+    plan = Plan(Fault("stall", at=(1,), methods=("HEAD",), stall_s=1.0))
+    with behind(plan) as store:
+        assert not store.patient(60.0).exists(MANIFEST)
+    line, last = said()
+    assert "is unavailable (no answer for 0.2 s); waiting for it until" in line
+    assert last.endswith("answers again")
+
+
+def test_a_run_does_not_wait_for_ever(
+    behind: StoreBehind, waits: Waits, said: Callable[[], list[str]]
+) -> None:
+    with behind(Plan(Fault("slow_down", every=1))) as store, pytest.raises(StoreUnavailable):
+        store.patient(9.0).read(MANIFEST)
+    assert len(said()) == 1
+
+
+@pytest.mark.parametrize("wrong", ["access_key", "secret_key"])
+@pytest.mark.parametrize("name", CALLS)
+def test_wrong_keys_are_refused_at_the_first_request(
+    behind: StoreBehind,
+    seaweedfs: ObjectStore,
+    waits: Waits,
+    said: Callable[[], list[str]],
+    monkeypatch: pytest.MonkeyPatch,
+    wrong: str,
+    name: str,
+) -> None:
+    monkeypatch.setattr(objects, "_SLOW_AFTER_S", 60.0)  # the client's start takes its time
+    plan = Plan()
+    stranger = replace(seaweedfs, **{wrong: "wrong"})
+    with behind(plan, upstream=stranger) as store, pytest.raises(StoreRefused):
+        CALLS[name][1](store.patient(60.0))
+    assert plan.requests.total() <= 2 and not waits.asked and not said()
 
 
 # Answers that break off, or do not come

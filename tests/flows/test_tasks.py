@@ -19,7 +19,10 @@ from ddpo.errors import (
     PolicyMismatch,
     RetiredObject,
     RewardError,
+    RewardUnavailable,
     StoreCallFailed,
+    StoreRefused,
+    StoreUnavailable,
 )
 from ddpo.runs import Run, start_run
 from ddpo.store import manifests
@@ -271,7 +274,10 @@ def test_fewer_epochs_than_there_are_is_refused_at_the_start(tiny_model: Path, r
     ("error", "again"),
     [
         (StoreCallFailed("write", "a", "s3://b", "SlowDown", "Wait"), True),
-        (RewardError("the service is away"), True),
+        (StoreUnavailable("write", "a", "s3://b", "SlowDown", "Wait"), False),
+        (StoreRefused("write", "a", "s3://b", "Forbidden", "Check"), False),
+        (RewardError("it raised"), True),
+        (RewardUnavailable("the service is away"), False),
         (CorruptObject("a", "0" * 64, "1" * 64), False),
         (ConfigError("no such thing"), False),
         (ValueError("who knows"), True),

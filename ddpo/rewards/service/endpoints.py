@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import httpx
 
 from ddpo.basics.loopback import never_proxy_loopback
+from ddpo.basics.outages import Outage, clock
 from ddpo.basics.redaction import HIDDEN, hide_credentials
 from ddpo.errors import ConfigError, RewardError, RewardUnavailable
 from ddpo.rewards.service.wire import read_token
@@ -119,6 +120,7 @@ class Endpoints:
         self.patience = patience
         self._service = service
         self._token = read_token(service.token_variable)
+        self._outage = Outage(service.what)
         self._turns = itertools.count()  # next() is atomic
         self._avoided_until: dict[str, float] = {}
         headers = {"Accept": "application/json", "Accept-Encoding": "identity"}
@@ -164,7 +166,7 @@ class Endpoints:
         """
         each_s = self.patience.timeout_s if each_s is None else each_s
         within_s = self.patience.give_up_after_s if within_s is None else within_s
-        deadline = time.monotonic() + within_s
+        deadline, plan = time.monotonic() + within_s, f"waiting for it until {clock(within_s)}"
         reasons: dict[str, str] = {}
         server_errors: list[ServerError] = []
         for attempt in itertools.count():
@@ -174,7 +176,7 @@ class Endpoints:
                 if left_s <= 0:
                     break
                 try:
-                    return endpoint, ask(endpoint, min(each_s, left_s))
+                    answer = ask(endpoint, min(each_s, left_s))
                 except Unavailable as error:
                     reasons[endpoint] = str(error)
                     waits.append(error.retry_after_s)
@@ -185,12 +187,14 @@ class Endpoints:
                     server_errors.append(error)
                     if len(server_errors) == _SERVER_ERROR_TRIES:
                         raise
+                else:
+                    self._outage.ends()
+                    return endpoint, answer
             longest = min(_LONGEST_WAIT_S, _FIRST_WAIT_S * 2 ** min(attempt, 10))
             wait_s = max(min(waits, default=0.0), longest * _jitter.uniform(0.5, 1.0))
             if attempt == self.patience.retries or time.monotonic() + wait_s >= deadline:
                 break
-            what, why = self._service.what, _together(reasons)
-            _logger.warning("%s is unavailable, trying again in %.1f s: %s", what, wait_s, why)
+            self._outage.goes_on(_together(reasons), plan)
             time.sleep(wait_s)
         if server_errors:
             raise server_errors[-1]

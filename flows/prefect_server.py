@@ -1,0 +1,56 @@
+"""Prefect's server while a run is in progress: it may be away for a while."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+import httpx
+from prefect.client.orchestration import get_client
+
+from ddpo.basics.outages import Outage
+from ddpo.basics.redaction import hide_credentials
+
+_BEAT_S = 1.5
+_TIMEOUT_S = 3.0
+
+_logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+@contextmanager
+def watched_server() -> Iterator[None]:
+    """Say within this context if Prefect's server does not answer, and when it does again."""
+    address = str(get_client(sync_client=True).api_url)
+    left = threading.Event()
+    thread = threading.Thread(target=_watch, args=[address, left], name="prefect", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        left.set()
+
+
+def show(create: Callable[[], T]) -> T | None:
+    """Create an artifact; without Prefect's server the run goes on without it."""
+    try:
+        return create()
+    except httpx.HTTPError as error:
+        _logger.info("Prefect does not show an artifact: %s", hide_credentials(str(error)))
+        return None
+
+
+def _watch(address: str, left: threading.Event) -> None:
+    outage = Outage(f"Prefect's server at {hide_credentials(address)}")
+    while not left.wait(_BEAT_S):
+        try:
+            httpx.get(f"{address.rstrip('/')}/health", timeout=_TIMEOUT_S)
+        except httpx.HTTPError as error:
+            plan = "tasks that run go on; what follows them waits for it, for 8 minutes at most"
+            outage.goes_on(type(error).__name__, plan)
+        else:
+            outage.ends()

@@ -1,0 +1,124 @@
+"""What a page has yet to show: a run does not wait for its display until all else is done.
+
+MLflow may be unavailable for a while. What cannot be logged then is logged in order once it answers
+again; what a process had no time for is caught up from the store by the next (see `catch_up`).
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from functools import cache
+
+from ddpo.basics.outages import PATIENCE_S, Outage, clock
+from ddpo.basics.redaction import hide_credentials
+from ddpo_workflow.tasks.tracking.connection import (
+    TrackingHandle,
+    TrackingUnavailable,
+    why_unavailable,
+)
+
+_BEAT_TIMEOUT_S = 3.0
+_NEXT_TRY_S = 1.0
+
+
+class Backlog:
+    """What is to be logged to a page, in order. Safe to use from several threads."""
+
+    def __init__(self, handle: TrackingHandle) -> None:
+        self._uri = handle.uri
+        self._jobs: deque[Callable[[], object]] = deque()
+        self._lock = threading.RLock()
+        self._away = False
+        self._outage = Outage(f"MLflow at {hide_credentials(handle.uri)}")
+
+    def log(self, job: Callable[[], object]) -> None:
+        """Log something now, or later if MLflow is unavailable.
+
+        Args:
+            job: Logs it; may be called more than once.
+
+        Raises:
+            TrackingError: MLflow refuses it, or something that was logged late.
+        """
+        with self._lock:
+            self._jobs.append(job)
+            self.catch_up()
+
+    def catch_up(self) -> bool:
+        """Log what is due; return whether nothing is left.
+
+        Raises:
+            TrackingError: MLflow refuses something.
+        """
+        with self._lock:
+            while self._jobs and not self._away:
+                try:
+                    self._jobs[0]()
+                except TrackingUnavailable as error:
+                    self._say(error.reason)
+                    return False
+                except BaseException:
+                    self._jobs.popleft()
+                    raise
+                self._jobs.popleft()
+                self._outage.ends()
+            return not self._jobs
+
+    def finish(self) -> None:
+        """Log what is left, and wait for MLflow if it is unavailable.
+
+        Raises:
+            TrackingUnavailable: It stayed so.
+            TrackingError: It refuses something.
+        """
+        deadline = time.monotonic() + PATIENCE_S
+        plan = f"waiting for it until {clock(PATIENCE_S)}"
+        last = Outage(self._outage.what)
+        while not self.catch_up():
+            reason = why_unavailable(self._uri) or f"{len(self._jobs)} entries are left"
+            last.goes_on(reason, plan, silent_s=0.0)
+            if time.monotonic() > deadline:
+                raise TrackingUnavailable(
+                    f"{self._outage.what} was unavailable for {PATIENCE_S / 60:g} minutes after "
+                    "the last epoch. Everything is in the store; once MLflow answers, resume the "
+                    "run, which then shows the rest",
+                    reason,
+                )
+            time.sleep(_NEXT_TRY_S)
+            self._away = bool(self._away and why_unavailable(self._uri))
+        last.ends()
+
+    def beat(self) -> bool:
+        """Look whether the server answers; say so if it does not, and catch up if it does again.
+
+        Returns:
+            Whether it answers again.
+
+        Raises:
+            TrackingError: MLflow refuses something.
+        """
+        reason = why_unavailable(self._uri, within_s=_BEAT_TIMEOUT_S)
+        was_away, self._away = self._away, bool(reason)
+        if reason:
+            self._say(reason)
+        elif was_away:
+            self._outage.ends()
+            self.catch_up()
+        return was_away and not reason
+
+    def _say(self, reason: str) -> None:
+        minutes = f"{PATIENCE_S / 60:g} minutes"
+        self._outage.goes_on(
+            reason,
+            "the run goes on and catches up once it answers; after the last epoch it waits for it, "
+            f"for {minutes} at most",
+        )
+
+
+@cache
+def backlog(handle: TrackingHandle) -> Backlog:
+    """Return the backlog of a page, one in a process."""
+    return Backlog(handle)
