@@ -32,7 +32,7 @@ from ddpo.store.objects import Store
 from ddpo.store.upkeep.probe import probe
 
 if TYPE_CHECKING:
-    from ddpo.models import Policy
+    from ddpo.models import ModelFacts, Policy
 
 _logger = logging.getLogger(__name__)
 
@@ -86,12 +86,8 @@ class RunPlan:
             policy: The model.
 
         Raises:
-            ConfigError: The window of steps contains none to train on.
             PolicyMismatch: A fork's base model or sampler is not that of the saved rollouts.
         """
-        from ddpo.diffusion.window import sampler_of_epoch  # imports torch
-
-        sampler_of_epoch(policy, self.config, 0)
         if self.fork and not self.awaits_parent:
             check_policy(self.fork, policy)
 
@@ -166,7 +162,7 @@ def check_run(config: RunConfig, run_id: str, *, awaits_parent: bool = False) ->
     runs.check_not_being_deleted(store, run_id)
     reward = load_reward(config.reward.name, config.reward.parameters)
     identity = _identity(config, reward)
-    check_model(config.model, config.trainable)
+    check_denoising(config)
     if exists := store.exists(keys.run_key(run_id)):
         numerics = _check_stored(store, run_id, config, identity)
     else:
@@ -178,6 +174,27 @@ def check_run(config: RunConfig, run_id: str, *, awaits_parent: bool = False) ->
     if exists:
         plan.begun.set()
     return plan
+
+
+def check_denoising(config: RunConfig) -> ModelFacts:
+    """Check that a model can be trained with a config's sampler, without loading it.
+
+    Args:
+        config: Model, trained weights and sampler.
+
+    Returns:
+        What the files say of the model.
+
+    Raises:
+        ConfigError: The model's noise schedule has fewer steps than the sampler, or the window of
+            steps contains none to train on; or as `check_model`.
+        ModelError: As `check_model`.
+    """
+    from ddpo.diffusion.window import check_sampler  # imports torch
+
+    facts = check_model(config.model, config.trainable)
+    check_sampler(facts.schedule, config)
+    return facts
 
 
 def _check_stored(

@@ -13,11 +13,11 @@ from prefect.settings import get_current_settings
 from ddpo.basics.redaction import hide_credentials
 from ddpo.config import RunConfig
 from ddpo.errors import DdpoError
-from ddpo.models import check_model
 from ddpo.models.numerics import resolve_numerics
 from ddpo.prompts import load_prompts
 from ddpo.rewards import load_reward
 from ddpo.runs import storage_root
+from ddpo.runs.start import check_denoising
 from ddpo.store.objects import Store
 from ddpo.store.upkeep.probe import probe
 from ddpo_workflow.tasks.tracking.connection import connect, find_or_create_experiment
@@ -84,7 +84,7 @@ def _storage(config: RunConfig) -> str:
 
 
 def _model(config: RunConfig) -> str:
-    width, height = check_model(config.model, config.trainable).size
+    width, height = check_denoising(config).size
     return f"{config.model.path} is complete and can be trained, {width} x {height} px"
 
 

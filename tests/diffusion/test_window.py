@@ -13,7 +13,7 @@ from torch.distributions import Normal
 from ddpo.algorithms import Rwr
 from ddpo.config import RunConfig
 from ddpo.diffusion.sampling import sample, sampler_digest
-from ddpo.diffusion.window import sampler_of_epoch, window_steps
+from ddpo.diffusion.window import check_sampler, sampler_of_epoch, window_steps
 from ddpo.errors import ConfigError, PolicyMismatch
 from ddpo.models import Policy
 from ddpo.models.schedule import NoiseSchedule
@@ -339,6 +339,8 @@ def test_a_window_without_a_step_to_train_on_is_refused_with_the_reason(policy: 
     message = r"only step 3 \(time 1\).*without noise.*sampler.window.position to at most 2"
     with pytest.raises(ConfigError, match=message):
         sampler_of_epoch(policy, config, 0)
+    with pytest.raises(ConfigError, match=message):  # before the model is loaded
+        check_sampler(policy.schedule, config)
 
 
 @pytest.mark.parametrize(

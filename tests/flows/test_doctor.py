@@ -40,7 +40,7 @@ def test_each_failure_is_named_and_none_hides_another(
     (tmp_path / "file").touch()
     bad = [
         f"storage.root={tmp_path}/file/store",
-        f"tracking.uri={tmp_path}/mlruns",
+        "tracking.uri=http://127.0.0.1:9",
         f"model.path={tmp_path}",
         "prompts.name=nothing",
     ]

@@ -68,6 +68,8 @@ def ddpo(
             ],
             "rollouts.shard_size 1 makes 200000 shards an epoch; set it to at least 2",
         ),
+        (["sampler.steps=1001"], "sampler.steps is 1001, more than the model's 1000 training"),
+        (["sampler.steps=1000000000000"], "more than the model's 1000 training timesteps allow"),
         (["trainable={type: lora, target_modules: []}"], "trainable.target_modules: found []"),
         (
             ["trainable={type: lora, rank: 0}"],
