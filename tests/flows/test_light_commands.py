@@ -52,6 +52,7 @@ def test_lists_and_help_load_no_model_library(tiny_model: Path, tmp_path: Path) 
     commands = {
         "--help": "Usage",
         "train --help": "Usage",
+        "rewards": "clip_score",
         f"runs --root {root}": "mine",
         f"runs --tree --root {root}": "mine",
         f"gc mine --dry-run --root {root}": "0 objects",

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 from PIL import Image
-from torch import Tensor
 
 from ddpo.prompts.base import Prompt
 from ddpo.rewards.base import Scores
@@ -15,6 +14,9 @@ from ddpo.rewards.models.clip import cosines, load_clip
 from ddpo.rewards.models.pinned import find_model
 from ddpo.rewards.models.pretrained import Device, LoadedOnce, in_batches
 from ddpo.starter import JUDGE_PATH
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 STARTER_JUDGE = "starter-judge"
 """Short name for the judge that ships with the package."""

@@ -5,19 +5,19 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
-import torch
 from PIL import Image
-from torch import Tensor
-from transformers import CLIPConfig, CLIPModel
-from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from ddpo.rewards.models.checkpoint import CheckpointReward
 from ddpo.rewards.models.clip import Clip, cosines, load_tokenizer
 from ddpo.rewards.models.pretrained import build_model, place
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+    from transformers import CLIPConfig
 
 SIDE_PX = 224
 """Side of the square input of the model."""
@@ -65,18 +65,25 @@ class HpsV2(CheckpointReward[Clip]):
     tokenizer: str = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 
     def _load(self, device: torch.device) -> Clip:
+        from transformers import CLIPModel
+        from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
         tokenizer = load_tokenizer(self._tokenizer)
         tensors = from_open_clip(self._weights.tensors(inside="state_dict"))
         model = build_model("HPS v2", CLIPModel, vit_h_14(), tensors)
         return Clip(place(model, device), tokenizer, CLIPImageProcessorPil())
 
     def _score(self, loaded: Clip, images: list[Image.Image], texts: list[str]) -> Tensor:
+        import torch
+
         pixels = torch.stack([fit(image) for image in images])
         return cosines(loaded.see_pixels(pixels), loaded.read(texts))
 
 
 def vit_h_14() -> CLIPConfig:
     """Return the architecture that open_clip calls ViT-H-14."""
+    from transformers import CLIPConfig
+
     tokens = {"bos_token_id": 49406, "eos_token_id": 49407, "pad_token_id": 49407}
     text = {
         "vocab_size": 49408,
@@ -143,6 +150,9 @@ def fit(image: Image.Image) -> Tensor:
     Returns:
         [3, 224, 224], normalised as CLIP's inputs are.
     """
+    import torch
+    from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float().div(255)[None]
     height, width = pixels.shape[2:]
     scale = SIDE_PX / max(height, width)

@@ -5,19 +5,21 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-import torch
 from PIL import Image
-from torch import Tensor, nn
-from transformers import BertTokenizer, BlipTextConfig, BlipTextModel, BlipVisionConfig
-from transformers.models.blip.modeling_blip import BlipVisionModel
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from ddpo.rewards.models.checkpoint import CheckpointReward
 from ddpo.rewards.models.linear_head import build_head
 from ddpo.rewards.models.pinned import load_part
 from ddpo.rewards.models.pretrained import build_model, place
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+    from transformers import BertTokenizer, BlipTextConfig, BlipTextModel, BlipVisionConfig
+    from transformers.models.blip.modeling_blip import BlipVisionModel
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 MEAN = 0.16717362830052426
 STD = 1.0333394966054072
@@ -68,6 +70,10 @@ class ImageReward(CheckpointReward[_Loaded]):
     tokenizer: str = "google-bert/bert-base-uncased"
 
     def _load(self, device: torch.device) -> _Loaded:
+        from transformers import BertTokenizer, BlipTextModel
+        from transformers.models.blip.modeling_blip import BlipVisionModel
+        from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
         tokenizer = load_part("the tokenizer", BertTokenizer.from_pretrained, self._tokenizer)
         parts = from_published(self._weights.tensors())
         vision_config, text_config = blip_large()
@@ -89,6 +95,8 @@ class ImageReward(CheckpointReward[_Loaded]):
         )
 
     def _score(self, loaded: _Loaded, images: list[Image.Image], texts: list[str]) -> Tensor:
+        import torch
+
         device = loaded.vision.device
         tokens = loaded.tokenizer(
             texts,
@@ -110,6 +118,8 @@ class ImageReward(CheckpointReward[_Loaded]):
 
 def blip_large() -> tuple[BlipVisionConfig, BlipTextConfig]:
     """Return the configs of BLIP's ViT-L/16 at 224 px and of its text encoder."""
+    from transformers import BlipTextConfig, BlipVisionConfig
+
     vision = BlipVisionConfig(
         image_size=224,
         patch_size=16,

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from PIL import Image
-from torch import Tensor, nn
 
 from ddpo.prompts.base import Prompt
 from ddpo.rewards.base import Scores
@@ -15,6 +14,9 @@ from ddpo.rewards.models.clip import Clip, load_clip
 from ddpo.rewards.models.linear_head import build_head
 from ddpo.rewards.models.pinned import find_model, find_weights
 from ddpo.rewards.models.pretrained import Device, LoadedOnce, in_batches, place
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 HEAD = (
     "https://raw.githubusercontent.com/christophschuhmann/improved-aesthetic-predictor/"
@@ -81,4 +83,6 @@ class LaionAesthetic:
 
 def aesthetic_scores(head: nn.Module, features: Tensor) -> Tensor:
     """Score image features [b, 768] of any length; [b]."""
+    from torch import nn
+
     return head(nn.functional.normalize(features, dim=-1)).squeeze(-1)

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from PIL import Image
-from torch import Tensor
 
 from ddpo.prompts.base import Prompt
 from ddpo.rewards.base import Scores
 from ddpo.rewards.models.clip import cosines, load_clip
 from ddpo.rewards.models.pinned import find_model
 from ddpo.rewards.models.pretrained import Device, LoadedOnce, in_batches
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class PickScore:

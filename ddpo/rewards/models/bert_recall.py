@@ -6,15 +6,16 @@ import importlib.util
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-
-import torch
-from torch import Tensor
-from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel
-from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING
 
 from ddpo.errors import RewardError
 from ddpo.rewards.models.pinned import ModelFolder, WeightsFile, find_model, find_weights, load_part
 from ddpo.rewards.models.pretrained import Device, LoadedOnce, build_model, pick_device, place
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+    from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 BERT = "microsoft/deberta-xlarge-mnli"
 """The model with which the DDPO paper's code compares sentences."""
@@ -108,6 +109,9 @@ class BertRecall:
         return SentenceMatch(*(_number(scores[name]) for name in ("recall", "precision", "f1")))
 
     def _load(self) -> _Bert:
+        import torch
+        from transformers import AutoConfig, AutoModel, AutoTokenizer
+
         device = pick_device(self._device)
         tokenizer = load_part("the tokenizer", AutoTokenizer.from_pretrained, self._folder)
         if self._pickled is None:
@@ -163,5 +167,7 @@ def _find_pickled(model: ModelFolder) -> WeightsFile | None:
 
 def _number(value: object) -> float:
     """Return the single number that torchmetrics returned; nan (no words) as 0."""
+    import torch
+
     number = float(torch.as_tensor(value).reshape(-1)[0])
     return 0.0 if number != number else number

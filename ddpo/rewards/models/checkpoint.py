@@ -5,16 +5,18 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
 
-import torch
 from PIL import Image
-from torch import Tensor
 
 from ddpo.prompts.base import Prompt
 from ddpo.rewards.base import Scores
 from ddpo.rewards.models.pinned import find_model, find_weights
 from ddpo.rewards.models.pretrained import Device, LoadedOnce, in_batches, pick_device
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 Loaded = TypeVar("Loaded")
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
 from PIL import Image
-from torch import Tensor
-from transformers import CLIPModel, CLIPTokenizer
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from ddpo.rewards.models.pinned import ModelFolder, load_part
 from ddpo.rewards.models.pretrained import Device, pick_device, place
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import CLIPModel, CLIPTokenizer
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,8 @@ class Clip:
 
 def cosines(some: Tensor, others: Tensor) -> Tensor:
     """Return the cosines of features [b, D], row by row; [b] in -1..1."""
-    unit = torch.nn.functional.normalize
+    from torch.nn.functional import normalize as unit
+
     return (unit(some, dim=-1) * unit(others, dim=-1)).sum(-1)
 
 
@@ -72,6 +75,9 @@ def load_clip(model: ModelFolder, device: Device, processor: ModelFolder | None 
     Raises:
         RewardError: A part is missing, or the device is not available.
     """
+    import torch
+    from transformers import CLIPModel
+
     where = pick_device(device)
     tokenizer = load_tokenizer(processor or model)
     image_processor = load_processor(processor or model)
@@ -83,9 +89,13 @@ def load_clip(model: ModelFolder, device: Device, processor: ModelFolder | None 
 
 def load_tokenizer(model: ModelFolder) -> CLIPTokenizer:
     """Load the tokenizer of a CLIP model."""
+    from transformers import CLIPTokenizer
+
     return load_part("the tokenizer", CLIPTokenizer.from_pretrained, model)
 
 
 def load_processor(model: ModelFolder) -> CLIPImageProcessorPil:
     """Load the image processor of a CLIP model, in the version that needs no torchvision."""
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
     return load_part("the image processor", CLIPImageProcessorPil.from_pretrained, model)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-
-from torch import Tensor, nn
+from typing import TYPE_CHECKING
 
 from ddpo.rewards.models.pretrained import check_tensors
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 
 def build_head(what: str, width: int, tensors: Mapping[str, Tensor]) -> nn.Sequential:
@@ -23,6 +25,8 @@ def build_head(what: str, width: int, tensors: Mapping[str, Tensor]) -> nn.Seque
     Raises:
         RewardError: Names or shapes do not match.
     """
+    from torch import nn
+
     layers = nn.Sequential(
         *(nn.Linear(width, 1024), nn.Identity()),
         *(nn.Linear(1024, 128), nn.Identity()),

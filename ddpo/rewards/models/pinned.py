@@ -18,18 +18,18 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor
 
 from ddpo.basics.paths import expand
 from ddpo.errors import ConfigError, RewardError
 from ddpo.rewards.models.pretrained import few
-from ddpo.rewards.models.torch_zip import read_torch_zip
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 PINNED = {
     "openai/clip-vit-large-patch14": "32bd64288804d66eefd0ccbe215aa642df71cc41",
@@ -104,6 +104,11 @@ class WeightsFile:
         Raises:
             RewardError: It cannot be downloaded, has another sha256, or contains something else.
         """
+        from safetensors.torch import load_file
+        from torch import Tensor
+
+        from ddpo.rewards.models.torch_zip import read_torch_zip
+
         path = self._fetch()
         if path.suffix == ".safetensors":
             try:

@@ -1,19 +1,24 @@
-"""Reward models: weights checked, loaded on first use, run on some images at a time."""
+"""Reward models: weights checked, loaded on first use, run on some images at a time.
+
+Rewards import PyTorch and transformers where they use them, so that they are described without.
+"""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Generic, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
 import numpy as np
-import torch
 from PIL import Image
-from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
 
 from ddpo.errors import RewardError
 from ddpo.prompts.base import Prompt
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 Device = Literal["auto", "cpu", "cuda"]
 """Where a reward model runs; ``auto`` is CUDA if there is a GPU."""
@@ -24,8 +29,8 @@ SCORED_AT_ONCE = 16
 _SHOWN = 3  # names in a message
 
 Loaded = TypeVar("Loaded")
-Model = TypeVar("Model", bound=PreTrainedModel)
-Placed = TypeVar("Placed", bound=nn.Module)
+Model = TypeVar("Model", bound="PreTrainedModel")
+Placed = TypeVar("Placed", bound="nn.Module")
 
 
 class LoadedOnce(Generic[Loaded]):
@@ -50,6 +55,8 @@ def pick_device(wanted: Device) -> torch.device:
     Raises:
         RewardError: CUDA is requested but not available.
     """
+    import torch
+
     if wanted == "cuda" and not torch.cuda.is_available():
         raise RewardError(
             "the reward's `device` is 'cuda', but no GPU is available; set it to 'auto' or 'cpu'"
@@ -74,6 +81,8 @@ def in_batches(
     Returns:
         float32 [B].
     """
+    import torch
+
     values = np.empty(len(images), np.float32)
     with torch.no_grad():
         for start in range(0, len(images), SCORED_AT_ONCE):
@@ -132,6 +141,8 @@ def build_model(
     Raises:
         RewardError: Names or shapes do not match.
     """
+    import torch
+
     with torch.device("meta"):
         shapes = {n: t.shape for n, t in kind(config, **arguments).state_dict().items()}
     check_tensors(what, tensors, shapes)

@@ -5,17 +5,18 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor
-from transformers.processing_utils import ProcessorMixin
 
 from ddpo.errors import RewardError
 from ddpo.rewards.models.pinned import find_model, load_part
 from ddpo.rewards.models.pretrained import SCORED_AT_ONCE, Device, LoadedOnce, pick_device, place
 from ddpo.rewards.models.vlm_tasks import EMPTY_ANSWER, Answer
+
+if TYPE_CHECKING:
+    import torch
+    from transformers.processing_utils import ProcessorMixin
 
 LLAVA = "llava-hf/llava-1.5-7b-hf"
 
@@ -59,7 +60,7 @@ class VisionLanguageModel:
         device: Device,
     ) -> None:
         self._folder = find_model(model, revision or _PINNED.get(model))
-        self._dtype = getattr(torch, dtype)
+        self._dtype_name: Dtype = dtype
         self._max_new_tokens = max_new_tokens
         self._device: Device = device
         self._loaded = LoadedOnce(self._load)
@@ -68,6 +69,12 @@ class VisionLanguageModel:
     def revisions(self) -> dict[str, str]:
         """Revision of the model."""
         return {self._folder.name: self._folder.revision}
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        import torch
+
+        return getattr(torch, self._dtype_name)
 
     def ask(self, images: Sequence[Image.Image], questions: Sequence[str]) -> list[Answer]:
         """Ask N questions, each about the image with the same index."""
@@ -94,6 +101,8 @@ class VisionLanguageModel:
             ]
             for image, question in zip(images, questions, strict=True)
         ]
+        import torch
+
         # One thread at a time: a fast tokenizer keeps its padding settings as state, and two
         # generations may not fit into memory.
         with vlm.lock, torch.no_grad():
@@ -116,6 +125,8 @@ class VisionLanguageModel:
         ]
 
     def _load(self) -> _Vlm:
+        from transformers import AutoModelForImageTextToText, AutoProcessor
+
         device = pick_device(self._device)
         try:
             # Always resize with Pillow, whether or not torchvision is installed.
