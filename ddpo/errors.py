@@ -256,6 +256,13 @@ class MissingPackage(DdpoError):
 class RewardError(DdpoError):
     """A reward raised, or returned invalid scores."""
 
+    reason: str = ""
+    """What a served reward said itself, without where it is served: the same as in process."""
+
+
+class UnusableScores(RewardError):
+    """A reward returned something that is not one number per image."""
+
 
 class RewardUnavailable(RewardError):
     """A reward is temporarily unreachable: worth a retry, and not the fault of an image."""

@@ -201,7 +201,7 @@ def _import_module(kind: str, name: str, module_name: str) -> ModuleType:
             f"{kind} {name!r}: there is no module {error.name!r}; install the package that has "
             "it, or put its folder on the path: PYTHONPATH=/path/to/folder"
         ) from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ConfigError(
             f"{kind} {name!r}: importing {module_name} failed: {type(error).__name__}: {error}"
         ) from error

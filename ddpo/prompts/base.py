@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from pydantic import JsonValue, TypeAdapter, ValidationError
 
@@ -18,36 +17,65 @@ if TYPE_CHECKING:
 _METADATA: TypeAdapter[dict[str, JsonValue]] = TypeAdapter(dict[str, JsonValue])
 
 
-@dataclass(frozen=True)
-class Prompt:
-    """What an image is generated for.
+class Prompt(str):
+    """What an image is generated for: a text, with what rewards know about it besides.
+
+    It is a `str`, so a reward may treat it as the text that it is. Two prompts are equal if both
+    text and metadata are; a prompt equals a plain string if the text does.
 
     Raises:
         ConfigError: The text is blank, not a string or not Unicode, or the metadata is not plain
             JSON.
     """
 
-    text: str
-    """The model's input; never blank."""
-    metadata: Mapping[str, JsonValue] = field(default_factory=dict, hash=False)
-    """What rewards know about the prompt besides the text, such as ``questions`` and ``answers``.
-    Plain finite JSON."""
+    __slots__ = ("_metadata",)
 
-    def __post_init__(self) -> None:
-        text: Any = self.text
-        if not isinstance(text, str) or not text.strip():
-            raise ConfigError(f"a prompt must be text that is not blank, not {text!r}")
-        _check_unicode(text, f"the prompt {text!r}")
+    def __new__(cls, text: str, metadata: Mapping[str, JsonValue] | None = None) -> Self:
+        """Make a prompt.
+
+        Args:
+            text: The model's input; not blank.
+            metadata: Plain finite JSON.
+        """
+        given: Any = text
+        if not isinstance(given, str) or not given.strip():
+            raise ConfigError(f"a prompt must be text that is not blank, not {given!r}")
+        _check_unicode(given, f"the prompt {given!r}")
+        prompt = super().__new__(cls, given)
         try:
-            metadata = _METADATA.validate_python(dict(self.metadata))
-            written = json.dumps(metadata, allow_nan=False, ensure_ascii=False)
+            prompt._metadata = _METADATA.validate_python(dict(metadata or {}))
+            written = json.dumps(prompt._metadata, allow_nan=False, ensure_ascii=False)
         except (ValidationError, ValueError, TypeError) as error:
             raise ConfigError(
-                f"metadata of the prompt {text!r} must be plain JSON (objects with string keys, "
-                f"lists, strings, finite numbers, booleans, null): {error}"
+                f"metadata of the prompt {str(given)!r} must be plain JSON (objects with string "
+                f"keys, lists, strings, finite numbers, booleans, null): {error}"
             ) from error
-        _check_unicode(written, f"metadata of the prompt {text!r}")
-        object.__setattr__(self, "metadata", metadata)
+        _check_unicode(written, f"metadata of the prompt {str(given)!r}")
+        return prompt
+
+    @property
+    def text(self) -> str:
+        """The model's input; never blank."""
+        return str(self)
+
+    @property
+    def metadata(self) -> Mapping[str, JsonValue]:
+        """What rewards know besides the text, such as ``questions`` and ``answers``."""
+        return self._metadata
+
+    def __eq__(self, other: object) -> bool:
+        if isinstance(other, Prompt):
+            return str(self) == str(other) and self._metadata == other._metadata
+        return str(self) == other
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    def __hash__(self) -> int:
+        return str.__hash__(self)
+
+    def __repr__(self) -> str:
+        return f"Prompt({str(self)!r}, {self._metadata!r})"
 
 
 def _check_unicode(text: str, what: str) -> None:

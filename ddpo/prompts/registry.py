@@ -62,7 +62,7 @@ def load_prompts(name: str, parameters: Mapping[str, Any]) -> tuple[Prompt, ...]
         raise
     except DdpoError as error:
         raise ConfigError(f"{what}: {error}") from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ConfigError(f"{what} failed: {type(error).__name__}: {error}") from error
     if not prompts:
         raise ConfigError(f"{what} is empty; it needs at least one prompt")

@@ -9,12 +9,10 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from PIL import Image
 
-from ddpo.errors import RewardError
+from ddpo.errors import RewardError, UnusableScores
 from ddpo.prompts.base import Prompt
+from ddpo.rewards.columns import storable
 from ddpo.rewards.identity import RewardIdentity
-
-RESERVED_COLUMNS = frozenset({"sample_id", "reward", "status", "reward_name", "run_id", "epoch"})
-"""Columns and partition keys of the stored reward table, which a reward's columns cannot have."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,8 +20,8 @@ class Scores:
     """A reward's scores of B images; higher is better.
 
     Raises:
-        RewardError: Shapes disagree, values are not numbers, a sample that is not marked as failed
-            has a non-finite value, or a column has a reserved name.
+        UnusableScores: Values are not numbers, or not one per sample.
+        RewardError: A sample that is not marked as failed has a non-finite value.
     """
 
     values: np.ndarray
@@ -32,15 +30,15 @@ class Scores:
     failed: np.ndarray = field(default=None)  # pyright: ignore[reportAssignmentType]  # set below
     """Samples that could not be scored, bool [B]; by default none."""
     columns: Mapping[str, Sequence[Any]] = field(default_factory=dict)
-    """What else the reward reports (a caption, a component), by name: B plain Python values each,
-    stored beside the reward."""
+    """What else the reward reports (a caption, a component), by name: B numbers or texts each,
+    stored beside the reward. What cannot be stored is left out; see `columns.storable`."""
 
     def __post_init__(self) -> None:
         values = _array("values", self.values, np.float32)
         count = len(values)
         failed = np.zeros(count, bool) if self.failed is None else _array("failed", self.failed)
         if failed.dtype != bool or failed.shape != (count,):
-            raise RewardError(
+            raise UnusableScores(
                 f"failed must be bool [{count}], like values, not {failed.dtype} "
                 f"{list(failed.shape)}"
             )
@@ -56,9 +54,7 @@ class Scores:
         failed.setflags(write=False)
         object.__setattr__(self, "values", values)
         object.__setattr__(self, "failed", failed)
-        object.__setattr__(
-            self, "columns", {name: _column(name, c, count) for name, c in self.columns.items()}
-        )
+        object.__setattr__(self, "columns", storable(self.columns, count))
 
     def __len__(self) -> int:
         return len(self.values)
@@ -81,20 +77,21 @@ class Reward(Protocol):
 def _array(name: str, given: Any, dtype: type | None = None) -> np.ndarray:
     try:
         with np.errstate(over="ignore"):  # becomes inf, which is rejected by sample
-            array = np.array(given, dtype=dtype)
+            array = np.array(_on_cpu(given), dtype=dtype)
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-        raise RewardError(f"cannot convert {name} to an array of numbers: {error}") from error
+        raise UnusableScores(f"cannot convert {name} to an array of numbers: {error}") from error
     if array.ndim != 1:
-        raise RewardError(
+        raise UnusableScores(
             f"{name} must have the shape [B], one per sample, not {list(array.shape)}"
         )
     return array
 
 
-def _column(name: str, given: Any, count: int) -> list[Any]:
-    if name in RESERVED_COLUMNS:
-        raise RewardError(f"a column cannot be named {name!r}: that name is reserved; rename it")
-    if isinstance(given, str) or not hasattr(given, "__len__") or len(given) != count:
-        found = f"{len(given)} values" if hasattr(given, "__len__") else type(given).__name__
-        raise RewardError(f"column {name!r} needs {count} values, one per sample, not {found}")
-    return given.tolist() if hasattr(given, "tolist") else list(given)
+def _on_cpu(given: Any) -> Any:
+    """Return tensors, alone or in a list, in a form that NumPy reads whatever device they are on.
+
+    Anything else is returned as it is.
+    """
+    if isinstance(given, list | tuple):
+        return [value.item() if hasattr(value, "item") else value for value in given]
+    return given.tolist() if hasattr(given, "detach") else given

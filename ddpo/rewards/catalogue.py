@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -100,7 +99,7 @@ def findings(scores: Scores) -> dict[str, list[str]]:
 
     Returns:
         B texts for ``reward`` (``failed`` where there is no score) and for each of the reward's
-        own columns. Numbers have 4 significant digits; nan is blank.
+        own columns. Numbers have 4 significant digits; what is missing is blank.
     """
     rewards = [
         "failed" if failed else f"{value:.4g}"
@@ -147,5 +146,5 @@ def _described(
 
 def _shown(value: Any) -> str:
     if isinstance(value, float):
-        return "" if math.isnan(value) else f"{value:.4g}"
-    return str(value)
+        return f"{value:.4g}"
+    return "" if value is None else str(value)

@@ -53,8 +53,12 @@ def reward_id_of(name: str, digest: str) -> str:
 
 
 def name_in_keys(name: str) -> str:
-    """Return a reward's name as it appears in storage keys: ``[A-Za-z0-9_.-]``, 80 characters."""
-    return re.sub(r"[^A-Za-z0-9_.-]", "-", name)[:_LONGEST_NAME]
+    """Return a reward's name as it appears in storage keys.
+
+    That is a letter and up to 79 characters of ``[A-Za-z0-9_.-]``.
+    """
+    plain = re.sub(r"[^A-Za-z0-9_.-]", "-", name)
+    return (plain if re.match("[A-Za-z]", plain) else f"reward{plain}")[:_LONGEST_NAME]
 
 
 def source_digest(target: Any, modules: Iterable[str] = ()) -> str:

@@ -20,7 +20,7 @@ from ddpo.errors import ConfigError, DdpoError, RewardError
 from ddpo.prompts.base import Prompt
 from ddpo.rewards.base import Reward, Scores
 from ddpo.rewards.identity import RewardIdentity, source_digest
-from ddpo.rewards.scoring import as_scores
+from ddpo.rewards.scoring import FAULTS, as_scores
 
 ENTRY_POINT_GROUP = "ddpo.rewards"
 """Entry point group in which other packages register their rewards."""
@@ -45,6 +45,7 @@ BUILTIN = {
 """The rewards that come with the project. To add one: a file in `builtin/`, and its line here."""
 
 _SCORED = ("images", "prompts")  # first parameters of a plain function that is itself the reward
+_METADATA = "metadata"  # its third, if it was written for another trainer
 
 
 def available_rewards() -> tuple[str, ...]:
@@ -66,7 +67,7 @@ def find_reward(name: str) -> tuple[Any, list[inspect.Parameter]]:
         return target, []  # already built: it takes none
     parameters = list(inspect.signature(target).parameters.values())
     if not inspect.isclass(target) and _scores_itself(target):
-        parameters = parameters[len(_SCORED) :]
+        parameters = parameters[len(_taken(target)) :]
     return target, parameters
 
 
@@ -89,7 +90,9 @@ def load_reward(name: str, parameters: Mapping[str, Any]) -> Reward:
     - any other function, which is called with the parameters and returns the reward;
     - any other callable object, which is the reward itself and takes no parameters.
 
-    A reward returns `Scores`, or B numbers as a list or array. Its identity is its attribute
+    A reward whose third parameter is ``metadata`` is given the metadata of the B prompts there.
+
+    A reward returns `Scores`, or what `as_scores` converts to them. Its identity is its attribute
     ``identity`` (a `RewardIdentity`) if it has one. Otherwise it consists of name, parameters, the
     reward's attribute ``revisions`` (model name to revision) and its attribute ``version``, which
     defaults to a digest of its module's source.
@@ -133,6 +136,8 @@ class _Loaded:
     """What it was built from; held, since a dead object's id may be another's."""
     turn: threading.RLock | None
     """Held during a call; None for a reward that is thread-safe."""
+    wants_metadata: bool
+    """Whether it is called with the metadata of the prompts as its third argument."""
 
     @property
     def thread_safe(self) -> bool:
@@ -149,8 +154,9 @@ class _Loaded:
         return (self.identity.digest, self.connection) == (other.identity.digest, other.connection)
 
     def __call__(self, images: Sequence[Image.Image], prompts: Sequence[Prompt]) -> Scores:
+        more = [[dict(prompt.metadata) for prompt in prompts]] if self.wants_metadata else []
         with self.turn or nullcontext():
-            return as_scores(self.score(images, prompts))
+            return as_scores(self.score(images, prompts, *more))
 
 
 def _identified(
@@ -161,9 +167,10 @@ def _identified(
 ) -> _Loaded:
     described = score if not isinstance(score, functools.partial) else plugin.target
     turn = None if _is_thread_safe(what, described) else _turn_of(plugin.target)
+    wants_metadata = _wants_metadata(what, score)
     identity = getattr(score, "identity", None)
     if isinstance(identity, RewardIdentity):
-        return _Loaded(score, identity, False, plugin.target, turn)
+        return _Loaded(score, identity, False, plugin.target, turn, wants_metadata)
     version = getattr(described, "version", None)
     if version is None:
         version = f"source-{source_digest(described, {plugin.module, _module(plugin.target)})}"
@@ -177,7 +184,28 @@ def _identified(
     # Revisions that an instance finds out, such as digests of files, may be others next time.
     fixed = isinstance(inspect.getattr_static(type(described), "revisions", {}), Mapping)
     fixed = fixed and "revisions" not in getattr(described, "__dict__", {})
-    return _Loaded(score, identity, fixed, plugin.target, turn)
+    return _Loaded(score, identity, fixed, plugin.target, turn, wants_metadata)
+
+
+def _wants_metadata(what: str, score: Callable[..., Any]) -> bool:
+    """Return whether a reward's third parameter is the prompts' metadata.
+
+    Raises:
+        ConfigError: It cannot be called with images and prompts.
+    """
+    try:
+        signature = inspect.signature(score)
+    except (TypeError, ValueError):  # not written in Python
+        return False
+    wants_metadata = list(signature.parameters)[len(_SCORED) :][:1] == [_METADATA]
+    try:
+        signature.bind(*_SCORED, *[_METADATA] * wants_metadata)
+    except TypeError as error:
+        raise ConfigError(
+            f"{what} is called with {signature}; a reward is called with (images, prompts), or "
+            f"with (images, prompts, metadata): {error}"
+        ) from None
+    return wants_metadata
 
 
 def _is_thread_safe(what: str, reward: Any) -> bool:
@@ -208,8 +236,17 @@ def _check(what: str, target: Any, parameters: Mapping[str, Any]) -> plugins.Che
                 "its class instead"
             )
         return plugins.CheckedParameters({}, {})
-    taken = _SCORED if not inspect.isclass(target) and _scores_itself(target) else ()
-    return plugins.check_parameters(what, target, parameters, taken)
+    if inspect.isclass(target):
+        return plugins.check_parameters(what, target, parameters)
+    if _scores_itself(target):
+        return plugins.check_parameters(what, target, parameters, _taken(target))
+    try:
+        return plugins.check_parameters(what, target, parameters)
+    except ConfigError as error:
+        raise ConfigError(
+            f"{error}. It is called with its parameters and returns the reward; if the function "
+            "itself scores, name its first parameters `images, prompts`"
+        ) from error
 
 
 def _build(what: str, target: Any, checked: plugins.CheckedParameters) -> Callable[..., Any]:
@@ -221,7 +258,7 @@ def _build(what: str, target: Any, checked: plugins.CheckedParameters) -> Callab
         score = target(**checked.values)
     except DdpoError:
         raise
-    except Exception as error:
+    except FAULTS as error:
         raise RewardError(f"{what} could not be built: {type(error).__name__}: {error}") from error
     if not callable(score):
         raise ConfigError(
@@ -236,6 +273,12 @@ def _scores_itself(function: Callable[..., Any]) -> bool:
         return tuple(inspect.signature(function).parameters)[: len(_SCORED)] == _SCORED
     except (TypeError, ValueError):
         return False
+
+
+def _taken(function: Callable[..., Any]) -> tuple[str, ...]:
+    """Return the parameters of a function that scores which are not the config's to set."""
+    names = list(inspect.signature(function).parameters)
+    return (*_SCORED, _METADATA) if names[len(_SCORED) :][:1] == [_METADATA] else _SCORED
 
 
 def _module(target: Any) -> str:

@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from PIL import Image
 
 from ddpo.basics.redaction import hide_credentials
-from ddpo.errors import RewardError, RewardUnavailable
+from ddpo.errors import RewardError, RewardUnavailable, UnusableScores
 from ddpo.prompts.base import Prompt
 from ddpo.rewards.base import Reward, Scores
+from ddpo.rewards.columns import storable
 
 MARKED = "failed"
 """Status of a sample that the reward itself marked as failed."""
 
+FAULTS = (Exception, SystemExit, asyncio.CancelledError)
+"""What a user's code may raise; the last two would end a thread or a process without a word."""
+
 _LONGEST_REASON = 300
+
+_logger = logging.getLogger(__name__)
+_slow: set[str] = set()
+"""Rewards of which it was said that their images are scored one by one."""
 
 
 def score_images(
@@ -36,11 +46,13 @@ def score_images(
     try:
         scores = as_scores(reward(images, prompts))
     except RewardError as error:
-        raise type(error)(f"{who}: {error}") from error
-    except Exception as error:
+        named = type(error)(f"{who}: {error}")
+        named.reason = error.reason
+        raise named from error
+    except FAULTS as error:
         raise RewardError(f"{who} raised {type(error).__name__}: {error}") from error
     if len(scores) != len(images):
-        raise RewardError(
+        raise UnusableScores(
             f"{who} returned {len(scores)} scores for {len(images)} images; return one for each, "
             "and mark samples that failed in Scores.failed"
         )
@@ -64,7 +76,8 @@ def score_samples(
 ) -> list[SampleScore]:
     """Score B images so that one that cannot be scored does not affect the others.
 
-    If a batch raises, its images are scored one by one; a score does not depend on its batch.
+    If a batch raises, its images are scored one by one, which is said once for each reward; a score
+    does not depend on its batch.
 
     Args:
         reward: The reward.
@@ -87,13 +100,15 @@ def score_samples(
     except RewardError as error:
         first = error
         outcomes = [_failed(error)] * len(images)
+        if len(images) > 1:
+            _say_one_by_one(reward.identity.reward_id, len(images), error)
     for _ in range(tries - (first is None)):
         for index, outcome in enumerate(outcomes):
             if outcome.value is None:
                 outcomes[index] = _alone(reward, images[index], prompts[index])
     if first is not None and all(outcome.value is None for outcome in outcomes):
         raise first
-    return outcomes
+    return _uniform(outcomes)
 
 
 def _alone(reward: Reward, image: Image.Image, prompt: Prompt) -> SampleScore:
@@ -121,9 +136,44 @@ def _outcomes(scores: Scores) -> list[SampleScore]:
 
 
 def _failed(error: RewardError) -> SampleScore:
-    return SampleScore(None, hide_credentials(str(error))[:_LONGEST_REASON], {})
+    return SampleScore(None, hide_credentials(error.reason or str(error))[:_LONGEST_REASON], {})
+
+
+def _uniform(outcomes: Sequence[SampleScore]) -> list[SampleScore]:
+    """Give each column one type, whichever samples were scored together."""
+    names = sorted({name for outcome in outcomes for name in outcome.columns})
+    given = {name: [outcome.columns.get(name) for outcome in outcomes] for name in names}
+    columns = storable(given, len(outcomes))
+    return [
+        replace(outcome, columns={n: c[row] for n, c in columns.items() if c[row] is not None})
+        for row, outcome in enumerate(outcomes)
+    ]
+
+
+def _say_one_by_one(reward_id: str, count: int, error: RewardError) -> None:
+    if reward_id in _slow:
+        return
+    _slow.add(reward_id)
+    _logger.warning(
+        "a batch of %d images could not be scored at once, so they are scored one by one, which is "
+        "slower: %s (said once)",
+        count,
+        hide_credentials(str(error)),
+    )
 
 
 def as_scores(result: Any) -> Scores:
-    """Convert what a reward returned, `Scores` or B numbers in a list or array, to `Scores`."""
-    return result if isinstance(result, Scores) else Scores(values=result)
+    """Convert what a reward returned to `Scores`.
+
+    Args:
+        result: `Scores`; B numbers as a list, an array or a tensor; or a pair of those and a
+            mapping of columns, as rewards of other trainers return.
+    """
+    if isinstance(result, Scores):
+        return result
+    values, columns = result if _is_pair(result) else (result, {})
+    return Scores(values, columns=columns)
+
+
+def _is_pair(result: Any) -> bool:
+    return isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], Mapping)

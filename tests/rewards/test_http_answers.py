@@ -13,6 +13,7 @@ from starlette.types import Send
 from ddpo.errors import ConfigError, RewardError
 from ddpo.prompts import Prompt
 from ddpo.rewards import RewardIdentity, score_images
+from ddpo.rewards.columns import say_left_out
 from ddpo.rewards.service import endpoints as endpoints_module
 from ddpo.rewards.service.app import create_app
 from tests.rewards.fake_service import IDENTITY, IMAGES, PROMPTS, Fake, answer, load, same, scored
@@ -36,9 +37,7 @@ pytestmark = pytest.mark.usefixtures("quick_and_unset")
         (answer(values=[1.0, None]), "sample 1 of 2 has the reward nan"),
         (answer(failed=[False]), r"failed must be bool \[2\]"),
         (answer(failed=[0, 1]), "failed.0: Input should be a valid boolean"),
-        (answer(columns={"caption": ["a"]}), "'caption' needs 2 values"),
         (answer(columns={"caption": "ab"}), "columns.caption: Input should be a valid array"),
-        (answer(columns={"reward": [1, 2]}), "'reward'.*rename"),
         (answer(identity=IDENTITY | {"version": 1}), "identity.version: Input should be a valid"),
         (answer(identity=None), "identity: Input should be"),
         (b'{"values": [1, 2]}', "failed: Field required"),
@@ -92,10 +91,12 @@ def test_reward_that_raises_there_is_an_error_here(caplog):
         same(scored(reward), score_images(Sum(), IMAGES, PROMPTS))
 
 
-def test_columns_that_change_between_batches_are_refused(fake):
+def test_only_columns_of_all_batches_are_kept(fake, caplog):
+    say_left_out.cache_clear()
     planted, url = fake
     reward = load(url, max_batch=2)
-    bodies = iter([answer(columns={"a": [1, 2]}), answer(columns={"b": [1, 2]})])
+    columns = ({"a": [1, 2], "c": ["x", None]}, {"b": [1, 2], "c": [None, "y"]})
+    bodies = iter([answer(columns=given) for given in columns])
 
     async def another(send: Send) -> None:
         planted.body = next(bodies)
@@ -104,8 +105,8 @@ def test_columns_that_change_between_batches_are_refused(fake):
 
     planted.send_body = another
     planted.body = b""
-    with pytest.raises(RewardError, match=r"columns \['a'\] for one batch and \['b'\]"):
-        scored(reward, 4)
+    assert scored(reward, 4).columns == {"c": ["x", None, None, "y"]}
+    assert [f"'{name}'" in said for name, said in zip("ab", caplog.messages, strict=True)]
 
 
 def test_answer_that_never_ends_is_given_up(fake, clock, monkeypatch):
@@ -207,13 +208,14 @@ def test_token_goes_to_the_service_and_nowhere_else(fake, monkeypatch, caplog, c
         (503, echo.encode()),
         (401, echo.encode()),
         (200, json.dumps({TOKEN: 1}).encode()),
-        (200, answer(columns={TOKEN: [1]})),
         (200, answer(identity=IDENTITY | {"name": TOKEN})),
     ):
         planted.status, planted.body = status, body
         with pytest.raises(RewardError) as caught:
             scored(reward, 2)
         said += [str(caught.value), repr(caught.value.__dict__), repr(caught.value.__cause__)]
+    planted.status, planted.body = 200, answer(columns={TOKEN: [1]})  # logged: it has one value
+    assert scored(reward, 2).columns == {}
     planted.identity = {"name": TOKEN, "version": {TOKEN: 1}}
     with pytest.raises(RewardError) as caught:
         load(url)

@@ -8,6 +8,7 @@ from PIL import Image
 from ddpo.errors import RewardError
 from ddpo.prompts import Prompt
 from ddpo.rewards import RewardIdentity, Scores, score_images
+from ddpo.rewards.columns import say_left_out
 
 IMAGES = [Image.new("RGB", (8, 8))] * 3
 PROMPTS = [Prompt("a cat")] * 3
@@ -64,9 +65,6 @@ def test_failed_samples_may_be_non_finite_and_hold_nan():
         ({"values": ["a", "b"]}, "numbers"),
         ({"values": [1.0, 2.0], "failed": [True]}, r"bool \[2\].*\[1\]"),
         ({"values": [1.0, 2.0], "failed": [0, 1]}, r"bool \[2\].*int64"),
-        ({"values": [1.0, 2.0], "columns": {"caption": ["a"]}}, "'caption' needs 2.*1 values"),
-        ({"values": [1.0, 2.0], "columns": {"caption": "ab"}}, "'caption' needs 2"),
-        ({"values": [1.0], "columns": {"reward": [1.0]}}, "'reward'.*rename"),
     ],
 )
 def test_scores_that_do_not_fit_together_are_refused(arguments, message):
@@ -79,6 +77,59 @@ def test_columns_become_plain_python_values():
     scores = Scores([0.0, 0.0], columns=columns)
     assert scores.columns == {"share": [0.5, 1.0], "caption": ["a", "b"], "n": [1, 2]}
     assert type(scores.columns["n"][0]) is int
+
+
+@pytest.mark.parametrize(
+    ("given", "stored"),
+    [
+        ([True, False], [1, 0]),
+        ([np.float32(0.5), np.int64(2)], [0.5, 2.0]),
+        (np.array([1, 2], np.uint8), [1, 2]),
+        ([1, float("nan")], [1.0, None]),
+        ([float("inf"), 1e300], [None, None]),
+        ([2**63, 1], [float(2**63), 1.0]),
+        (["a", None], ["a", None]),
+        (["\ud800", "b"], ["\\ud800", "b"]),
+        ([None, None], [None, None]),
+        (torch.tensor([0.5, 1.0], requires_grad=True), [0.5, 1.0]),
+        ([torch.tensor(1), torch.tensor(2)], [1, 2]),
+    ],
+)
+def test_columns_become_what_a_table_holds(given, stored):
+    found = Scores([0.0, 0.0], columns={"a": given}).columns["a"]
+    assert found == stored
+    assert [type(value) for value in found] == [type(value) for value in stored]
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        (["a"], "1 values for 2 samples"),
+        ("ab", "it is a str, not one value per sample"),
+        (7, "it is a int"),
+        (["a", 1], "both text and numbers"),
+        ([{}, {}], "values of type dict"),
+        ([[1], [2]], "values of type list"),
+        ([1j, 2j], "values of type complex"),
+        (np.zeros((2, 2)), "values of type list"),
+        (torch.empty(2, device="meta"), "meta"),
+    ],
+)
+def test_a_column_that_cannot_be_stored_is_left_out_with_a_warning(given, reason, caplog):
+    say_left_out.cache_clear()
+    assert Scores([0.0, 0.0], columns={"odd": given, "even": [1, 2]}).columns == {"even": [1, 2]}
+    (said,) = caplog.messages
+    assert said.startswith("the reward's column 'odd' is not stored: ") and reason in said
+    Scores([0.0, 0.0], columns={"odd": given})
+    assert len(caplog.messages) == 1  # said once
+
+
+def test_a_name_that_a_table_cannot_have_is_changed():
+    names = ["my col", "reward", "Epoch", "9", "größe", "a" * 200, "猫", "犬", "my_col", "", 3]
+    found = Scores([0.0], columns={name: [1] for name in names}).columns
+    assert list(found) == [
+        "my_col", "reward_", "Epoch_", "_9", "gr__e", "a" * 100, "_", "__", "my_col_", "__2", "_3",
+    ]  # fmt: skip
 
 
 def test_scores_do_not_change_after_they_were_made():

@@ -94,7 +94,7 @@ def test_a_prompt_without_a_scene_fails_alone(rendered):
     assert scores.failed.tolist() == [True, False, True]
     assert "is not a scene" in scores.columns["vqa_error"][0]
     assert scores.columns["vqa_error"][1] == ""
-    assert np.isnan(scores.columns["p_count"][0])
+    assert scores.columns["p_count"][0] is None
     assert scores.columns["seen_species"] == [rendered[0].scene.name] * 3
 
 

@@ -156,7 +156,7 @@ def test_a_sample_fails_if_any_component_failed_on_it(own):
     assert scores.values[1] == alone("colorfulness").values[1] + 2
     assert scores.columns["failed_components"] == ["first", "", "first, second"]
     assert scores.columns["first.why"] == ["gone", "", "gone"]
-    assert np.isnan(scores.columns["first"]).tolist() == [True, False, True]
+    assert [value is None for value in scores.columns["first"]] == [True, False, True]
     assert scores.columns["second"][0] == 1
 
 
@@ -190,10 +190,10 @@ def test_all_columns_can_be_stored(own):
     inner = {"rewards": [{"name": f"{own}:Fails", "parameters": {"on": "a"}}]}
     reward = weighted({"name": "weighted", "parameters": inner}, {"name": f"{own}:reward"})
     scores = score_images(reward, IMAGES, PROMPTS)
-    rows = [
-        RewardRow(f"s{i}", None, "ok", {name: c[i] for name, c in scores.columns.items()})
-        for i in range(3)
+    columns = [
+        {name: c[i] for name, c in scores.columns.items() if c[i] is not None} for i in range(3)
     ]
+    rows = [RewardRow(f"s{i}", None, "ok", of_sample) for i, of_sample in enumerate(columns)]
     assert decode_rewards(encode_rewards(rows))[1] == rows[1]
 
 

@@ -17,6 +17,7 @@ from ddpo.basics.images import encode_image
 from ddpo.errors import RewardError
 from ddpo.prompts.base import Prompt
 from ddpo.rewards.base import Scores
+from ddpo.rewards.columns import say_left_out
 from ddpo.rewards.identity import RewardIdentity
 from ddpo.rewards.service.client import ServedReward
 from ddpo.rewards.service.endpoints import Files, NoAnswer
@@ -103,11 +104,9 @@ class HttpReward(ServedReward):
             )
         with np.errstate(over="ignore"):  # becomes inf, which `Scores` rejects by sample
             values = np.array([math.nan if v is None else v for v in message.values], np.float32)
-        columns = {
-            name: [math.nan if value is None else value for value in column]
-            for name, column in message.columns.items()
-        }
         try:
+            # Their names are logged if they cannot be stored, and a service may echo its token.
+            columns = {self._client.clean(name): c for name, c in message.columns.items()}
             return Scores(values, np.array(message.failed, bool), columns)
         except RewardError as error:
             raise self._client.error(f"{endpoint} returned invalid scores: {error}") from None
@@ -148,7 +147,10 @@ class HttpReward(ServedReward):
         way_out = ""
         if reply.status == httpx.codes.REQUEST_ENTITY_TOO_LARGE:
             way_out = "; set a smaller `max_batch`"
-        raise self._client.error(f"{endpoint} answered {reply.summary}{way_out}")
+        error = self._client.error(f"{endpoint} answered {reply.summary}{way_out}")
+        if reply.status == httpx.codes.INTERNAL_SERVER_ERROR:
+            error.reason = reply.summary.removeprefix(f"{reply.status} ")
+        raise error
 
     def _read_identity(self, endpoint: str, data: bytes) -> RewardIdentity:
         try:
@@ -208,16 +210,13 @@ def _multipart(images: Sequence[Image.Image], prompts: Sequence[Prompt]) -> File
 
 
 def _join(parts: Sequence[Scores]) -> Scores:
-    """Concatenate the scores of consecutive batches."""
-    columns: dict[str, list[Any]] = {name: [] for part in parts[:1] for name in part.columns}
-    for part in parts:
-        if part.columns.keys() != columns.keys():
-            raise RewardError(
-                f"the service returned the columns {sorted(columns)} for one batch and "
-                f"{sorted(part.columns)} for another; expected the same for all"
-            )
-        for name, column in part.columns.items():
-            columns[name] += column
+    """Concatenate the scores of consecutive batches, and the columns that all of them have."""
+    columns: dict[str, list[Any]] = {}
+    for name in dict.fromkeys(name for part in parts for name in part.columns):
+        if all(name in part.columns for part in parts):
+            columns[name] = [value for part in parts for value in part.columns[name]]
+        else:
+            say_left_out(name, "the service returned it for some batches only")
     values = [value for part in parts for value in part.values]
     failed = [flag for part in parts for flag in part.failed]
     return Scores(np.array(values, np.float32), np.array(failed, bool), columns)

@@ -16,7 +16,8 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, JsonValue
 
 from ddpo.errors import ConfigError
 from ddpo.prompts.base import Prompt
-from ddpo.rewards.base import RESERVED_COLUMNS, Reward, Scores
+from ddpo.rewards.base import Reward, Scores
+from ddpo.rewards.columns import RESERVED_COLUMNS
 from ddpo.rewards.identity import RewardIdentity
 from ddpo.rewards.registry import load_reward
 from ddpo.rewards.scoring import score_images

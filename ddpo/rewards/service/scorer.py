@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
-from typing import Any
 
 from fastapi import Request
 from PIL import Image, UnidentifiedImageError
@@ -110,9 +109,6 @@ def _score(reward: Reward, batch: Batch, limits: Limits) -> bytes:
     except RewardError as error:
         _logger.warning("%s", error, exc_info=True)
         raise refusal(500, str(error)) from error
-    except SystemExit as error:  # would stop the service, not the request
-        _logger.warning("the reward called exit", exc_info=True)
-        raise refusal(500, f"the reward called exit: {error}") from error
 
 
 def _decode(files: Sequence[bytes | bytearray], limits: Limits) -> list[Image.Image]:
@@ -137,7 +133,9 @@ def _decode(files: Sequence[bytes | bytearray], limits: Limits) -> list[Image.Im
         )
     for index, image in enumerate(images):
         with _readable(index):
-            images[index] = as_rgb(image)
+            image.load()
+            if image.mode.startswith("I"):  # 16-bit gray, which rewards would clip
+                images[index] = as_rgb(image)
     return images
 
 
@@ -159,24 +157,10 @@ def _answer(scores: Scores, identity: RewardIdentity) -> bytes:
     message = {
         "values": [None if math.isnan(value) else value for value in scores.values.tolist()],
         "failed": scores.failed.tolist(),
-        "columns": {
-            name: [_plain(value) for value in column] for name, column in scores.columns.items()
-        },
+        "columns": dict(scores.columns),
         "identity": {**asdict(identity), "digest": identity.digest},
     }
-    try:
-        return json.dumps(message, allow_nan=False).encode()
-    except (TypeError, ValueError) as error:
-        raise RewardError(
-            f"a column of reward {identity.reward_id} contains values that JSON does not have "
-            f"({error}); expected numbers or text"
-        ) from error
-
-
-def _plain(value: Any) -> Any:
-    """Convert a number of NumPy or torch to Python's, and nan to None, for JSON."""
-    value = value.item() if hasattr(value, "item") else value
-    return None if isinstance(value, float) and math.isnan(value) else value
+    return json.dumps(message, allow_nan=False).encode()
 
 
 async def _disconnected(receive: Receive) -> None:

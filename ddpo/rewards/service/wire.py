@@ -64,7 +64,7 @@ class ScoresMessage(BaseModel):
     failed: list[bool]
     """Samples that could not be scored, [B]."""
     columns: dict[str, list[JsonValue]] = {}
-    """The reward's own columns by name, [B] each; null is nan."""
+    """The reward's own columns by name, [B] each; null where there is no value."""
     identity: IdentityMessage
     """The reward that computed them."""
 
