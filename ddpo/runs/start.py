@@ -190,9 +190,9 @@ def check_denoising(config: RunConfig) -> ModelFacts:
             steps contains none to train on; or as `check_model`.
         ModelError: As `check_model`.
     """
-    from ddpo.diffusion.window import check_sampler  # imports torch
-
     facts = check_model(config.model, config.trainable)
+    from ddpo.diffusion.window import check_sampler  # imports torch: once the model is there
+
     check_sampler(facts.schedule, config)
     return facts
 

@@ -193,6 +193,32 @@ def test_target_modules_that_match_nothing_are_refused_before_loading(tiny_model
         check_run(config, "r")
 
 
+@pytest.mark.parametrize(
+    ("change", "sampler", "message"),
+    [
+        (lambda folder: None, {"steps": 1000}, r"sampler\.steps is 1000.*at most 999"),
+        (
+            scheduler("DDIMScheduler", timestep_spacing="trailing", rescale_betas_zero_snr=True),
+            {},
+            "at timestep 999 its input is nothing but noise",
+        ),
+    ],
+)
+def test_a_sampler_that_does_not_fit_the_model_is_refused_before_its_run_has_a_name(
+    copy: Path, tmp_path: Path, change: Change, sampler: dict[str, int], message: str
+) -> None:
+    change(copy)
+    root = f"memory://{uuid.uuid4().hex}"
+    config = tiny_config(
+        copy, storage={"root": root}, sampler=sampler, outputs=str(tmp_path / "outputs")
+    )
+    with pytest.raises((ConfigError, ModelError), match=message) as refused:
+        check_run(config, "r")
+    assert not Store.open(root).exists(keys.run_key("r"))
+    (finding,) = [each for each in examine(config) if each.part == "model"]
+    assert not finding.ok and finding.message == str(refused.value)
+
+
 def test_a_model_without_a_size_asks_for_one(copy: Path) -> None:
     edit("unet/config.json", sample_size=None)(copy)
     with pytest.raises(ConfigError, match=r"no size of its own.*set model\.resolution"):
