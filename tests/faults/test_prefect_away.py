@@ -1,0 +1,82 @@
+"""Prefect's server ends in the middle of a run, and comes back."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from ddpo.store.keys import Partition
+from ddpo.store.kinds import EPOCH, ROLLOUTS
+from tests.faults.crashes import RUN, Night
+from tests.faults.processes import LIMIT_S, Command, kill
+from tests.servers import free_port
+
+AWAY_S = 12.0
+
+
+@contextmanager
+def prefect_server(folder: Path, port: int) -> Iterator[None]:
+    """Run a Prefect server until the block ends."""
+    environment = {**os.environ, "PREFECT_HOME": str(folder / "server")}
+    command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1"]
+    log = folder / "server.log"
+    with log.open("ab") as output:
+        process = subprocess.Popen(
+            [*command, "--port", str(port)],
+            stdout=output,
+            stderr=output,
+            env=environment,
+            start_new_session=True,
+        )
+    try:
+        deadline = time.monotonic() + LIMIT_S
+        while True:
+            try:
+                with urllib.request.urlopen(f"http://127.0.0.1:{port}/api/health", timeout=2):
+                    break
+            except OSError:
+                assert process.poll() is None and time.monotonic() < deadline, log.read_text()
+                time.sleep(0.2)
+        yield
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+@pytest.mark.slow
+def test_a_run_outlives_an_outage_of_prefects_server(
+    tiny_model: Path, tmp_path: Path, mlflow_database: Path
+) -> None:
+    port = free_port()
+    night = Night.plan(
+        tiny_model,
+        str(tmp_path / "night" / "store"),
+        tmp_path / "night",
+        mlflow_database,
+        outputs=str(tmp_path / "outputs"),
+        epochs=3,
+    )
+    command = Command(night, tmp_path, {"PREFECT_API_URL": f"http://127.0.0.1:{port}/api"})
+    with prefect_server(tmp_path, port):
+        process = command.start()
+        deadline = time.monotonic() + LIMIT_S
+        while not night.store.exists(ROLLOUTS.key(Partition(RUN, 1, 0))):
+            assert process.poll() is None and time.monotonic() < deadline, command.log.read_text()
+            time.sleep(0.02)
+    try:
+        time.sleep(AWAY_S)
+        assert process.poll() is None, command.log.read_text()
+        with prefect_server(tmp_path, port):
+            assert process.wait(LIMIT_S) == 0, command.log.read_text()
+    finally:
+        kill(process)
+    assert all(EPOCH.exists(night.store, Partition(RUN, epoch)) for epoch in range(3))
