@@ -12,9 +12,12 @@ import difflib
 import importlib
 import inspect
 import sys
+import tokenize
 import typing
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from importlib.machinery import ModuleSpec
 from importlib.metadata import EntryPoint, entry_points
 from types import ModuleType
 from typing import Any
@@ -187,9 +190,37 @@ def _import_plugin(kind: str, name: str, path: str) -> Plugin:
     return Plugin(kind=kind, name=name, target=target, module=module_name)
 
 
+_SOURCES: weakref.WeakKeyDictionary[ModuleType, tuple[ModuleSpec | None, str]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+def module_source(module: ModuleType) -> str:
+    """Return a module's source as it was imported; what a config names is read with its import.
+
+    Raises:
+        OSError: There is no Python source.
+        TypeError: The module is built in.
+        SyntaxError: Its encoding is unknown.
+    """
+    spec, source = _SOURCES.get(module, (None, None))
+    if source is not None and spec is module.__spec__:  # reloading creates a new spec
+        return source
+    path = inspect.getsourcefile(module)
+    if path is None:
+        raise OSError("there is no Python source")
+    with tokenize.open(path) as file:  # normalises encoding and line ends
+        source = file.read()
+    _SOURCES[module] = (module.__spec__, source)
+    return source
+
+
 def _import_module(kind: str, name: str, module_name: str) -> ModuleType:
     try:
-        return importlib.import_module(module_name)
+        module = importlib.import_module(module_name)
+        with contextlib.suppress(OSError, TypeError, SyntaxError):
+            module_source(module)  # now: the file may be edited before it is asked for
+        return module
     except ModuleNotFoundError as error:
         itself = error.name and f"{module_name}.".startswith(f"{error.name}.")
         if not itself:

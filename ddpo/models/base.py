@@ -19,6 +19,7 @@ from torch import Tensor
 from ddpo.basics.digests import json_digest, tensors_digest
 from ddpo.basics.randomness import derive_seed
 from ddpo.config import FullConfig, LoraConfig, ModelConfig
+from ddpo.errors import ModelError
 from ddpo.models import hub
 from ddpo.models.files import ModelFiles
 from ddpo.models.full import FullWeights
@@ -125,6 +126,7 @@ class Policy(ABC):
         self.schedule, self.size = facts.schedule, facts.size
         self.latent_shape = facts.latent_shape
         self.folder = files.folder
+        self._files = hub.file_states(self.folder, self.parts)
         self.base_digest = hub.base_digest(self.folder, self.parts)
         network = self._load(files)
         if isinstance(trainable, FullConfig):
@@ -137,7 +139,27 @@ class Policy(ABC):
         if numerics.gradient_checkpointing:
             network.enable_gradient_checkpointing()
         self._move(numerics.torch_device)
+        self.check_files()
         self._encoded: dict[str, Conditioning] = {}
+
+    def check_files(self) -> None:
+        """Check that the base model's files are still those that were digested and loaded.
+
+        Raises:
+            ModelError: One has changed.
+        """
+        now = hub.file_states(self.folder, self.parts)
+        changed = sorted(
+            str(file.relative_to(self.folder))
+            for file in {*now, *self._files}
+            if now.get(file) != self._files.get(file)
+        )
+        if changed:
+            raise ModelError(
+                f"the model in {self.folder} was changed while it was in use ({', '.join(changed)}"
+                "); expected the files that it was loaded from. Restore them, and repeat the "
+                "command"
+            )
 
     @property
     def device(self) -> torch.device:

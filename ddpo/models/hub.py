@@ -71,6 +71,20 @@ def local_files(folder: Path, parts: Sequence[str]) -> ModelFiles:
     return ModelFiles(str(folder), folder, _names(folder), parts)
 
 
+def file_states(folder: Path, parts: Sequence[str]) -> dict[Path, tuple[int, int, int]]:
+    """Return number, size in bytes and time of the last change, in ns, of each file that is loaded.
+
+    Raises:
+        ModelError: A file cannot be read.
+    """
+    try:
+        files = (folder / name for name in local_files(folder, parts).loaded())
+        found = ((file, file.stat()) for file in files)
+        return {file: (s.st_ino, s.st_size, s.st_mtime_ns) for file, s in found}
+    except OSError as error:
+        raise ModelError(f"cannot read the model in {folder}: {error}") from error
+
+
 def base_digest(folder: Path, parts: Sequence[str]) -> str:
     """Digest the files that make up a base model.
 

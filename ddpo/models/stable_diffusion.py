@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import CLIPTextModel
 
+from ddpo.basics.tensors import detach_from_files
 from ddpo.config import FullConfig, LoraConfig, ModelConfig
 from ddpo.errors import ModelError
 from ddpo.models import exports, hub
@@ -105,6 +106,7 @@ class StableDiffusion(Policy):
         exports.check_read_back("adapter", get_peft_model_state_dict(unet), adapter)
 
     def _export_pipeline(self, folder: Path) -> None:
+        self.check_files()
         exports.write_pipeline(folder, self.folder, self.parts, "unet", self.weights.state())
         reader = load_pipeline(hub.local_files(folder, self.parts))
         for part in ("unet", "vae", "text_encoder"):
@@ -117,6 +119,8 @@ class StableDiffusion(Policy):
 
     def _move(self, device: torch.device) -> None:
         self.pipeline.to(device)
+        for module in (self.pipeline.unet, self.pipeline.vae, self.pipeline.text_encoder):
+            detach_from_files(module)
 
     def _encode(self, prompt: str) -> Conditioning:
         text, _ = self.pipeline.encode_prompt(

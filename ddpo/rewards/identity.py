@@ -6,18 +6,19 @@ import functools
 import inspect
 import re
 import sys
-import tokenize
-import weakref
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
-from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
 from pydantic import JsonValue
 
 from ddpo.basics.digests import json_digest
+from ddpo.basics.plugins import module_source
 from ddpo.errors import ConfigError
+
+SOURCE = "source-"
+"""What the version of a reward without an attribute ``version`` starts with."""
 
 _LONGEST_NAME = 80  # reward_id is part of one path segment
 
@@ -83,25 +84,11 @@ def source_digest(target: Any, modules: Iterable[str] = ()) -> str:
     return json_digest({name: _module_source(sys.modules[name]) for name in sorted(names)})
 
 
-_SOURCES: weakref.WeakKeyDictionary[ModuleType, tuple[ModuleSpec | None, str]] = (
-    weakref.WeakKeyDictionary()
-)
-
-
 def _module_source(module: ModuleType) -> str:
-    spec, source = _SOURCES.get(module, (None, None))
-    if source is not None and spec is module.__spec__:  # reloading creates a new spec
-        return source
     try:
-        path = inspect.getsourcefile(module)
-        if path is None:
-            raise OSError("there is no Python source")
-        with tokenize.open(path) as file:  # normalises encoding and line ends
-            source = file.read()
+        return module_source(module)
     except (OSError, TypeError, SyntaxError) as error:
         raise ConfigError(
             f"cannot read the source of {module.__name__} ({error}), which would identify the "
             "reward's version; give the reward an attribute `version`, a string"
         ) from error
-    _SOURCES[module] = (module.__spec__, source)
-    return source

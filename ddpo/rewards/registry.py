@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -19,7 +20,7 @@ from ddpo.basics.digests import json_digest
 from ddpo.errors import ConfigError, DdpoError, RewardError
 from ddpo.prompts.base import Prompt
 from ddpo.rewards.base import Reward, Scores
-from ddpo.rewards.identity import RewardIdentity, source_digest
+from ddpo.rewards.identity import SOURCE, RewardIdentity, source_digest
 from ddpo.rewards.scoring import FAULTS, as_scores
 
 ENTRY_POINT_GROUP = "ddpo.rewards"
@@ -69,6 +70,17 @@ def find_reward(name: str) -> tuple[Any, list[inspect.Parameter]]:
     if not inspect.isclass(target) and _scores_itself(target):
         parameters = parameters[len(_taken(target)) :]
     return target, parameters
+
+
+def source_files(name: str) -> list[str]:
+    """Return the source files whose content is the version of a reward that states none.
+
+    Raises:
+        ConfigError: There is no such reward, or it cannot be imported.
+    """
+    plugin = plugins.resolve("reward", name, BUILTIN, ENTRY_POINT_GROUP)
+    modules = (sys.modules[module] for module in {plugin.module, _module(plugin.target)})
+    return sorted({module.__file__ or module.__name__ for module in modules})
 
 
 _loading = threading.RLock()
@@ -173,7 +185,7 @@ def _identified(
         return _Loaded(score, identity, False, plugin.target, turn, wants_metadata)
     version = getattr(described, "version", None)
     if version is None:
-        version = f"source-{source_digest(described, {plugin.module, _module(plugin.target)})}"
+        version = f"{SOURCE}{source_digest(described, {plugin.module, _module(plugin.target)})}"
     revisions = getattr(described, "revisions", {})
     if not isinstance(version, str) or not _is_text_by_text(revisions):
         raise ConfigError(

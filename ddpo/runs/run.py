@@ -23,10 +23,11 @@ from ddpo.config import (
 )
 from ddpo.config.files import parse_config
 from ddpo.config.s3 import S3Options
-from ddpo.errors import RewardError, UnreadableData
+from ddpo.errors import ConfigError, RewardError, UnreadableData
 from ddpo.models.numerics import Numerics
-from ddpo.prompts import Prompt, load_prompts
+from ddpo.prompts import Prompt, load_prompts, prompt_set_digest
 from ddpo.rewards import Reward, load_reward
+from ddpo.runs.pins import Pins
 from ddpo.store import keys, runs
 from ddpo.store.objects import Store
 from ddpo.store.runs import RunRecord
@@ -87,14 +88,22 @@ class Run:
     """Its config: identity and numerics as frozen by the first start, operation as of `start`."""
     numerics: Numerics
     """The settings that the bytes of its results depend on, frozen by the first start."""
-    reward_id: str
-    """Id of its reward, 'NAME-<digest8>'; the reward need not be available."""
-    reward_digest: str
-    """Digest of the reward's identity at the first start."""
+    pins: Pins
+    """What its prompt set and its reward were at the first start."""
     start: int | None = None
     """The number of the start that operates it, from 1; None before the first."""
     uid: str = ""
     """Random: tells the run from every other run of its name. Empty before the first start."""
+
+    @property
+    def reward_id(self) -> str:
+        """Id of its reward, 'NAME-<digest8>'; the reward need not be available."""
+        return self.pins.reward_id
+
+    @property
+    def reward_digest(self) -> str:
+        """Digest of the reward's identity at the first start."""
+        return self.pins.reward
 
     @property
     def handle(self) -> RunHandle:
@@ -117,9 +126,15 @@ class Run:
 
         Raises:
             NotTrusted: It is code or a file of the run's own, and the run is not trusted here.
+            ConfigError: The prompts are no longer those that the run was started with; or as
+                `load_prompts`.
         """
         with self.naming():
-            return load_prompts(self.config.prompts.name, self.config.prompts.parameters)
+            prompts = load_prompts(self.config.prompts.name, self.config.prompts.parameters)
+        change = self.pins.change_of_prompts(prompt_set_digest(prompts), self.config.prompts.name)
+        if change:
+            raise ConfigError(f"run {self.run_id!r} was started with other prompts: {change}")
+        return prompts
 
     @once_property
     def reward(self) -> Reward:
@@ -132,14 +147,11 @@ class Run:
         """
         with self.naming():
             reward = load_reward(self.config.reward.name, self.config.reward.parameters)
-        identity = reward.identity
-        if identity.digest != self.reward_digest:
+        name = self.config.reward.name
+        if change := self.pins.change_of_reward(reward.identity, name):
             raise RewardError(
-                f"run {self.run_id!r} was started with the reward {self.reward_id} of digest "
-                f"{self.reward_digest}, but {self.config.reward.name!r} is now "
-                f"{identity.reward_id} of digest {identity.digest}: its service, weights or code "
-                "have changed. Restore the original reward and resume the run, or fork the run "
-                "under the new reward (`ddpo fork`)"
+                f"run {self.run_id!r} was started with the reward {self.reward_id}, but {name!r} "
+                f"is another one now: {change}"
             )
         return reward
 
@@ -309,7 +321,7 @@ def run_of_record(
     key = keys.run_key(record.run_id)
     identity: dict[str, Any] = dict(record.identity)
     try:
-        digests = _Digests.model_validate(identity.pop("digests", None))
+        pins = Pins.model_validate(identity.pop("digests", None))
         numerics = Numerics.model_validate(record.numerics)
     except ValidationError as error:
         raise UnreadableData(key, in_one_line(error)) from error
@@ -319,15 +331,7 @@ def run_of_record(
         run_id=record.run_id,
         config=parse_config({**identity, **operation, "numerics": frozen}, key),
         numerics=numerics,
-        reward_id=digests.reward_id,
-        reward_digest=digests.reward,
+        pins=pins,
         start=start,
         uid=uid,
     )
-
-
-class _Digests(BaseModel):
-    """What the names in an identity stood for."""
-
-    reward_id: str
-    reward: str

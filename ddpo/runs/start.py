@@ -19,11 +19,20 @@ from ddpo.config import RunConfig
 from ddpo.errors import ConfigError, RunIdentityMismatch
 from ddpo.models import check_model
 from ddpo.models.numerics import Numerics, changed_versions, resolve_again, resolve_numerics
-from ddpo.prompts import load_prompts, prompt_set_digest
+from ddpo.prompts import load_prompts
 from ddpo.rewards import Reward, load_reward
 from ddpo.runs.forks.checks import check_fork, check_policy
+from ddpo.runs.pins import Pins
 from ddpo.runs.readback import check_readable
-from ddpo.runs.run import Fork, Run, fork_of, identity_digest, run_of_record, storage_root
+from ddpo.runs.run import (
+    Fork,
+    Run,
+    fork_of,
+    identity_digest,
+    open_run,
+    run_of_record,
+    storage_root,
+)
 from ddpo.store import keys, runs
 from ddpo.store.documents import differences
 from ddpo.store.keys import Partition
@@ -164,7 +173,7 @@ def check_run(config: RunConfig, run_id: str, *, awaits_parent: bool = False) ->
     identity = _identity(config, reward)
     check_denoising(config)
     if exists := store.exists(keys.run_key(run_id)):
-        numerics = _check_stored(store, run_id, config, identity)
+        numerics = _check_stored(store, run_id, config, identity, reward)
     else:
         numerics = resolve_numerics(config.numerics)
         fork = fork_of(store, config)
@@ -198,7 +207,11 @@ def check_denoising(config: RunConfig) -> ModelFacts:
 
 
 def _check_stored(
-    store: Store, run_id: str, config: RunConfig, identity: Mapping[str, JsonValue]
+    store: Store,
+    run_id: str,
+    config: RunConfig,
+    identity: Mapping[str, JsonValue],
+    reward: Reward,
 ) -> Numerics:
     """Refuse to resume a run with another config; return the numerics that it is resumed with."""
     first = config.fork.epoch if config.fork else 0
@@ -208,10 +221,19 @@ def _check_stored(
             f"epochs is {config.epochs}, but run {run_id!r} has already committed {committed}; "
             f"set at least as many (--epochs {committed} on resume), or start another run"
         )
-    record = runs.load_run(store, run_id)
-    numerics = resolve_again(config.numerics, Numerics.model_validate(record.numerics))
-    changed = differences(record.identity, identity)
-    changed += differences(record.numerics, numerics.model_dump(mode="json"), "numerics")
+    stored = open_run(store, run_id)
+    numerics = resolve_again(config.numerics, stored.numerics)
+    frozen = stored.numerics.model_dump(mode="json")
+    wanted = Pins.model_validate(identity["digests"])
+    reasons = (
+        stored.pins.change_of_prompts(wanted.prompts, config.prompts.name),
+        stored.pins.change_of_reward(reward.identity, config.reward.name),
+    )
+    changed = [
+        *differences(stored.config.identity(), config.identity()),
+        *differences(frozen, numerics.model_dump(mode="json"), "numerics"),
+        *(reason for reason in reasons if reason),
+    ]
     if changed:
         raise RunIdentityMismatch(run_id, changed)
     return numerics
@@ -242,9 +264,4 @@ def _check_folders(outputs: str) -> None:
 def _identity(config: RunConfig, reward: Reward) -> dict[str, JsonValue]:
     """Return the config's identity, with digests of what its names refer to today."""
     prompts = load_prompts(config.prompts.name, config.prompts.parameters)
-    digests: JsonValue = {
-        "prompts": prompt_set_digest(prompts),
-        "reward": reward.identity.digest,
-        "reward_id": reward.identity.reward_id,
-    }
-    return {**config.identity(), "digests": digests}
+    return {**config.identity(), "digests": Pins.of(prompts, reward).model_dump(mode="json")}

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTokenizer, CLIPVisionConfig
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from ddpo.basics.tensors import detach_from_files
 from ddpo.starter.glyphs import ACTIVITIES, ANIMALS, OTHERS
 from ddpo.starter.render import SIZE_PX
 from ddpo.starter.scenes import COUNTS, Kind, Scene
@@ -172,6 +173,7 @@ class Judge:
             )
         network = JudgeNetwork(CLIPModel.from_pretrained(folder))
         network.heads.load_state_dict(load_file(folder / HEADS_FILE))
+        detach_from_files(network)
         return cls(
             network,
             CLIPTokenizer.from_pretrained(folder),

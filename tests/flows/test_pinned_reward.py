@@ -13,15 +13,17 @@ from PIL import Image
 
 from ddpo.analysis.report import report_figure, reward_curve
 from ddpo.errors import ConfigError, RewardError, RunIdentityMismatch
-from ddpo.prompts import Prompt
-from ddpo.rewards import RewardIdentity, Scores
+from ddpo.prompts import Prompt, load_prompts
+from ddpo.rewards import RewardIdentity, Scores, load_reward
 from ddpo.rewards.service import endpoints as endpoints_module
 from ddpo.rewards.service.app import create_app
 from ddpo.runs import Run, RunHandle, open_run, start_run
 from ddpo.store import epochs as commits
+from ddpo.store.kinds import ROLLOUTS
 from ddpo.store.manifests import Ref
 from ddpo.store.objects import Store
 from ddpo_workflow.flows.cli import app as cli
+from ddpo_workflow.flows.train import train_run
 from ddpo_workflow.tasks.credit import credit_of
 from ddpo_workflow.tasks.sample import sample_shard
 from ddpo_workflow.tasks.score import score_shard
@@ -199,3 +201,71 @@ def test_a_runs_rewards_are_read_when_the_users_code_is_gone(
     with pytest.raises(ConfigError, match="own_pinned_fixture"):
         _ = open_run(run.store, "r").reward
     check_readable(ddpo, run, 7.0)
+
+
+def test_a_comment_in_a_rewards_file_is_named_as_what_refuses_a_resume(
+    tiny_model, tmp_path, monkeypatch
+):
+    code = tmp_path / "own_commented_fixture.py"
+    code.write_text(OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    reward = {"name": "own_commented_fixture:constant"}
+    run, handle, _, rollouts = started(tiny_model, tmp_path / "store", reward)
+
+    def edited(text: str) -> None:
+        code.write_text(text)
+        monkeypatch.delitem(sys.modules, "own_commented_fixture")
+        as_in_a_new_process()
+
+    edited(OWN + "# a comment\n")
+    with pytest.raises(RunIdentityMismatch) as told:
+        start_run(run.config, "r")
+    version = run.pins.reward_version
+    for part in (str(code), "has changed, if only in a comment", f"version = '{version}'", "fork"):
+        assert part in str(told.value)
+    with pytest.raises(RewardError, match=r"own_commented_fixture\.py has changed, if only in a c"):
+        score_shard.fn(handle, rollouts[0], 0, 0)
+    # The way out that it names.
+    edited(f"{OWN}# a comment\nconstant.version = {version!r}\n")
+    assert start_run(run.config, "r").reward.identity.digest == run.reward_digest
+    as_in_a_new_process()
+    score_shard.fn(handle, rollouts[0], 0, 0)
+
+
+def test_the_source_of_a_reward_is_that_which_was_imported(tmp_path, monkeypatch):
+    """Its file may be edited while other parts of the same module are at work."""
+    code = tmp_path / "own_edited_fixture.py"
+    prompts = "def prompts(): return ['a cat']\n"
+    code.write_text(OWN + prompts)
+    monkeypatch.syspath_prepend(tmp_path)
+    load_prompts("own_edited_fixture:prompts", {})
+    code.write_text(OWN.replace("7.0", "8.0") + prompts)
+    loaded = load_reward("own_edited_fixture:constant", {})
+    code.write_text(OWN + prompts)
+    monkeypatch.delitem(sys.modules, "own_edited_fixture")
+    assert load_reward("own_edited_fixture:constant", {}).identity == loaded.identity
+
+
+@pytest.mark.parametrize("drawn", [0, 1])
+def test_prompts_that_changed_since_the_start_are_not_drawn_from(tiny_model, tmp_path, drawn):
+    file = tmp_path / "prompts.txt"
+    file.write_text("a cat\na dog\n")
+    prompts = {"name": "text_file", "parameters": {"path": str(file)}}
+    run = start_run(tiny_config(tiny_model, storage={"root": str(tmp_path)}, prompts=prompts), "r")
+    first = start.fn(run.handle)
+    for shard in range(drawn):
+        sample_shard.fn(run.handle, first, 0, shard)
+    as_in_a_new_process()
+    file.write_text("a cat\na fox\n")
+    refusal = r"'r' was started with other prompts: .* 'text_file' have changed. Restore them"
+    with pytest.raises(ConfigError, match=refusal):
+        sample_shard.fn(run.handle, first, 0, drawn)
+    with pytest.raises(ConfigError, match=refusal):
+        train_run(open_run(run.store, "r"))
+    with pytest.raises(RunIdentityMismatch, match=r"'text_file' have changed\. Restore them"):
+        start_run(run.config, "r")
+    assert len(ROLLOUTS.partitions_of(run.store, "r")) == drawn
+    file.write_text("a cat\na dog\n")
+    as_in_a_new_process()
+    sample_shard.fn(run.handle, first, 0, drawn)

@@ -57,7 +57,7 @@ class ClipScore:
         self.revisions = {model: pinned.revision}
         self._formula = formula
         self._prefix = prefix
-        self._loaded = LoadedOnce(lambda: load_clip(pinned, device))
+        self._loaded = LoadedOnce(lambda: load_clip(pinned, device), pinned)
 
     def __call__(self, images: Sequence[Image.Image], prompts: Sequence[Prompt]) -> Scores:
         """Score B images against their prompts; a prompt is cut where the context ends."""

@@ -63,7 +63,7 @@ class LaionAesthetic:
         sha256 = HEAD_SHA256 if head == HEAD and head_sha256 is None else head_sha256
         self._head = find_weights(head, None, sha256)
         self._device: Device = device
-        self._loaded = LoadedOnce(self._load)
+        self._loaded = LoadedOnce(self._load, self._model, self._head)
         self.revisions = {part.name: part.revision for part in (self._model, self._head)}
 
     def __call__(self, images: Sequence[Image.Image], prompts: Sequence[Prompt]) -> Scores:

@@ -46,7 +46,9 @@ class PickScore:
         pinned = find_model(model, revision)
         pinned_processor = find_model(processor, processor_revision)
         self.revisions = {processor: pinned_processor.revision, model: pinned.revision}
-        self._loaded = LoadedOnce(lambda: load_clip(pinned, device, pinned_processor))
+        self._loaded = LoadedOnce(
+            lambda: load_clip(pinned, device, pinned_processor), pinned, pinned_processor
+        )
 
     def __call__(self, images: Sequence[Image.Image], prompts: Sequence[Prompt]) -> Scores:
         """Score B images for their prompts; a prompt is cut after 77 tokens."""

@@ -27,7 +27,7 @@ from PIL import Image
 from pydantic import Field
 
 from ddpo.basics.digests import json_digest, sha256_bytes
-from ddpo.errors import ConfigError
+from ddpo.errors import ConfigError, RewardError
 from ddpo.prompts.base import Prompt
 from ddpo.rewards.base import Scores
 from ddpo.starter import JUDGE_PATH
@@ -84,13 +84,17 @@ class StarterVqa:
         if len(set(questions)) != len(questions):
             raise ConfigError(f"questions lists one twice: {', '.join(questions)}")
         self._questions = questions
-        self.revisions = {"starter judge": judge_digest()}
+        self._digest = judge_digest()
+        self.revisions = {"starter judge": self._digest}
 
     def __call__(self, images: Sequence[Image.Image], prompts: Sequence[Prompt]) -> Scores:
         """Score B images, resized to 64x64 px."""
         scenes = [scene_of(prompt.text) for prompt in prompts]
         # One at a time: in a batch, the last digits would depend on the other images.
-        answers = [_answer(image, scene) for image, scene in zip(images, scenes, strict=True)]
+        judge = _judge(self._digest)
+        answers = [
+            _answer(judge, image, scene) for image, scene in zip(images, scenes, strict=True)
+        ]
         columns: dict[str, Sequence[object]] = {}
         for question in QUESTIONS:
             columns[f"p_{question}"] = [answer.right[question] for answer in answers]
@@ -121,10 +125,10 @@ class _Answer:
     seen: Mapping[Question, str | int]  # the most likely answer
 
 
-def _answer(image: Image.Image, scene: Scene | None) -> _Answer:
+def _answer(judge: Judge, image: Image.Image, scene: Scene | None) -> _Answer:
     from ddpo.starter.judge import ACTIVITY_LABELS, COUNT_LABELS, NAME_LABELS
 
-    verdicts = _judge().look([image])
+    verdicts = judge.look([image])
     seen: dict[Question, str | int] = {
         "species": verdicts.names[0],
         "activity": verdicts.activities[0] or _NO_ACTIVITY,
@@ -160,13 +164,19 @@ def _scene_by_words() -> Mapping[str, Scene]:
 _LOADING = threading.Lock()
 
 
-def _judge() -> Judge:
+def _judge(digest: str) -> Judge:
     with _LOADING:  # concurrent threads wait for the one that loads
-        return _loaded_judge()
+        return _loaded_judge(digest)
 
 
 @functools.cache
-def _loaded_judge() -> Judge:
+def _loaded_judge(digest: str) -> Judge:
     from ddpo.starter.judge import Judge
 
-    return Judge.load(JUDGE_PATH)
+    judge = Judge.load(JUDGE_PATH)
+    if judge_digest() != digest:
+        raise RewardError(
+            f"the starter's judge in {JUDGE_PATH} has changed since the reward was built; restore "
+            "its files (install ddpo again), or start another run"
+        )
+    return judge

@@ -74,7 +74,9 @@ class BertRecall:
         self._pickled = _find_pickled(self._folder)
         self._layer = layer
         self._device: Device = device
-        self._loaded = LoadedOnce(self._load)
+        self._loaded = LoadedOnce(
+            self._load, self._folder, *([self._pickled] if self._pickled else [])
+        )
 
     @property
     def revisions(self) -> dict[str, str]:

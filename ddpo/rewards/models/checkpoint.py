@@ -48,7 +48,9 @@ class CheckpointReward(ABC, Generic[Loaded]):
     def __post_init__(self) -> None:
         self._weights = find_weights(self.weights, self.revision, self.sha256)
         self._tokenizer = find_model(self.tokenizer, self.tokenizer_revision)
-        self._loaded = LoadedOnce(lambda: self._load(pick_device(self.device)))
+        self._loaded = LoadedOnce(
+            lambda: self._load(pick_device(self.device)), self._weights, self._tokenizer
+        )
         self.revisions = {part.name: part.revision for part in (self._weights, self._tokenizer)}
 
     def __call__(self, images: Sequence[Image.Image], prompts: Sequence[Prompt]) -> Scores:

@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import tempfile
+import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -48,6 +49,8 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _HUB_FILE = re.compile(r"([\w.-]+/[\w.-]+)/([\w./+-]+)")
 _TIMEOUT_S = 60
+_SETTLED_NS = 2 * 10**9
+"""A file that changed less than this ago may change again without another time of last change."""
 
 Part = TypeVar("Part")
 
@@ -62,6 +65,18 @@ class ModelFolder:
     """The commit; for a folder, ``sha256:`` and a digest of its files."""
     local: Path | None = None
     """The folder, if it is local."""
+
+    def check(self) -> None:
+        """Check that a folder's files are those that were pinned; a commit's do not change.
+
+        Raises:
+            RewardError: One has changed.
+        """
+        if self.local is not None and _folder_revision(self.local) != self.revision:
+            raise RewardError(
+                f"the files of the model in {self.local} have changed since the reward was built: "
+                f"expected {self.revision}. Restore them, or start another run"
+            )
 
     def fetch(self, weights: bool = True) -> Path:
         """Return the folder with its files, downloading them from the Hub if necessary.
@@ -91,6 +106,15 @@ class WeightsFile:
     """Expected digest of the file; None if the commit pins it."""
     local: Path | None = None
     """The file, if it is local."""
+
+    def check(self) -> None:
+        """Check that a local file is the one that was pinned; others are checked as they arrive.
+
+        Raises:
+            RewardError: It has changed.
+        """
+        if self.local is not None:
+            self._check_sha256(self.local)
 
     def tensors(self, inside: str | None = None) -> dict[str, Tensor]:
         """Download the file if necessary, and read it.
@@ -133,14 +157,19 @@ class WeightsFile:
             repository, file = _hub_file(self.name)
             with _naming_the_hub(repository, self.revision):
                 path = Path(hf_hub_download(repository, file, revision=self.revision))
-        if self.sha256 is not None:
-            found = _file_sha256(path)
-            if found != self.sha256:
-                raise RewardError(
-                    f"{path} has the sha256 {found}, expected {self.sha256}. Download it again; "
-                    "or, if it is the intended file, set its sha256 in the reward's parameters"
-                )
+        self._check_sha256(path)
         return path
+
+    def _check_sha256(self, path: Path) -> None:
+        if self.sha256 is None:
+            return
+        found = _file_sha256(path)
+        if found != self.sha256:
+            raise RewardError(
+                f"{path} has the sha256 {found}, expected {self.sha256}. Restore it or download it "
+                "again; or, if it is the intended file, start a run with its sha256 in the "
+                "reward's parameters"
+            )
 
     def _download(self) -> Path:
         folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "ddpo/weights"
@@ -187,11 +216,7 @@ def find_model(name: str, revision: str | None) -> ModelFolder:
     if folder.is_dir():
         if revision is not None:
             raise ConfigError(f"model {name!r} is a folder, which has no revision; remove it")
-        files = sorted({f for p in (*_CONFIGS, *_SAFETENSORS) for f in folder.glob(p)})
-        digest = hashlib.sha256()
-        for file in files:
-            digest.update(f"{file.name}\0{_file_sha256(file)}\0".encode())
-        return ModelFolder(name, f"sha256:{digest.hexdigest()}", folder)
+        return ModelFolder(name, _folder_revision(folder), folder)
     if not _HUB_ID.fullmatch(name):
         raise ConfigError(
             f"model {name!r} is neither a local folder nor a Hub id; expected a folder written by "
@@ -222,7 +247,8 @@ def find_weights(name: str, revision: str | None, sha256: str | None) -> Weights
             f"weights {name!r} are not on the Hub, so they have no revision; remove it"
         )
     if path.is_file():
-        return WeightsFile(name, f"sha256:{sha256 or _file_sha256(path)}", sha256, path)
+        sha256 = sha256 or _file_sha256(path)
+        return WeightsFile(name, f"sha256:{sha256}", sha256, path)
     if name.startswith("https://"):
         if sha256 is None:
             raise ConfigError(f"weights {name!r} need a sha256: an address may serve anything")
@@ -302,13 +328,27 @@ def _hub_file(name: str) -> tuple[str, str]:
     return f"{owner}/{repository}", file
 
 
+def _folder_revision(folder: Path) -> str:
+    """Return ``sha256:`` and a digest of the names and contents of a model's files."""
+    digest = hashlib.sha256()
+    for file in sorted({f for p in (*_CONFIGS, *_SAFETENSORS) for f in folder.glob(p)}):
+        digest.update(f"{file.name}\0{_file_sha256(file)}\0".encode())
+    return f"sha256:{digest.hexdigest()}"
+
+
 def _file_sha256(path: Path) -> str:
     state = path.stat()
-    return _sha256_of(path.absolute(), state.st_size, state.st_mtime_ns)
+    if time.time_ns() - state.st_mtime_ns < _SETTLED_NS:
+        return _sha256_of(path)
+    return _known_sha256(path.absolute(), state.st_ino, state.st_size, state.st_mtime_ns)
 
 
 @functools.lru_cache(maxsize=256)
-def _sha256_of(path: Path, size: int, modified_ns: int) -> str:
+def _known_sha256(path: Path, number: int, size: int, modified_ns: int) -> str:
+    return _sha256_of(path)
+
+
+def _sha256_of(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, TypeVar
 
 import numpy as np
 from PIL import Image
 
+from ddpo.basics.tensors import detach_from_files
 from ddpo.errors import RewardError
 from ddpo.prompts.base import Prompt
 
@@ -33,19 +34,44 @@ Model = TypeVar("Model", bound="PreTrainedModel")
 Placed = TypeVar("Placed", bound="nn.Module")
 
 
-class LoadedOnce(Generic[Loaded]):
-    """A value that is loaded by whichever thread first needs it."""
+class Pinned(Protocol):
+    """Files that a reward's identity names, and that are read later."""
 
-    def __init__(self, load: Callable[[], Loaded]) -> None:
+    def check(self) -> None:
+        """Check that the files are those that were pinned.
+
+        Raises:
+            RewardError: They have changed.
+        """
+        ...
+
+
+class LoadedOnce(Generic[Loaded]):
+    """A value that is loaded by whichever thread first needs it.
+
+    Args:
+        load: Loads it.
+        pinned: The files that it is loaded from; checked afterwards.
+    """
+
+    def __init__(self, load: Callable[[], Loaded], *pinned: Pinned) -> None:
         self._load = load
+        self._pinned = pinned
         self._lock = threading.Lock()
         self._loaded: list[Loaded] = []
 
     def get(self) -> Loaded:
-        """Return the value; a load that failed is tried again by the next call."""
+        """Return the value; a load that failed is tried again by the next call.
+
+        Raises:
+            RewardError: The files that it is loaded from have changed.
+        """
         with self._lock:
             if not self._loaded:
-                self._loaded.append(self._load())
+                loaded = self._load()
+                for part in self._pinned:
+                    part.check()
+                self._loaded.append(loaded)
             return self._loaded[0]
 
 
@@ -161,6 +187,7 @@ def place(model: Placed, device: torch.device) -> Placed:
     """Move a model to a device and prepare it for inference, in place."""
     module: nn.Module = model
     module.to(device).eval().requires_grad_(False)
+    detach_from_files(module)
     return model
 
 

@@ -63,7 +63,7 @@ class VisionLanguageModel:
         self._dtype_name: Dtype = dtype
         self._max_new_tokens = max_new_tokens
         self._device: Device = device
-        self._loaded = LoadedOnce(self._load)
+        self._loaded = LoadedOnce(self._load, self._folder)
 
     @property
     def revisions(self) -> dict[str, str]:
