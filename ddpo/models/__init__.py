@@ -41,6 +41,27 @@ def __getattr__(name: str) -> Any:
     return getattr(importlib.import_module(_HEAVY[name]), name)
 
 
+def check_family(config: ModelConfig) -> str:
+    """Check that a model is there and of a supported family, which one small file says.
+
+    Args:
+        config: Path or Hub id.
+
+    Returns:
+        Where the family is, `module:class`.
+
+    Raises:
+        ModelError: The model is neither on disk nor reachable, or its family is not supported.
+    """
+    name = hub.find_model(config).pipeline_class
+    if name not in FAMILIES:
+        raise ModelError(
+            f"model.path {config.path!r} is a {name}, which is not supported; expected a pipeline "
+            f"of class {' or '.join(FAMILIES)}"
+        )
+    return FAMILIES[name]
+
+
 def check_model(
     config: ModelConfig, trainable: LoraConfig | FullConfig | None = None
 ) -> ModelFacts:
@@ -90,13 +111,7 @@ def load_policy(
 
 
 def _family(config: ModelConfig) -> type[Policy]:
-    name = hub.find_model(config).pipeline_class
-    if name not in FAMILIES:
-        raise ModelError(
-            f"model.path {config.path!r} is a {name}, which is not supported; expected a pipeline "
-            f"of class {' or '.join(FAMILIES)}"
-        )
-    module, _, family = FAMILIES[name].partition(":")
+    module, _, family = check_family(config).partition(":")
     return getattr(importlib.import_module(module), family)
 
 
@@ -106,6 +121,7 @@ __all__ = [
     "ModelFacts",
     "Policy",
     "WeightSet",
+    "check_family",
     "check_model",
     "load_policy",
     "policy_digest",

@@ -17,7 +17,7 @@ from ddpo.basics.trust import check_place
 from ddpo.basics.version import VERSION
 from ddpo.config import RunConfig
 from ddpo.errors import ConfigError, RunIdentityMismatch
-from ddpo.models import check_model
+from ddpo.models import check_family, check_model
 from ddpo.models.numerics import Numerics, changed_versions, resolve_again, resolve_numerics
 from ddpo.prompts import load_prompts
 from ddpo.rewards import Reward, load_reward
@@ -169,6 +169,7 @@ def check_run(config: RunConfig, run_id: str, *, awaits_parent: bool = False) ->
     store = Store.open(storage_root(config.storage.root), config.storage.s3)
     probe(store)
     runs.check_not_being_deleted(store, run_id)
+    check_family(config.model)  # before the prompts, which may take seconds
     reward = load_reward(config.reward.name, config.reward.parameters)
     identity = _identity(config, reward)
     check_denoising(config)

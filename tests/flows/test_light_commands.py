@@ -9,7 +9,10 @@ from pathlib import Path
 
 from tests.recorded import folder_of, record_run
 
-HEAVY = ("torch", "diffusers", "transformers", "peft", "mlflow", "prefect", "matplotlib", "scipy")
+HEAVY = (
+    *("torch", "diffusers", "transformers", "peft", "mlflow", "prefect", "matplotlib", "scipy"),
+    "inflect",
+)
 
 # Runs commands one after another; prints which heavy libraries each of them has imported.
 PROGRAM = """
