@@ -10,6 +10,8 @@ from ddpo.store.documents import Difference
 EXAMPLES = [
     errors.StoreNotWritable("file:///a", "no space", "Free some"),
     errors.StoreCallFailed("write", "a/b", "s3://a", "SlowDown", "Wait"),
+    errors.StoreUnavailable("write", "a/b", "s3://a", "timed out", "Start it"),
+    errors.StoreRefused("write", "a/b", "s3://a", "AccessDenied", "Check the keys"),
     errors.InvalidKey("key", "..", "a key"),
     errors.CorruptObject("a/b", "0" * 64, "1" * 64),
     errors.MissingObject("a/b", "file:///a"),
@@ -20,6 +22,8 @@ EXAMPLES = [
     errors.ConflictingCommit("a/b", [Difference("x", "1", "2")]),
     errors.RunIdentityMismatch("R", [Difference("x", "1", "2")]),
     errors.RunNotFound("R", "file:///a", ["S"]),
+    errors.RunBeingDeleted("R", "file:///a"),
+    errors.RunHasForks("R", ["S"]),
     errors.InvalidRetention(0, None),
     errors.NotInHistory("R has no epoch 7"),
 ]
