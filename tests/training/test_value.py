@@ -258,8 +258,8 @@ def test_trainings_are_those_of_one_adamw_that_lives_on(policy: Policy) -> None:
 
 
 def test_a_v_that_ran_away_is_refused_by_name(policy: Policy) -> None:
-    baseline = baseline_on(policy, ["a cat", "a dog"], value_learning_rate=1e30)
+    baseline = baseline_on(policy, ["a cat", "a dog"], value_learning_rate=1e6)
     with pytest.raises(
-        NonFiniteError, match=r"Lower algorithm\.advantages\.value_learning_rate, now 1e\+30"
+        NonFiniteError, match=r"Lower algorithm\.advantages\.value_learning_rate, now 1e\+06"
     ):
         baseline.learn(torch.tensor([1.0, -1.0]), torch.ones(2, dtype=torch.bool))
