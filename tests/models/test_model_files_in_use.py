@@ -11,6 +11,7 @@ import torch
 
 from ddpo.errors import ModelError
 from ddpo.models import stable_diffusion
+from ddpo.models.files import ModelFiles
 from tests.tiny import load_policy, tiny_config
 
 PARTS = ("unet", "vae", "text_encoder")
@@ -46,9 +47,9 @@ def test_a_model_that_changes_while_it_is_loaded_is_refused(
 ) -> None:
     load = stable_diffusion.load_pipeline
 
-    def changing(folder: Path) -> object:
-        pipeline = load(folder)
-        file = folder / "scheduler" / "scheduler_config.json"
+    def changing(files: ModelFiles) -> object:
+        pipeline = load(files)
+        file = files.folder / "scheduler" / "scheduler_config.json"
         file.write_text(json.dumps(json.loads(file.read_text()) | {"beta_end": 0.02}))
         return pipeline
 
