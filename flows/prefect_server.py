@@ -25,7 +25,7 @@ T = TypeVar("T")
 @contextmanager
 def watched_server() -> Iterator[None]:
     """Say within this context if Prefect's server does not answer, and when it does again."""
-    address = str(get_client(sync_client=True).api_url)
+    address = str(get_client(sync_client=True).api_url).rstrip("/")
     left = threading.Event()
     thread = threading.Thread(target=_watch, args=[address, left], name="prefect", daemon=True)
     thread.start()
@@ -48,7 +48,7 @@ def _watch(address: str, left: threading.Event) -> None:
     outage = Outage(f"Prefect's server at {hide_credentials(address)}")
     while not left.wait(_BEAT_S):
         try:
-            httpx.get(f"{address.rstrip('/')}/health", timeout=_TIMEOUT_S)
+            httpx.get(f"{address}/health", timeout=_TIMEOUT_S)
         except httpx.HTTPError as error:
             plan = "tasks that run go on; what follows them waits for it, for 8 minutes at most"
             outage.goes_on(type(error).__name__, plan)

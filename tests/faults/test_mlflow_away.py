@@ -143,6 +143,9 @@ def test_a_command_whose_server_is_killed_and_comes_back_ends_well(
             check_all_is_shown(night)
     finally:
         kill(process)
+    screen = " ".join(command.log.read_text().split())
+    assert f"MLflow at http://127.0.0.1:{port} is unavailable (" in screen
+    assert f"MLflow at http://127.0.0.1:{port} answers again" in screen
 
 
 def wait_for_epoch(night: Night, epoch: int, process: subprocess.Popen[bytes]) -> None:

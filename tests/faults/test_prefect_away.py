@@ -79,4 +79,6 @@ def test_a_run_outlives_an_outage_of_prefects_server(
             assert process.wait(LIMIT_S) == 0, command.log.read_text()
     finally:
         kill(process)
+    screen = " ".join(command.log.read_text().split())
+    assert f"Prefect's server at http://127.0.0.1:{port}/api is unavailable (" in screen
     assert all(EPOCH.exists(night.store, Partition(RUN, epoch)) for epoch in range(3))
