@@ -94,6 +94,8 @@ def check_kept(fork: Fork) -> None:
     """
     store, parent_id, epoch = fork.store, fork.parent_id, fork.epoch
     where = Partition(parent_id, epoch)
+    for inherited in fork.inherited_epochs:
+        committed_rollouts(fork.parent, inherited)
     if not CHECKPOINT.exists(store, where):
         raise ConfigError(_NO_CHECKPOINT.format(run_id=parent_id, epoch=epoch))
     if is_retired(store, parent_id, epoch):
