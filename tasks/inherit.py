@@ -115,6 +115,7 @@ def inherit_checkpoint(run: Run, policy: Policy, scores: Sequence[Ref[Scores]]) 
         ema = state.shown_weights
         tensors.setdefault("ema", tensors["weights"])
         digests["ema_digest"] = policy_digest(policy.base_digest, ema)
+    parent_dtype = fork.parent.numerics.dtype
     value = state.value if _value_holds(run, fork, parent.digests, digests) else {}
     ref = committed(
         run.store,
@@ -126,7 +127,13 @@ def inherit_checkpoint(run: Run, policy: Policy, scores: Sequence[Ref[Scores]]) 
             "scores": list(scores),
         },
         lambda: checkpoint_objects(
-            replace(state, statistics=statistics_of(run, scores), ema=ema, value=value),
+            replace(
+                state,
+                statistics=statistics_of(run, scores),
+                ema=ema,
+                value=value,
+                loss_scale=state.loss_scale if run.numerics.dtype == parent_dtype else None,
+            ),
             digests,
             inherited=tensors,
         ),

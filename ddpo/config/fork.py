@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import NonNegativeInt, PositiveInt, model_validator
+from pydantic import NonNegativeInt, model_validator
 
 from ddpo.basics.part import Part
 
@@ -20,9 +20,10 @@ class ForkConfig(Part):
     epoch: NonNegativeInt
     """The fork's first epoch. It starts from the parent's checkpoint before this epoch, and trains
     on the parent's rollouts of this epoch."""
-    rollouts: PositiveInt = 1
+    rollouts: NonNegativeInt = 1
     """Number of epochs whose rollouts are inherited before the fork samples its own. From the
-    second on they come from another policy, so more than 1 needs `off_policy`."""
+    second on they come from another policy, so more than 1 needs `off_policy`. 0 inherits the
+    checkpoint alone: sampler, dtype and the number of samples may then differ from the parent's."""
     statistics: Literal["rebuild", "reset"] = "rebuild"
     """Prompt statistics to start with. `rebuild` scores the epochs before the fork with its own
     reward; `reset` starts without any."""

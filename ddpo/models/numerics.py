@@ -77,15 +77,17 @@ class Numerics(BaseModel):
     @property
     def advice(self) -> str:
         """What to change after weights have diverged, for messages; a run's identity is fixed."""
-        if self.dtype == "float16":
-            return (
-                "Start a new run with numerics.dtype bfloat16 or float32, whose range is wider "
-                "than float16's, or with a lower optimizer.learning_rate"
-            )
-        return (
+        advice = (
             "Fork the run at an earlier epoch (`ddpo fork`) or start a new one, with a lower "
             "optimizer.learning_rate"
         )
+        if self.low_precision:
+            wider = "bfloat16 or float32" if self.dtype == "float16" else "float32"
+            advice += (
+                f", or with numerics.dtype {wider}: samples of another dtype cannot be inherited, "
+                "so a fork takes --set fork.rollouts=0 with it"
+            )
+        return advice
 
     def apply(self) -> None:
         """Set torch's process-wide switches."""
@@ -121,7 +123,7 @@ def resolve_numerics(config: NumericsConfig) -> Numerics:
             dtype = "bfloat16" if native else "float16"
     return Numerics(
         device=device,
-        device_name=torch.cuda.get_device_name() if device == "cuda" else platform.machine(),
+        device_name=_device_name(device),
         dtype=dtype,
         sample_batch_size=config.sample_batch_size,
         micro_batch_size=config.micro_batch_size,
@@ -182,21 +184,29 @@ def resolve_elsewhere(frozen: Numerics, device: str | None) -> Numerics:
     return resolve_numerics(NumericsConfig.model_validate(settings))
 
 
-def changed_versions(frozen: Numerics) -> list[str]:
-    """List the libraries whose version has changed since a run's first start.
+def changes_since(frozen: Numerics) -> list[str]:
+    """List the device and the libraries that have changed since a run's first start.
 
     Args:
-        frozen: The run's numerics.
+        frozen: The run's numerics; this machine has such a kind of device.
 
     Returns:
-        One text per library, such as ``torch 2.12.0, now 2.13.0``.
+        One text for each, such as ``torch 2.12.0, now 2.13.0``.
     """
+    device = _device_name(frozen.device)
+    changes = [] if device == frozen.device_name else [f"{frozen.device_name}, now {device}"]
     now = {name: version(name) for name in _VERSIONED}
-    return [
+    return changes + [
         f"{name} {then}, now {now[name]}"
         for name, then in frozen.versions.items()
         if now.get(name) != then
     ]
+
+
+def _device_name(device: str) -> str:
+    import torch
+
+    return torch.cuda.get_device_name() if device == "cuda" else platform.machine()
 
 
 def resolve_device(

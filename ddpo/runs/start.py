@@ -18,7 +18,7 @@ from ddpo.basics.version import VERSION
 from ddpo.config import RunConfig
 from ddpo.errors import ConfigError, RunIdentityMismatch
 from ddpo.models import check_family, check_model
-from ddpo.models.numerics import Numerics, changed_versions, resolve_again, resolve_numerics
+from ddpo.models.numerics import Numerics, changes_since, resolve_again, resolve_numerics
 from ddpo.prompts import load_prompts
 from ddpo.rewards import Reward, load_reward
 from ddpo.runs.forks.checks import check_fork, check_policy
@@ -121,7 +121,7 @@ class RunPlan:
         self.begun.set()
         operation = self.config.operation()
         number = runs.append_operation(self.store, self.run_id, operation)
-        if changed := changed_versions(self.numerics):
+        if changed := changes_since(self.numerics):
             _logger.warning(
                 "run %s was started with %s: results from here on may differ by rounding",
                 self.run_id,

@@ -39,7 +39,7 @@ class SampleRow:
     prompt_metadata: Mapping[str, JsonValue]
     """Facts about the prompt that a reward may use."""
     seed: int
-    """Seed of the sample's noise, 0 to 2**63 - 1."""
+    """Seed of the sample's noise, 0 to 2**63 - 1; its lower 32 bits decide the noise."""
     policy_digest: str
     sampler_digest: str
     log_prob_mean: float | None

@@ -185,3 +185,26 @@ def test_what_cannot_be_forked_is_said_before_anything_is_loaded(place: Place) -
         fork_config(parent, 1, overrides=["fork.rollouts=2"])
     with pytest.raises(ConfigError, match="quality belong to a reward, but no reward is named"):
         fork_config(parent, 1, parameters={"quality": 10})
+
+
+def test_a_fork_with_samples_of_its_own_ends_in_the_very_weights_of_its_run(place: Place) -> None:
+    overrides = ["fork.rollouts=0"]
+    fork(NIGHT, 1, fork_id="own", overrides=overrides, storage=place.store.root)
+    for epoch in range(1, EPOCHS + 1):
+        assert place.weights("own", epoch) == place.weights(NIGHT, epoch), epoch
+    drawn = ROLLOUTS.commit_of(place.store, Partition("own", 1, 0))
+    assert drawn and all("run_id=own" in each.key for each in drawn.manifest.objects.values())
+    # The last checkpoint has no saved samples, and needs none.
+    fork(NIGHT, EPOCHS, fork_id="beyond", overrides=overrides, epochs=4, storage=place.store.root)
+    assert [point.epoch for point in reward_curve(place.run("beyond"))] == [EPOCHS]
+
+
+def test_a_fork_with_samples_of_its_own_may_sample_otherwise(place: Place) -> None:
+    root = place.store.root
+    otherwise = ["fork.rollouts=0", "sampler.steps=3", "seed=5", "rollouts.samples_per_epoch=4"]
+    fork(NIGHT, 1, fork_id="otherwise", overrides=otherwise, epochs=2, storage=root)
+    assert place.weights("otherwise", 1) == place.weights(NIGHT, 1)
+    with pytest.raises(ConfigError, match=r"trainable is .*, but the checkpoint has"):
+        trainable = ["fork.rollouts=0", "trainable={type: lora, rank: 2}"]
+        fork(NIGHT, 1, fork_id="trained", overrides=trainable, storage=root)
+    assert not place.store.exists(keys.run_key("trained"))

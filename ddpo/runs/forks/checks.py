@@ -40,7 +40,7 @@ def check_fork(fork: Fork) -> None:
         RetiredObject: As `check_kept`.
         PolicyMismatch: The samples come from another sampler, or from another policy.
     """
-    _check_unchanged(fork.config, fork.parent)
+    _check_unchanged(fork)
     check_sampler(fork)
     check_kept(fork)
     check_on_policy(fork)
@@ -130,6 +130,8 @@ def check_sampler(fork: Fork) -> None:
     Raises:
         PolicyMismatch: Steps, eta, guidance, or the position of the noise differ.
     """
+    if not fork.inherited_epochs:
+        return
     parent = fork.parent
     expected = _sampling(parent.config)
     differences = [
@@ -163,7 +165,7 @@ def _sampling(config: RunConfig) -> dict[str, object]:
 
 
 def check_policy(fork: Fork, policy: Policy) -> None:
-    """Refuse to inherit rollouts of another base model or sampler, by their digests.
+    """Refuse to inherit from another base model, or rollouts of another sampler, by their digests.
 
     Args:
         fork: The fork.
@@ -177,7 +179,7 @@ def check_policy(fork: Fork, policy: Policy) -> None:
 
     expected = CHECKPOINT.load(fork.store, parent_checkpoint(fork)).digests
     found = sampler_digest(policy, fork.config.sampler)
-    if found != expected["sampler_digest"]:
+    if fork.inherited_epochs and found != expected["sampler_digest"]:
         differences = (
             f"{_visible_differences(fork, policy)}: sampler_digest {found}, expected "
             f"{expected['sampler_digest']}"
@@ -185,10 +187,10 @@ def check_policy(fork: Fork, policy: Policy) -> None:
         raise PolicyMismatch(_OTHER_SAMPLER.format(run_id=fork.parent_id, differences=differences))
     if policy.base_digest != expected["base_digest"] and not fork.settings.off_policy:
         raise PolicyMismatch(
-            f"the saved rollouts of run {fork.parent_id!r} come from another base model than this "
-            f"fork's: base_digest {policy.base_digest}, expected {expected['base_digest']}. Keep "
-            "the model, or start a new run; fork.off_policy: true trains on rollouts of another "
-            "base model"
+            f"the checkpoint and saved rollouts of run {fork.parent_id!r} come from another base "
+            f"model than this fork's: base_digest {policy.base_digest}, expected "
+            f"{expected['base_digest']}. Keep the model, or start a new run; fork.off_policy: true "
+            "trains on rollouts of another base model"
         )
 
 
@@ -227,7 +229,9 @@ def check_on_policy(fork: Fork) -> None:
         PolicyMismatch: The samples come from another policy, and the config does not allow it.
     """
     parent, epoch = fork.parent, fork.epoch
-    if fork.settings.off_policy or parent.fork is None or not parent.fork.is_off_policy(epoch):
+    if fork.settings.off_policy or epoch not in fork.inherited_epochs:
+        return
+    if parent.fork is None or not parent.fork.is_off_policy(epoch):
         return
     checkpoint = CHECKPOINT.require(parent.store, Partition(parent.run_id, epoch))
     expected = checkpoint.digests["policy_digest"]
@@ -242,27 +246,33 @@ def check_on_policy(fork: Fork) -> None:
         )
 
 
-def _check_unchanged(config: RunConfig, parent: Run) -> None:
-    """Refuse settings that the saved samples cannot be trained with."""
-    theirs = parent.config
-    problems = [
-        f"{name} is {value}, but the saved samples have {expected}"
-        for name, value, expected in (
-            ("trainable", config.trainable, theirs.trainable),
-            *(
-                (f"rollouts.{name}", getattr(config.rollouts, name), getattr(theirs.rollouts, name))
-                for name in ("samples_per_epoch", "samples_per_prompt", "shard_size")
-            ),
-        )
+def _check_unchanged(fork: Fork) -> None:
+    """Refuse settings that the checkpoint or the saved samples cannot be trained with."""
+    own, theirs = fork.config, fork.parent.config
+    problems: list[str] = []
+    if own.trainable != theirs.trainable:
+        problems.append(f"trainable is {own.trainable}, but the checkpoint has {theirs.trainable}")
+    if fork.inherited_epochs:
+        problems += _changes_of_samples(own, theirs)
+    if problems:
+        raise ConfigError(f"a fork of {fork.parent_id} cannot start: {'; '.join(problems)}")
+
+
+def _changes_of_samples(own: RunConfig, theirs: RunConfig) -> list[str]:
+    """List what the saved samples of another config cannot be trained with."""
+    names = ("samples_per_epoch", "samples_per_prompt", "shard_size")
+    compared = [(n, getattr(own.rollouts, n), getattr(theirs.rollouts, n)) for n in names]
+    changes = [
+        f"rollouts.{name} is {value}, but the saved samples have {expected}"
+        for name, value, expected in compared
         if value != expected
     ]
-    if (theirs.stored_trajectories, config.stored_trajectories) == ("final", "full"):
-        problems.append(
-            f"{config.algorithm.type} trains on all steps, but {theirs.algorithm.type} saved only "
-            "the final latents. Start a new run"
+    if (theirs.stored_trajectories, own.stored_trajectories) == ("final", "full"):
+        changes.append(
+            f"{own.algorithm.type} trains on all steps, but {theirs.algorithm.type} saved only the "
+            "final latents. Start a new run"
         )
-    if problems:
-        raise ConfigError(f"a fork of {parent.run_id} cannot start: {'; '.join(problems)}")
+    return changes
 
 
 def _check_kept(run: Run, epoch: int, part: keys.RetiredPart) -> None:
