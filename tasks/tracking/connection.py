@@ -39,6 +39,7 @@ ROOT_TAG = "ddpo.storage_root"
 _REACH_TIMEOUT_S = 4.0
 _UNAVAILABLE_STATUS = frozenset({429, 502, 503, 504})
 _UNAVAILABLE_ERRORS = (requests.ConnectionError, requests.Timeout, requests.exceptions.RetryError)
+_CONFLICT = "IntegrityError"  # in MLflow's messages, of any database: a row was inserted twice
 _PARAM_LIMIT = 500  # MLflow accepts 6,000, but its pages print parameters in full.
 _TAG_LIMIT = 8000
 _BATCH_LIMIT = 100
@@ -86,19 +87,25 @@ def named_errors(action: str) -> Iterator[None]:
         action: The action in words, such as `log the metrics of step 3`.
 
     Raises:
-        TrackingUnavailable: The server or the database did not answer, or was busy.
+        TrackingUnavailable: The server or the database did not answer, or was busy, or another
+            process wrote the same at the same time.
         TrackingError: MLflow or the disk failed; neither message has credentials.
     """
     try:
         yield
     except (MlflowException, requests.RequestException, OSError) as error:
-        message = f"MLflow could not {action}: {hide_credentials(str(error))}"
+        message = f"MLflow could not {action}: {hide_credentials(_without_sql(error))}"
         if reason := _reason_of_absence(error):
             raise TrackingUnavailable(message, reason) from error
         raise TrackingError(message) from error
     except (SQLAlchemyError, CommandError) as error:  # of a database that is none, or not MLflow's
-        reason = str(error).partition("\n")[0]  # without the SQL
-        raise TrackingError(f"MLflow could not {action}: {hide_credentials(reason)}") from error
+        reason = hide_credentials(_without_sql(error))
+        raise TrackingError(f"MLflow could not {action}: {reason}") from error
+
+
+def _without_sql(error: Exception) -> str:
+    """Return an error's message without the statement and the parameters that databases add."""
+    return str(error).partition("[SQL:")[0].strip()
 
 
 def _reason_of_absence(error: Exception) -> str:
@@ -107,6 +114,8 @@ def _reason_of_absence(error: Exception) -> str:
         if isinstance(cause, _UNAVAILABLE_ERRORS):
             return type(cause).__name__
     if isinstance(error, MlflowException):
+        if _CONFLICT in str(error):
+            return "another process wrote the same at the same time"
         status = error.get_http_status_code()
         return f"status {status}" if status in _UNAVAILABLE_STATUS else ""
     return ""
@@ -279,7 +288,7 @@ def find_or_create_run(
     """
     with named_errors(f"open the run {run_id!r}"):
         own = {RUN_ID_TAG: run_id, UID_TAG: uid}
-        run = find_page(client, experiment_id, own) or client.create_run(experiment_id, tags=own)
+        run = find_page(client, experiment_id, own) or _create_page(client, experiment_id, own)
         mlflow_run_id = run.info.run_id
         if run.info.status != "RUNNING":
             client.update_run(mlflow_run_id, status="RUNNING")
@@ -293,6 +302,18 @@ def find_or_create_run(
             part = slice(start, start + _BATCH_LIMIT)
             client.log_batch(mlflow_run_id, params=new_params[part], tags=new_tags[part])
         return client.get_run(mlflow_run_id)
+
+
+def _create_page(client: MlflowClient, experiment_id: str, own: Mapping[str, str]) -> Run:
+    """Create a page that is not there yet; or take one that another process has just created.
+
+    The same run may be started twice at once: both keep the older page.
+    """
+    created = client.create_run(experiment_id, tags=dict(own))
+    first = find_pages(client, experiment_id, own)[-1]
+    if first.info.run_id != created.info.run_id:
+        client.delete_run(created.info.run_id)
+    return first
 
 
 def latest_metrics(run: Run) -> Sequence[Metric]:

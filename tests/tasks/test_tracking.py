@@ -14,6 +14,7 @@ import pytest
 import safetensors.numpy
 from hypothesis import example, given
 from hypothesis import strategies as st
+from mlflow.exceptions import BAD_REQUEST, MlflowException
 from mlflow.tracking import MlflowClient
 
 from ddpo_workflow.tasks.tracking.metrics import image_key, legend
@@ -383,3 +384,49 @@ def test_what_mlflow_refuses_is_a_named_error(uri: str):
     client.delete_experiment(tracker.experiment_id)
     with pytest.raises(TrackingError, match="mlflow experiments restore"):
         open_tracker(uri)
+
+
+CONFLICT = (
+    "(sqlite3.IntegrityError) UNIQUE constraint failed: latest_metrics.key, latest_metrics.run_uuid"
+    "\n[SQL: INSERT INTO latest_metrics (key, value) VALUES (?, ?)]\n[parameters: ('loss', 1.0)]"
+)
+
+
+def test_what_two_processes_log_at_once_is_logged_at_the_next_try(
+    uri: str, monkeypatch: pytest.MonkeyPatch
+):
+    tracker, log_batch = open_tracker(uri), MlflowClient.log_batch
+    attempts: list[int] = []
+
+    def overtaken(client: MlflowClient, *words, **named) -> None:
+        attempts.append(1)
+        if len(attempts) == 1:
+            log_batch(MlflowClient(uri), *words, **named)  # the other process's
+            raise MlflowException(CONFLICT, BAD_REQUEST)
+        log_batch(client, *words, **named)
+
+    monkeypatch.setattr(MlflowClient, "log_batch", overtaken)
+    with pytest.raises(TrackingError, match=r"step 0: \(sqlite3.*run_uuid$") as told:
+        tracker.log_metrics({"loss": 1.0}, 0)
+    assert "SQL" not in str(told.value)
+    attempts.clear()
+    tracker.backlog.log(lambda: tracker.log_metrics({"loss": 2.0}, 1))
+    tracker.backlog.finish()
+    assert history(uri, tracker, "loss") == [(0, 1.0), (1, 2.0)]
+
+
+def test_two_processes_that_start_one_run_at_once_share_its_page(
+    uri: str, monkeypatch: pytest.MonkeyPatch
+):
+    create, others = MlflowClient.create_run, []
+
+    def overtaken(client: MlflowClient, *words, **named):
+        monkeypatch.setattr(MlflowClient, "create_run", create)
+        others.append(open_tracker(uri))
+        time.sleep(0.01)  # MLflow's clock counts milliseconds
+        return create(client, *words, **named)
+
+    monkeypatch.setattr(MlflowClient, "create_run", overtaken)
+    own = open_tracker(uri)
+    assert own.mlflow_run_id == others[0].mlflow_run_id
+    assert len(MlflowClient(uri).search_runs([own.experiment_id])) == 1
