@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 import numpy as np
@@ -9,6 +10,7 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from ddpo.algorithms.base import PromptStatistics, Scored
+from ddpo.analysis.rewards import summarize
 from ddpo.basics.randomness import derive_seed
 from ddpo.config import RewardConfig
 from ddpo.runs import Run, Scorer
@@ -21,6 +23,8 @@ from ddpo.store.statistics import HoldsStatistics, encode_statistics
 from ddpo.store.tables import AdvantageRow, encode_advantages
 from ddpo_workflow.tasks.retries import STORAGE
 from ddpo_workflow.tasks.worker import RunHandle, opened, scorer_of
+
+_logger = logging.getLogger(__name__)
 
 
 @task(name="advantages", task_run_name="advantages epoch {epoch}", cache_policy=NO_CACHE, **STORAGE)
@@ -105,6 +109,14 @@ def _rows(
 ) -> tuple[list[AdvantageRow], PromptStatistics]:
     """Return a row per sample, and the statistics after them, from ids, prompts and rewards."""
     config = run.config
+    rewards = summarize(reward for _, _, reward in samples)
+    if rewards.constant:
+        _logger.warning(
+            "epoch %d has nothing to learn from: its %d scored samples all have the reward %g",
+            epoch,
+            rewards.scored,
+            rewards.mean,
+        )
     credit = config.algorithm.credit(
         Scored(
             [prompt for _, prompt, _ in samples],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,6 +24,11 @@ class RewardSummary:
     std: float
     min: float
     max: float
+
+    @property
+    def constant(self) -> bool:
+        """Whether several samples have one and the same reward, so that none is preferable."""
+        return self.scored > 1 and self.min == self.max
 
 
 def summarize(rewards: Iterable[float | None]) -> RewardSummary:
@@ -52,6 +57,14 @@ class EpochRewards:
     """Mean over its samples."""
     std: float
     """Standard deviation over its samples."""
+    samples: int
+    """Number of its samples."""
+    failed: int
+    """Samples that could not be scored."""
+    imputed: int
+    """Those of them that counted as their prompt's mean; the others were dropped."""
+    constant: bool
+    """Whether all samples have the same reward."""
 
 
 def reward_curve(run: Run) -> list[EpochRewards]:
@@ -62,5 +75,37 @@ def reward_curve(run: Run) -> list[EpochRewards]:
         table = ADVANTAGES.get(run.store, Partition(run.run_id, epoch, reward_id=run.reward_id))
         if table is None:
             return curve
-        rewards = summarize(row.reward for row in table.rows())
-        curve.append(EpochRewards(epoch, rewards.mean, rewards.std))
+        rows = table.rows()
+        rewards = summarize(row.reward for row in rows)
+        imputed = sum(row.status == "imputed" for row in rows)
+        curve.append(
+            EpochRewards(
+                epoch,
+                rewards.mean,
+                rewards.std,
+                samples=len(rows),
+                failed=rewards.failed,
+                imputed=imputed,
+                constant=rewards.constant,
+            )
+        )
+
+
+def remarks(curve: Sequence[EpochRewards]) -> list[str]:
+    """Return what a user should know about a run's rewards besides their mean; often nothing."""
+    samples, failed, imputed = (
+        sum(getattr(epoch, name) for epoch in curve) for name in ("samples", "failed", "imputed")
+    )
+    constant = sum(epoch.constant for epoch in curve)
+    lines = []
+    if failed:
+        lines.append(
+            f"{failed} of {samples} samples could not be scored: {imputed} imputed, "
+            f"{failed - imputed} dropped"
+        )
+    if constant:
+        lines.append(
+            f"{constant} of {len(curve)} epochs had nothing to learn from: all of their samples "
+            "had the same reward"
+        )
+    return lines

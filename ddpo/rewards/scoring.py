@@ -171,6 +171,8 @@ def as_scores(result: Any) -> Scores:
     """
     if isinstance(result, Scores):
         return result
+    if result is None:
+        raise UnusableScores("it returned None; return one number per image")
     values, columns = result if _is_pair(result) else (result, {})
     return Scores(values, columns=columns)
 

@@ -21,6 +21,7 @@ from ddpo.models import check_family, check_model
 from ddpo.models.numerics import Numerics, changes_since, resolve_again, resolve_numerics
 from ddpo.prompts import load_prompts
 from ddpo.rewards import Reward, load_reward
+from ddpo.rewards.trial import try_out
 from ddpo.runs.forks.checks import check_fork, check_policy
 from ddpo.runs.pins import Pins
 from ddpo.runs.readback import check_readable
@@ -180,6 +181,8 @@ def check_run(config: RunConfig, run_id: str, *, awaits_parent: bool = False) ->
         fork = fork_of(store, config)
         if fork and not awaits_parent:
             check_fork(fork)
+        prompts = load_prompts(config.prompts.name, config.prompts.parameters)
+        try_out(reward, prompts, config.model.size)
     plan = RunPlan(store, run_id, config, numerics, identity, reward, awaits_parent)
     if exists:
         plan.begun.set()

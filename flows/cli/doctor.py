@@ -16,6 +16,7 @@ from ddpo.errors import DdpoError
 from ddpo.models.numerics import resolve_numerics
 from ddpo.prompts import load_prompts
 from ddpo.rewards import load_reward
+from ddpo.rewards.trial import try_out
 from ddpo.runs import storage_root
 from ddpo.runs.start import check_denoising
 from ddpo.store.objects import Store
@@ -74,7 +75,13 @@ def _prompts(config: RunConfig) -> str:
 
 
 def _reward(config: RunConfig) -> str:
-    return load_reward(config.reward.name, config.reward.parameters).identity.reward_id
+    reward = load_reward(config.reward.name, config.reward.parameters)
+    try:
+        prompts = load_prompts(config.prompts.name, config.prompts.parameters)
+    except DdpoError:  # which is another check's finding
+        return reward.identity.reward_id
+    try_out(reward, prompts, config.model.size)
+    return reward.identity.reward_id
 
 
 def _storage(config: RunConfig) -> str:

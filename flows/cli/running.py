@@ -92,7 +92,7 @@ def running(what: str, advice: Callable[[], str]) -> Iterator[None]:
 
 
 def _summarise(run: Run) -> None:
-    from ddpo.analysis.rewards import reward_curve
+    from ddpo.analysis.rewards import remarks, reward_curve
     from ddpo.basics.redaction import hide_credentials
     from ddpo_workflow.flows.train import outputs_folder
     from ddpo_workflow.tasks.export_weights import ADAPTER_FOLDER, PIPELINE_FOLDER
@@ -105,6 +105,8 @@ def _summarise(run: Run) -> None:
     table.add_row("reward, mean", f"{first.mean:.4f}", f"{last.mean:.4f}")
     table.add_row("reward, std", f"{first.std:.4f}", f"{last.std:.4f}")
     show(table)
+    for line in remarks(curve):
+        say(line)
     outputs = outputs_folder(run.config, run.run_id)
     full = run.config.trainable.type == "full"
     show_places(

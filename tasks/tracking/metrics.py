@@ -147,6 +147,8 @@ def legend(prompts: Mapping[str, str]) -> str:
 def reward_metrics(store: Store, scores: Sequence[Ref[Scores]]) -> dict[str, float]:
     """Return an epoch's reward metrics: mean, std, min, max, and the number of failures.
 
+    ``reward/constant`` is 1 where all samples have the same reward.
+
     Args:
         store: The store.
         scores: The epoch's scores.
@@ -166,6 +168,7 @@ def _reward_metrics(values: Iterable[float | None]) -> dict[str, float]:
             "reward/std": rewards.std,
             "reward/min": rewards.min,
             "reward/max": rewards.max,
+            "reward/constant": float(rewards.constant),
         }
     return metrics
 

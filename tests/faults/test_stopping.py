@@ -27,8 +27,11 @@ STOP_LIMIT_S = 10.0
 
 SLOW_REWARD = """
 import pathlib, time
+from prefect.runtime import task_run
 
 def score(images, prompts):
+    if not task_run.get_id():  # asked before the run starts
+        return [0.0] * len(images)
     pathlib.Path(__file__).with_name("stuck").touch()
     time.sleep(600)
 """

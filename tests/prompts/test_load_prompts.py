@@ -27,6 +27,9 @@ def one_string():
 
 def broken():
     return {}["key"]
+
+def exits():
+    raise SystemExit("usage: prompts FILE")
 """
 
 
@@ -135,3 +138,20 @@ def test_digest_follows_contents_and_order():
     }
     assert len(digests) == 4
     assert prompt_set_digest((Prompt("a"), Prompt("b"))) in digests
+
+
+def test_a_function_that_exits_is_an_error(own):
+    with pytest.raises(ConfigError, match=r"exits' failed: SystemExit: usage: prompts FILE"):
+        load_prompts(f"{own}:exits", {})
+
+
+def test_a_prompt_is_a_text_and_what_is_known_about_it():
+    prompt = Prompt("Two cats", {"n": 2})
+    assert isinstance(prompt, str) and prompt.lower() == "two cats" and f"{prompt}" == "Two cats"
+    assert type(prompt.text) is str and prompt == prompt.text == "Two cats"
+    assert prompt != Prompt("Two cats") and prompt == Prompt("Two cats", {"n": 2})
+    assert len({prompt, "Two cats"}) == 1
+    again = pickle.loads(pickle.dumps(prompt))
+    assert again == prompt and again.metadata == {"n": 2}
+    with pytest.raises(AttributeError):
+        prompt.text = "Three cats"

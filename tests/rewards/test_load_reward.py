@@ -53,8 +53,31 @@ class Broken:
     def __init__(self):
         raise OSError("no weights")
 
+class Exits:
+    def __init__(self):
+        raise SystemExit("no licence")
+
 def not_a_reward():
     return 3
+
+def ported(images, prompts, metadata, scale: float = 1.0):
+    return [scale * len(p.upper()) + m.get("n", 0) for p, m in zip(prompts, metadata)], {}
+
+class Ported:
+    def __call__(self, images, prompts, metadata):
+        return ported(images, prompts, metadata)
+
+def ported_factory():
+    def reward(images, prompts, metadata):
+        return ported(images, prompts, metadata)
+    return reward
+
+def other_names(imgs, texts):
+    return [0.0] * len(imgs)
+
+class OneImage:
+    def __call__(self, image):
+        return 0.0
 
 ODD_VERSION = type("B", (), {"version": 2, "__call__": lambda self, images, prompts: []})
 """
@@ -114,6 +137,9 @@ def test_every_registered_reward_keeps_the_protocol():
         ("OWN:length", {"scale": None}, "'scale' is None.*number"),
         ("OWN:built", {"channel": 0}, "already built"),
         ("OWN:not_a_reward", {}, "returns 3, which cannot be called.*images, prompts"),
+        ("OWN:other_names", {}, "name its first parameters `images, prompts`"),
+        ("OWN:OneImage", {}, r"called with \(image\); a reward is called with \(images, prompts\)"),
+        ("OWN:ported", {"metadata": []}, "no parameter 'metadata'"),
         ("OWN:ODD_VERSION", {}, "`version` must be a string"),
         ("OWN:OWN.x", {}, "has no 'OWN.x'"),
         ("OWN:", {}, "not an import path"),
@@ -125,10 +151,23 @@ def test_what_cannot_be_loaded_is_refused_with_the_way_out(own, name, parameters
         load_reward(name.replace("OWN:", f"{own}:"), parameters)
 
 
+@pytest.mark.parametrize("name", ["ported", "Ported", "ported_factory"])
+def test_rewards_of_other_trainers_get_texts_and_metadata(own, name):
+    reward = load_reward(f"{own}:{name}", {})
+    prompts = [Prompt("a"), Prompt("bbb", {"n": 10})]
+    assert score_images(reward, IMAGES, prompts).values.tolist() == [1, 13]
+    if name == "ported":
+        assert values(f"{own}:ported", scale=2) == [2, 6]
+        assert reward.identity.parameters == {"scale": 1.0}
+
+
 def test_module_that_fails_to_import_says_which_import_failed(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "own_needs_more.py").write_text("import not_installed_here\n")
     (tmp_path / "own_has_a_bug.py").write_text("1 / 0\n")
+    (tmp_path / "own_is_a_script.py").write_text("import sys\nsys.exit('usage: score IMAGE')\n")
+    with pytest.raises(ConfigError, match=r"own_is_a_script failed: SystemExit: usage: score"):
+        load_reward("own_is_a_script:Thing", {})
     with pytest.raises(ConfigError, match=r"own_needs_more imports 'not_installed_here'.*install"):
         load_reward("own_needs_more:Thing", {})
     with pytest.raises(ConfigError, match="importing own_has_a_bug failed: ZeroDivisionError"):
@@ -138,6 +177,8 @@ def test_module_that_fails_to_import_says_which_import_failed(tmp_path, monkeypa
 def test_reward_that_cannot_be_built_is_named(own):
     with pytest.raises(RewardError, match=r"Broken.*could not be built: OSError: no weights"):
         load_reward(f"{own}:Broken", {})
+    with pytest.raises(RewardError, match=r"Exits.*could not be built: SystemExit: no licence"):
+        load_reward(f"{own}:Exits", {})
 
 
 def test_entry_points_are_names(own, tmp_path):

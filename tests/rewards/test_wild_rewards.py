@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -202,13 +202,13 @@ class Returns:
     def __init__(self, values: Any, columns: Mapping[Any, Any] | None) -> None:
         self.values, self.columns = values, columns
 
-    def __call__(self, images: list[Image.Image], prompts: list[Prompt]) -> Any:
+    def __call__(self, images: Sequence[Image.Image], prompts: Sequence[Prompt]) -> Any:
         if self.columns is None:
             return self.values
         return Scores(self.values, columns=self.columns)  # pyright: ignore[reportArgumentType]
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(values=anything, extra=st.none() | columns)
 def test_whatever_a_reward_returns_is_stored_or_refused_in_one_line(
     values: Any, extra: Mapping[Any, Any] | None
@@ -217,7 +217,7 @@ def test_whatever_a_reward_returns_is_stored_or_refused_in_one_line(
     assert isinstance(data, str) or len(decode_rewards(data)) == COUNT
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(extra=columns)
 def test_whatever_columns_a_reward_has_its_scores_are_stored(extra: Mapping[Any, Any]) -> None:
     data = table(Returns([1.0] * COUNT, extra))
