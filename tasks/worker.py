@@ -54,9 +54,15 @@ class Lease:
 
 
 def opened(handle: RunHandle) -> Run:
-    """Open a run, once per process and start."""
+    """Open a run, once per process and start, and compute as it does in this thread.
+
+    Torch splits a sum among as many threads as its caller was told to use, and another split rounds
+    differently: a resumed run, whose first task may run in another thread, must not.
+    """
     with _opening:  # lru_cache alone lets threads that ask at once open it once each
-        return _opened(handle)
+        run = _opened(handle)
+    run.numerics.apply()
+    return run
 
 
 @lru_cache(maxsize=8)
@@ -184,6 +190,7 @@ def _load(run: Run | RunPlan, *, fresh: bool = False) -> _Loaded:
         config = run.config
         policy = load_policy(config.model, config.trainable, run.numerics, seed=config.seed)
         _loaded = _Loaded(key, policy)
+    run.numerics.apply()  # in this thread: another one may have loaded it
     return _loaded
 
 

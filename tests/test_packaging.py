@@ -145,8 +145,9 @@ def test_the_version_is_that_of_the_package() -> None:
 
 
 def test_a_checkout_that_is_not_installed_says_so(tmp_path: Path) -> None:
-    (tmp_path / "ddpo").mkdir()
-    shutil.copy(REPOSITORY / "ddpo" / "__init__.py", tmp_path / "ddpo")
+    (tmp_path / "ddpo" / "basics").mkdir(parents=True)
+    for file in ("__init__.py", "basics/__init__.py", "basics/version.py"):
+        shutil.copy(REPOSITORY / "ddpo" / file, tmp_path / "ddpo" / file)
     code = (
         f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import ddpo; print(ddpo.__version__)"
     )

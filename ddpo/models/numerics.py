@@ -90,7 +90,7 @@ class Numerics(BaseModel):
         return advice
 
     def apply(self) -> None:
-        """Set torch's process-wide switches."""
+        """Set torch's switches: the number of threads in this thread, the others everywhere."""
         import torch
 
         torch.set_num_threads(self.threads)

@@ -172,11 +172,11 @@ def test_a_run_is_resumed_on_s3_and_keeps_only_its_newest_checkpoint(
 
     def weights() -> list[int]:
         found = (
-            keys.parse_checkpoint_object(key)
+            keys.parse_object(key)
             for key in store.list("checkpoints")
             if key.endswith(keys.TENSORS_SUFFIX)
         )
-        return sorted({owner[1] for owner in found if owner})
+        return sorted({owner[1].epoch for owner in found if owner})
 
     assert weights() == [2]
     before = {key: store.read(key) for key in store.list("manifests")}

@@ -63,7 +63,7 @@ def test_an_outputs_folder_that_cannot_be_written_to_is_named_at_the_start(
     (tmp_path / "file").write_text("in the way")
     outputs = str(tmp_path / "file" / "outputs")
     config = tiny_config(tiny_model, storage={"root": str(tmp_path / "store")}, outputs=outputs)
-    with pytest.raises(ConfigError, match=r"outputs, .*file/outputs, .*--set outputs=FOLDER"):
+    with pytest.raises(ConfigError, match=r"output folder .*file/outputs: .*--set outputs=FOLDER"):
         start_run(config, "r")
     assert not (tmp_path / "store").exists()
 

@@ -6,6 +6,7 @@ The same check is green on the right code; so the harness sees what it is there 
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -32,12 +33,19 @@ def plan(tiny_model: Path, tmp_path: Path, mlflow_database: Path) -> Plan:
 
 
 def check_a_crash_before_each_rollout_write(plan: Plan) -> None:
-    """Crash before and after the writes of an epoch's first shard; compare the resumed run."""
+    """Crash before and after the writes of the first shard; compare the resumed run."""
     whole = plan("whole")
     with watched(Writes()) as writes:
         whole.go()
-    first = next(i for i, name in enumerate(writes.made, 1) if "/rollouts/" in name)
-    for at, moment in itertools.product(range(first, first + 3), ("before", "after")):
+    shard = [
+        at
+        for at, name in enumerate(writes.made, 1)
+        if re.search(
+            r"^(write|create) .*(rollouts|samples|trajectories)/.*epoch=00000/shard-00000", name
+        )
+    ]
+    assert len(shard) == 4  # three objects and their manifest
+    for at, moment in itertools.product(shard, ("before", "after")):
         crashed = plan(f"crash-{at}-{moment}")
         crashed.crash(at, moment)
         crashed.go()

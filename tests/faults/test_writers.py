@@ -8,7 +8,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,7 +21,7 @@ from ddpo.store.manifests import Committed, Ref
 from ddpo.store.objects import Store
 from ddpo_workflow.tasks.sample import shard_of
 from ddpo_workflow.tasks.start import start
-from ddpo_workflow.tasks.worker import RunHandle, policy_at
+from ddpo_workflow.tasks.worker import Lease, RunHandle, policy_at
 from tests.servers import BUCKET, ObjectStore
 from tests.tiny import tiny_config
 
@@ -48,9 +47,9 @@ def test_of_sixteen_writers_of_a_shard_one_wins_and_all_adopt_it(
     own = threading.local()
 
     @contextmanager
-    def shared(run: Run, ref: Any) -> Iterator[SimpleNamespace]:
+    def shared(run: Run, ref: Any) -> Iterator[Lease]:
         # The model is one to a process: drawn with beforehand, so that the writers meet below.
-        yield SimpleNamespace(policy=None)
+        yield lease
 
     with policy_at(run, checkpoint) as lease:
         indices = range(run.config.rollouts.shard_size)

@@ -22,6 +22,7 @@ from ddpo.store.manifests import Ref
 from ddpo.store.tables import decode_rewards, decode_rollouts
 from ddpo_workflow.tasks.score import score_shard
 from ddpo_workflow.tasks.tracking import rescored as module
+from ddpo_workflow.tasks.tracking.backlog import Backlog
 from ddpo_workflow.tasks.tracking.rescored import track_disagreement, track_rescored
 from ddpo_workflow.tasks.tracking.tracker import TrackingHandle
 from tests.fold import as_in_a_new_process, run_epochs
@@ -43,9 +44,11 @@ def redness(images: Sequence[Image.Image], prompts: Sequence[Prompt]) -> list[fl
 class Page:
     """An MLflow page that keeps what it is told."""
 
+    backlog: Backlog = field(default_factory=lambda: Backlog(NOWHERE))
     metrics: dict[int, dict[str, float]] = field(default_factory=dict)
     pictures: dict[str, Image.Image] = field(default_factory=dict)
     steps: set[int] = field(default_factory=set)
+    texts: dict[str, str] = field(default_factory=dict)
 
     def log_metrics(self, metrics: dict[str, float], step: int) -> None:
         self.metrics[step] = metrics
@@ -53,6 +56,9 @@ class Page:
     def log_image(self, key: str, image: Image.Image, step: int) -> None:
         self.pictures[key] = image
         self.steps.add(step)
+
+    def log_text(self, text: str, path: str) -> None:
+        self.texts[path] = text
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,7 @@ from ddpo_workflow.tasks.pictures import PictureSet, draw_pictures
 from ddpo_workflow.tasks.sample import sample_shard
 from ddpo_workflow.tasks.score import score_shard
 from ddpo_workflow.tasks.start import start
+from ddpo_workflow.tasks.tracking.backlog import Backlog
 from ddpo_workflow.tasks.tracking.tracker import TrackingHandle
 from ddpo_workflow.tasks.update import update_policy
 from ddpo_workflow.tasks.worker import RunHandle, policy_at
@@ -283,10 +284,14 @@ def checkpoint_of(run: Run, epoch: int) -> Ref:
     return found.ref
 
 
+NOWHERE = TrackingHandle(uri="", experiment_id="", mlflow_run_id="")
+
+
 class Page:
     """An MLflow page that keeps what it is told."""
 
     def __init__(self) -> None:
+        self.backlog = Backlog(NOWHERE)
         self.weights: dict[str, torch.Tensor] = {}
         self.metadata: dict[str, object] = {}
 
@@ -309,8 +314,7 @@ def test_what_is_exported_and_drawn_is_the_average_if_there_is_one(
     shown = state.ema if ema else state.weights
     page = Page()
     monkeypatch.setattr(export, "tracker", lambda _: page)
-    tracking = TrackingHandle(uri="", experiment_id="", mlflow_run_id="")
-    export_weights.fn(handle, tracking, checkpoint, None, 1)
+    export_weights.fn(handle, NOWHERE, checkpoint, None, 1)
     exported = {f"unet.{name}": value for name, value in shown.items()}
     assert tensors_digest(page.weights) == tensors_digest(exported)
     digests = digests_of(run, checkpoint)
