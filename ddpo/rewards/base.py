@@ -77,7 +77,10 @@ class Reward(Protocol):
 def _array(name: str, given: Any, dtype: type | None = None) -> np.ndarray:
     try:
         with np.errstate(over="ignore"):  # becomes inf, which is rejected by sample
-            array = np.array(_on_cpu(given), dtype=dtype)
+            array = np.array(_on_cpu(given))
+            if np.iscomplexobj(array):  # NumPy would drop the imaginary part
+                raise TypeError("they are complex")
+            array = array.astype(array.dtype if dtype is None else dtype)
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise UnusableScores(f"cannot convert {name} to an array of numbers: {error}") from error
     if array.ndim != 1:

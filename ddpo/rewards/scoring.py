@@ -173,6 +173,9 @@ def as_scores(result: Any) -> Scores:
         return result
     if result is None:
         raise UnusableScores("it returned None; return one number per image")
+    if asyncio.iscoroutine(result):
+        result.close()
+        raise UnusableScores("it returned a coroutine; write it as a plain function, without async")
     values, columns = result if _is_pair(result) else (result, {})
     return Scores(values, columns=columns)
 

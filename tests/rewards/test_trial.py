@@ -39,6 +39,9 @@ def words(images, prompts):
 def records(images, prompts):
     return {"reward": [1.0] * len(images)}
 
+def complexes(images, prompts):
+    return np.ones(len(images)) * 1j
+
 def nothing(images, prompts):
     pass
 
@@ -76,8 +79,9 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         ("pairs", r"not \[2, 2\]"),
         ("words", "cannot convert values to an array of numbers"),
         ("records", "cannot convert values"),
+        ("complexes", "they are complex"),
         ("nothing", "returned None; return one number per image"),
-        ("later", "cannot convert values"),
+        ("later", "a coroutine; write it as a plain function"),
         ("average", "3 scores for 2 images"),
     ],
 )
