@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 
 from prefect.artifacts import create_markdown_artifact
 from prefect.runtime import flow_run
@@ -20,7 +19,7 @@ from ddpo_workflow.flows.flow import artifact_key, ddpo_flow, without_heartbeats
 from ddpo_workflow.flows.forms import Text
 from ddpo_workflow.flows.prefect_server import show, watched_server
 from ddpo_workflow.flows.run_requests import CompareRequest, ComparisonPlan
-from ddpo_workflow.flows.train import outputs_folder, train_run
+from ddpo_workflow.flows.train import outputs_folder, own_outputs_folder, train_run
 from ddpo_workflow.tasks.commit import commit_epoch
 from ddpo_workflow.tasks.credit import credit_of
 from ddpo_workflow.tasks.progress import as_part, finished_epoch
@@ -70,7 +69,7 @@ def compare(
     with open_comparison_page(comparison, first) as page:
         _run_members(plan, first)
         result = read_result(comparison, plan.store)
-        folder = comparison_folder(comparison)
+        folder = own_outputs_folder(first.config, comparison.name, first.uid)
         for file in write_report(comparison, result, folder):
             page.backlog.log(partial(page.log_file, file))
         _show(comparison, result, artifact_key(comparison.name, first.uid))
@@ -99,11 +98,6 @@ def sample_shared(handle: RunHandle, tracking: TrackingHandle) -> None:
         finished_epoch(epoch + 1, run.config.epochs, metrics)
 
 
-def comparison_folder(comparison: Comparison) -> Path:
-    """Return the local folder of a comparison's report and plot."""
-    return outputs_folder(comparison.members[0].config, comparison.name)
-
-
 def _run_members(plan: ComparisonPlan, first: Run) -> None:
     """Start or resume each run in turn; the first one is started."""
     comparison, before = plan.comparison, 0
@@ -129,7 +123,7 @@ def _is_whole(run: Run) -> bool:
     committed = range(run.first_epoch, run.config.epochs)
     if not all(EPOCH.exists(run.store, Partition(run.run_id, e)) for e in committed):
         return False
-    if not (outputs_folder(run.config, run.run_id) / "report.png").exists():
+    if not (outputs_folder(run.config, run.run_id, run.uid) / "report.png").exists():
         return False
     page = waited_for(run.config.tracking.uri, lambda: page_of(run))
     return page is not None and page.info.status == "FINISHED"

@@ -61,6 +61,6 @@ def artifact_key(name: str, uid: str) -> str:
 
     Args:
         name: The run's name.
-        uid: What tells it from others of its name.
+        uid: What sets it apart from others of its name.
     """
     return f"{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')}-{uid[:8]}"

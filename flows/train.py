@@ -41,6 +41,7 @@ from ddpo_workflow.tasks.tracking.catch_up import track_missing
 from ddpo_workflow.tasks.tracking.metrics import track_pictures
 from ddpo_workflow.tasks.tracking.page import log_samples, open_page
 
+_OWNER = ".owner"
 _SHOWN = ("reward/mean", "reward/std", "update/approx_kl", "update/clip_fraction", "time/epoch_s")
 
 
@@ -107,9 +108,28 @@ def resume(run_id: str, storage: Text = None, epochs: Whole = None, trust: bool 
     return train_run(request.plan().start())
 
 
-def outputs_folder(config: RunConfig, run_id: str) -> Path:
-    """Return the local folder that receives a run's report and weights."""
-    return Path(expand(config.outputs)) / run_id
+def outputs_folder(config: RunConfig, name: str, uid: str) -> Path:
+    """Return the local folder that receives the report and weights of a run or a comparison.
+
+    Args:
+        config: Says where the outputs of all runs are.
+        name: The name of the run or comparison, and of its folder.
+        uid: What sets it apart from others of its name, in another store or deleted; if the folder
+            holds the outputs of one of these, its own has a longer name.
+    """
+    folder = Path(expand(config.outputs)) / name
+    owner = folder / _OWNER
+    if owner.is_file() and owner.read_text() != uid:
+        return folder.with_name(f"{name}-{uid[:8]}")
+    return folder
+
+
+def own_outputs_folder(config: RunConfig, name: str, uid: str) -> Path:
+    """Return the same folder, created and marked with its owner."""
+    folder = outputs_folder(config, name, uid)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / _OWNER).write_text(uid)
+    return folder
 
 
 def train_run(run: Run) -> str:
@@ -123,7 +143,6 @@ def train_run(run: Run) -> str:
     """
     record_fork(run)  # also on a resume, in case an earlier start was killed before it
     epochs = run.config.epochs
-    outputs = outputs_folder(run.config, run.run_id)
     pictures = picture_set(run, run.config.tracking.pictures)
     key = artifact_key(run.run_id, run.uid)
     description = f"{run.run_id}: {epochs} epochs"
@@ -150,6 +169,7 @@ def train_run(run: Run) -> str:
                 export_weights(run.handle, page.handle, checkpoint, None, epoch + 1)
         last = draw_pictures(run.handle, checkpoint, pictures, epochs)
         track_pictures(run.handle, page.handle, last, epochs)
+        outputs = own_outputs_folder(run.config, run.run_id, run.uid)
         export_weights(run.handle, page.handle, checkpoint, str(outputs), epochs)
         report = write_report(run, pictures.pictures_id, outputs / "report.png")
         page.backlog.log(lambda: page.log_file(report))

@@ -7,11 +7,12 @@ Each is finite, and its prompts are sampled uniformly. Names and lists are those
 from __future__ import annotations
 
 import functools
+import json
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 from ddpo.basics import trust
 from ddpo.basics.paths import expand
@@ -157,12 +158,20 @@ class _JsonPrompt(BaseModel):
 
 def _json_prompt(file: Path, number: int, line: str) -> Prompt:
     try:
-        parsed = _JsonPrompt.model_validate_json(line)
+        parsed = _JsonPrompt.model_validate(json.loads(line, object_pairs_hook=_unique))
         return Prompt(parsed.text, parsed.metadata)
-    except (ValidationError, ConfigError) as error:
+    except (ValueError, ConfigError) as error:  # pydantic's errors are ValueErrors
         raise ConfigError(
             f'{file.absolute()}, line {number}: {error}; write {{"text": "...", "metadata": {{}}}}'
         ) from error
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Make an object of its keys and values; JSON would let the last of equal keys win."""
+    keys = [key for key, _ in pairs]
+    if twice := [key for key in dict.fromkeys(keys) if keys.count(key) > 1]:
+        raise ConfigError(f"the key {twice[0]!r} stands in it twice")
+    return dict(pairs)
 
 
 def _count(number: int, animal: str) -> Prompt:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -149,11 +150,11 @@ def compare(
             return NOTHING_BEGUN
 
         with running("the comparison", advice), bars, shown_by(bars):
-            compare_flow(**dict(request))
-    _show_comparison(comparison, plan.store)
+            folder = Path(str(compare_flow(**dict(request))))
+    _show_comparison(comparison, plan.store, folder)
 
 
-def _show_comparison(comparison: Comparison, store: Store) -> None:
+def _show_comparison(comparison: Comparison, store: Store, folder: Path) -> None:
     """Print the results of a comparison, and where they are."""
     from ddpo.analysis.comparison.report import (
         MARKDOWN,
@@ -164,7 +165,6 @@ def _show_comparison(comparison: Comparison, store: Store) -> None:
     )
     from ddpo.analysis.comparison.result import read_result
     from ddpo.basics.redaction import hide_credentials
-    from ddpo_workflow.flows.compare import comparison_folder
 
     result = read_result(comparison, store)
     _show_table(result_table(comparison, result), comparison.name)
@@ -172,7 +172,6 @@ def _show_comparison(comparison: Comparison, store: Store) -> None:
         _show_table(ratio_table(result), "importance ratios on the shared history")
     for paragraph in explanation(comparison):
         say(paragraph, style="dim")
-    folder = comparison_folder(comparison)
     show_places(
         {
             "page": str(folder / MARKDOWN),

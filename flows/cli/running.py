@@ -107,7 +107,7 @@ def _summarise(run: Run) -> None:
     show(table)
     for line in remarks(curve):
         say(line)
-    outputs = outputs_folder(run.config, run.run_id)
+    outputs = outputs_folder(run.config, run.run_id, run.uid)
     full = run.config.trainable.type == "full"
     show_places(
         {

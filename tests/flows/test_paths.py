@@ -20,9 +20,10 @@ from ddpo.prompts import load_prompts
 from ddpo.runs import open_run, start_run
 from ddpo.store.objects import Store
 from ddpo_workflow.flows.run_requests import TrainRequest
-from ddpo_workflow.flows.train import outputs_folder
+from ddpo_workflow.flows.train import outputs_folder, own_outputs_folder
 from ddpo_workflow.tasks.tracking.connection import connect, sqlite_file, whole_address
 from tests.configs import MINIMAL
+from tests.tiny import tiny_config
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -85,12 +86,33 @@ def test_all_paths_of_a_run_are_expanded_by_one_rule(
     )
     run = request.plan().start()
     assert run.store.root == f"file://{home}/store"
-    assert outputs_folder(run.config, "mine") == home / "out/mine"
+    assert outputs_folder(run.config, "mine", run.uid) == home / "out/mine"
     assert sqlite_file(run.config.tracking.uri) == home / "mlflow.db"
     assert whole_address(run.config.tracking.uri) == f"sqlite:///{home}/mlflow.db"
     # Recorded as written: another machine has another home.
     assert open_run(run.store, "mine").config.outputs == f"{short}/out"
     assert not {short, "~", "$HOME"} & {each.name for each in Path.cwd().iterdir()}
+
+
+def test_outputs_of_another_run_of_the_same_name_are_left_alone(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    """In another store, or deleted since."""
+    runs = [
+        start_run(
+            tiny_config(
+                tiny_model,
+                storage={"root": str(tmp_path / store)},
+                outputs=str(tmp_path / "outputs"),
+            ),
+            "r",
+        )
+        for store in ("one", "other")
+    ]
+    first, second = (own_outputs_folder(run.config, "r", run.uid) for run in runs)
+    assert first == tmp_path / "outputs" / "r"
+    assert second == tmp_path / "outputs" / f"r-{runs[1].uid[:8]}"
+    assert [outputs_folder(run.config, "r", run.uid) for run in runs] == [first, second]
 
 
 @pytest.mark.parametrize("short", ["~", "$HOME"])

@@ -105,7 +105,10 @@ def test_jsonl_file_carries_metadata(tmp_path):
     assert [p.metadata for p in prompts] == [{"answers": ["two"]}, {}]
 
 
-@pytest.mark.parametrize("line", ['{"txt": "a"}', '{"text": 3}', "a cat", '{"text": " "}'])
+@pytest.mark.parametrize(
+    "line",
+    ['{"txt": "a"}', '{"text": 3}', "a cat", '{"text": " "}', '{"text": "a", "text": "b"}'],
+)
 def test_bad_jsonl_line_is_named_by_its_number(tmp_path, line):
     path = tmp_path / "prompts.jsonl"
     path.write_text('{"text": "fine"}\n' + line)
