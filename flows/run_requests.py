@@ -23,7 +23,7 @@ from ddpo.basics.outages import PATIENCE_S
 
 if TYPE_CHECKING:
     from ddpo.analysis.comparison.plan import Comparison
-    from ddpo.config import RewardConfig, RunConfig
+    from ddpo.config import EvaluationConfig, RewardConfig, RunConfig
     from ddpo.runs import Run, RunPlan
     from ddpo.store.objects import Store
 
@@ -228,6 +228,66 @@ class RescoreRequest(Request[Rescoring]):
             with run.naming():
                 connect(run.config.tracking.uri)
         return Rescoring(run.patient(), reward, reward_id, epochs)
+
+
+@dataclass(frozen=True)
+class EvaluationPlan:
+    """A run whose checkpoints are about to be evaluated."""
+
+    run: Run
+    """The run."""
+    config: EvaluationConfig
+    """What the checkpoints are evaluated on."""
+    epochs: list[int]
+    """The checkpoints, the run's first one first if it is kept: the others are compared with it."""
+
+
+class EvaluateRequest(Request[EvaluationPlan]):
+    """Evaluate a run's checkpoints."""
+
+    run_id: str
+    """The run's name."""
+    epochs: str | None = None
+    """The checkpoints: one, or a range ``a:b`` without b; by default all that are kept."""
+    rewards: tuple[str, ...] = ()
+    """Names of more rewards that judge the images."""
+    overrides: tuple[str, ...] = ()
+    """Settings of the evaluation, as ``evaluation.count=32``."""
+    storage: str | None = None
+    """The store."""
+    trust: bool = False
+    """Trust the code, addresses and files that the run names."""
+
+    def resolve(self) -> EvaluationPlan:
+        """Find the checkpoints, and load the prompts and all rewards."""
+        from ddpo.config import EvaluationConfig
+        from ddpo.config.files import parse_config
+        from ddpo.config.overrides import apply_overrides
+        from ddpo.errors import ConfigError
+        from ddpo.runs import storage_root
+
+        run = _opened(storage_root(self.storage), self.run_id, trust=self.trust)
+        raw: dict[str, Any] = run.config.whole()
+        part = raw.setdefault("evaluation", EvaluationConfig().model_dump(mode="json"))
+        part["rewards"] = [*part.get("rewards", ()), *({"name": name} for name in self.rewards)]
+        if strange := [item for item in self.overrides if not item.startswith("evaluation.")]:
+            raise ConfigError(
+                f"{strange[0]!r} is no setting of the evaluation; expected for example "
+                "evaluation.count=32"
+            )
+        apply_overrides(raw, self.overrides)
+        config = parse_config(raw, f"the evaluation of run {self.run_id}").evaluation
+        assert config is not None
+        from ddpo.analysis.evaluation.plan import evaluation_set, kept_checkpoints
+        from ddpo.runs.start import check_evaluation
+        from ddpo_workflow.tasks.tracking.connection import connect  # imports MLflow
+
+        epochs = kept_checkpoints(run, self.epochs)
+        with run.naming(chosen=self.rewards):
+            evaluation_set(run, config)
+            check_evaluation(config, run.reward)
+            connect(run.config.tracking.uri)
+        return EvaluationPlan(run.patient(), config, epochs)
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from ddpo.store.keys import Partition
 from ddpo.store.kinds import CHECKPOINT, EPOCH
 from ddpo.store.manifests import Ref
 from ddpo_workflow.flows.epoch import EpochPlan, run_epoch
+from ddpo_workflow.flows.evaluate import Evaluations
 from ddpo_workflow.flows.flow import artifact_key, ddpo_flow, without_heartbeats
 from ddpo_workflow.flows.forms import Number, Text, Whole
 from ddpo_workflow.flows.messages import resume_command
@@ -151,14 +152,18 @@ def train_run(run: Run) -> str:
     )
     with watched_server(), open_page(run) as page, _saying_how_to_resume(run):
         plan = EpochPlan(run=run.handle, tracking=page.handle, pictures=pictures)
+        evaluations = Evaluations(run, page.handle)
         rows: list[dict[str, str]] = []
         first = first_unfinished_epoch(run)
         resumed = first > run.first_epoch
         track_missing(run.handle, page.handle, pictures, first)
         checkpoint = committed_checkpoint(run, first) if resumed else first_checkpoint(run)
+        evaluations.catch_up(first)
         for epoch in range(first, epochs):
+            evaluations.begin(epoch)
             with without_heartbeats():  # this flow has its own
                 outcome = run_epoch(plan, checkpoint, epoch)
+            evaluations.finish()
             checkpoint = outcome.checkpoint
             finished_epoch(epoch + 1, epochs, outcome.metrics)
             rows.append({"epoch": str(epoch), **_row(outcome.metrics)})
@@ -167,10 +172,12 @@ def train_run(run: Run) -> str:
                 show(partial(update_progress_artifact, progress, progress=percent))
             if (epoch + 1) % run.config.tracking.adapter_every == 0 and epoch + 1 < epochs:
                 export_weights(run.handle, page.handle, checkpoint, None, epoch + 1)
+        evaluations.begin(epochs)
         last = draw_pictures(run.handle, checkpoint, pictures, epochs)
         track_pictures(run.handle, page.handle, last, epochs)
         outputs = own_outputs_folder(run.config, run.run_id, run.uid)
         export_weights(run.handle, page.handle, checkpoint, str(outputs), epochs)
+        evaluations.finish()
         report = write_report(run, pictures.pictures_id, outputs / "report.png")
         page.backlog.log(lambda: page.log_file(report))
         page.backlog.log(lambda: log_samples(page, run))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
@@ -16,7 +18,7 @@ from ddpo.store.keys import Partition
 from ddpo.store.kinds import ROLLOUTS, SCORES, committed
 from ddpo.store.manifests import Ref
 from ddpo.store.objects import Objects
-from ddpo.store.tables import RewardRow, encode_rewards
+from ddpo.store.tables import RewardRow, RolloutRow, encode_rewards
 from ddpo_workflow.tasks.inherit import inherited_scores
 from ddpo_workflow.tasks.retries import STORAGE
 from ddpo_workflow.tasks.worker import RunHandle, opened, scorer_of
@@ -71,7 +73,19 @@ def scores_of(
 
 
 def _scored(run: Run, scorer: Scorer, rollouts: Ref[RolloutShard]) -> Objects:
-    samples = ROLLOUTS.load(run.store, rollouts).rows()
+    return {"rewards": scored_rows(scorer, ROLLOUTS.load(run.store, rollouts).rows())}
+
+
+def scored_rows(scorer: Scorer, samples: Sequence[RolloutRow]) -> bytes:
+    """Return the table of the scores of some samples.
+
+    Args:
+        scorer: The reward.
+        samples: The samples with their images.
+
+    Raises:
+        RewardError: As `score_shard`.
+    """
     images = [decode_image(sample.image_png) for sample in samples]
     prompts = [Prompt(sample.prompt, sample.prompt_metadata) for sample in samples]
     config = scorer.config
@@ -87,4 +101,4 @@ def _scored(run: Run, scorer: Scorer, rollouts: Ref[RolloutShard]) -> Objects:
             f"the first {failed[0].sample_id}: {failed[0].status}. Set reward.on_failure to drop "
             "or impute to continue without them"
         )
-    return {"rewards": encode_rewards(rows)}
+    return encode_rewards(rows)

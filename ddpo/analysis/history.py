@@ -59,6 +59,27 @@ _NO_ADVANTAGES = pa.schema([SAMPLES.field("sample_id"), SAMPLES.field("advantage
 _EPOCHS = re.compile(r"(\d+)|(\d*):(\d*)")
 
 
+def epoch_range(selection: str | None) -> range:
+    """Return the epochs that a user selects.
+
+    Args:
+        selection: One epoch, or a half-open range ``a:b`` where a or b may be omitted. None
+            selects all epochs.
+
+    Raises:
+        ConfigError: The selection is invalid.
+    """
+    match = _EPOCHS.fullmatch(selection or ":")
+    if match is None:
+        raise ConfigError(
+            f"epochs {selection!r} is neither one epoch nor a range a:b; expected for example "
+            "3, 0:5 (epochs 0 to 4) or 3: (epoch 3 and later)"
+        )
+    one, low, high = match.groups()
+    first = int(one or low or 0)
+    return range(first, first + 1 if one else int(high or sys.maxsize))
+
+
 def open_history(root: str | PathLike[str], run_id: str) -> History:
     """Open a run's history.
 
@@ -121,16 +142,8 @@ class History:
             ConfigError: The selection is invalid.
             NotInHistory: No epoch in the selection is committed.
         """
-        match = _EPOCHS.fullmatch(selection or ":")
-        if match is None:
-            raise ConfigError(
-                f"epochs {selection!r} is neither one epoch nor a range a:b; expected for example "
-                "3, 0:5 (epochs 0 to 4) or 3: (epoch 3 and later)"
-            )
-        one, low, high = match.groups()
-        first = int(one or low or 0)
-        end = first + 1 if one else int(high or sys.maxsize)
-        chosen = [epoch for epoch in self.epochs if first <= epoch < end]
+        selected = epoch_range(selection)
+        chosen = [epoch for epoch in self.epochs if epoch in selected]
         if not chosen:
             problem = f"has not committed epochs {selection}" if selection else "is empty"
             raise NotInHistory(f"run {self.run_id!r} {problem}. {self._extent()}")

@@ -6,6 +6,7 @@ seed, numerics) makes a run what it is and may not change under a ``run_id``; it
 """
 
 from ddpo.config.compare import CompareConfig
+from ddpo.config.evaluation import EvaluationConfig
 from ddpo.config.fork import ForkConfig
 from ddpo.config.model import FullConfig, LoraConfig, ModelConfig, Trainable
 from ddpo.config.numerics import NumericsConfig
@@ -16,11 +17,10 @@ from ddpo.config.operation import (
     StorageConfig,
     TrackingConfig,
 )
+from ddpo.config.plugins import NamedConfig, RewardConfig
 from ddpo.config.run import (
     OPERATION_FIELDS,
-    NamedConfig,
     OptimizerConfig,
-    RewardConfig,
     RolloutsConfig,
     RunConfig,
 )
@@ -32,6 +32,7 @@ __all__ = [
     "AnySampler",
     "CompareConfig",
     "DdimSampler",
+    "EvaluationConfig",
     "ForkConfig",
     "FullConfig",
     "Keep",

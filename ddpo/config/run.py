@@ -17,33 +17,14 @@ from pydantic import (
 from ddpo.algorithms import AnyAlgorithm, DdpoIs
 from ddpo.algorithms.base import RunSettings
 from ddpo.basics.limits import EPOCH_LIMIT, INDEX_LIMIT, LARGEST_RATE, Seed
-from ddpo.basics.part import JsonMapping, Part, check_divides, is_auto, is_off, is_one
+from ddpo.basics.part import Part, check_divides, is_auto, is_off, is_one
+from ddpo.config.evaluation import EvaluationConfig
 from ddpo.config.fork import ForkConfig
 from ddpo.config.model import LoraConfig, ModelConfig, Trainable
 from ddpo.config.numerics import NumericsConfig
 from ddpo.config.operation import StorageConfig, TrackingConfig
+from ddpo.config.plugins import NamedConfig, RewardConfig
 from ddpo.config.sampler import AnySampler, DdimSampler
-
-
-class NamedConfig(Part):
-    """A plug-in by name, with its parameters."""
-
-    name: str
-    """A registered name, or an import path `package.module:attribute` of your own."""
-    parameters: JsonMapping = Field(default_factory=dict)
-    """Checked against what the plug-in accepts."""
-
-
-class RewardConfig(NamedConfig):
-    """A reward, and what happens to samples that it cannot score."""
-
-    tries: PositiveInt = 2
-    """How often scoring a sample is tried before it counts as failed."""
-    on_failure: Literal["drop", "impute", "fail"] = "drop"
-    """`drop`: failed samples are excluded from all statistics and from training. `impute`: they
-    count as their prompt's mean in the update, but are excluded from all statistics; where the
-    prompt has no reward yet, they are dropped. `fail`: the shard's task fails, and with it the
-    run."""
 
 
 class RolloutsConfig(Part):
@@ -84,7 +65,7 @@ class OptimizerConfig(Part):
     rollouts use the trained weights. By default there is none."""
 
 
-OPERATION_FIELDS = frozenset({"epochs", "storage", "tracking", "outputs"})
+OPERATION_FIELDS = frozenset({"epochs", "evaluation", "storage", "tracking", "outputs"})
 """The half of a config that may change under a run_id."""
 
 
@@ -116,6 +97,8 @@ class RunConfig(Part):
     epochs: int = Field(default=100, gt=0, lt=EPOCH_LIMIT)
     """Rounds of sampling and updating. May be increased later, and the run resumes. A fork's epochs
     are counted from its parent's start."""
+    evaluation: EvaluationConfig | None = Field(default=None, exclude_if=is_off)
+    """Evaluate checkpoints in the course of the run. By default, `ddpo evaluate` alone does."""
     storage: StorageConfig = StorageConfig()
     """Where the run is stored."""
     tracking: TrackingConfig = TrackingConfig()

@@ -15,7 +15,7 @@ from pydantic import JsonValue
 from ddpo.basics.paths import expand
 from ddpo.basics.trust import check_place
 from ddpo.basics.version import VERSION
-from ddpo.config import RunConfig
+from ddpo.config import EvaluationConfig, RunConfig
 from ddpo.errors import ConfigError, RunIdentityMismatch
 from ddpo.models import check_family, check_model
 from ddpo.models.numerics import Numerics, changes_since, resolve_again, resolve_numerics
@@ -172,6 +172,8 @@ def check_run(config: RunConfig, run_id: str, *, awaits_parent: bool = False) ->
     runs.check_not_being_deleted(store, run_id)
     check_family(config.model)  # before the prompts, which may take seconds
     reward = load_reward(config.reward.name, config.reward.parameters)
+    if config.evaluation:
+        check_evaluation(config.evaluation, reward)
     identity = _identity(config, reward)
     check_denoising(config)
     if exists := store.exists(keys.run_key(run_id)):
@@ -208,6 +210,29 @@ def check_denoising(config: RunConfig) -> ModelFacts:
 
     check_sampler(facts.schedule, config)
     return facts
+
+
+def check_evaluation(config: EvaluationConfig, own: Reward) -> None:
+    """Check that an evaluation's prompts and rewards can be loaded.
+
+    Args:
+        config: The evaluation.
+        own: The run's own reward.
+
+    Raises:
+        ConfigError: One cannot; or a judge is the run's own reward, or there twice.
+        DdpoError: As `load_reward`.
+    """
+    if config.prompts:
+        load_prompts(config.prompts.name, config.prompts.parameters)
+    ids = [own.identity.reward_id]
+    for judge in config.rewards:
+        ids.append(load_reward(judge.name, judge.parameters).identity.reward_id)
+        if ids[-1] in ids[:-1]:
+            raise ConfigError(
+                f"evaluation.rewards: {judge.name!r} judges the images already; the run's own "
+                "reward always does, and need not be listed"
+            )
 
 
 def _check_stored(

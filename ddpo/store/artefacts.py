@@ -14,10 +14,12 @@ from ddpo.store.manifests import Artefact, Ref
 from ddpo.store.statistics import statistics_from
 from ddpo.store.tables import (
     AdvantageRow,
+    EvaluationRow,
     RewardRow,
     RolloutRow,
     SampleRow,
     decode_advantages,
+    decode_evaluation,
     decode_rewards,
     decode_rollouts,
     decode_samples,
@@ -84,6 +86,47 @@ class CheckpointImages(Artefact):
     def rows(self) -> list[RolloutRow]:
         """Return the images with their prompts, in the order they were generated."""
         return decode_rollouts(self.store.get(self.objects["pictures"]))
+
+
+@dataclass(frozen=True)
+class EvaluationShard(Artefact):
+    """A part of the images that a checkpoint is evaluated on."""
+
+    def rows(self) -> list[RolloutRow]:
+        """Return the images with their prompts, in the order they were sampled."""
+        return decode_rollouts(self.store.get(self.objects["samples"]))
+
+    @property
+    def kl_to_base(self) -> list[float | None]:
+        """KL divergence of each step from the base model's; None where a step is deterministic.
+
+        Empty unless it was measured, with the first shard.
+        """
+        document = self.document("divergence") if "divergence" in self.objects else {}
+        return document.get("kl_to_base", [])
+
+
+@dataclass(frozen=True)
+class EvaluationScores(Artefact):
+    """The scores of such a part under one reward."""
+
+    def rows(self) -> list[RewardRow]:
+        """Return the scores, in the order of `sample_id`."""
+        return decode_rewards(self.store.get(self.objects["rewards"]))
+
+
+@dataclass(frozen=True)
+class Evaluation(Artefact):
+    """What a checkpoint's images say: a row for each, and a summary."""
+
+    @cached_property
+    def metrics(self) -> dict[str, float]:
+        """The summary's values by name."""
+        return self.document("metrics")
+
+    def rows(self) -> list[EvaluationRow]:
+        """Return a row per image, in the order of `sample_id`."""
+        return decode_evaluation(self.store.get(self.objects["images"]))
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ _SEGMENT = re.compile(r"[A-Za-z0-9._=-]{1,200}")
 _SAMPLE_ID = re.compile(r"([^/]+)/(\d{5})/(\d{6})")
 _PARTITION = (
     r"(?P<tree>[a-z]+(?:/[a-z]+)?)/"
-    r"(?:reward_name=(?P<reward>[^/]+)/|pictures_name=(?P<images>[^/]+)/)?"
+    r"(?:reward_name=(?P<reward>[^/]+)/)?(?:pictures_name=(?P<images>[^/]+)/)?"
     r"run_id=(?P<run_id>[^/]+)/epoch=(?P<epoch>\d{5})"
 )
 _MANIFEST = re.compile(MANIFESTS + "/" + _PARTITION + r"(?:/shard-(?P<shard>\d{5}))?\.json")
@@ -62,8 +62,8 @@ class Partition:
         named = ""
         if self.reward_id is not None:
             named = f"reward_name={validate_reward_id(self.reward_id)}/"
-        elif self.images_id is not None:
-            named = f"pictures_name={self.images_id}/"
+        if self.images_id is not None:
+            named += f"pictures_name={self.images_id}/"
         return f"{named}{run_folder(self.run_id)}/epoch={_number(self.epoch, 'epoch')}"
 
     def of_shard(self, shard: int | None) -> Partition:

@@ -8,7 +8,16 @@ from typing import Any, Generic, TypeVar
 
 from ddpo.errors import MissingObject, UnreadableData
 from ddpo.store import keys, manifests
-from ddpo.store.artefacts import AdvantageTable, CheckpointImages, EpochCommit, RolloutShard, Scores
+from ddpo.store.artefacts import (
+    AdvantageTable,
+    CheckpointImages,
+    EpochCommit,
+    Evaluation,
+    EvaluationScores,
+    EvaluationShard,
+    RolloutShard,
+    Scores,
+)
 from ddpo.store.checkpoints import TENSOR_ROLES, Checkpoint
 from ddpo.store.keys import TENSORS_SUFFIX, Partition
 from ddpo.store.manifests import Artefact, Committed, Manifest, Ref
@@ -292,6 +301,39 @@ IMAGES: Kind[CheckpointImages] = Kind(
 )
 """A checkpoint's images of fixed prompts and seeds."""
 
+EVALUATION_SHARD: Kind[EvaluationShard] = Kind(
+    "evaluation samples",
+    "evaluations/samples",
+    frozenset({"images_id", "shard"}),
+    {
+        "samples": Role("evaluations/samples", ".parquet"),
+        "divergence": Role("evaluations/divergences", ".json"),
+    },
+    EvaluationShard,
+)
+"""A part of the images that a checkpoint is evaluated on."""
+
+EVALUATION_SCORES: Kind[EvaluationScores] = Kind(
+    "evaluation scores",
+    "evaluations/rewards",
+    frozenset({"reward_id", "images_id", "shard"}),
+    {"rewards": Role("evaluations/rewards", ".parquet")},
+    EvaluationScores,
+)
+"""The scores of such a part under one reward."""
+
+EVALUATION: Kind[Evaluation] = Kind(
+    "evaluation",
+    "evaluations/summaries",
+    frozenset({"images_id"}),
+    {
+        "images": Role("evaluations/images", ".parquet"),
+        "metrics": Role("evaluations/metrics", ".json"),
+    },
+    Evaluation,
+)
+"""A checkpoint's evaluation: a row per image, and a summary."""
+
 EPOCH: Kind[EpochCommit] = Kind("epoch", "epochs", frozenset(), {}, EpochCommit)
 """The commit of an epoch."""
 
@@ -302,6 +344,9 @@ KINDS: tuple[Kind[Any], ...] = (
     STATISTICS,
     CHECKPOINT,
     IMAGES,
+    EVALUATION_SHARD,
+    EVALUATION_SCORES,
+    EVALUATION,
     EPOCH,
 )
 

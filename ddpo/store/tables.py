@@ -82,6 +82,18 @@ class AdvantageRow:
     """Columns that the algorithm declares, such as `advantage`, `mean` and `std`, or `weight`."""
 
 
+@dataclass(frozen=True)
+class EvaluationRow:
+    """An image that a checkpoint was evaluated on, without its pixels."""
+
+    sample_id: str
+    prompt: str
+    seed: int
+    """One of the evaluation's seeds."""
+    columns: Mapping[str, float | None]
+    """The score by each reward, None where it failed; and the image's statistics."""
+
+
 _IMAGE = pa.struct([pa.field("bytes", pa.binary()), pa.field("path", pa.string())])
 
 _SAMPLE_COLUMNS = [
@@ -124,6 +136,11 @@ ADVANTAGE_SCHEMA = pa.schema(
     ]
 )
 """Schema of the advantages table, without the columns that an algorithm adds."""
+
+EVALUATION_SCHEMA = pa.schema(
+    [("sample_id", pa.string()), ("prompt", pa.string()), ("seed", pa.int64())]
+)
+"""Schema of the evaluations table, without the columns of rewards and statistics."""
 
 # Dictionary encoding only pays off for columns whose values repeat.
 _REPEATED = ("prompt", "policy_digest", "sampler_digest", "status")
@@ -244,6 +261,33 @@ def decode_advantages(data: bytes) -> list[AdvantageRow]:
     for record in _decode("advantages", data, ADVANTAGE_SCHEMA):
         common = {name: record.pop(name) for name in ADVANTAGE_SCHEMA.names}
         rows.append(AdvantageRow(**common, columns=record))
+    return rows
+
+
+def encode_evaluation(rows: Sequence[EvaluationRow]) -> bytes:
+    """Return the rows of an evaluation, in any order, as a Parquet file.
+
+    The columns of rewards and statistics are float64 and sorted by name.
+
+    Raises:
+        InvalidTable: An image occurs twice.
+    """
+    names = sorted({name for row in rows for name in row.columns})
+    records = [{**_fields(row, "columns"), **row.columns} for row in rows]
+    extra = [pa.field(name, pa.float64()) for name in names]
+    return _encode("evaluations", records, pa.schema([*EVALUATION_SCHEMA, *extra]))
+
+
+def decode_evaluation(data: bytes) -> list[EvaluationRow]:
+    """Return the rows of a file that `encode_evaluation` made, in the order of `sample_id`.
+
+    Raises:
+        UnreadableData: The bytes are not such a table, or a page's checksum does not match.
+    """
+    rows = []
+    for record in _decode("evaluations", data, EVALUATION_SCHEMA):
+        common = {name: record.pop(name) for name in EVALUATION_SCHEMA.names}
+        rows.append(EvaluationRow(**common, columns=record))
     return rows
 
 

@@ -14,7 +14,7 @@ from prefect.runtime import flow_run
 
 from ddpo.analysis.comparison.plan import Comparison
 from ddpo.basics.digests import json_digest
-from ddpo.config import RewardConfig
+from ddpo.config import EvaluationConfig, RewardConfig
 from ddpo.config.yaml_text import write_yaml
 from ddpo.runs import Run
 from ddpo.store.keys import Partition
@@ -33,6 +33,9 @@ from ddpo_workflow.tasks.tracking.tracker import RunTracker
 
 RESCORED_TAG = "ddpo.rescored_run"
 """The tag with the name of the run whose samples were rescored."""
+
+EVALUATED_TAG = "ddpo.evaluated_run"
+"""The tag with the name of the run whose checkpoints were evaluated."""
 
 
 def tags_of(run: Run) -> dict[str, str]:
@@ -115,6 +118,39 @@ def open_rescored_page(
         tags={
             ROOT_TAG: run.store.root,
             RESCORED_TAG: run.run_id,
+            "prefect.flow_run_id": flow_run.get_id() or "",
+        },
+        parent=tags_of(run),
+    )
+
+
+def open_evaluation_page(run: Run, name: str, config: EvaluationConfig) -> RunTracker:
+    """Open the page of an evaluation that a user asked for, nested below the run's own page.
+
+    Args:
+        run: The run.
+        name: The evaluation's name in keys.
+        config: Its settings.
+
+    Raises:
+        TrackingError: MLflow refuses or cannot be reached.
+    """
+    return _opened(
+        tracking_uri=run.config.tracking.uri,
+        experiment=run.config.tracking.experiment,
+        run_id=f"{run.run_id}-evaluated-{name}",
+        uid=f"{run.uid}-evaluated-{name}",
+        params={
+            "rewards": ", ".join((run.config.reward.name, *(r.name for r in config.rewards))),
+            "prompts": (config.prompts or run.config.prompts).name,
+            "count": config.count,
+            "seeds": ", ".join(map(str, config.seeds)),
+            "steps": config.steps or run.config.sampler.steps,
+            "eta": config.eta,
+        },
+        tags={
+            ROOT_TAG: run.store.root,
+            EVALUATED_TAG: run.run_id,
             "prefect.flow_run_id": flow_run.get_id() or "",
         },
         parent=tags_of(run),

@@ -11,7 +11,7 @@ import yaml
 
 from ddpo.analysis.comparison.plan import Comparison, check_not_shared, read_comparison
 from ddpo.analysis.comparison.result import compare_curves
-from ddpo.analysis.comparison.statistics import interval, t_quantile
+from ddpo.analysis.intervals import interval, t_quantile
 from ddpo.errors import ConfigError
 from ddpo.runs import start_run
 from ddpo.store.objects import Store

@@ -10,7 +10,7 @@ import numpy as np
 
 from ddpo.analysis.comparison.plan import Comparison
 from ddpo.analysis.comparison.result import Result
-from ddpo.analysis.comparison.statistics import LEVEL, Interval
+from ddpo.analysis.intervals import LEVEL, Interval
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # after the backend is chosen

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ddpo.analysis.comparison.plan import Comparison, Member
-from ddpo.analysis.comparison.statistics import Interval, interval
+from ddpo.analysis.intervals import Interval, interval
 from ddpo.analysis.rewards import reward_curve
 from ddpo.errors import MissingObject
 from ddpo.runs import Run, open_run

@@ -1,4 +1,4 @@
-"""Means over seeds with their confidence intervals."""
+"""Means with their confidence intervals."""
 
 from __future__ import annotations
 

@@ -1,0 +1,1 @@
+"""Checkpoints compared on fixed prompts and seeds."""

@@ -1,0 +1,133 @@
+"""What an evaluation samples: prompts, seeds and a sampler, the same for every checkpoint."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, JsonValue
+
+from ddpo.analysis.history import epoch_range
+from ddpo.basics.digests import json_digest
+from ddpo.basics.randomness import derive_seed
+from ddpo.config import AnySampler, EvaluationConfig, SamplerConfig
+from ddpo.errors import ConfigError
+from ddpo.prompts import Prompt, load_prompts
+from ddpo.runs import Run
+from ddpo.store.kinds import CHECKPOINT
+from ddpo.store.upkeep.retention import is_retired
+
+Evaluated = Literal["trained", "average"]
+"""The weights that are evaluated: the trained ones, or their moving average."""
+
+
+class EvaluationSet(BaseModel):
+    """Everything that decides which images a checkpoint is evaluated on."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    prompts: tuple[tuple[str, dict[str, JsonValue]], ...]
+    """Text and metadata of each prompt."""
+    seeds: tuple[int, ...]
+    """Each prompt is sampled with each; an image depends on its own seed alone."""
+    sampler: AnySampler
+    """The sampler, at the evaluation's settings."""
+    weights: Evaluated
+    """The weights."""
+    kl_samples: int
+    """Samples over which the KL divergence from the base model is measured."""
+
+    @property
+    def set_id(self) -> str:
+        """Name of this set in keys."""
+        return self.digest[:8]
+
+    @property
+    def digest(self) -> str:
+        """sha256 over all of it."""
+        return json_digest(self.model_dump(mode="json"))
+
+    @property
+    def rows(self) -> list[tuple[Prompt, int]]:
+        """A prompt and a seed per image, in the order they are sampled."""
+        return [(Prompt(text, facts), seed) for text, facts in self.prompts for seed in self.seeds]
+
+
+def evaluation_set(
+    run: Run, config: EvaluationConfig, weights: Evaluated = "trained"
+) -> EvaluationSet:
+    """Resolve what an evaluation of a run samples.
+
+    Args:
+        run: The run.
+        config: The evaluation's settings.
+        weights: The weights to evaluate.
+
+    Raises:
+        ConfigError: There is no such prompt set.
+    """
+    named = config.prompts
+    prompts = load_prompts(named.name, named.parameters) if named else run.prompts
+    chosen = spread(len(prompts), config.count)
+    return EvaluationSet(
+        prompts=tuple((prompts[i].text, dict(prompts[i].metadata)) for i in chosen),
+        seeds=config.seeds,
+        sampler=evaluation_sampler(run, config),
+        weights=weights,
+        kl_samples=config.kl_samples if weights == "trained" else 0,
+    )
+
+
+def evaluation_sampler(run: Run, config: EvaluationConfig) -> SamplerConfig:
+    """Return a run's sampler at an evaluation's settings, which are those of inference."""
+    changes: dict[str, Any] = {"window": None, "eta": config.eta}
+    for name in ("steps", "guidance_scale"):
+        if (value := getattr(config, name)) is not None:
+            changes[name] = value
+    return run.config.sampler.changed(**changes)
+
+
+def kept_checkpoints(run: Run, selection: str | None) -> list[int]:
+    """Return the checkpoints to evaluate, in order: the first one of the run, and those selected.
+
+    Args:
+        run: The run.
+        selection: One checkpoint, or a range ``a:b`` without b; by default all that are kept.
+
+    Raises:
+        ConfigError: The selection is neither; or none of these is there or kept.
+    """
+    selected = epoch_range(selection)
+    committed = [where.epoch for where in CHECKPOINT.partitions_of(run.store, run.run_id)]
+    kept = [epoch for epoch in committed if not is_retired(run.store, run.run_id, epoch)]
+    chosen = [epoch for epoch in kept if epoch in selected]
+    if not chosen:
+        known = ", ".join(map(str, kept)) or "none"
+        which = f" {selection}" if selection else ""
+        raise ConfigError(f"run {run.run_id!r} has no checkpoint{which}; it has kept: {known}")
+    if run.first_epoch in kept and run.first_epoch not in chosen:
+        return [run.first_epoch, *chosen]
+    return chosen
+
+
+def spread(size: int, count: int) -> list[int]:
+    """Return `count` indices spread evenly over `size` items; all of them if there are fewer."""
+    if count >= size:
+        return list(range(size))
+    return [(2 * i + 1) * size // (2 * count) for i in range(count)]
+
+
+def noise_seed(prompt: str, seed: int) -> int:
+    """Return the noise seed of an image: prompts share none, so that a seed is no layout."""
+    return derive_seed(seed, "evaluation", prompt)
+
+
+def is_due(config: EvaluationConfig, epoch: int, first: int, end: int) -> bool:
+    """Return whether a run evaluates the checkpoint before an epoch.
+
+    Args:
+        config: The evaluation's settings.
+        epoch: The epoch; `end` stands for the last checkpoint.
+        first: The run's first epoch.
+        end: The run's number of epochs.
+    """
+    return (epoch - first) % config.every == 0 or epoch == end

@@ -1,0 +1,33 @@
+"""Settings of evaluations: what checkpoints are compared on."""
+
+from __future__ import annotations
+
+from pydantic import Field, NonNegativeInt, PositiveInt
+
+from ddpo.basics.limits import Seed
+from ddpo.basics.part import Part, is_off
+from ddpo.config.plugins import NamedConfig, RewardConfig
+
+
+class EvaluationConfig(Part):
+    """Fixed prompts and seeds, sampled at inference settings, scored by several rewards."""
+
+    every: PositiveInt = 5
+    """Evaluate the checkpoint before every this many epochs, and the last one."""
+    prompts: NamedConfig | None = Field(default=None, exclude_if=is_off)
+    """A prompt set; by default the run's own."""
+    count: PositiveInt = 16
+    """How many of its prompts are used, spread over the whole set."""
+    seeds: tuple[Seed, ...] = Field(default=(0, 1), min_length=1)
+    """The seeds; each prompt is sampled with each seed. Diversity needs two at least."""
+    steps: PositiveInt | None = Field(default=None, exclude_if=is_off)
+    """Denoising steps; by default those of the run's sampler."""
+    guidance_scale: float | None = Field(default=None, ge=1.0, exclude_if=is_off)
+    """Classifier-free guidance; by default that of the run's sampler."""
+    eta: float = Field(default=0.0, ge=0.0, le=1.0)
+    """Share of DDPM's noise; 0, which users sample with, is deterministic."""
+    rewards: tuple[RewardConfig, ...] = ()
+    """Rewards that the run does not train on: held-out judges of the same images."""
+    kl_samples: NonNegativeInt = 4
+    """Samples, by the run's own sampler, over which the KL divergence from the base model is
+    measured; 0 leaves it out."""

@@ -1,0 +1,197 @@
+"""Checkpoints against the first one on fixed prompts and seeds, at inference settings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from prefect.futures import PrefectFuture
+
+from ddpo.analysis.evaluation.plan import Evaluated, evaluation_set, is_due
+from ddpo.config import EvaluationConfig
+from ddpo.runs import Run
+from ddpo.store.artefacts import Evaluation
+from ddpo.store.checkpoints import Checkpoint
+from ddpo.store.keys import Partition
+from ddpo.store.kinds import CHECKPOINT, EVALUATION, EVALUATION_SHARD
+from ddpo.store.manifests import Ref
+from ddpo.store.upkeep.retention import is_retired
+from ddpo_workflow.flows.flow import ddpo_flow
+from ddpo_workflow.flows.forms import Text
+from ddpo_workflow.flows.run_requests import EvaluateRequest
+from ddpo_workflow.tasks.evaluate import (
+    sample_evaluation,
+    score_evaluation,
+    shards_of,
+    summarize_evaluation,
+    summary_id,
+)
+from ddpo_workflow.tasks.tracking.evaluation import track_evaluation
+from ddpo_workflow.tasks.tracking.page import open_evaluation_page
+from ddpo_workflow.tasks.tracking.tracker import TrackingHandle
+
+
+@ddpo_flow(name="ddpo-evaluate", run_name="{run_id} evaluated")
+def evaluate(
+    run_id: str,
+    epochs: Text = None,
+    rewards: Sequence[str] = (),
+    overrides: Sequence[str] = (),
+    storage: Text = None,
+    trust: bool = False,
+) -> list[dict[str, float]]:
+    """Evaluate a run's checkpoints on fixed prompts and seeds, against its first one.
+
+    Args:
+        run_id: The run's name.
+        epochs: One checkpoint, or a range `a:b` without b; either end may be left out. Empty: all
+            that are kept.
+        rewards: Names of more rewards that judge the images.
+        overrides: Settings of the evaluation, one an item, such as `evaluation.count=32`.
+        storage: Folder or URL of the store. Empty: the worker's DDPO_ROOT, or the local store.
+        trust: Use the code, addresses and files that a run started on another machine names.
+
+    Returns:
+        The summary of each checkpoint.
+    """
+    plan = EvaluateRequest(
+        run_id=run_id,
+        epochs=epochs,
+        rewards=tuple(rewards),
+        overrides=tuple(overrides),
+        storage=storage,
+        trust=trust,
+    ).plan()
+    images = evaluation_set(plan.run, plan.config)
+    name = summary_id(plan.run, plan.config, images)
+    with open_evaluation_page(plan.run, name, plan.config) as page:
+        return [
+            summary
+            for epoch in plan.epochs
+            for summary in evaluate_checkpoint(plan.run, page.handle, plan.config, epoch).results()
+        ]
+
+
+@dataclass(frozen=True)
+class Pending:
+    """An evaluation that is under way beside other work."""
+
+    summaries: tuple[PrefectFuture[dict[str, float]], ...]
+    """One for each set of weights."""
+
+    def results(self) -> list[dict[str, float]]:
+        """Wait for the evaluation; return its summaries."""
+        return [summary.result() for summary in self.summaries]
+
+
+class Evaluations:
+    """The evaluations of a run in its course: each is under way beside the epoch that follows.
+
+    Args:
+        run: The run; without a section `evaluation` in its config, nothing is evaluated.
+        tracking: Its page in MLflow.
+    """
+
+    def __init__(self, run: Run, tracking: TrackingHandle) -> None:
+        self._run, self._tracking = run, tracking
+        self._pending: list[Pending] = []
+
+    def catch_up(self, epoch: int) -> None:
+        """Complete the evaluations before an epoch that an earlier start began and did not end."""
+        for earlier in range(self._run.first_epoch, epoch):
+            where = Partition(self._run.run_id, earlier)
+            if CHECKPOINT.exists(self._run.store, where):
+                self.begin(earlier)
+        self.finish()
+
+    def begin(self, epoch: int) -> None:
+        """Start to evaluate the checkpoint before an epoch, if it is due."""
+        run, config = self._run, self._run.config.evaluation
+        if config and is_due(config, epoch, run.first_epoch, run.config.epochs):
+            if not has_images(run, config, epoch) and is_retired(run.store, run.run_id, epoch):
+                return  # the run was not evaluated yet when retention deleted it
+            self._pending.append(evaluate_checkpoint(run, self._tracking, config, epoch))
+
+    def finish(self) -> list[dict[str, float]]:
+        """Wait for what is under way; return its summaries."""
+        pending, self._pending = self._pending, []
+        return [summary for each in pending for summary in each.results()]
+
+
+def has_images(run: Run, config: EvaluationConfig, epoch: int) -> bool:
+    """Return whether all images that a checkpoint is evaluated on are committed."""
+    images = evaluation_set(run, config)
+    wheres = (
+        Partition(run.run_id, epoch, shard, images_id=images.set_id)
+        for shard in range(len(shards_of(run, images)))
+    )
+    return all(EVALUATION_SHARD.exists(run.store, where) for where in wheres)
+
+
+def evaluate_checkpoint(
+    run: Run, tracking: TrackingHandle, config: EvaluationConfig, epoch: int
+) -> Pending:
+    """Start to evaluate a checkpoint, with its trained weights and their average if there is one.
+
+    Images are sampled on the device before whatever is submitted to it later; they are scored
+    beside it. What is committed is only found.
+
+    Args:
+        run: The run.
+        tracking: Its page in MLflow.
+        config: The evaluation's settings.
+        epoch: The checkpoint's epoch.
+    """
+    checkpoint = CHECKPOINT.find(run.store, Partition(run.run_id, epoch))
+    assert checkpoint is not None
+    every: list[Evaluated] = ["trained"]
+    if run.config.optimizer.ema_decay is not None and epoch > run.first_epoch:
+        every.append("average")  # equal to the trained weights at the start
+    return Pending(
+        tuple(_submit(run, tracking, config, checkpoint, weights, epoch) for weights in every)
+    )
+
+
+def _submit(
+    run: Run,
+    tracking: TrackingHandle,
+    config: EvaluationConfig,
+    checkpoint: Ref[Checkpoint],
+    weights: Evaluated,
+    epoch: int,
+) -> PrefectFuture[dict[str, float]]:
+    handle = run.handle
+    shards = range(len(shards_of(run, evaluation_set(run, config, weights))))
+    # Futures: Prefect resolves them to their results before a task runs.
+    samples: list[Any] = [
+        sample_evaluation.submit(handle, checkpoint, config, weights, epoch, shard)
+        for shard in shards
+    ]
+    scores: list[Any] = [
+        score_evaluation.submit(handle, samples[shard], epoch, shard, reward)
+        for reward in (None, *config.rewards)
+        for shard in shards
+    ]
+    baseline = baseline_of(run, config, epoch)
+    summary: Any = summarize_evaluation.submit(
+        handle, config, weights, samples, scores, baseline, epoch
+    )
+    return track_evaluation.submit(handle, tracking, summary, weights, epoch)
+
+
+def summaries_of(
+    run: Run, config: EvaluationConfig, epochs: Sequence[int]
+) -> list[tuple[int, dict[str, float]]]:
+    """Return the committed summaries of checkpoints with their trained weights, by epoch."""
+    name = summary_id(run, config, evaluation_set(run, config))
+    wheres = [Partition(run.run_id, epoch, images_id=name) for epoch in epochs]
+    return [(where.epoch, EVALUATION.require(run.store, where).metrics) for where in wheres]
+
+
+def baseline_of(run: Run, config: EvaluationConfig, epoch: int) -> Ref[Evaluation] | None:
+    """Return the evaluation of a run's first checkpoint; None for that one itself."""
+    if epoch == run.first_epoch:
+        return None
+    name = summary_id(run, config, evaluation_set(run, config, "trained"))
+    return EVALUATION.find(run.store, Partition(run.run_id, run.first_epoch, images_id=name))

@@ -1,0 +1,54 @@
+"""The task that logs an evaluation to MLflow."""
+
+from __future__ import annotations
+
+import re
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
+from ddpo.analysis.evaluation.plan import Evaluated
+from ddpo.store.artefacts import Evaluation
+from ddpo.store.kinds import EVALUATION
+from ddpo.store.manifests import Ref
+from ddpo_workflow.tasks.retries import STORAGE
+from ddpo_workflow.tasks.tracking.tracker import TrackingHandle, tracker
+from ddpo_workflow.tasks.worker import RunHandle, opened
+
+_PREFIXES: dict[Evaluated, str] = {"trained": "evaluation", "average": "evaluation_average"}
+
+
+@task(
+    name="track evaluation",
+    task_run_name="track evaluation of checkpoint {epoch}",
+    cache_policy=NO_CACHE,
+    **STORAGE,
+)
+def track_evaluation(
+    handle: RunHandle,
+    tracking: TrackingHandle,
+    evaluation: Ref[Evaluation],
+    weights: Evaluated,
+    epoch: int,
+) -> dict[str, float]:
+    """Log the summary of a checkpoint's evaluation at step ``epoch``.
+
+    Args:
+        handle: The run.
+        tracking: Its page in MLflow.
+        evaluation: The evaluation.
+        weights: The weights that were evaluated; they name the metrics.
+        epoch: The checkpoint's epoch.
+
+    Returns:
+        The summary by name, without the prefix.
+    """
+    found = EVALUATION.load(opened(handle).store, evaluation).metrics
+    prefix = _PREFIXES[weights]
+    metrics = {
+        f"{prefix}/{re.sub(r'[^A-Za-z0-9_./ -]+', '_', name)}": value
+        for name, value in found.items()
+    }
+    page = tracker(tracking)
+    page.backlog.log(lambda: page.log_metrics(metrics, step=epoch))
+    return found
