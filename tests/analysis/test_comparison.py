@@ -185,7 +185,7 @@ def test_a_part_with_a_type_replaces_and_one_without_changes(tmp_path: Path) -> 
         "clip_range": 0.5, "updates_per_epoch": 2,
     }  # fmt: skip
     assert (config.optimizer.learning_rate, config.optimizer.max_grad_norm) == (2e-3, 2.0)
-    assert planned.variants["sf"][0].config.algorithm.updates_per_epoch == 1
+    assert planned.variants["sf"][0].config.algorithm.model_dump()["updates_per_epoch"] == 1
 
 
 @pytest.mark.parametrize(

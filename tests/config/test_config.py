@@ -223,16 +223,20 @@ def test_a_bad_override_is_refused(tmp_path: Path, override: str, message: str) 
 def test_a_config_is_identity_operation_and_numerics_and_nothing_twice() -> None:
     config = parse()
     identity, operation = config.identity(), config.operation()
-    assert set(operation) == set(OPERATION_FIELDS) == {"epochs", "storage", "tracking", "outputs"}
+    # What is off is not written down.
+    assert {*operation, "evaluation"} == set(OPERATION_FIELDS)
+    assert "evaluation" not in operation
     assert not set(identity) & set(operation)
     # A run that branches off none says nothing of it.
-    assert {*identity, *operation, "numerics", "fork"} == set(RunConfig.model_fields)
+    assert {*identity, *operation, "numerics", "fork", "evaluation"} == set(RunConfig.model_fields)
     assert "fork" not in identity
 
 
 def test_operation_changes_no_identity_and_everything_else_does() -> None:
     before = parse().identity()
-    operated = parse(epochs=7, storage={"root": "x"}, tracking={"experiment": "y"}, outputs="z")
+    operated = parse(
+        epochs=7, storage={"root": "x"}, tracking={"experiment": "y"}, outputs="z", evaluation={}
+    )
     assert operated.identity() == before
     for change in (
         {"seed": 1},

@@ -39,7 +39,7 @@ def refusal(**changes: Any) -> str:
         ),
         (
             {"steps": 20},
-            "steps: there is no such key; it belongs under `sampler`",
+            "steps: there is no such key; it belongs under `sampler` or `evaluation`",
         ),
         (
             {"algorithm": {"type": "ddpo_is", "clip_rang": 1e-4}},
