@@ -16,7 +16,6 @@ install: $(READY)  ## Install everything into .venv
 
 demo: $(READY)  ## Train the starter model on a reward, on the CPU, in minutes
 	$(BIN)/ddpo train configs/starter.yaml
-	@echo "Look at it: $(BIN)/ddpo ui"
 
 check: $(READY)  ## Before each commit: style, types and the fast tests (two minutes)
 	$(BIN)/ruff check .

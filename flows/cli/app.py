@@ -15,6 +15,7 @@ from ddpo_workflow.flows.cli import data, evaluate, forks, pages, rewards, stora
 from ddpo_workflow.flows.cli.once import OptionsOnce
 from ddpo_workflow.flows.cli.quiet import set_defaults
 from ddpo_workflow.flows.cli.screen import say, set_up
+from ddpo_workflow.flows.messages import as_called
 
 app = typer.Typer(
     help="Reinforcement learning for diffusion models, as a durable batch workflow.",
@@ -37,7 +38,7 @@ def main() -> None:
         app()
     except DdpoError as error:
         say(type(error).__name__, style="bold red")
-        say(str(error))
+        say(as_called(str(error)))
         sys.exit(2)
 
 

@@ -12,6 +12,7 @@ from rich.table import Table
 from ddpo_workflow.flows.cli import early_stop
 from ddpo_workflow.flows.cli.quiet import hide_loading_bars
 from ddpo_workflow.flows.cli.screen import console, say, show, show_places
+from ddpo_workflow.flows.messages import as_called, resume_command, ui_command
 
 if TYPE_CHECKING:
     from ddpo.runs import Run, RunPlan
@@ -46,7 +47,6 @@ def show_run(plan: RunPlan, train: Callable[[], object]) -> None:
     """
     from ddpo.runs import open_run
     from ddpo_workflow.flows.cli.bars import Bars
-    from ddpo_workflow.flows.messages import resume_command
     from ddpo_workflow.tasks.progress import shown_by
 
     command = resume_command(plan.store, plan.run_id)
@@ -86,7 +86,7 @@ def running(what: str, advice: Callable[[], str]) -> Iterator[None]:
             yield
     except Exception as error:
         say(f"{what} failed: {type(error).__name__}", style="bold red")
-        say(str(error))
+        say(as_called(str(error)))
         say(advice())
         sys.exit(1)
 
@@ -94,6 +94,7 @@ def running(what: str, advice: Callable[[], str]) -> Iterator[None]:
 def _summarise(run: Run) -> None:
     from ddpo.analysis.rewards import remarks, reward_curve
     from ddpo.basics.redaction import hide_credentials
+    from ddpo.config import TrackingConfig
     from ddpo_workflow.flows.train import outputs_folder
     from ddpo_workflow.tasks.export_weights import ADAPTER_FOLDER, PIPELINE_FOLDER
 
@@ -115,6 +116,6 @@ def _summarise(run: Run) -> None:
             "weights": str(outputs / (PIPELINE_FOLDER if full else ADAPTER_FOLDER)),
             "store": run.store.root,
             "MLflow": hide_credentials(run.config.tracking.uri),
-            "look": "ddpo ui",
+            "look": ui_command(run.config.tracking.uri, TrackingConfig().uri),
         }
     )

@@ -18,6 +18,7 @@ from ddpo_workflow.flows.cli.common import (
 )
 from ddpo_workflow.flows.cli.quiet import hide_loading_bars
 from ddpo_workflow.flows.cli.screen import busy, say
+from ddpo_workflow.flows.messages import as_called, store_command
 
 if TYPE_CHECKING:
     from ddpo.store.upkeep.delete import Deletion
@@ -65,11 +66,12 @@ def verify(
             status = "rebuilt" if outcome.done else "not rebuilt"
             say(f"{status}: {outcome.manifest}")
         found = check()
+    rebuild = store_command(store, "verify", run_id, "--repair")
     for damage in found.damages:
         derivable = repairable_part(damage.manifest) is not None
-        way_out = "ddpo verify --repair rebuilds it" if derivable else "restore it from a copy"
+        way_out = f"rebuild it with: {rebuild}" if derivable else "restore it from a copy"
         say(f"damaged: {damage}")
-        say(f"    listed in {damage.manifest}; {reasons.get(damage.manifest, way_out)}")
+        say(as_called(f"    listed in {damage.manifest}; {reasons.get(damage.manifest, way_out)}"))
     retired = f", {found.retired} retired on purpose" if found.retired else ""
     outcome = "whole" if found.epochs else "no committed epoch found"
     if found.damages:

@@ -88,7 +88,11 @@ def test_verify_names_damage_mends_it_and_gc_finds_nothing(root, monkeypatch, ca
         cli.main()
     screen = capsys.readouterr().out
     assert ended.value.code == 1
-    assert shard.name in screen and "--repair rebuilds it" in screen and "1 damaged" in screen
+    assert (
+        shard.name in screen
+        and f"verify small --repair --root {root}" in screen
+        and "1 damaged" in screen
+    )
     ddpo(monkeypatch, "verify", "small", "--repair", "--root", root)
     assert "rebuilt" in capsys.readouterr().out
     assert shard.read_bytes() == whole

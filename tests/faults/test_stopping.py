@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import signal
 import sqlite3
@@ -198,7 +199,7 @@ def test_a_run_is_cancelled_and_goes_on_as_the_screen_says(
 
     told = run.screen.partition("Resume with: ")[2].splitlines()[0]
     ddpo, *words = shlex.split(told)
-    assert ddpo == "ddpo"
+    assert Path(ddpo).name == "ddpo"
     done = subprocess.run(
         [sys.executable, "-m", "ddpo_workflow.flows.cli", *words],
         env=run.environment,
@@ -258,7 +259,7 @@ def test_a_stop_during_the_checks_says_that_nothing_has_begun(
     ("begun", "told"),
     [
         ("not begun", "stopped. No run has begun: there is nothing to resume"),
-        ("begun", "stopped. Committed work is kept. Resume with: ddpo resume night"),
+        ("begun", r"stopped. Committed work is kept. Resume with: \S*ddpo resume night"),
     ],
 )
 def test_a_stop_says_whether_there_is_a_run_to_resume(
@@ -268,7 +269,7 @@ def test_a_stop_says_whether_there_is_a_run_to_resume(
     command = [sys.executable, "-c", STOPPED, begun, *run.settings]
     done = subprocess.run(command, env=run.environment, capture_output=True, text=True, check=False)
     assert done.returncode == 143, done.stderr
-    assert told in done.stdout
+    assert re.search(told, done.stdout)
 
 
 @pytest.mark.slow
