@@ -22,7 +22,7 @@ from ddpo_workflow.flows.run_requests import CompareRequest, ComparisonPlan
 from ddpo_workflow.flows.train import outputs_folder, own_outputs_folder, train_run
 from ddpo_workflow.tasks.commit import commit_epoch
 from ddpo_workflow.tasks.credit import credit_of
-from ddpo_workflow.tasks.progress import as_part, finished_epoch
+from ddpo_workflow.tasks.progress import as_part, finished_epoch, logged, note
 from ddpo_workflow.tasks.start import start
 from ddpo_workflow.tasks.tracking.connection import waited_for
 from ddpo_workflow.tasks.tracking.metrics import track_scores
@@ -101,12 +101,13 @@ def sample_shared(handle: RunHandle, tracking: TrackingHandle) -> None:
 def _run_members(plan: ComparisonPlan, first: Run) -> None:
     """Start or resume each run in turn; the first one is started."""
     comparison, before = plan.comparison, 0
-    for member in comparison.members:
+    for number, member in enumerate(comparison.members, start=1):
+        note(f"run {number} of {len(comparison.members)}: {member.run_id}")
         run = first if member.run_id == first.run_id else plan.runs[member.run_id].start()
         with as_part(before, plan.epochs):
             if member is comparison.shared[member.seed]:
                 # The flow around it has heartbeats.
-                with watched_server(), open_page(run) as page, without_heartbeats():
+                with watched_server(), open_page(run) as page, without_heartbeats(), logged():
                     sample_shared(run.handle, page.handle)
             elif _is_whole(run):
                 finished_epoch(run.config.epochs, run.config.epochs, {})

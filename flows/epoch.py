@@ -17,6 +17,7 @@ from ddpo_workflow.flows.prefect_server import show
 from ddpo_workflow.tasks.commit import commit_epoch
 from ddpo_workflow.tasks.credit import credit_of
 from ddpo_workflow.tasks.pictures import PictureSet, draw_pictures
+from ddpo_workflow.tasks.progress import begin_stage
 from ddpo_workflow.tasks.sample import sample_shard
 from ddpo_workflow.tasks.score import score_shard
 from ddpo_workflow.tasks.tracking.metrics import track_epoch, track_pictures
@@ -72,6 +73,8 @@ def run_epoch(plan: EpochPlan, checkpoint: Ref[Checkpoint], epoch: int) -> Epoch
         with laps("sample"):
             rollouts = [shard.result() for shard in sampling]
         with laps("score_wait"):
+            if not resumed:
+                begin_stage("score")
             scores = [shard.result() for shard in scoring]
             advantages = credit_of(plan.run, checkpoint, rollouts, scores, epoch)
         with laps("update"):

@@ -1,4 +1,4 @@
-"""This project's own warnings in the log of the flow run in which they occur."""
+"""This project's own warnings and progress in the log of the flow run in which they occur."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import logging
 
 from prefect.context import FlowRunContext, TaskRunContext
 from prefect.logging.handlers import APILogHandler
+
+from ddpo_workflow.tasks.progress import LOGGER
 
 
 class FlowRunLog(APILogHandler):
@@ -18,7 +20,8 @@ class FlowRunLog(APILogHandler):
 
 
 def log_to_flow_runs() -> None:
-    """Send the warnings of this project to the log of the flow run in which they occur."""
+    """Send the warnings and the progress of this project to the log of their flow run."""
+    logging.getLogger(LOGGER).setLevel(logging.INFO)
     for name in ("ddpo", "ddpo_workflow"):
         logger = logging.getLogger(name)
         if not any(isinstance(handler, FlowRunLog) for handler in logger.handlers):

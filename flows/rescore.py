@@ -17,6 +17,7 @@ from ddpo_workflow.flows.forms import Parameters, Text
 from ddpo_workflow.flows.run_requests import RescoreRequest, Rescoring
 from ddpo_workflow.flows.start import scores_before
 from ddpo_workflow.tasks.credit import credit_of
+from ddpo_workflow.tasks.progress import note
 from ddpo_workflow.tasks.score import score_shard
 from ddpo_workflow.tasks.statistics import rebuild_statistics
 from ddpo_workflow.tasks.tracking.page import open_rescored_page
@@ -60,7 +61,8 @@ def rescore(
     ).plan()
     run, new = rescoring.run, rescoring.reward
     with open_rescored_page(run, new, rescoring.reward_id, uri=tracking) as page:
-        for epoch in rescoring.epochs:
+        for number, epoch in enumerate(rescoring.epochs, start=1):
+            note(f"scoring epoch {epoch}, {number} of {len(rescoring.epochs)} ...")
             rollouts = saved_rollouts(run, epoch)
             scores = [
                 score_shard(run.handle, ref, epoch, shard, new)

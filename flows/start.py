@@ -10,6 +10,7 @@ from ddpo.store.checkpoints import Checkpoint
 from ddpo.store.keys import Partition
 from ddpo.store.kinds import CHECKPOINT
 from ddpo.store.manifests import Ref
+from ddpo_workflow.tasks.progress import begin_stage
 from ddpo_workflow.tasks.score import score_shard
 from ddpo_workflow.tasks.start import start
 
@@ -46,6 +47,7 @@ def scores_before(fork: Fork, reward: RewardConfig) -> list[Ref[Scores]]:
     Raises:
         RetiredObject: Retention deleted samples of one of the epochs.
     """
+    begin_stage("statistics")
     return [
         score_shard(owner.handle, rollouts, epoch, shard, reward)
         for owner, epoch in fork.epochs_before()

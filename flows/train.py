@@ -36,7 +36,7 @@ from ddpo_workflow.flows.run_requests import ResumeRequest, TrainRequest, run_na
 from ddpo_workflow.flows.start import first_checkpoint
 from ddpo_workflow.tasks.export_weights import export_weights
 from ddpo_workflow.tasks.pictures import draw_pictures, picture_set
-from ddpo_workflow.tasks.progress import finished_epoch
+from ddpo_workflow.tasks.progress import begin_stage, finished_epoch, logged
 from ddpo_workflow.tasks.stops import recognise_stop
 from ddpo_workflow.tasks.tracking.catch_up import track_missing
 from ddpo_workflow.tasks.tracking.metrics import track_pictures
@@ -150,7 +150,7 @@ def train_run(run: Run) -> str:
     progress = show(
         lambda: create_progress_artifact(0.0, key=f"{key}-progress", description=description)
     )
-    with watched_server(), open_page(run) as page, _saying_how_to_resume(run):
+    with watched_server(), open_page(run) as page, _saying_how_to_resume(run), logged():
         plan = EpochPlan(run=run.handle, tracking=page.handle, pictures=pictures)
         evaluations = Evaluations(run, page.handle)
         rows: list[dict[str, str]] = []
@@ -176,6 +176,7 @@ def train_run(run: Run) -> str:
         last = draw_pictures(run.handle, checkpoint, pictures, epochs)
         track_pictures(run.handle, page.handle, last, epochs)
         outputs = own_outputs_folder(run.config, run.run_id, run.uid)
+        begin_stage("export")
         export_weights(run.handle, page.handle, checkpoint, str(outputs), epochs)
         evaluations.finish()
         report = write_report(run, pictures.pictures_id, outputs / "report.png")

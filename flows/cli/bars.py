@@ -3,16 +3,30 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
-_VERBS = {
-    "pictures": "sampling the fixed prompts",
-    "sample": "sampling",
-    "update": "updating",
-}
+from ddpo_workflow.flows.cli.screen import redraws
+from ddpo_workflow.tasks.progress import VERBS, Pace, shown_by
+
+
+@contextmanager
+def bars_in_terminal(console: Console, run_id: str, epochs: int) -> Iterator[None]:
+    """Show bars within this context if a terminal shows them; elsewhere, lines of the log do.
+
+    Args:
+        console: The screen.
+        run_id: The name of the run or comparison.
+        epochs: Its number of epochs.
+    """
+    if not redraws(console):
+        yield
+        return
+    with Bars(console, run_id, epochs) as bars, shown_by(bars):
+        yield
 
 
 class Bars:
@@ -32,8 +46,7 @@ class Bars:
         self._name = ""
         self._began = 0.0
         self._done_at_start = 0.0
-        self._first_epoch: tuple[float, int] | None = None
-        self._epochs_done = 0
+        self._pace = Pace()
 
     def __enter__(self) -> Bars:
         self._progress.start()
@@ -48,32 +61,27 @@ class Bars:
         now = time.monotonic()
         if name != self._name:
             self._name, self._began, self._done_at_start = name, now, done
-            if self._first_epoch is None:
-                self._first_epoch = (now, self._epochs_done)
+            if not self._pace.computes:
+                self._pace.begin()
                 self._progress.update(self._run, note="")
             self._progress.reset(self._stage, total=total, visible=True)
         note = ""
-        if name == "sample" and done > self._done_at_start:
+        if name == "sample" and done > self._done_at_start and now > self._began:
             speed = (done - self._done_at_start) / (now - self._began)
             note = f"{speed:.1f} images/s"
-        verb = _VERBS.get(name, name)
+        verb = VERBS.get(name, name)
         self._progress.update(self._stage, description=f"  {verb}", completed=done, note=note)
 
     def epoch(self, done: int, total: int, metrics: Mapping[str, float]) -> None:
         """Show that an epoch is done, its reward, and the time left."""
-        now = time.monotonic()
-        self._epochs_done = done
-        began, since = self._first_epoch or (now, done)
-        left_s = (now - began) / max(done - since, 1) * (total - done)
+        left_s = self._pace.left_s(done, total)
         reward = metrics.get("reward/mean")
         notes = [] if reward is None else [f"reward {reward:.4g}"]
-        if done < total and self._first_epoch is not None:
-            notes.append(f"{_duration(left_s)} left")
-        if self._name == "":
+        if left_s is None:
             # Nothing was computed: an earlier start has committed this epoch.
             notes.append("already done")
-        else:
-            self._first_epoch = (began, since)
+        elif done < total:
+            notes.append(f"{_duration(left_s)} left")
         self._progress.update(
             self._run,
             completed=done,

@@ -137,19 +137,18 @@ def compare(
         config_file=config, name=name, overrides=tuple(set_ or ()), storage=root
     )
     with checked(request) as plan:
-        from ddpo_workflow.flows.cli.bars import Bars
+        from ddpo_workflow.flows.cli.bars import bars_in_terminal
         from ddpo_workflow.flows.compare import compare as compare_flow
-        from ddpo_workflow.tasks.progress import shown_by
 
         comparison = plan.comparison
-        bars = Bars(console, comparison.name, plan.epochs)
+        bars = bars_in_terminal(console, comparison.name, plan.epochs)
 
         def advice() -> str:
             if any(run.begun.is_set() for run in plan.runs.values()):
                 return "Committed work is kept; run the same command again to continue"
             return NOTHING_BEGUN
 
-        with running("the comparison", advice), bars, shown_by(bars):
+        with running("the comparison", advice), bars:
             folder = Path(str(compare_flow(**dict(request))))
     _show_comparison(comparison, plan.store, folder)
 

@@ -46,11 +46,9 @@ def show_run(plan: RunPlan, train: Callable[[], object]) -> None:
         train: Calls the flow that trains it.
     """
     from ddpo.runs import open_run
-    from ddpo_workflow.flows.cli.bars import Bars
-    from ddpo_workflow.tasks.progress import shown_by
+    from ddpo_workflow.flows.cli.bars import bars_in_terminal
 
     command = resume_command(plan.store, plan.run_id)
-    bars = Bars(console, plan.run_id, plan.config.epochs)
 
     def advice() -> str:
         if plan.begun.is_set():
@@ -58,7 +56,8 @@ def show_run(plan: RunPlan, train: Callable[[], object]) -> None:
         return NOTHING_BEGUN
 
     say(f"run {plan.run_id}")
-    with running("the run", advice), bars, shown_by(bars):
+    bars = bars_in_terminal(console, plan.run_id, plan.config.epochs)
+    with running("the run", advice), bars:
         train()
     _summarise(open_run(plan.store, plan.run_id))
 

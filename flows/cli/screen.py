@@ -10,6 +10,7 @@ import logging
 import os
 import re
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, TextIO, cast
@@ -67,12 +68,19 @@ class _Output(io.TextIOBase):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
 
 
-class _Warnings(logging.Handler):
-    """Prints warnings to standard error, above the progress bars if there are any."""
+class _Log(logging.Handler):
+    """Prints warnings to standard error, above the progress bars if there are any.
+
+    Where there are none, lines of progress are printed to standard output.
+    """
 
     def emit(self, record: logging.LogRecord) -> None:
         """Print one."""
         try:
+            if record.levelno < logging.WARNING:
+                if not redraws(console):
+                    say(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {self.format(record)}")
+                return
             sys.stderr.write(f"{record.levelname.lower()}: {self.format(record)}\n")
         except Exception:
             self.handleError(record)
@@ -99,14 +107,19 @@ console: Console = _Screen()
 
 
 def set_up() -> None:
-    """Let any character be printed, and show the warnings of this project."""
+    """Let any character be printed, and show the warnings and the progress of this project."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     for name in ("ddpo", "ddpo_workflow"):
         logger = logging.getLogger(name)
-        if not any(isinstance(handler, _Warnings) for handler in logger.handlers):
-            logger.addHandler(_Warnings())
+        if not any(isinstance(handler, _Log) for handler in logger.handlers):
+            logger.addHandler(_Log())
+
+
+def redraws(screen: Console) -> bool:
+    """Return whether a screen is a terminal that can redraw lines."""
+    return screen.is_terminal and not screen.is_dumb_terminal and screen.file.isatty()
 
 
 def say(text: str | Text, style: str | None = None) -> None:
