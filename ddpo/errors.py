@@ -194,6 +194,18 @@ class RunBeingDeleted(RunNotFound):
         )
 
 
+class RunNotStarted(StoreError):
+    """A run whose first start was stopped before it recorded how it is operated."""
+
+    def __init__(self, run_id: str, root: str) -> None:
+        self.run_id = run_id
+        super().__init__(
+            f"run {run_id!r} in {root} was stopped before its settings were recorded, such as the "
+            "number of epochs. Start it with its config, by the same command as before: "
+            f"`ddpo train CONFIG --run-id {run_id}`, or `ddpo fork` for a fork"
+        )
+
+
 class RunHasForks(StoreError):
     """A run cannot be deleted, since its forks refer to its data."""
 

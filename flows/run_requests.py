@@ -19,8 +19,6 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
-from ddpo.basics.outages import PATIENCE_S
-
 if TYPE_CHECKING:
     from ddpo.analysis.comparison.plan import Comparison
     from ddpo.config import EvaluationConfig, RewardConfig, RunConfig
@@ -110,10 +108,13 @@ class ResumeRequest(Request["RunPlan"]):
     def resolve(self) -> RunPlan:
         """Open the run and check that it can be resumed."""
         from ddpo.config.files import parse_config
+        from ddpo.errors import RunNotStarted
         from ddpo.runs import storage_root
 
         root = storage_root(self.storage)
         run = _opened(root, self.run_id, trust=self.trust)
+        if run.start is None:
+            raise RunNotStarted(run.run_id, run.store.root)
         raw: dict[str, Any] = run.config.whole()
         # As it is reached now; the address that an earlier start was given may be outdated.
         raw["storage"] |= {"root": root, "s3": {}}
@@ -302,7 +303,7 @@ class ComparisonPlan:
     @property
     def store(self) -> Store:
         """The store of the runs, which is waited for."""
-        return self.runs[self.comparison.members[0].run_id].store.patient(PATIENCE_S)
+        return self.runs[self.comparison.members[0].run_id].store
 
     @property
     def epochs(self) -> int:

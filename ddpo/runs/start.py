@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import JsonValue
 
+from ddpo.basics.outages import PATIENCE_S
 from ddpo.basics.paths import expand
 from ddpo.basics.trust import check_place
 from ddpo.basics.version import VERSION
@@ -54,7 +55,7 @@ class RunPlan:
     """A run that has passed all checks and may be started."""
 
     store: Store
-    """The store."""
+    """The store, which is waited for."""
     run_id: str
     """The run's name."""
     config: RunConfig
@@ -68,7 +69,7 @@ class RunPlan:
     awaits_parent: bool = False
     """Whether a fork's parent has yet to run; what is inherited is then checked by `start`."""
     begun: Event = field(default_factory=Event, compare=False)
-    """Set once the run is in the store, so that it can be resumed."""
+    """Set once the run and a start of it are in the store, so that it can be resumed."""
 
     def __post_init__(self) -> None:
         check_readable(self.store, self.run_id, self.config, self.numerics, self.identity)
@@ -104,8 +105,6 @@ class RunPlan:
     def start(self) -> Run:
         """Create the run, or resume the one in the store; this machine trusts it from now on.
 
-        The run's store is waited for.
-
         Raises:
             RunIdentityMismatch: Another process has just created the run with another config.
             DdpoError: As `check_fork`, if the parent had yet to run.
@@ -119,9 +118,9 @@ class RunPlan:
             numerics=self.numerics.model_dump(mode="json"),
             code={"ddpo": VERSION},
         )
-        self.begun.set()
         operation = self.config.operation()
         number = runs.append_operation(self.store, self.run_id, operation)
+        self.begun.set()
         if changed := changes_since(self.numerics):
             _logger.warning(
                 "run %s was started with %s: results from here on may differ by rounding",
@@ -129,7 +128,7 @@ class RunPlan:
                 "; ".join(changed),
             )
         uid = runs.run_uid(self.store, self.run_id)
-        run = run_of_record(self.store, record, operation, number, uid=uid).patient()
+        run = run_of_record(self.store, record, operation, number, uid=uid)
         run.trust()
         return run
 
@@ -176,7 +175,7 @@ def check_run(config: RunConfig, run_id: str, *, awaits_parent: bool = False) ->
         check_evaluation(config.evaluation, reward)
     identity = _identity(config, reward)
     check_denoising(config)
-    if exists := store.exists(keys.run_key(run_id)):
+    if store.exists(keys.run_key(run_id)):
         numerics = _check_stored(store, run_id, config, identity, reward)
     else:
         numerics = resolve_numerics(config.numerics)
@@ -185,8 +184,9 @@ def check_run(config: RunConfig, run_id: str, *, awaits_parent: bool = False) ->
             check_fork(fork)
         prompts = load_prompts(config.prompts.name, config.prompts.parameters)
         try_out(reward, prompts, config.model.size)
-    plan = RunPlan(store, run_id, config, numerics, identity, reward, awaits_parent)
-    if exists:
+    patient = store.patient(PATIENCE_S)
+    plan = RunPlan(patient, run_id, config, numerics, identity, reward, awaits_parent)
+    if store.exists(keys.start_key(run_id, 1)):
         plan.begun.set()
     return plan
 
