@@ -26,7 +26,6 @@ class Part(BaseModel):
     model_config = ConfigDict(
         frozen=True,
         extra="forbid",
-        use_attribute_docstrings=True,
         hide_input_in_errors=True,
         allow_inf_nan=False,
         ser_json_inf_nan="constants",  # by default a number that is not finite becomes null

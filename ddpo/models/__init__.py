@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 from ddpo.config import FullConfig, LoraConfig, ModelConfig
 from ddpo.errors import ModelError
-from ddpo.models import hub
 from ddpo.models.numerics import Numerics, resolve_device
 
 if TYPE_CHECKING:
@@ -53,6 +52,8 @@ def check_family(config: ModelConfig) -> str:
     Raises:
         ModelError: The model is neither on disk nor reachable, or its family is not supported.
     """
+    from ddpo.models import hub  # imports the Hub's client
+
     name = hub.find_model(config).pipeline_class
     if name not in FAMILIES:
         raise ModelError(
@@ -82,6 +83,8 @@ def check_model(
         ModelError: The model is neither on disk nor reachable, its family is not supported, it is
             of a kind that cannot be trained, or its files are incomplete or damaged.
     """
+    from ddpo.models import hub
+
     family = _family(config)
     files = hub.find_model(config, family.parts)
     return family.inspect(files, config, trainable or LoraConfig())

@@ -25,7 +25,7 @@ _VERSIONED = ("torch", "diffusers", "transformers", "peft", "pillow")
 class Numerics(BaseModel):
     """Numerics without any ``auto``; frozen in ``run.json`` at a run's first start."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
     device: Literal["cpu", "cuda", "mps"]
     """Kind of device."""

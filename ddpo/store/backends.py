@@ -20,7 +20,7 @@ from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
-from ddpo.store.fs_errors import CALL_ERRORS
+from ddpo.store.fs_errors import call_errors
 
 TEMPORARY_PREFIX = ".tmp-"
 """Prefix of the file names of unfinished writes, which pyarrow, globs and `Store.list` skip."""
@@ -154,10 +154,10 @@ class S3Backend(ConditionalPutBackend):
         for wait_s in CONFLICT_WAITS_S:
             try:
                 self._fs.pipe_file(path, data, mode="create", Metadata={WRITER: mark})
-            except CALL_ERRORS as error:
+            except call_errors() as error:
                 try:
                     writer = self._writer(path)
-                except CALL_ERRORS:
+                except call_errors():
                     # The first error is the informative one; its cause is the server's answer.
                     raise error from error.__cause__
                 if writer is not None:

@@ -3,34 +3,35 @@
 from __future__ import annotations
 
 import errno
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-from aiohttp import ClientError as ConnectionLost
-from aiohttp import ClientPayloadError
-from botocore.exceptions import (
-    BotoCoreError,
-    HTTPClientError,
-    IncompleteReadError,
-    ResponseStreamingError,
-)
 from fsspec.exceptions import FSTimeoutError
 
 from ddpo.basics.redaction import hide_credentials
 from ddpo.errors import StoreCallFailed, StoreRefused, StoreUnavailable
 
-CALL_ERRORS = (OSError, BotoCoreError, ConnectionLost)
-"""What a failed call raises; s3fs lets some errors of its dependencies through."""
-
-BROKEN_OFF = (ClientPayloadError, FSTimeoutError, IncompleteReadError, ResponseStreamingError)
-"""What a read on S3 raises when the transfer stops or stalls within the object."""
+_AIOHTTP, _BOTOCORE = "aiohttp.client_exceptions", "botocore.exceptions"
 
 BROKEN_OFF_WAITS_S = (0.1, 0.5, 1.0, 2.0, None)
 """Seconds before each retry of an interrupted read."""
 
 _T = TypeVar("_T")
+_Errors = tuple[type[Exception], ...]
+
+
+def call_errors() -> _Errors:
+    """Return what a failed call raises; s3fs lets some errors of its dependencies through."""
+    return (OSError, *_loaded(_BOTOCORE, "BotoCoreError"), *_loaded(_AIOHTTP, "ClientError"))
+
+
+def broken_off() -> _Errors:
+    """Return what a read on S3 raises when the transfer stops or stalls within the object."""
+    of_botocore = _loaded(_BOTOCORE, "IncompleteReadError", "ResponseStreamingError")
+    return (FSTimeoutError, *of_botocore, *_loaded(_AIOHTTP, "ClientPayloadError"))
 
 
 def read_whole(read: Callable[[], _T]) -> _T:
@@ -41,7 +42,7 @@ def read_whole(read: Callable[[], _T]) -> _T:
     for wait_s in BROKEN_OFF_WAITS_S:
         try:
             return read()
-        except BROKEN_OFF:
+        except broken_off():
             if wait_s is None:
                 raise
             time.sleep(wait_s)
@@ -81,7 +82,7 @@ def named_call(call: str, key: str, root: str, *, writes: bool = False) -> Itera
     """
     try:
         yield
-    except CALL_ERRORS as error:
+    except call_errors() as error:
         if isinstance(error, FileNotFoundError) and not writes:
             raise
         # fsspec's own timeout error has no message.
@@ -94,11 +95,21 @@ def named_call(call: str, key: str, root: str, *, writes: bool = False) -> Itera
 def _kind_of(error: Exception) -> type[StoreCallFailed]:
     if isinstance(error, PermissionError):
         return StoreRefused
-    if isinstance(error, (HTTPClientError, ConnectionLost, FSTimeoutError)):
+    lost = (*_loaded(_BOTOCORE, "HTTPClientError"), *_loaded(_AIOHTTP, "ClientError"))
+    if isinstance(error, (*lost, FSTimeoutError)):
         return StoreUnavailable
     answer = getattr(error.__cause__, "response", {}).get("ResponseMetadata", {})
     busy = answer.get("HTTPStatusCode") in (429, 500, 502, 503, 504)
     return StoreUnavailable if busy else StoreCallFailed
+
+
+def _loaded(module: str, *names: str) -> _Errors:
+    """Return errors of a library; none while it is not loaded, and so raises none.
+
+    Importing the libraries of S3 takes longer than most commands on a local store.
+    """
+    found = sys.modules.get(module)
+    return tuple(error for name in names if (error := getattr(found, name, None)))
 
 
 def _way_out(error: Exception, root: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from tests.recorded import folder_of, record_run
@@ -13,6 +14,8 @@ HEAVY = (
     *("torch", "diffusers", "transformers", "peft", "mlflow", "prefect", "matplotlib", "scipy"),
     "inflect",
 )
+# What only a bucket or the Hub needs, and takes a quarter of a second.
+REMOTE = ("aiohttp", "botocore", "httpx", "huggingface_hub")
 
 # Runs commands one after another; prints which heavy libraries each of them has imported.
 PROGRAM = """
@@ -34,13 +37,14 @@ print(json.dumps(imported))
 """
 
 
-def heavy_imports(commands: dict[str, str]) -> dict[str, list[str]]:
+def heavy_imports(commands: dict[str, str], heavy: Sequence[str] = HEAVY) -> dict[str, list[str]]:
     """Return what each command imports, once it has shown what it should.
 
     Args:
         commands: What each shows.
+        heavy: The libraries to look for.
     """
-    words = json.dumps([[command.split() for command in commands], HEAVY])
+    words = json.dumps([[command.split() for command in commands], heavy])
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, words], capture_output=True, text=True, check=True
     )
@@ -63,6 +67,17 @@ def test_lists_and_help_load_no_model_library(tiny_model: Path, tmp_path: Path) 
         f"query mine select:1 --root {root}": "syntax error",
     }
     assert heavy_imports(commands) == {}
+
+
+def test_a_local_store_is_read_without_what_buckets_need(tiny_model: Path, tmp_path: Path) -> None:
+    root = folder_of(record_run(tiny_model, tmp_path / "store"))
+    commands = {
+        "--help": "Usage",
+        f"runs --root {root}": "mine",
+        f"runs --tree --root {root}": "mine",
+        f"verify mine --root {root}": "whole",
+    }
+    assert heavy_imports(commands, [*HEAVY, *REMOTE]) == {}
 
 
 def test_what_cannot_be_run_is_refused_without_a_model_library(tmp_path: Path) -> None:
