@@ -188,6 +188,31 @@ def test_what_a_task_wrote_after_the_deletion_can_be_deleted_too(store: Store) -
         store.put(f"rollouts/{keys.run_folder(RUN)}/epoch=00009/shard-00000", ".parquet", b"late")
 
 
+def test_what_is_written_during_the_question_and_the_deletion_is_deleted_too(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write(epoch: int) -> None:
+        place = f"{keys.run_folder(RUN)}/epoch={epoch:05}/shard-00000"
+        assert store.put_if_absent(f"manifests/rollouts/{place}.json", b"{}")
+        store.put(f"rollouts/{place}", ".parquet", b"late")
+
+    def answer(question: str) -> bool:
+        write(7)
+        return True
+
+    def delete(key: str) -> None:
+        if "epoch=00007" in key and key.startswith("rollouts/"):
+            write(8)
+
+    monkeypatch.setattr("typer.confirm", answer)
+    real = finish_deletion
+    monkeypatch.setattr(
+        "ddpo.store.upkeep.delete.finish_deletion", lambda deletion, on_key: real(deletion, delete)
+    )
+    assert ddpo(monkeypatch, "delete", RUN, "--root", store.root) == 0
+    assert store.list() == []
+
+
 def test_a_run_that_is_not_there_is_an_error_with_similar_names(store: Store) -> None:
     with pytest.raises(DdpoError, match=f"Did you mean {RUN}"):
         plan_deletion(store, RUN + "s")

@@ -70,11 +70,7 @@ def plan_deletion(store: Store, run_id: str) -> Deletion:
         RunHasForks: It has forks.
         StoreError: Another run cannot be read, and may be a fork.
     """
-    sizes = {
-        key: size
-        for key, size in store.sizes().items()
-        if keys.belongs_to(key, run_id) or keys.is_record_of(key, run_id)
-    }
+    sizes = {key: size for key, size in store.sizes().items() if _is_of(key, run_id)}
     if not sizes:
         runs.load_run(store, run_id)  # raises, with similar names
     _check_no_forks(store, run_id)
@@ -107,18 +103,32 @@ def begin_deletion(deletion: Deletion) -> None:
 def finish_deletion(deletion: Deletion, on_key: Callable[[str], None] = lambda key: None) -> None:
     """Delete all that belongs to the run; manifests first, so that they list only what exists.
 
+    That includes what was written since the deletion was planned.
+
     Args:
         deletion: The deletion, which has begun.
         on_key: Called with each key before it is deleted.
     """
     store, run_id = deletion.store, deletion.run_id
+    while rest := _left(store, run_id):
+        for key in rest:
+            on_key(key)
+            store.delete(key)
     last = keys.deletion_key(run_id)
-    beside_parent = keys.fork_records(store.list("runs"), run_id)
-    rest = deletion.sizes.keys() - {keys.run_key(run_id), last}
-    own = sorted(rest, key=lambda key: (not keys.is_manifest(key), key))
-    for key in [*beside_parent, *own, last]:
-        on_key(key)
-        store.delete(key)
+    on_key(last)
+    store.delete(last)
+
+
+def _left(store: Store, run_id: str) -> list[str]:
+    """Return the keys of all that is left of a run but the record of its deletion."""
+    found = store.list(hidden=True)
+    own = {key for key in found if _is_of(key, run_id)} - {keys.deletion_key(run_id)}
+    ordered = sorted(own, key=lambda key: (not keys.is_manifest(key), key))
+    return [*keys.fork_records(found, run_id), *ordered]
+
+
+def _is_of(key: str, run_id: str) -> bool:
+    return keys.belongs_to(key, run_id) or keys.is_record_of(key, run_id)
 
 
 def _check_no_forks(store: Store, run_id: str) -> None:
