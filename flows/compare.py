@@ -15,6 +15,7 @@ from ddpo.runs import Run
 from ddpo.store.keys import Partition
 from ddpo.store.kinds import EPOCH
 from ddpo_workflow.flows.epoch import submit_shards
+from ddpo_workflow.flows.evaluate import is_evaluated
 from ddpo_workflow.flows.flow import artifact_key, ddpo_flow, without_heartbeats
 from ddpo_workflow.flows.forms import Text
 from ddpo_workflow.flows.prefect_server import show, watched_server
@@ -125,6 +126,9 @@ def _is_whole(run: Run) -> bool:
     if not all(EPOCH.exists(run.store, Partition(run.run_id, e)) for e in committed):
         return False
     if not (outputs_folder(run.config, run.run_id, run.uid) / "report.png").exists():
+        return False
+    config = run.config.evaluation
+    if config and not is_evaluated(run, config, run.config.epochs):
         return False
     page = waited_for(run.config.tracking.uri, lambda: page_of(run))
     return page is not None and page.info.status == "FINISHED"

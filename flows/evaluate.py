@@ -11,8 +11,7 @@ from prefect.futures import PrefectFuture
 from ddpo.analysis.evaluation.plan import Evaluated, evaluation_set, is_due
 from ddpo.config import EvaluationConfig
 from ddpo.runs import Run
-from ddpo.store.artefacts import Evaluation
-from ddpo.store.checkpoints import Checkpoint
+from ddpo.store.artefacts import Evaluation, EvaluationShard
 from ddpo.store.keys import Partition
 from ddpo.store.kinds import CHECKPOINT, EVALUATION, EVALUATION_SHARD
 from ddpo.store.manifests import Ref
@@ -77,8 +76,15 @@ def evaluate(
 class Pending:
     """An evaluation that is under way beside other work."""
 
+    images: tuple[PrefectFuture[Ref[EvaluationShard]], ...]
+    """The images of all sets of weights, shard by shard."""
     summaries: tuple[PrefectFuture[dict[str, float]], ...]
     """One for each set of weights."""
+
+    def wait_for_images(self) -> None:
+        """Wait until all images are committed; the checkpoint is not needed any more."""
+        for shard in self.images:
+            shard.result()
 
     def results(self) -> list[dict[str, float]]:
         """Wait for the evaluation; return its summaries."""
@@ -100,9 +106,9 @@ class Evaluations:
     def catch_up(self, epoch: int) -> None:
         """Complete the evaluations before an epoch that an earlier start began and did not end."""
         for earlier in range(self._run.first_epoch, epoch):
-            where = Partition(self._run.run_id, earlier)
-            if CHECKPOINT.exists(self._run.store, where):
-                self.begin(earlier)
+            self.begin(earlier)
+            if earlier == self._run.first_epoch:
+                self.finish()  # the others are compared with it
         self.finish()
 
     def begin(self, epoch: int) -> None:
@@ -111,7 +117,10 @@ class Evaluations:
         if config and is_due(config, epoch, run.first_epoch, run.config.epochs):
             if not has_images(run, config, epoch) and is_retired(run.store, run.run_id, epoch):
                 return  # the run was not evaluated yet when retention deleted it
-            self._pending.append(evaluate_checkpoint(run, self._tracking, config, epoch))
+            pending = evaluate_checkpoint(run, self._tracking, config, epoch)
+            self._pending.append(pending)
+            # The epoch needs the device as well, and retention deletes the checkpoint after it.
+            pending.wait_for_images()
 
     def finish(self) -> list[dict[str, float]]:
         """Wait for what is under way; return its summaries."""
@@ -146,38 +155,36 @@ def evaluate_checkpoint(
     checkpoint = CHECKPOINT.find(run.store, Partition(run.run_id, epoch))
     assert checkpoint is not None
     every: list[Evaluated] = ["trained"]
-    if run.config.optimizer.ema_decay is not None and epoch > run.first_epoch:
-        every.append("average")  # equal to the trained weights at the start
-    return Pending(
-        tuple(_submit(run, tracking, config, checkpoint, weights, epoch) for weights in every)
-    )
-
-
-def _submit(
-    run: Run,
-    tracking: TrackingHandle,
-    config: EvaluationConfig,
-    checkpoint: Ref[Checkpoint],
-    weights: Evaluated,
-    epoch: int,
-) -> PrefectFuture[dict[str, float]]:
+    if run.config.optimizer.ema_decay is not None and not _is_trained(run, epoch, "average"):
+        every.append("average")
     handle = run.handle
-    shards = range(len(shards_of(run, evaluation_set(run, config, weights))))
-    # Futures: Prefect resolves them to their results before a task runs.
-    samples: list[Any] = [
-        sample_evaluation.submit(handle, checkpoint, config, weights, epoch, shard)
-        for shard in shards
-    ]
-    scores: list[Any] = [
-        score_evaluation.submit(handle, samples[shard], epoch, shard, reward)
-        for reward in (None, *config.rewards)
-        for shard in shards
-    ]
-    baseline = baseline_of(run, config, epoch)
-    summary: Any = summarize_evaluation.submit(
-        handle, config, weights, samples, scores, baseline, epoch
-    )
-    return track_evaluation.submit(handle, tracking, summary, weights, epoch)
+    images: list[Any] = []
+    summaries: list[Any] = []
+    for weights in every:
+        shards = range(len(shards_of(run, evaluation_set(run, config, weights))))
+        # Futures: Prefect resolves them to their results before a task runs.
+        samples: list[Any] = [
+            sample_evaluation.submit(handle, checkpoint, config, weights, epoch, shard)
+            for shard in shards
+        ]
+        scores: list[Any] = [
+            score_evaluation.submit(handle, samples[shard], epoch, shard, reward)
+            for reward in (None, *config.rewards)
+            for shard in shards
+        ]
+        baseline = baseline_of(run, config, weights, epoch)
+        summary: Any = summarize_evaluation.submit(
+            handle, config, weights, samples, scores, baseline, epoch
+        )
+        images += samples
+        summaries.append(track_evaluation.submit(handle, tracking, summary, weights, epoch))
+    return Pending(tuple(images), tuple(summaries))
+
+
+def is_evaluated(run: Run, config: EvaluationConfig, epoch: int) -> bool:
+    """Return whether the evaluation of a checkpoint's trained weights is committed."""
+    name = summary_id(run, config, evaluation_set(run, config))
+    return EVALUATION.exists(run.store, Partition(run.run_id, epoch, images_id=name))
 
 
 def summaries_of(
@@ -189,9 +196,21 @@ def summaries_of(
     return [(where.epoch, EVALUATION.require(run.store, where).metrics) for where in wheres]
 
 
-def baseline_of(run: Run, config: EvaluationConfig, epoch: int) -> Ref[Evaluation] | None:
+def baseline_of(
+    run: Run, config: EvaluationConfig, weights: Evaluated, epoch: int
+) -> Ref[Evaluation] | None:
     """Return the evaluation of a run's first checkpoint; None for that one itself."""
     if epoch == run.first_epoch:
         return None
-    name = summary_id(run, config, evaluation_set(run, config, "trained"))
+    if _is_trained(run, run.first_epoch, weights):
+        weights = "trained"
+    name = summary_id(run, config, evaluation_set(run, config, weights))
     return EVALUATION.find(run.store, Partition(run.run_id, run.first_epoch, images_id=name))
+
+
+def _is_trained(run: Run, epoch: int, weights: Evaluated) -> bool:
+    """Return whether a checkpoint's average is evaluated already: it is the trained weights.
+
+    So it is at the start of a run, unless the run is a fork, which inherits its parent's average.
+    """
+    return weights == "average" and epoch == run.first_epoch and run.fork is None

@@ -52,6 +52,7 @@ def repair(run: Run, damages: Iterable[Damage]) -> list[Repair]:
     Raises:
         NotTrusted: A part is made by code of the run's own, and the run is not trusted here.
     """
+    run.numerics.apply()  # a reward rounds as it did in the run
     by_manifest: dict[str, list[Damage]] = {}
     for damage in damages:
         by_manifest.setdefault(damage.manifest, []).append(damage)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from pydantic import Field, NonNegativeInt, PositiveInt
+from typing import Any
+
+from pydantic import Field, NonNegativeInt, PositiveInt, field_validator
 
 from ddpo.basics.limits import Seed
 from ddpo.basics.part import Part, is_off
 from ddpo.config.plugins import NamedConfig, RewardConfig
+from ddpo.config.sampler import SamplerConfig
 
 
 class EvaluationConfig(Part):
@@ -31,3 +34,18 @@ class EvaluationConfig(Part):
     kl_samples: NonNegativeInt = 4
     """Samples, by the run's own sampler, over which the KL divergence from the base model is
     measured; 0 leaves it out."""
+
+    @field_validator("seeds")
+    @classmethod
+    def _seeds_differ(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        if len(set(value)) < len(value):
+            raise ValueError("a seed appears twice, which would give the same image twice")
+        return value
+
+    def sampler_of(self, own: SamplerConfig) -> SamplerConfig:
+        """Return a run's sampler at these settings, which are those of inference."""
+        changes: dict[str, Any] = {"window": None, "eta": self.eta}
+        for name in ("steps", "guidance_scale"):
+            if (value := getattr(self, name)) is not None:
+                changes[name] = value
+        return own.changed(**changes)

@@ -44,9 +44,21 @@ def check_sampler(schedule: NoiseSchedule, config: RunConfig) -> None:
         ConfigError: There are more steps than the model's schedule has; or as
             :func:`sampler_of_epoch`.
     """
-    cpu = torch.device("cpu")
-    _process(schedule, config.sampler.changed(window=None), cpu)
-    _of_epoch(schedule, cpu, config, 0)
+    check_steps(schedule, config.sampler)
+    _of_epoch(schedule, torch.device("cpu"), config, 0)
+
+
+def check_steps(schedule: NoiseSchedule, sampler: SamplerConfig) -> None:
+    """Check that a model can be denoised in as many steps, before it is loaded.
+
+    Args:
+        schedule: The model's.
+        sampler: The sampler; its window does not matter.
+
+    Raises:
+        ConfigError: There are more steps than the model's schedule has.
+    """
+    _process(schedule, sampler.changed(window=None), torch.device("cpu"))
 
 
 def _of_epoch(

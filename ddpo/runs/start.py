@@ -38,7 +38,7 @@ from ddpo.runs.run import (
 from ddpo.store import keys, runs
 from ddpo.store.documents import differences
 from ddpo.store.keys import Partition
-from ddpo.store.kinds import CHECKPOINT, EPOCH
+from ddpo.store.kinds import CHECKPOINT, EPOCH, EVALUATION_SHARD
 from ddpo.store.objects import Store
 from ddpo.store.upkeep.probe import probe
 
@@ -206,10 +206,32 @@ def check_denoising(config: RunConfig) -> ModelFacts:
         ModelError: As `check_model`.
     """
     facts = check_model(config.model, config.trainable)
-    from ddpo.diffusion.window import check_sampler  # imports torch: once the model is there
+    from ddpo.diffusion.window import (  # imports torch: once the model is there
+        check_sampler,
+        check_steps,
+    )
 
     check_sampler(facts.schedule, config)
+    if config.evaluation:
+        try:
+            check_steps(facts.schedule, config.evaluation.sampler_of(config.sampler))
+        except ConfigError as error:
+            raise ConfigError(f"evaluation: {error}") from None
     return facts
+
+
+def _check_same_evaluation(
+    store: Store, run_id: str, before: EvaluationConfig | None, now: EvaluationConfig | None
+) -> None:
+    """Refuse to evaluate later checkpoints of a run on something else than the earlier ones."""
+    if before is None or now is None or before.changed(every=now.every) == now:
+        return
+    if EVALUATION_SHARD.partitions_of(store, run_id):
+        raise ConfigError(
+            f"run {run_id!r} has evaluated checkpoints with other settings (`evaluation`), and one "
+            "curve cannot show both. Leave them as they were; `ddpo evaluate` evaluates the same "
+            "checkpoints in another way"
+        )
 
 
 def check_evaluation(config: EvaluationConfig, own: Reward) -> None:
@@ -254,6 +276,7 @@ def _check_stored(
     numerics = resolve_again(config.numerics, stored.numerics)
     frozen = stored.numerics.model_dump(mode="json")
     wanted = Pins.model_validate(identity["digests"])
+    _check_same_evaluation(store, run_id, stored.config.evaluation, config.evaluation)
     reasons = (
         stored.pins.change_of_prompts(wanted.prompts, config.prompts.name),
         stored.pins.change_of_reward(reward.identity, config.reward.name),

@@ -17,7 +17,7 @@ from ddpo_workflow.tasks.tracking.connection import (
     named_errors,
     sqlite_file,
 )
-from ddpo_workflow.tasks.tracking.page import RESCORED_TAG
+from ddpo_workflow.tasks.tracking.page import EVALUATED_TAG, RESCORED_TAG
 
 
 def delete_pages(record: DeletionRecord) -> list[str]:
@@ -54,11 +54,15 @@ def _delete_at(place: TrackedAt, record: DeletionRecord) -> None:
             return
         experiment_id = experiment.experiment_id
         own = {RUN_ID_TAG: record.run_id, UID_TAG: record.uid}
-        rescored = find_pages(client, experiment_id, {RESCORED_TAG: record.run_id})
+        below = [
+            page
+            for tag in (RESCORED_TAG, EVALUATED_TAG)
+            for page in find_pages(client, experiment_id, {tag: record.run_id})
+        ]
         pages = [
             *find_pages(client, experiment_id, own),
             # The uid of such a page begins with the run's.
-            *(page for page in rescored if page.data.tags.get(UID_TAG, "").startswith(record.uid)),
+            *(page for page in below if page.data.tags.get(UID_TAG, "").startswith(record.uid)),
         ]
         for page in pages:
             _delete_adapters(client, experiment_id, page.info.run_id)

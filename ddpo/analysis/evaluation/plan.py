@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, JsonValue
 
 from ddpo.analysis.history import epoch_range
 from ddpo.basics.digests import json_digest
 from ddpo.basics.randomness import derive_seed
-from ddpo.config import AnySampler, EvaluationConfig, SamplerConfig
+from ddpo.config import AnySampler, EvaluationConfig
 from ddpo.errors import ConfigError
 from ddpo.prompts import Prompt, load_prompts
 from ddpo.runs import Run
@@ -67,23 +67,16 @@ def evaluation_set(
     """
     named = config.prompts
     prompts = load_prompts(named.name, named.parameters) if named else run.prompts
-    chosen = spread(len(prompts), config.count)
+    # A prompt that a set has twice would give the same images twice.
+    distinct = list({prompt.text: prompt for prompt in prompts}.values())
+    chosen = [distinct[i] for i in spread(len(distinct), config.count)]
     return EvaluationSet(
-        prompts=tuple((prompts[i].text, dict(prompts[i].metadata)) for i in chosen),
+        prompts=tuple((prompt.text, dict(prompt.metadata)) for prompt in chosen),
         seeds=config.seeds,
-        sampler=evaluation_sampler(run, config),
+        sampler=config.sampler_of(run.config.sampler),
         weights=weights,
         kl_samples=config.kl_samples if weights == "trained" else 0,
     )
-
-
-def evaluation_sampler(run: Run, config: EvaluationConfig) -> SamplerConfig:
-    """Return a run's sampler at an evaluation's settings, which are those of inference."""
-    changes: dict[str, Any] = {"window": None, "eta": config.eta}
-    for name in ("steps", "guidance_scale"):
-        if (value := getattr(config, name)) is not None:
-            changes[name] = value
-    return run.config.sampler.changed(**changes)
 
 
 def kept_checkpoints(run: Run, selection: str | None) -> list[int]:
