@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file
@@ -24,9 +26,9 @@ class InFlow:
     folder: Path
 
     @classmethod
-    def plan(cls, model: Path, folder: Path, database: Path) -> InFlow:
+    def plan(cls, model: Path, folder: Path, database: Path, **changes: Any) -> InFlow:
         root, outputs = str(folder / "store"), str(folder / "outputs")
-        night = Night.plan(model, root, folder, database, outputs=outputs)
+        night = Night.plan(model, root, folder, database, outputs=outputs, **changes)
         # What is exported after every epoch is read from a checkpoint that retention may not take.
         tracking = night.config.tracking.model_copy(update={"adapter_every": 1})
         config = night.config.model_copy(update={"tracking": tracking})
@@ -44,25 +46,17 @@ class InFlow:
         return tensors_digest(load_file(file))
 
 
-@pytest.mark.slow
-def test_a_crash_anywhere_in_the_flow_changes_no_byte(
-    tiny_model: Path, tmp_path: Path, mlflow_database: Path
+def check_crashes(
+    plan: Callable[[str], InFlow], points: Callable[[list[str]], list[tuple[int, Moment]]]
 ) -> None:
-    whole = InFlow.plan(tiny_model, tmp_path / "whole", mlflow_database)
+    """Crash a run at some of the writes that a whole one makes; it ends as the whole one did."""
+    whole = plan("whole")
     with watched(Writes()) as writes:
         whole.go()
-    count = len(writes.made)
-    # A checkpoint that is ahead of the last committed epoch.
-    ahead = next(i for i, name in enumerate(writes.made, 1) if name.endswith(AHEAD))
     content, metrics, adapter = whole.night.content(), whole.night.metrics(), whole.adapter()
-    assert count > 60
-    points: list[tuple[int, Moment]] = [(ahead, "after")]
-    for point in range(POINTS):
-        at = round((point + 0.5) * count / POINTS)
-        points.append((at, "after" if point % 2 else "before"))
-    for at, moment in points:
-        crashed = InFlow.plan(tiny_model, tmp_path / f"crash-{at}", mlflow_database)
-        with watched(Writes(at, moment)) as writes, pytest.raises(Crash) as crash:
+    for at, moment in points(writes.made):
+        crashed = plan(f"crash-{at}-{moment}")
+        with watched(Writes(at, moment)), pytest.raises(Crash) as crash:
             crashed.go()
         where = f"{moment} {crash.value}"
         crashed.go()
@@ -72,3 +66,48 @@ def test_a_crash_anywhere_in_the_flow_changes_no_byte(
             if not name.startswith("time/"):
                 assert crashed.night.metrics()[name] == values, (where, name)
         assert crashed.adapter() == adapter, where
+
+
+@pytest.mark.slow
+def test_a_crash_anywhere_in_the_flow_changes_no_byte(
+    tiny_model: Path, tmp_path: Path, mlflow_database: Path
+) -> None:
+    def points(made: list[str]) -> list[tuple[int, Moment]]:
+        count = len(made)
+        assert count > 60
+        # A checkpoint that is ahead of the last committed epoch.
+        ahead = next(i for i, name in enumerate(made, 1) if name.endswith(AHEAD))
+        spread: list[tuple[int, Moment]] = [
+            (round((point + 0.5) * count / POINTS), "after" if point % 2 else "before")
+            for point in range(POINTS)
+        ]
+        return [(ahead, "after"), *spread]
+
+    check_crashes(lambda name: InFlow.plan(tiny_model, tmp_path / name, mlflow_database), points)
+
+
+@pytest.mark.slow
+def test_a_crash_within_an_evaluation_changes_no_byte(
+    tiny_model: Path, tmp_path: Path, mlflow_database: Path
+) -> None:
+    """Retention keeps one checkpoint alone, the evaluated one for as long as it is needed."""
+    evaluation = {
+        "every": 1,
+        "count": 3,
+        "seeds": [0],
+        "rewards": [{"name": "colorfulness"}],
+        "kl_samples": 1,
+    }
+
+    def plan(name: str) -> InFlow:
+        folder = tmp_path / name
+        return InFlow.plan(tiny_model, folder, mlflow_database, evaluation=evaluation)
+
+    def points(made: list[str]) -> list[tuple[int, Moment]]:
+        found = [i for i, name in enumerate(made, 1) if "evaluations/" in name]
+        summaries = [i for i in found if "manifests/evaluations/summaries" in made[i - 1]]
+        assert len(summaries) == 3
+        # The first image; a score; the summary of a checkpoint that retention then takes.
+        return [(found[1], "after"), (found[len(found) // 2], "before"), (summaries[1], "before")]
+
+    check_crashes(plan, points)
