@@ -30,8 +30,9 @@ from ddpo.store import keys
 from ddpo.store.arrow import join, read_table, union, verified_dataset, with_constants
 from ddpo.store.artefacts import RolloutShard
 from ddpo.store.epochs import Epoch
+from ddpo.store.kinds import EVALUATION
 from ddpo.store.objects import Store, StoredObject
-from ddpo.store.tables import ADVANTAGE_SCHEMA, REWARD_SCHEMA, ROLLOUT_SCHEMA
+from ddpo.store.tables import ADVANTAGE_SCHEMA, EVALUATION_SCHEMA, REWARD_SCHEMA, ROLLOUT_SCHEMA
 
 if TYPE_CHECKING:
     import torch
@@ -40,6 +41,7 @@ _logger = logging.getLogger(__name__)
 
 _PARTITIONS = [pa.field("run_id", pa.string()), pa.field("epoch", pa.int32())]
 _SCORED = pa.schema([pa.field("reward_name", pa.string()), *_PARTITIONS])
+_EVALUATED = pa.schema([pa.field("evaluation", pa.string()), *_PARTITIONS])
 ROLLOUTS = pa.schema([*ROLLOUT_SCHEMA, *_PARTITIONS])
 """Schema of `History.rollouts`."""
 SAMPLES = pa.schema(
@@ -273,6 +275,25 @@ class History:
             return [] if table is None else [table.objects["advantages"]]
 
         return self._by_reward(ADVANTAGE_SCHEMA, advantages)
+
+    def evaluation_table(self) -> pa.Table:
+        """Read all evaluations of the run's checkpoints.
+
+        Returns:
+            One row per image: ``evaluation`` (the name of the evaluation: a set of images and
+            judges), ``run_id``, ``epoch`` (of the checkpoint), ``sample_id``, ``prompt``,
+            ``seed``, then the columns of scores (``score.LABEL``) and of the image's statistics.
+        """
+        store = self.run.store
+        tables = [
+            with_constants(
+                read_table(store, EVALUATION.require(store, where).objects["images"]),
+                _EVALUATED,
+                [where.images_id, self.run_id, where.epoch],
+            )
+            for where in EVALUATION.partitions_of(store, self.run_id)
+        ]
+        return union(tables, pa.schema([*_EVALUATED, *EVALUATION_SCHEMA]))
 
     def _by_reward(
         self, schema: pa.Schema, objects: Callable[[Epoch, str], Sequence[StoredObject]]

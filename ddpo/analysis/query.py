@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from ddpo.analysis.history import History
 from ddpo.errors import MissingPackage, QueryError
 
-TABLES = ("samples", "rollouts", "rewards", "advantages")
+TABLES = ("samples", "rollouts", "rewards", "advantages", "evaluations")
 """The tables a query can use."""
 
 _ROWS_AT_A_TIME = 256
@@ -89,6 +89,7 @@ def _tables(history: History, sql: str, scratch: Path) -> dict[str, Any]:
         "rollouts": lambda: _copied(history.rollouts(), scratch),
         "rewards": history.reward_table,
         "advantages": history.advantage_table,
+        "evaluations": history.evaluation_table,
     }
     named = set(re.findall(r"\w+", sql.lower()))
     return {name: read() for name, read in readers.items() if name in named}

@@ -17,11 +17,14 @@ _OURS = {
     for name in (
         "animal_activities",
         "counting",
+        "everyday_objects",
         "imagenet_animals",
         "prompt_list",
         "simple_animals",
         "starter_scenes",
         "text_file",
+        "unseen_activities",
+        "unseen_animals",
     )
 }
 

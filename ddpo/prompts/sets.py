@@ -42,6 +42,13 @@ IMAGENET_ANIMALS = _shipped_lines("imagenet_animals.txt")
 """First synonyms of the 398 animal classes of ILSVRC-2012 (indices 0 to 397), without article."""
 
 
+OBJECTS = _shipped_lines("everyday_objects.txt")
+"""30 inanimate objects, without article."""
+
+UNSEEN_ACTIVITIES = _shipped_lines("unseen_activities.txt")
+"""5 activities that are none of `ACTIVITIES`."""
+
+
 def simple_animals(article: bool = True) -> list[Prompt]:
     """Return 45 common animals: the aesthetic task.
 
@@ -66,6 +73,31 @@ def animal_activities() -> list[Prompt]:
         Prompt(f"{_with_article(animal)} {activity}")
         for animal in ANIMALS
         for activity in ACTIVITIES
+    ]
+
+
+def unseen_animals() -> list[Prompt]:
+    """Return the animals of ImageNet whose names have none of the 45 common animals in them.
+
+    With `everyday_objects` and `unseen_activities`: does training on the common animals carry over
+    to what it never asked for (section 6.4 of the paper)?
+    """
+    seen = set(ANIMALS)
+    unseen = (animal for animal in IMAGENET_ANIMALS if seen.isdisjoint(animal.lower().split()))
+    return [Prompt(_with_article(animal)) for animal in unseen]
+
+
+def everyday_objects() -> list[Prompt]:
+    """Return 30 inanimate objects: ``"a teapot"``. See `unseen_animals`."""
+    return [Prompt(_with_article(thing)) for thing in OBJECTS]
+
+
+def unseen_activities() -> list[Prompt]:
+    """Return 45 animals x 5 other activities: ``"a cat reading a book"``. See `unseen_animals`."""
+    return [
+        Prompt(f"{_with_article(animal)} {activity}")
+        for animal in ANIMALS
+        for activity in UNSEEN_ACTIVITIES
     ]
 
 

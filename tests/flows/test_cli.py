@@ -35,8 +35,8 @@ def ddpo(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tm
 STARTER = "configs/starter.yaml"
 
 COMMANDS = [
-    "train", "resume", "runs", "sample", "rescore", "fork", "compare", "query", "export",
-    "verify", "gc", "delete", "doctor", "ui", "serve-reward", "rewards", "score",
+    "train", "resume", "runs", "sample", "evaluate", "rescore", "fork", "compare", "query",
+    "export", "verify", "gc", "delete", "doctor", "ui", "serve-reward", "rewards", "score",
 ]  # fmt: skip
 
 

@@ -144,7 +144,7 @@ def test_a_file_has_numbers_in_full_inside_of_lists_too(ddpo, tmp_path: Path):
     ("sql", "told"),
     [
         ("selec 1", "syntax error"),
-        ("select * from sample", "Tables: samples, rollouts, rewards, advantages"),
+        ("select * from sample", "Tables: samples, rollouts, rewards, advantages, evaluations"),
         ("select no_such from samples", "no_such"),
         ("select cast('x' as int)", "Could not convert"),
         ("select 1; select 2", "one statement"),

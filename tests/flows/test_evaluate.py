@@ -14,6 +14,8 @@ from mlflow.tracking import MlflowClient
 from PIL import Image
 
 from ddpo.analysis.evaluation.plan import evaluation_set
+from ddpo.analysis.history import History
+from ddpo.analysis.query import query
 from ddpo.config import EvaluationConfig, NamedConfig
 from ddpo.errors import ConfigError, RunNotFound
 from ddpo.prompts import Prompt
@@ -253,3 +255,19 @@ def test_a_run_with_a_judge_that_cannot_be_loaded_takes_no_name(
             check_run(config, "r")
     with pytest.raises(RunNotFound):
         open_run(Store.open(str(tmp_path / "store")), "r")
+
+
+def test_evaluations_are_queried_in_sql(places: dict[str, Place]) -> None:
+    run = places["with"].run("r")
+    name = summary_id(run, part(run), evaluation_set(run, part(run)))
+    sql = (
+        'select epoch, count(*), avg(dark), avg("score.redness") from evaluations '
+        f"where evaluation = '{name}' group by epoch order by epoch"
+    )
+    with query(History(run), sql) as answer:
+        found = list(answer.rows)
+    summaries = dict(summaries_of(run, part(run), [0, 2, 3]))
+    assert [row[:2] for row in found] == [(0, 4), (2, 4), (3, 4)]
+    for epoch, _, dark, redness_ in found:
+        assert dark == pytest.approx(summaries[epoch]["images/dark"])
+        assert redness_ == pytest.approx(summaries[epoch]["redness/mean"])

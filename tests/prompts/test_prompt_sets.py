@@ -140,3 +140,13 @@ def test_every_set_has_a_name_that_loads_or_says_what_it_needs(name):
     except ConfigError as error:
         assert name in {"text_file", "prompt_list"}  # no defaults are possible
         assert "needs" in str(error)
+
+
+def test_what_the_papers_sets_leave_out_is_in_none_of_them():
+    animals, seen = texts("unseen_animals"), set(texts("simple_animals", article=False))
+    assert 250 < len(animals) < 398
+    assert not [name for name in animals if seen.intersection(name.split())]
+    assert len(set(texts("everyday_objects"))) == 30
+    activities = texts("unseen_activities")
+    assert len(set(activities)) == 45 * 5 and activities[0] == "a cat reading a book"
+    assert not set(activities) & set(texts("animal_activities"))
