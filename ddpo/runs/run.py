@@ -23,7 +23,7 @@ from ddpo.config import (
 )
 from ddpo.config.files import parse_config
 from ddpo.config.s3 import S3Options
-from ddpo.errors import ConfigError, RewardError, UnreadableData
+from ddpo.errors import ConfigError, MissingObject, RewardError, UnreadableData
 from ddpo.models.numerics import Numerics
 from ddpo.prompts import Prompt, load_prompts, prompt_set_digest
 from ddpo.rewards import Reward, load_reward
@@ -288,10 +288,13 @@ def open_run(store: Store, run_id: str, *, start: int | None = None) -> Run:
 
     Raises:
         RunNotFound: The store has no such run.
+        MissingObject: It has no such start.
     """
     record = runs.load_run(store, run_id)
     starts = runs.list_starts(store, run_id)
     start = start or len(starts) or None
+    if start and start > len(starts):
+        raise MissingObject(keys.start_key(run_id, start), store.root)
     operation = starts[start - 1].operation if start else {}
     return run_of_record(
         store,

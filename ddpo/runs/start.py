@@ -107,6 +107,7 @@ class RunPlan:
 
         Raises:
             RunIdentityMismatch: Another process has just created the run with another config.
+            RunBeingDeleted: The run's deletion has begun since it was checked.
             DdpoError: As `check_fork`, if the parent had yet to run.
         """
         if self.fork and self.awaits_parent and not self.has_checkpoint:
@@ -118,6 +119,8 @@ class RunPlan:
             numerics=self.numerics.model_dump(mode="json"),
             code={"ddpo": VERSION},
         )
+        # After the run's record: a deletion that has not seen it is seen here.
+        runs.check_not_being_deleted(self.store, self.run_id)
         operation = self.config.operation()
         number = runs.append_operation(self.store, self.run_id, operation)
         self.begun.set()

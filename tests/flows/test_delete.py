@@ -11,8 +11,8 @@ from mlflow.entities import ViewType
 from mlflow.tracking import MlflowClient
 
 from ddpo.config import ForkConfig
-from ddpo.errors import DdpoError, RunBeingDeleted, RunHasForks
-from ddpo.runs import open_run, start_run
+from ddpo.errors import DdpoError, MissingObject, RunBeingDeleted, RunHasForks
+from ddpo.runs import check_run, open_run, start_run
 from ddpo.runs.forks.records import record_fork
 from ddpo.store import keys, runs
 from ddpo.store.objects import Store
@@ -139,6 +139,25 @@ def test_a_fork_and_a_deletion_at_the_same_time_do_not_both_go_on(store: Store) 
     begin_deletion(deletion)
     with pytest.raises(RunBeingDeleted):
         record_fork(open_fork)
+
+
+def test_a_start_and_a_deletion_at_the_same_time_do_not_both_go_on(store: Store) -> None:
+    config = open_run(store, RUN).config
+    storage = config.storage.model_copy(update={"root": store.root})
+    plan = check_run(config.model_copy(update={"storage": storage}), RUN)
+    deletion = plan_deletion(store, RUN)
+    begin_deletion(deletion)
+    with pytest.raises(RunBeingDeleted, match=f"ddpo delete {RUN}"):
+        plan.start()
+    finish_deletion(deletion)
+    assert store.list() == []
+
+
+def test_a_task_of_a_run_whose_start_was_deleted_names_what_is_missing(store: Store) -> None:
+    handle = open_run(store, RUN).handle
+    store.delete(keys.start_key(RUN, 1))
+    with pytest.raises(MissingObject, match="00001.json"):
+        handle.open()
 
 
 def test_nothing_is_deleted_unless_it_is_confirmed(
