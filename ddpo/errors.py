@@ -250,6 +250,10 @@ class NotTrusted(DdpoError):
         )
 
 
+class UploadFailed(DdpoError):
+    """Files were written, but could not be uploaded."""
+
+
 class QueryError(DdpoError):
     """A query that cannot be answered as written."""
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from ddpo.basics.paths import expand
 from ddpo.config import FullConfig
+from ddpo.models import hub
 from ddpo.store.checkpoints import Checkpoint
 from ddpo.store.kinds import CHECKPOINT
 from ddpo.store.manifests import Ref
@@ -58,12 +58,12 @@ def export_weights(
             page.log_folder(folder, PIPELINE_FOLDER)
         else:
             # A hub id stays one: the user who loads the adapter has another cache.
-            path = run.config.model.path
-            on_hub = path != "starter" and not Path(expand(path)).is_dir()
+            model = run.config.model
+            on_hub = hub.on_hub(model)
             page.log_adapter(
                 folder,
-                base_model=path if on_hub else local,
-                base_model_revision=run.config.model.revision if on_hub else None,
+                base_model=model.path if on_hub else local,
+                base_model_revision=model.revision if on_hub else None,
                 name=f"{run.run_id}-adapter".replace(".", "_"),
                 step=max(epoch - 1, 0),
                 metadata={"epochs": epoch, **exported},

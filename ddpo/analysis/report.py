@@ -65,23 +65,38 @@ def report_figure(run: Run, pictures_id: str) -> plt.Figure:
     heights = [4.2, 2 * 10 / columns]
     figure = plt.figure(figsize=(10, sum(heights)), layout="constrained")
     upper, lower = figure.subfigures(2, 1, height_ratios=heights, squeeze=False)[:, 0]
-    _plot_curve(upper.subplots(), run, curve)
+    title = f"{run.run_id}: {run.config.reward.name}"
+    _plot_curve(upper.subplots(), curve, title)
     plot_images(lower, before, after, last)
     return figure
 
 
-def _plot_curve(axes: plt.Axes, run: Run, curve: list[EpochRewards]) -> None:
+def _plot_curve(axes: plt.Axes, curve: Sequence[EpochRewards], title: str) -> None:
     epochs = [point.epoch for point in curve]
     mean = np.asarray([point.mean for point in curve])
     std = np.asarray([point.std for point in curve])
     axes.fill_between(epochs, mean - std, mean + std, color="#4c78a8", alpha=0.18, lw=0)
     axes.plot(epochs, mean, color="#4c78a8", lw=2, marker="o", ms=4)
-    axes.set_title(f"{run.run_id}: {run.config.reward.name}", loc="left", fontsize=13)
+    axes.set_title(title, loc="left", fontsize=13, parse_math=False)
     axes.set_xlabel("epoch")
     axes.set_ylabel("reward: mean and standard deviation")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", alpha=0.25)
+
+
+def save_curve(curve: Sequence[EpochRewards], title: str, path: Path) -> None:
+    """Write a small picture of mean reward by epoch as a PNG file.
+
+    Args:
+        curve: The rewards by epoch.
+        title: The picture's.
+        path: The file to write.
+    """
+    figure = plt.figure(figsize=(6, 3), layout="constrained")
+    _plot_curve(figure.subplots(), curve, title)
+    figure.savefig(path, dpi=100, facecolor="white")
+    plt.close(figure)
 
 
 def plot_images(

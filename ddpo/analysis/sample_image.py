@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from PIL import Image
 
+from ddpo.analysis.saved_checkpoint import saved_checkpoint
 from ddpo.diffusion.sampling import sample
 from ddpo.diffusion.window import sampler_of_epoch
-from ddpo.errors import ConfigError
 from ddpo.models import load_policy
 from ddpo.models.numerics import resolve_elsewhere
 from ddpo.runs import Run
-from ddpo.store.checkpoints import Checkpoint
-from ddpo.store.keys import Partition
-from ddpo.store.kinds import CHECKPOINT
 
 
 def draw(
@@ -39,22 +36,10 @@ def draw(
         RetiredObject: Retention has deleted its weights.
     """
     numerics = resolve_elsewhere(run.numerics, device)
-    state = _checkpoint(run, checkpoint).state()
+    state = saved_checkpoint(run, checkpoint)[1].state()
     config = run.config
     policy = load_policy(config.model, config.trainable, numerics, seed=config.seed)
     policy.warn_of_cut([prompt])
     policy.weights.load(state.shown_weights)
     sampler = sampler_of_epoch(policy, run.config, 0)
     return sample(policy, [prompt], [seed], sampler, updates=state.updates).images[0]
-
-
-def _checkpoint(run: Run, epoch: int | None) -> Checkpoint:
-    committed = [where.epoch for where in CHECKPOINT.partitions_of(run.store, run.run_id)]
-    if not committed:
-        raise ConfigError(f"run {run.run_id!r} has no checkpoint yet; start it with `ddpo resume`")
-    requested = committed[-1] if epoch is None else epoch
-    checkpoint = CHECKPOINT.get(run.store, Partition(run.run_id, requested))
-    if checkpoint is None:
-        known = f"{committed[0]} to {committed[-1]}"
-        raise ConfigError(f"run {run.run_id!r} has no checkpoint {epoch}; it has {known}")
-    return checkpoint

@@ -251,6 +251,25 @@ class Policy(ABC):
             folder: Created if missing.
         """
 
+    @abstractmethod
+    def export_lora(
+        self, diffusers_file: Path, kohya_file: Path, notes: Mapping[str, str]
+    ) -> str | None:
+        """Write the adapter in use for diffusers, and for ComfyUI and AUTOMATIC1111.
+
+        Args:
+            diffusers_file: Created or replaced.
+            kohya_file: Created or replaced.
+            notes: Entries of the headers of both.
+
+        Returns:
+            The base model as kohya's trainer calls it; None for one that readers of its layout do
+            not know.
+
+        Raises:
+            ModelError: diffusers read something else than was written.
+        """
+
     @classmethod
     @abstractmethod
     def inspect(

@@ -23,7 +23,9 @@ _SHARD_INDEX = ".safetensors.index.json"
 def save_tensors(
     tensors: Mapping[str, Tensor], file: str | Path, metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write a safetensors file with the permissions of any new file: safetensors' own are 0600.
+    """Write a safetensors file, equal bytes for equal inputs.
+
+    It has the permissions of any new file: safetensors' own are 0600.
 
     Args:
         tensors: By name; contiguous, on the CPU.
@@ -35,6 +37,7 @@ def save_tensors(
     file.touch()
     mode = file.stat().st_mode
     save_file(dict(tensors), file, metadata=dict(metadata or {"format": "pt"}))
+    _sort_metadata(file)
     file.chmod(mode)
 
 
@@ -91,6 +94,17 @@ def check_read_back(what: str, found: Mapping[str, Tensor], written: Mapping[str
             "others; the files were not handed over. Install the versions that constraints.txt "
             "pins, and resume the run: its checkpoints are kept"
         )
+
+
+def _sort_metadata(file: Path) -> None:
+    """Sort a header's metadata, in place: safetensors writes several keys in a random order."""
+    with file.open("r+b") as stream:
+        size = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        content = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        stream.seek(8)
+        stream.write(content.ljust(size))
 
 
 def _write_trained(target: Path, file: Path, state: Mapping[str, Tensor]) -> None:

@@ -25,6 +25,11 @@ from ddpo.models.single_file import converted
 from ddpo.starter import STARTER_PATH
 
 
+def on_hub(config: ModelConfig) -> bool:
+    """Return whether a model is the Hub's: neither the starter, nor a folder or a file here."""
+    return config.path != "starter" and not Path(expand(config.path)).exists()
+
+
 def find_model(config: ModelConfig, parts: Sequence[str] = ()) -> ModelFiles:
     """Return a model's files without downloading weights: of the Hub's, only the small JSON files.
 

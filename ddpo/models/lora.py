@@ -38,7 +38,7 @@ class LoraWeights(Weights):
         dtype: torch.dtype,
     ) -> None:
         super().__init__(network)
-        self._scale = config.alpha / config.rank
+        self.config = config
         network.to(dtype=dtype)  # pyright: ignore[reportCallIssue]  # diffusers wraps it untyped
         adapter = peft.LoraConfig(
             r=config.rank,
@@ -67,8 +67,9 @@ class LoraWeights(Weights):
 
         A reader that is told no alpha takes it to be the rank, which of these weights is right.
         """
+        scale = self.config.alpha / self.config.rank
         return {
-            name: (self._scale * value if ".lora_B." in name else value).cpu().contiguous()
+            name: (scale * value if ".lora_B." in name else value).cpu().contiguous()
             for name, value in self.state().items()
         }
 

@@ -5,12 +5,13 @@ Shapes: B images, C latent channels, h x w latent pixels, L tokens, D text featu
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel  # pyright: ignore[reportPrivateImportUsage]
+from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from diffusers.utils import logging
 from peft.utils import get_peft_model_state_dict
 from PIL import Image
@@ -20,7 +21,7 @@ from transformers import CLIPTextModel
 from ddpo.basics.tensors import detach_from_files
 from ddpo.config import FullConfig, LoraConfig, ModelConfig
 from ddpo.errors import ModelError
-from ddpo.models import exports, hub
+from ddpo.models import exports, hub, lora_files
 from ddpo.models.base import Conditioning, ModelFacts, Policy
 from ddpo.models.files import ModelFiles
 from ddpo.models.inspection import inspect_stable_diffusion
@@ -93,6 +94,21 @@ class StableDiffusion(Policy):
         self.pipeline.save_lora_weights(
             folder, unet_lora_layers=adapter, save_function=exports.save_tensors
         )
+        self._check_adapter(folder / LORA_WEIGHT_NAME_SAFE, adapter)
+
+    def export_lora(
+        self, diffusers_file: Path, kohya_file: Path, notes: Mapping[str, str]
+    ) -> str | None:
+        """Write the adapter in use for diffusers, and for ComfyUI and AUTOMATIC1111."""
+        weights = cast(LoraWeights, self.weights)
+        adapter, config = weights.folded(), weights.config
+        base = lora_files.kohya_base(self.pipeline.unet.config.cross_attention_dim)
+        lora_files.write_diffusers(diffusers_file, adapter, config, notes)
+        self._check_adapter(diffusers_file, adapter)
+        lora_files.write_kohya(kohya_file, adapter, config, base, notes)
+        return base
+
+    def _check_adapter(self, file: Path, adapter: Mapping[str, Tensor]) -> None:
         with torch.device("meta"):
             unet = cast(
                 UNet2DConditionModel, UNet2DConditionModel.from_config(self.pipeline.unet.config)
@@ -102,7 +118,12 @@ class StableDiffusion(Policy):
         reader = StableDiffusionPipeline(
             absent, absent, absent, unet, absent, absent, absent, requires_safety_checker=False
         )
-        reader.load_lora_weights(str(folder), adapter_name="default", local_files_only=True)
+        reader.load_lora_weights(
+            str(file.parent),
+            weight_name=file.name,
+            adapter_name="default",
+            local_files_only=True,
+        )
         exports.check_read_back("adapter", get_peft_model_state_dict(unet), adapter)
 
     def _export_pipeline(self, folder: Path) -> None:

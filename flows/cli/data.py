@@ -1,4 +1,4 @@
-"""`ddpo query` and `ddpo export`: read a run as data."""
+"""`ddpo query`, `export` and `export-lora`: read a run as data, take its LoRA home."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from ddpo_workflow.flows.cli.common import Epochs, Root, RunId
+from ddpo_workflow.flows.cli.common import Epochs, Root, RunId, saved_run
+from ddpo_workflow.flows.cli.quiet import hide_loading_bars
 from ddpo_workflow.flows.cli.screen import busy, say, show
 
 if TYPE_CHECKING:
@@ -78,6 +79,51 @@ def export(
     with busy("writing"):
         count = write_dataset(history, to_hf_dataset, epochs=chosen, reward=reward)
     say(f"{to_hf_dataset}: {count} samples")
+
+
+@app.command("export-lora")
+def export_lora(
+    run_id: RunId,
+    out: Annotated[
+        Path,
+        typer.Option(help="The folder to write; absent, empty, or an earlier export of the run."),
+    ],
+    epoch: Annotated[
+        int | None,
+        typer.Option(help="The checkpoint after this many epochs. By default the last.", min=0),
+    ] = None,
+    push_to_hub: Annotated[
+        str | None,
+        typer.Option(
+            "--push-to-hub",
+            help="Upload the folder to this repository of the Hugging Face Hub, owner/name; a new "
+            "one is private.",
+        ),
+    ] = None,
+    root: Root = None,
+) -> None:
+    """Write a run's LoRA for diffusers, ComfyUI and AUTOMATIC1111, with a model card."""
+    from ddpo.analysis.lora_plan import plan_export
+
+    run = saved_run(run_id, root)
+    plan = plan_export(run, out, epoch=epoch, repository=push_to_hub)
+    if push_to_hub is not None:
+        from ddpo.analysis.hub_upload import check_repository
+
+        check_repository(push_to_hub)
+    from ddpo.analysis.lora_export import write_export  # imports torch
+
+    hide_loading_bars()
+    with busy("writing"):
+        write_export(plan)
+    say(f"{out}: {run_id} after {plan.epoch} epochs; {out / 'README.md'} says how to load it")
+    if push_to_hub is not None:
+        from ddpo.analysis.hub_upload import upload
+
+        with busy("uploading"):
+            message = f"{run_id} after {plan.epoch} epochs"
+            address = upload(push_to_hub, out, plan.files, message)
+        say(f"uploaded to {address}")
 
 
 def _write_csv(file: Path, answer: Answer) -> int:

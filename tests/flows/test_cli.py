@@ -36,7 +36,8 @@ STARTER = "configs/starter.yaml"
 
 COMMANDS = [
     "train", "resume", "runs", "sample", "evaluate", "rescore", "fork", "compare", "query",
-    "export", "verify", "gc", "delete", "doctor", "ui", "serve-reward", "rewards", "score",
+    "export", "export-lora", "verify", "gc", "delete", "doctor", "ui", "serve-reward", "rewards",
+    "score",
 ]  # fmt: skip
 
 

@@ -65,6 +65,8 @@ def test_lists_and_help_load_no_model_library(tiny_model: Path, tmp_path: Path) 
         f"gc mine --dry-run --root {root}": "0 objects",
         f"verify mine --root {root}": "whole",
         f"query mine select:1 --root {root}": "syntax error",
+        f"export-lora mine --epoch 9 --out {root}/lora --root {root}": "it has 0 to 2",
+        f"export-lora mine --out {root} --root {root}": "nor an earlier export",
     }
     assert heavy_imports(commands) == {}
 
@@ -97,6 +99,7 @@ def test_what_cannot_be_run_is_refused_without_a_model_library(tmp_path: Path) -
         f"sample nothing --prompt cat --out {tmp_path}/a.jpg": ".png",
         f"sample nothing --prompt cat --out {tmp_path}/a.png --root {tmp_path}/store": "no run",
         f"export nothing --to-hf-dataset {tmp_path}/d --root {tmp_path}/store": "no run 'nothing'",
+        f"export-lora nothing --out {tmp_path}/l --root {tmp_path}/store": "no run 'nothing'",
         "compare configs/starter.yaml": "variants",
         "score nothing picture.png": "there is no reward",
         "serve-reward nothing": "there is no reward",

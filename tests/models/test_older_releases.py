@@ -42,7 +42,7 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 from transformers import AutoTokenizer, CLIPModel
 
 torch.set_num_threads(1)
-release, out, base, lora, whole, judge, *prompts = sys.argv[1:]
+release, out, base, lora, home, whole, judge, *prompts = sys.argv[1:]
 assert transformers.__version__.startswith(release)
 
 def draw(pipeline):
@@ -63,6 +63,10 @@ with torch.no_grad():
     found["judge"] = clip(pixel_values=pixels, **words).logits_per_image.numpy()
 pipeline.load_lora_weights(lora, weight_name="pytorch_lora_weights.safetensors")
 found["lora"] = draw(pipeline)
+for name in ("pytorch_lora_weights", "kohya"):
+    pipeline.unload_lora_weights()
+    pipeline.load_lora_weights(home, weight_name=f"{name}.safetensors")
+    found[name] = draw(pipeline)
 found["whole"] = draw(StableDiffusionPipeline.from_pretrained(whole))
 np.savez(out, **found)
 assert "ddpo" not in sys.modules
@@ -113,8 +117,13 @@ def test_older_and_newer_releases_read_alike(
     older_python: Path, adapted: Policy, whole: Policy, tmp_path: Path
 ) -> None:
     adapted.export(tmp_path / "lora")
+    (tmp_path / "home").mkdir()
+    files = (
+        tmp_path / "home" / f"{name}.safetensors" for name in ("pytorch_lora_weights", "kohya")
+    )
+    adapted.export_lora(*files, notes={"ddpo.run": "mine"})
     whole.export(tmp_path / "whole")
-    folders = [STARTER_PATH, tmp_path / "lora", tmp_path / "whole", JUDGE_PATH]
+    folders = [STARTER_PATH, *(tmp_path / name for name in ("lora", "home", "whole")), JUDGE_PATH]
     found: dict[str, dict[str, np.ndarray]] = {}
     for release, python in (("4.45", older_python), ("5.", Path(sys.executable))):
         out = tmp_path / f"{release}.npz"
@@ -127,7 +136,9 @@ def test_older_and_newer_releases_read_alike(
             found[release] = dict(arrays)
     with adapted.weights.use("base"):
         drawn = {"base": draw(adapted)}
-    drawn |= {"lora": draw(adapted), "whole": draw(whole)}
+    lora = draw(adapted)
+    drawn |= {"lora": lora, "pytorch_lora_weights": lora, "kohya": lora}
+    drawn["whole"] = draw(whole)
     for release, arrays in found.items():
         for name, images in drawn.items():
             assert np.array_equal(arrays[name], images), f"{name} by transformers {release}"
