@@ -156,7 +156,7 @@ def test_a_start_and_a_deletion_at_the_same_time_do_not_both_go_on(store: Store)
 def test_a_task_of_a_run_whose_start_was_deleted_names_what_is_missing(store: Store) -> None:
     handle = open_run(store, RUN).handle
     store.delete(keys.start_key(RUN, 1))
-    with pytest.raises(MissingObject, match="00001.json"):
+    with pytest.raises(MissingObject, match=r"00001\.json"):
         handle.open()
 
 
