@@ -41,17 +41,22 @@ class Backlog:
             job: Logs it; may be called more than once.
 
         Raises:
-            TrackingError: MLflow refuses it, or something that was logged late.
+            DdpoError: It cannot be logged, or what was due before it; the latter stays due. The
+                caller may log it again.
         """
         with self._lock:
             self._jobs.append(job)
-            self.catch_up()
+            try:
+                self.catch_up()
+            except BaseException:
+                self._jobs.pop()  # the job: its caller knows that it is not logged
+                raise
 
     def catch_up(self) -> bool:
         """Log what is due; return whether nothing is left.
 
         Raises:
-            TrackingError: MLflow refuses something.
+            DdpoError: Something cannot be logged, and stays due.
         """
         with self._lock:
             while self._jobs and not self._away:
@@ -60,9 +65,6 @@ class Backlog:
                 except TrackingUnavailable as error:
                     self._say(error.reason)
                     return False
-                except BaseException:
-                    self._jobs.popleft()
-                    raise
                 self._jobs.popleft()
                 self._outage.ends()
             return not self._jobs
@@ -72,7 +74,7 @@ class Backlog:
 
         Raises:
             TrackingUnavailable: It stayed so.
-            TrackingError: It refuses something.
+            DdpoError: Something cannot be logged.
         """
         deadline = time.monotonic() + PATIENCE_S
         plan = f"waiting for it until {clock(PATIENCE_S)}"
@@ -98,7 +100,7 @@ class Backlog:
             Whether it answers again.
 
         Raises:
-            TrackingError: MLflow refuses something.
+            DdpoError: As `catch_up`.
         """
         reason = why_unavailable(self._uri, within_s=_BEAT_TIMEOUT_S)
         was_away, self._away = self._away, bool(reason)

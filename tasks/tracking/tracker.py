@@ -128,9 +128,15 @@ class RunTracker:
                 self.backlog.finish()
                 waited_for(self._client.tracking_uri, lambda: self.finish("FINISHED"))
                 return
+        except BaseException as late:
+            self._end(late)
+            raise
         finally:
             self._left.set()
             self.stop_system_metrics()
+        self._end(error)
+
+    def _end(self, error: BaseException) -> None:
         killed = recognise_stop(error) or not isinstance(error, Exception)
         with suppress(TrackingError):  # MLflow may be what failed; the first error is the one shown
             self.finish("KILLED" if killed else "FAILED")
@@ -330,8 +336,8 @@ class RunTracker:
             try:
                 if self.backlog.beat() and self._system_metrics is not None:
                     self._system_metrics.start()  # their thread has ended with the server
-            except Exception as error:  # it is raised again where the run logs something next
-                _logger.warning("MLflow cannot be caught up with: %s", error)
+            except Exception as error:  # raised again where the run logs something next, or ends
+                _logger.warning("cannot log what MLflow missed: %s", error)
 
     def _has_metric(self, key: str, step: int, latest_step: int | None) -> bool:
         if latest_step is None or latest_step < step:
