@@ -76,8 +76,7 @@ def score_samples(
 ) -> list[SampleScore]:
     """Score B images so that one that cannot be scored does not affect the others.
 
-    If a batch raises, its images are scored one by one, which is said once for each reward; a score
-    does not depend on its batch.
+    If a batch raises twice, its images are scored one by one, which is said once for each reward.
 
     Args:
         reward: The reward.
@@ -92,16 +91,7 @@ def score_samples(
         RewardUnavailable: The reward cannot be reached.
         RewardError: It raised for every single image, so that the reward itself must be broken.
     """
-    first: RewardError | None = None
-    try:
-        outcomes = _outcomes(score_images(reward, images, prompts))
-    except RewardUnavailable:
-        raise
-    except RewardError as error:
-        first = error
-        outcomes = [_failed(error)] * len(images)
-        if len(images) > 1:
-            _say_one_by_one(reward.identity.reward_id, len(images), error)
+    outcomes, first = _together(reward, images, prompts)
     for _ in range(tries - (first is None)):
         for index, outcome in enumerate(outcomes):
             if outcome.value is None:
@@ -109,6 +99,27 @@ def score_samples(
     if first is not None and all(outcome.value is None for outcome in outcomes):
         raise first
     return _uniform(outcomes)
+
+
+def _together(
+    reward: Reward, images: Sequence[Image.Image], prompts: Sequence[Prompt]
+) -> tuple[list[SampleScore], RewardError | None]:
+    """Score a batch, and once more if it raises; return the first error if it does again.
+
+    A reward may round by its batch, and an error that passes must not change any score.
+    """
+    first: RewardError | None = None
+    for _ in range(2 if len(images) > 1 else 1):
+        try:
+            return _outcomes(score_images(reward, images, prompts)), None
+        except RewardUnavailable:
+            raise
+        except RewardError as error:
+            first = first or error
+    assert first is not None
+    if len(images) > 1:
+        _say_one_by_one(reward.identity.reward_id, len(images), first)
+    return [_failed(first)] * len(images), first
 
 
 def _alone(reward: Reward, image: Image.Image, prompt: Prompt) -> SampleScore:
@@ -156,7 +167,7 @@ def _say_one_by_one(reward_id: str, count: int, error: RewardError) -> None:
     _slow.add(reward_id)
     _logger.warning(
         "a batch of %d images could not be scored at once, so they are scored one by one, which is "
-        "slower: %s (said once)",
+        "slower: %s (shown once)",
         count,
         hide_credentials(str(error)),
     )

@@ -50,7 +50,19 @@ def test_pictures_that_make_a_batch_raise_are_found_and_the_others_scored() -> N
     assert outcomes[0].status == "ok"
     assert "ValueError: cannot read this one" in outcomes[1].status
     assert "secret" not in outcomes[1].status
-    assert reward.calls == [[0, 1, 2, 3], [0], [1], [2], [3]]
+    assert reward.calls == [[0, 1, 2, 3], [0, 1, 2, 3], [0], [1], [2], [3]]
+
+
+@pytest.mark.parametrize("tries", [1, 3])
+def test_an_error_that_passes_does_not_change_a_score_that_rounds_by_batch(tries: int) -> None:
+    def plant(numbers: list[int], call: int) -> Scores:
+        if call == 1:
+            raise RuntimeError("CUDA out of memory")
+        return Scores([number + len(numbers) / 1e6 for number in numbers])
+
+    undisturbed = Fake(lambda numbers, call: plant(numbers, call + 1))
+    expected = score_samples(undisturbed, pictures(), PROMPTS, tries=tries)
+    assert score_samples(Fake(plant), pictures(), PROMPTS, tries=tries) == expected
 
 
 def test_a_sample_that_fails_once_is_scored_again() -> None:
