@@ -8,6 +8,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Literal
 
@@ -93,6 +94,7 @@ class Numerics(BaseModel):
         """Set torch's switches: the number of threads in this thread, the others everywhere."""
         import torch
 
+        _default_threads()  # asked before the number is changed
         torch.set_num_threads(self.threads)
         torch.backends.cuda.matmul.allow_tf32 = self.tf32
         torch.backends.cudnn.allow_tf32 = self.tf32
@@ -115,6 +117,7 @@ def resolve_numerics(config: NumericsConfig) -> Numerics:
     import torch
 
     device = resolve_device(config.device)
+    threads = _default_threads()
     dtype = config.dtype
     if dtype == "auto":
         dtype = "float32"
@@ -127,11 +130,19 @@ def resolve_numerics(config: NumericsConfig) -> Numerics:
         dtype=dtype,
         sample_batch_size=config.sample_batch_size,
         micro_batch_size=config.micro_batch_size,
-        threads=torch.get_num_threads() if config.threads == "auto" else config.threads,
+        threads=threads if config.threads == "auto" else config.threads,
         tf32=config.tf32,
         gradient_checkpointing=config.gradient_checkpointing,
         versions={name: version(name) for name in _VERSIONED},
     )
+
+
+@cache
+def _default_threads() -> int:
+    """Return torch's number of threads as it was before any run of this process set its own."""
+    import torch
+
+    return torch.get_num_threads()
 
 
 def resolve_again(config: NumericsConfig, frozen: Numerics) -> Numerics:

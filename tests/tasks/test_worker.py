@@ -50,3 +50,16 @@ def test_a_task_computes_with_its_runs_number_of_threads_in_whatever_thread(
         assert first.submit(task, run).result() == 3
         assert second.submit(torch.get_num_threads).result() == 1
         assert second.submit(task, run).result() == 3
+
+
+def test_a_run_that_chooses_its_threads_does_not_choose_those_of_the_next(
+    run: Run, tiny_model: Path, tmp_path: Path
+) -> None:
+    def started(run_id: str) -> Run:
+        storage = {"root": str(tmp_path / "store")}
+        config = tiny_config(tiny_model, storage=storage, numerics={"threads": "auto"})
+        return start_run(config, run_id)
+
+    own = started("before").numerics.threads
+    assert with_model(run) == 3 != own
+    assert started("after").numerics.threads == own
