@@ -96,20 +96,21 @@ def _sampled(
 
     with policy_at(run, checkpoint, weights=images.weights) as lease:
         report("evaluation", indices.start, total)
-        sampled = sample(
-            lease.policy,
-            [prompt.text for prompt, _ in rows],
-            seeds,
-            sampler,
-            updates=lease.state.updates,
-        )
+        with lease.policy.sized(images.size):
+            sampled = sample(
+                lease.policy,
+                [prompt.text for prompt, _ in rows],
+                seeds,
+                sampler,
+                updates=lease.state.updates,
+            )
+            digest_of_sampler = sampler_digest(lease.policy, sampler)
         report("evaluation", indices.stop, total)
         digests = CHECKPOINT.load(run.store, checkpoint).digests
         policy_digest = digests["policy_digest"]
         if images.weights == "average":
             policy_digest = digests.get("ema_digest", policy_digest)
         divergence = _divergence(run, lease.policy, images) if shard == 0 else None
-        digest_of_sampler = sampler_digest(lease.policy, sampler)
     table = encode_rollouts(
         [
             RolloutRow(

@@ -8,6 +8,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt, field_validator
 
 from ddpo.basics.limits import Seed
 from ddpo.basics.part import Part, is_off
+from ddpo.config.model import Resolution
 from ddpo.config.plugins import NamedConfig, RewardConfig
 from ddpo.config.sampler import SamplerConfig
 
@@ -29,6 +30,9 @@ class EvaluationConfig(Part):
     """Classifier-free guidance; by default that of the run's sampler."""
     eta: float = Field(default=0.0, ge=0.0, le=1.0)
     """Share of DDPM's noise; 0, which users sample with, is deterministic."""
+    resolution: Resolution = Field(default=None, exclude_if=is_off)
+    """Image size in pixels: one number for a square, or `[width, height]`. That of the run's
+    samples by default."""
     rewards: tuple[RewardConfig, ...] = ()
     """Rewards that the run does not train on: held-out judges of the same images."""
     kl_samples: NonNegativeInt = 4

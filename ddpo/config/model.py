@@ -4,12 +4,26 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt, field_validator
+from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt
 
 from ddpo.basics.part import Part
 
 Size = tuple[PositiveInt, PositiveInt]
 """Width and height in pixels."""
+
+
+def _square_is_one_number(value: int | Size | None) -> int | Size | None:
+    # Two ways to write one size must not make two runs.
+    return value[0] if isinstance(value, tuple) and value[0] == value[1] else value
+
+
+Resolution = Annotated[PositiveInt | Size | None, AfterValidator(_square_is_one_number)]
+"""One number for a square, or width and height; None for the size that goes without saying."""
+
+
+def size_of(resolution: int | Size | None) -> Size | None:
+    """Return width and height in pixels; None where none is given."""
+    return (resolution, resolution) if isinstance(resolution, int) else resolution
 
 
 class ModelConfig(Part):
@@ -20,22 +34,14 @@ class ModelConfig(Part):
     single `.safetensors` file, which is converted to such a folder once."""
     revision: str | None = None
     """Commit of a Hub model. Pin it: a branch may move while a run is going on."""
-    resolution: PositiveInt | Size | None = None
+    resolution: Resolution = None
     """Image size in pixels: one number for a square, or `[width, height]`. The model's own size by
     default."""
-
-    @field_validator("resolution")
-    @classmethod
-    def _square_is_one_number(cls, value: int | Size | None) -> int | Size | None:
-        # Two ways to write one size must not make two runs.
-        return value[0] if isinstance(value, tuple) and value[0] == value[1] else value
 
     @property
     def size(self) -> Size | None:
         """Width and height in pixels; None for the model's own size."""
-        if isinstance(self.resolution, int):
-            return (self.resolution, self.resolution)
-        return self.resolution
+        return size_of(self.resolution)
 
 
 class LoraConfig(Part):

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -19,7 +20,7 @@ from torch import Tensor
 from ddpo.basics.digests import json_digest, tensors_digest
 from ddpo.basics.randomness import derive_seed
 from ddpo.config import FullConfig, LoraConfig, ModelConfig
-from ddpo.errors import ModelError
+from ddpo.errors import ConfigError, ModelError
 from ddpo.models import hub
 from ddpo.models.files import ModelFiles
 from ddpo.models.full import FullWeights
@@ -41,6 +42,29 @@ class ModelFacts:
     """Width and height of an image in pixels."""
     latent_shape: tuple[int, ...]
     """Shape of one image's latents, [C, h, w]."""
+
+
+def resized(
+    own: tuple[int, int], latent_shape: tuple[int, ...], size: tuple[int, int]
+) -> tuple[tuple[int, int], tuple[int, ...]]:
+    """Return another size of a model's images, and the shape of their latents.
+
+    Args:
+        own: The model's own width and height in pixels.
+        latent_shape: Shape of the latents of such an image, [C, h, w].
+        size: Width and height in pixels.
+
+    Raises:
+        ConfigError: They are not multiples of the pixels along one side of a latent pixel.
+    """
+    channels, height, _ = latent_shape
+    scale = own[1] // height
+    if any(pixels % scale for pixels in size):
+        raise ConfigError(
+            f"resolution {size[0]}x{size[1]} is not a multiple of {scale}, the pixels along one "
+            "side of a latent pixel"
+        )
+    return size, (channels, size[1] // scale, size[0] // scale)
 
 
 @dataclass(frozen=True)
@@ -194,6 +218,23 @@ class Policy(ABC):
         """
         kept = {"", *prompts}
         self._encoded = {text: row for text, row in self._encoded.items() if text in kept}
+
+    @contextmanager
+    def sized(self, size: tuple[int, int] | None) -> Iterator[None]:
+        """Sample images of another size inside the block.
+
+        Args:
+            size: Width and height in pixels; None changes nothing.
+
+        Raises:
+            ConfigError: They are not multiples of the pixels along one side of a latent pixel.
+        """
+        before = self.size, self.latent_shape
+        self.size, self.latent_shape = resized(*before, size or self.size)
+        try:
+            yield
+        finally:
+            self.size, self.latent_shape = before
 
     def warn_of_cut(self, prompts: Iterable[str]) -> None:
         """Log how many of the prompts are longer than what the model reads, if any are."""

@@ -17,6 +17,7 @@ from ddpo.basics.paths import expand
 from ddpo.basics.trust import check_place
 from ddpo.basics.version import VERSION
 from ddpo.config import EvaluationConfig, RunConfig
+from ddpo.config.model import size_of
 from ddpo.errors import ConfigError, RunIdentityMismatch
 from ddpo.models import check_family, check_model
 from ddpo.models.numerics import Numerics, changes_since, resolve_again, resolve_numerics
@@ -209,15 +210,16 @@ def check_denoising(config: RunConfig) -> ModelFacts:
         ModelError: As `check_model`.
     """
     facts = check_model(config.model, config.trainable)
-    from ddpo.diffusion.window import (  # imports torch: once the model is there
-        check_sampler,
-        check_steps,
-    )
+    # These import torch: once the model is there.
+    from ddpo.diffusion.window import check_sampler, check_steps
+    from ddpo.models.base import resized
 
     check_sampler(facts.schedule, config)
     if config.evaluation:
         try:
             check_steps(facts.schedule, config.evaluation.sampler_of(config.sampler))
+            size = size_of(config.evaluation.resolution)
+            resized(facts.size, facts.latent_shape, size or facts.size)
         except ConfigError as error:
             raise ConfigError(f"evaluation: {error}") from None
     return facts

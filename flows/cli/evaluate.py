@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -54,13 +53,14 @@ def evaluate(
 
 def _show(plan: EvaluationPlan) -> None:
     """Print each reward's mean and gain by checkpoint, then what the images are like."""
+    from ddpo.analysis.evaluation.summary import labels_in, score_text
     from ddpo_workflow.flows.evaluate import summaries_of
 
     summaries = summaries_of(plan.run, plan.config, plan.epochs)
-    labels = [n.removesuffix("/failed") for n in summaries[0][1] if n.endswith("/failed")]
+    labels = labels_in(summaries[0][1])
     scores = Table("checkpoint", *(label for label in labels))
     for epoch, metrics in summaries:
-        scores.add_row(str(epoch), *(_score(metrics, label) for label in labels))
+        scores.add_row(str(epoch), *(score_text(metrics, label) for label in labels))
     show(scores)
     say("mean score, and the gain over the first checkpoint with its 95% interval", style="dim")
     names = [n for n in ("kl_to_base", "diversity", "repetition") if n in summaries[-1][1]]
@@ -69,14 +69,6 @@ def _show(plan: EvaluationPlan) -> None:
     for epoch, metrics in summaries:
         images.add_row(str(epoch), *(_number(metrics.get(name)) for name in names))
     show(images)
-
-
-def _score(metrics: Mapping[str, float], label: str) -> str:
-    mean, gain = metrics.get(f"{label}/mean"), metrics.get(f"{label}/gain")
-    if mean is None or gain is None:
-        return _number(mean)
-    low = metrics.get(f"{label}/gain_low")
-    return f"{mean:.4f}  {gain:+.4f}" + ("" if low is None else f" ± {gain - low:.4f}")
 
 
 def _number(value: float | None) -> str:

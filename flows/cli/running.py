@@ -15,6 +15,7 @@ from ddpo_workflow.flows.cli.screen import console, say, show, show_places
 from ddpo_workflow.flows.messages import as_called, resume_command, ui_command
 
 if TYPE_CHECKING:
+    from ddpo.config import EvaluationConfig
     from ddpo.runs import Run, RunPlan
     from ddpo_workflow.flows.run_requests import Request
 
@@ -107,6 +108,8 @@ def _summarise(run: Run) -> None:
     show(table)
     for line in remarks(curve):
         say(line)
+    if run.config.evaluation:
+        _show_evaluation(run, run.config.evaluation)
     outputs = outputs_folder(run.config, run.run_id, run.uid)
     full = run.config.trainable.type == "full"
     show_places(
@@ -118,3 +121,14 @@ def _summarise(run: Run) -> None:
             "look": ui_command(run.config.tracking.uri, TrackingConfig().uri),
         }
     )
+
+
+def _show_evaluation(run: Run, config: EvaluationConfig) -> None:
+    """Print what the last checkpoint's evaluation says of each reward."""
+    from ddpo.analysis.evaluation.summary import labels_in, score_text
+    from ddpo_workflow.flows.evaluate import summaries_of
+
+    ((_, metrics),) = summaries_of(run, config, [run.config.epochs])
+    say("evaluated on fixed prompts and seeds, against the first checkpoint:")
+    for label in labels_in(metrics):
+        say(f"  {label}  {score_text(metrics, label)}")

@@ -16,6 +16,7 @@ from PIL import Image
 from ddpo.analysis.evaluation.plan import evaluation_set
 from ddpo.analysis.history import History
 from ddpo.analysis.query import query
+from ddpo.basics.images import decode_image
 from ddpo.config import EvaluationConfig, NamedConfig
 from ddpo.errors import ConfigError, RunNotFound
 from ddpo.prompts import Prompt
@@ -79,10 +80,10 @@ def places(
 ) -> dict[str, Place]:
     """The same run without and with evaluations."""
     _asked.clear()
-    with_part = {"evaluation": EVALUATION_PART}
+    folders = {name: tmp_path_factory.mktemp(name) for name in ("without", "with")}
     return {
-        name: record(tiny_model, mlflow_database, tmp_path_factory.mktemp(name), **changes)
-        for name, changes in (("without", {}), ("with", with_part))
+        "without": record(tiny_model, mlflow_database, folders["without"]),
+        "with": record(tiny_model, mlflow_database, folders["with"], evaluation=EVALUATION_PART),
     }
 
 
@@ -228,6 +229,21 @@ def test_more_steps_than_the_model_has_are_refused_by_the_evaluations_name(
     config = tiny_config(tiny_model, storage=store, evaluation={"steps": 5000})
     with pytest.raises(ConfigError, match=r"^evaluation: .*5000"):
         check_run(config, "r")
+
+
+def test_images_of_another_size_leave_the_runs_own_alone(places: dict[str, Place]) -> None:
+    place = places["without"]
+    overrides = ["evaluation.count=1", "evaluation.kl_samples=0", "evaluation.resolution=[32, 16]"]
+    run = place.run("r")
+    for given, size in ((overrides, (32, 16)), (overrides[:2], (16, 16))):
+        evaluate("r", epochs="3", overrides=given, storage=place.store.root)
+        resolution = size if given is overrides else None
+        config = EvaluationConfig(count=1, kl_samples=0, resolution=resolution)
+        images = evaluation_set(run, config)
+        shard = EVALUATION_SHARD.require(run.store, Partition("r", 3, 0, images_id=images.set_id))
+        assert {decode_image(row.image_png).size for row in shard.rows()} == {size}
+    with pytest.raises(ConfigError, match=r"evaluation: resolution 33x33 is not a multiple"):
+        check_run(run.config.changed(evaluation=EvaluationConfig(resolution=33)), "r")
 
 
 def test_a_prompt_or_a_seed_gives_no_image_twice(places: dict[str, Place]) -> None:

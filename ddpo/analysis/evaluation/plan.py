@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, JsonValue
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 from ddpo.analysis.history import epoch_range
 from ddpo.basics.digests import json_digest
+from ddpo.basics.part import is_off
 from ddpo.basics.randomness import derive_seed
 from ddpo.config import AnySampler, EvaluationConfig
+from ddpo.config.model import size_of
 from ddpo.errors import ConfigError
 from ddpo.prompts import Prompt, load_prompts
 from ddpo.runs import Run
@@ -31,6 +33,8 @@ class EvaluationSet(BaseModel):
     """Each prompt is sampled with each; an image depends on its own seed alone."""
     sampler: AnySampler
     """The sampler, at the evaluation's settings."""
+    size: tuple[int, int] | None = Field(default=None, exclude_if=is_off)
+    """Width and height in pixels; None for that of the run's samples."""
     weights: Evaluated
     """The weights."""
     kl_samples: int
@@ -74,6 +78,7 @@ def evaluation_set(
         prompts=tuple((prompt.text, dict(prompt.metadata)) for prompt in chosen),
         seeds=config.seeds,
         sampler=config.sampler_of(run.config.sampler),
+        size=size_of(config.resolution),
         weights=weights,
         kl_samples=config.kl_samples if weights == "trained" else 0,
     )

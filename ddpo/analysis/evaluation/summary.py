@@ -108,6 +108,23 @@ def summarize(
     return metrics
 
 
+def labels_in(metrics: Mapping[str, float]) -> list[str]:
+    """Return the labels of the rewards of a summary."""
+    return [name.removesuffix("/failed") for name in metrics if name.endswith("/failed")]
+
+
+def score_text(metrics: Mapping[str, float], label: str) -> str:
+    """Return a reward's mean, and its gain with the half-width of its interval; for people."""
+    mean, gain = metrics.get(f"{label}/mean"), metrics.get(f"{label}/gain")
+    if mean is None:
+        return ""
+    text = f"{mean:.4f}"
+    if gain is not None:
+        low = metrics.get(f"{label}/gain_low")
+        text += f"  {gain:+.4f}" + ("" if low is None else f" ± {gain - low:.4f}")
+    return text
+
+
 def _gain(
     rows: Sequence[EvaluationRow], baseline: Sequence[EvaluationRow], column: str
 ) -> dict[str, float]:
