@@ -68,8 +68,8 @@ def test_nothing_is_unpickled() -> None:
 
 
 def test_digests(tiny_model: Path, tmp_path: Path) -> None:
-    """Digests find damage, but they are no signatures: whoever can write to a store can change what
-    it holds, so let only those write whom you believe.
+    """Digests detect damage, but they are not signatures: anyone who can write to a store can
+    change what it holds, so give write access only to people you trust.
     """
     run = record_run(tiny_model, tmp_path / "store")
     record = runs.load_run(run.store, "mine")
@@ -90,8 +90,8 @@ def test_keys(tmp_path: Path) -> None:
 
 
 def test_queries(tiny_model: Path, tmp_path: Path) -> None:
-    """A query in `ddpo query` reaches the tables of one run and nothing else: no file, no network,
-    no setting.
+    """A query in `ddpo query` can access the tables of one run and nothing else: no files, no
+    network, no settings.
     """
     history = History(record_run(tiny_model, tmp_path / "store"))
     (tmp_path / "other.csv").write_text("a,b\n1,2\n")
@@ -108,8 +108,8 @@ def test_queries(tiny_model: Path, tmp_path: Path) -> None:
 
 
 def test_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`ddpo ui` and `ddpo serve-reward` listen on loopback; anywhere else, `serve-reward` demands
-    that DDPO_REWARD_TOKEN is set.
+    """`ddpo ui` and `ddpo serve-reward` listen on loopback; to listen elsewhere, `serve-reward`
+    requires DDPO_REWARD_TOKEN.
     """
     started: list[tuple[str, ...]] = []
 
@@ -140,8 +140,8 @@ def test_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_addresses(uri: str, tmp_path: Path) -> None:
-    """Credentials belong in the environment: the address of a store, of an S3 endpoint and of
-    MLflow (`tracking.uri`) is refused if it holds any, and not quoted.
+    """Credentials belong in the environment: the address of a store, of an S3 endpoint or of MLflow
+    (`tracking.uri`) is refused if it contains any, without being quoted.
     """
     refused: list[DdpoError] = []
     for settings in (
@@ -175,9 +175,9 @@ def test_addresses_without_a_password_are_accepted(uri: str) -> None:
 
 
 def test_variables(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of the environment, the rewards of a config may name only variables that begin with `DDPO_`
-    or that `DDPO_REWARD_VARIABLES` lists, since the values leave this machine; the one exception is
-    the default of `openai_vlm`, OPENAI_API_KEY.
+    """The rewards of a config may name only environment variables that begin with `DDPO_` or that
+    `DDPO_REWARD_VARIABLES` lists, since their values leave this machine; the one exception is the
+    default of `openai_vlm`, OPENAI_API_KEY.
     """
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "canary")
     monkeypatch.setenv("MINE", TOKEN)

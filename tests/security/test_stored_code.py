@@ -197,8 +197,8 @@ def test_started_here(written: Path, elsewhere: Elsewhere, monkeypatch: pytest.M
 
 
 def test_said_once(elsewhere: Elsewhere, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`--trust` is said once: this machine remembers the run for this user, in
-    `$XDG_STATE_HOME/ddpo/trusted`.
+    """`--trust` is needed once per run: this machine remembers it for this user, in
+    `$XDG_STATE_HOME/ddpo/trusted` (by default below `~/.local/state`).
     """
     elsewhere.resume("own", trust=True)
     monkeypatch.setattr(trust, "_trusted_here", set())  # as in another process
@@ -207,7 +207,7 @@ def test_said_once(elsewhere: Elsewhere, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_bound_to_settings(elsewhere: Elsewhere) -> None:
-    """What is trusted are the run's settings: if somebody changes one in the store, the run is
+    """Trust covers the run's settings as they are: if somebody changes one in the store, the run is
     refused again.
     """
     elsewhere.resume("own", trust=True)
@@ -276,8 +276,8 @@ def test_known_code(elsewhere: Elsewhere, monkeypatch: pytest.MonkeyPatch) -> No
     ids=["http", "openai_vlm", "weighted", "text_file"],
 )
 def test_addresses_and_files(elsewhere: Elsewhere, identity: dict[str, Any], named: str) -> None:
-    """Likewise, the rewards of a run from elsewhere send images to no address that the run names,
-    and its prompts are read from no file of this machine.
+    """As long as a run from elsewhere is not trusted, its rewards send images to no address that it
+    names, and its prompts are read from no file of this machine.
     """
     elsewhere.craft("plain", **identity)
     with pytest.raises(NotTrusted, match=named):
@@ -296,9 +296,9 @@ def test_addresses_and_files(elsewhere: Elsewhere, identity: dict[str, Any], nam
     ids=str,
 )
 def test_places(elsewhere: Elsewhere, operation: dict[str, Any]) -> None:
-    """It is shown on no MLflow server that it names, and writes its outputs and MLflow's database
-    nowhere but below the working directory; a start that somebody else has added to a run of this
-    machine is no exception.
+    """Nor is it shown on an MLflow server that it names, and it writes its outputs and MLflow's
+    database only below the working directory; the same holds for a start that somebody else has
+    added to a trusted run.
     """
     elsewhere.resume("plain", trust=True)
     elsewhere.operate("plain", **operation)
@@ -308,9 +308,9 @@ def test_places(elsewhere: Elsewhere, operation: dict[str, Any]) -> None:
 
 
 def test_forms(elsewhere: Elsewhere) -> None:
-    """Whoever reaches Prefect's API can run code on its workers: a form takes any config and any
-    overrides, which may name code, and it takes `trust`. Serve the API on loopback, or behind
-    something that asks who is there.
+    """Anyone who can reach Prefect's API can run code on its workers: a form takes any config and
+    any overrides, which may name code, and has the field `trust`. Serve the API on loopback, or
+    behind a proxy that authenticates its users.
     """
     overrides = (f"reward.name={PLANTED}:score", "outputs=outputs")
     request = TrainRequest(
