@@ -1,4 +1,4 @@
-"""What the commands share: common options, how a run is opened.
+"""What the commands share: common options, and opening a run.
 
 Heavy libraries are imported by the commands that need them, so that typos are reported at once.
 """
@@ -17,19 +17,27 @@ Root = Annotated[
     str | None,
     typer.Option("--root", help="The store. By default DDPO_ROOT, or else ddpo-data/store."),
 ]
-RunId = Annotated[str, typer.Argument(help="The run's name; `ddpo runs` lists all.")]
+ConfigRoot = Annotated[
+    str | None,
+    typer.Option(
+        "--root",
+        help="The store. By default the config's storage.root, or else DDPO_ROOT, or else "
+        "ddpo-data/store.",
+    ),
+]
+RunId = Annotated[str, typer.Argument(help="The run's name, as `ddpo runs` lists it.")]
 Trust = Annotated[
     bool,
     typer.Option(
         "--trust",
-        help="Use the code, addresses and files that a run started elsewhere names; said once, it "
-        "holds on this machine.",
+        help="Allow the code, addresses and files that a run from elsewhere names. This machine "
+        "remembers it.",
     ),
 ]
 Epochs = Annotated[
     str | None,
     typer.Option(
-        help="One epoch, or a range a:b without b; a or b may be left out. By default all."
+        help="One epoch, or a range a:b that excludes b; a or b may be omitted. By default all."
     ),
 ]
 ConfigFile = Annotated[str, typer.Argument(help="A YAML file; configs/ has examples.")]
@@ -37,16 +45,16 @@ Parameters = Annotated[
     list[str] | None,
     typer.Option(
         "--param",
-        help="A parameter of the reward, as name=value; may be repeated. Of one name the last "
-        "counts.",
+        help="A parameter of the reward, as name=value; may be repeated. The last value of a name "
+        "wins.",
     ),
 ]
 Settings = Annotated[
     list[str] | None,
     typer.Option(
         "--set",
-        help="Change a setting, such as sampler.steps=20; may be repeated. Of one key the last "
-        "counts.",
+        help="Change a setting, such as sampler.steps=20; may be repeated. The last value of a key "
+        "wins.",
     ),
 ]
 
@@ -71,7 +79,7 @@ def read_parameters(given: Sequence[str]) -> dict[str, Any]:
     """Return the parameters given by `--param`, by name.
 
     Args:
-        given: Parameters as ``name=value``, with the value in YAML; of one name the last counts.
+        given: Parameters as ``name=value``, with the value in YAML; the last value of a name wins.
 
     Raises:
         ConfigError: One of them cannot be read.

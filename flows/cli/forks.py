@@ -10,6 +10,7 @@ from rich.table import Table
 
 from ddpo_workflow.flows.cli.common import (
     ConfigFile,
+    ConfigRoot,
     Epochs,
     Parameters,
     Root,
@@ -93,7 +94,7 @@ def fork(
     root: Root = None,
     trust: Trust = False,
 ) -> None:
-    """Start a run from another's checkpoint and saved samples, under another reward or settings.
+    """Start a run from another run's checkpoint and samples, with another reward or settings.
 
     Runs the code that the other run names.
     """
@@ -128,7 +129,7 @@ def compare(
         ),
     ] = None,
     set_: Settings = None,
-    root: Root = None,
+    root: ConfigRoot = None,
 ) -> None:
     """Compare algorithms over several seeds, with shared first samples and equal reward queries."""
     from ddpo_workflow.flows.run_requests import CompareRequest

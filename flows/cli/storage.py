@@ -1,4 +1,4 @@
-"""`ddpo verify`, `gc` and `doctor`: check what is stored, and what a run needs."""
+"""`ddpo verify`, `gc`, `delete` and `doctor`: check and delete what is stored; check a setup."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from rich.text import Text
 
 from ddpo_workflow.flows.cli.common import (
     ConfigFile,
+    ConfigRoot,
     Root,
     RunId,
     Settings,
@@ -73,7 +74,7 @@ def verify(
         say(f"damaged: {damage}")
         say(as_called(f"    listed in {damage.manifest}; {reasons.get(damage.manifest, way_out)}"))
     retired = f", {found.retired} retired on purpose" if found.retired else ""
-    outcome = "whole" if found.epochs else "no committed epoch found"
+    outcome = "intact" if found.epochs else "no committed epoch found"
     if found.damages:
         outcome = f"{len(found.damages)} damaged"
     say(f"{found.objects} objects, {found.bytes / 1e6:.1f} MB{retired}: {outcome}")
@@ -130,10 +131,10 @@ def delete(
 
     begin_deletion(deletion)
     for reason in delete_pages(deletion.record):
-        say(f"a page in MLflow stays as it is: {reason}")
+        say(f"a page in MLflow was not marked as deleted: {reason}")
     with busy("deleting") as update:
         finish_deletion(deletion, lambda key: update(f"deleting {key}"))
-    say(f"deleted {run_id}. Exported files, such as the outputs folder's, stay")
+    say(f"deleted {run_id}. Exported files, such as those in the outputs folder, remain")
 
 
 def _described(deletion: Deletion) -> str:
@@ -154,7 +155,7 @@ def _described(deletion: Deletion) -> str:
 def doctor(
     config: ConfigFile,
     set_: Settings = None,
-    root: Root = None,
+    root: ConfigRoot = None,
 ) -> None:
     """Check storage, model, device, MLflow and Prefect before starting a long run."""
     from ddpo.config.files import read_config

@@ -15,6 +15,7 @@ from rich.text import Text
 
 from ddpo_workflow.flows.cli.common import (
     ConfigFile,
+    ConfigRoot,
     Root,
     RunId,
     Settings,
@@ -46,9 +47,9 @@ def train(
     config: ConfigFile,
     set_: Settings = None,
     run_id: Annotated[
-        str | None, typer.Option(help="Run name. An existing run is resumed.")
+        str | None, typer.Option(help="The run's name. An existing run is resumed.")
     ] = None,
-    root: Root = None,
+    root: ConfigRoot = None,
 ) -> None:
     """Fine-tune a model on a reward, or resume a run."""
     from ddpo_workflow.flows.run_requests import TrainRequest, new_run_id
@@ -72,7 +73,7 @@ def resume(
     root: Root = None,
     trust: Trust = False,
 ) -> None:
-    """Resume a run that was stopped; committed work is never redone.
+    """Resume a run; committed work is never redone.
 
     Runs the code that the run names.
     """
@@ -167,14 +168,15 @@ def _show_tree(store: Store) -> None:
 def sample(
     run_id: RunId,
     prompt: Annotated[str, typer.Option(help="The prompt.")],
-    out: Annotated[Path, typer.Option(help="The image file to write, a .png.")],
+    out: Annotated[Path, typer.Option(help="The PNG file to write.")],
     seed: Annotated[int, typer.Option(help="Seed of the noise.", min=0, max=2**63 - 1)] = 0,
     checkpoint: Annotated[
-        int | None, typer.Option(help="The checkpoint: 0 is the base model. By default the last.")
+        int | None,
+        typer.Option(help="Number of epochs trained; 0 is the base model. By default the latest."),
     ] = None,
     device: Annotated[
         Device | None,
-        typer.Option(help="Where to compute. By default on the kind of device that trained."),
+        typer.Option(help="Where to compute. By default on the kind of device of the run."),
     ] = None,
     root: Root = None,
 ) -> None:

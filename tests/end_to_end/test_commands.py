@@ -79,7 +79,7 @@ def test_runs_as_a_tree_stand_below_what_they_branch_off(root, tiny_model, monke
 
 def test_verify_names_damage_mends_it_and_gc_finds_nothing(root, monkeypatch, capsys):
     ddpo(monkeypatch, "verify", "small", "--root", root)
-    assert capsys.readouterr().out.strip().endswith("whole")
+    assert capsys.readouterr().out.strip().endswith("intact")
     (shard, *_) = sorted(root.glob("trajectories/**/*.safetensors"))
     whole = shard.read_bytes()
     shard.write_bytes(whole[:-1])
@@ -164,4 +164,4 @@ def test_verify_of_a_run_without_any_committed_epoch_is_no_success(
         cli.main()
     assert ended.value.code == 1
     screen = capsys.readouterr().out
-    assert "no committed epoch found" in screen and "whole" not in screen
+    assert "no committed epoch found" in screen and "intact" not in screen

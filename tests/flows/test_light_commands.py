@@ -63,7 +63,7 @@ def test_lists_and_help_load_no_model_library(tiny_model: Path, tmp_path: Path) 
         f"runs --root {root}": "mine",
         f"runs --tree --root {root}": "mine",
         f"gc mine --dry-run --root {root}": "0 objects",
-        f"verify mine --root {root}": "whole",
+        f"verify mine --root {root}": "intact",
         f"query mine select:1 --root {root}": "syntax error",
         f"export-lora mine --epoch 9 --out {root}/lora --root {root}": "it has 0 to 2",
         f"export-lora mine --out {root} --root {root}": "nor an earlier export",
