@@ -53,7 +53,7 @@ def compare(
         name: The comparison's name. An existing comparison is resumed. Empty: the file's name.
         storage: Folder or URL of the store, such as `s3://bucket/prefix`. Empty: the config's.
         tracking: MLflow's tracking URI, such as `http://host:5000`. Empty: the config's.
-        overrides: Any setting of the base, one an item, such as `sampler.steps=20`.
+        overrides: Any setting of the base, one per item, such as `sampler.steps=20`.
 
     Returns:
         The folder with the comparison's page and plot.

@@ -1,4 +1,4 @@
-"""A new run from another run's checkpoint and saved samples, under another reward or settings."""
+"""A new run from another run's checkpoint and saved samples, with another reward or settings."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ def fork(
             on this epoch's saved samples.
         reward: Name of the new reward. Empty: the same reward.
         parameters: Parameters of the new reward.
-        fork_id: The new run's name. Empty: made of the parent's name, the epoch and the reward. An
-            existing fork is resumed.
+        fork_id: The new run's name. Empty: built from the parent's name, the epoch and the reward.
+            An existing fork is resumed.
         epochs: Total number of epochs, including those before the fork. Empty: the parent's.
         statistics: Rebuild the prompt statistics by scoring the epochs before the fork, or reset
             them.
-        overrides: Any other setting, one an item, such as `optimizer.learning_rate=1e-4`.
+        overrides: Any other setting, one per item, such as `optimizer.learning_rate=1e-4`.
         storage: Folder or URL of the store. Empty: the worker's DDPO_ROOT, or the local store.
-        trust: Use the code, addresses and files that a run started on another machine names.
+        trust: Allow the code, addresses and files that a run from another machine names.
 
     Returns:
         The new run's name.

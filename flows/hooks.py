@@ -1,7 +1,7 @@
 """Prefect hooks that mark every flow run of a stopped process as cancelled.
 
-Prefect takes a flow run that a signal ends for crashed. Artefacts are committed whole or not at
-all, so a stopped run is neither crashed nor failed: it can be resumed.
+Prefect treats a flow run that a signal ends as crashed. Artefacts are committed whole or not at
+all, so a stopped run has neither crashed nor failed: it can be resumed.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ def cancel_unfinished() -> None:
 
 def _cancel(flow_run_id: UUID) -> None:
     message = (
-        "Stopped by a signal. Committed work is kept: `ddpo resume`, or the same `ddpo compare` "
-        "command, continues from there"
+        "Stopped by a signal. Committed work is kept: continue with `ddpo resume`, or with the "
+        "`ddpo compare` command that was stopped"
     )
     with get_client(sync_client=True) as client:
         client.set_flow_run_state(flow_run_id, Cancelled(message=message), force=True)

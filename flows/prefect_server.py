@@ -1,4 +1,4 @@
-"""Prefect's server while a run is in progress: it may be away for a while."""
+"""Prefect's server while a run is in progress: it may be unavailable for a while."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 @contextmanager
 def watched_server() -> Iterator[None]:
-    """Say within this context if Prefect's server does not answer, and when it does again."""
+    """Say within this context when Prefect's server stops and resumes answering."""
     address = str(get_client(sync_client=True).api_url).rstrip("/")
     left = threading.Event()
     thread = threading.Thread(target=_watch, args=[address, left], name="prefect", daemon=True)
@@ -36,11 +36,11 @@ def watched_server() -> Iterator[None]:
 
 
 def show(create: Callable[[], T]) -> T | None:
-    """Create an artifact; without Prefect's server the run goes on without it."""
+    """Create an artifact; if Prefect's server is unavailable, the run continues without it."""
     try:
         return create()
     except httpx.HTTPError as error:
-        _logger.info("Prefect does not show an artifact: %s", hide_credentials(str(error)))
+        _logger.info("an artifact was not created in Prefect: %s", hide_credentials(str(error)))
         return None
 
 
@@ -50,7 +50,7 @@ def _watch(address: str, left: threading.Event) -> None:
         try:
             httpx.get(f"{address}/health", timeout=_TIMEOUT_S)
         except httpx.HTTPError as error:
-            plan = "tasks that run go on; what follows them waits for it, for 8 minutes at most"
+            plan = "running tasks continue; what follows them waits for it for up to 8 minutes"
             outage.goes_on(type(error).__name__, plan)
         else:
             outage.ends()

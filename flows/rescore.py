@@ -42,10 +42,10 @@ def rescore(
         run_id: The run's name.
         reward: Name of the reward.
         parameters: Parameters of the reward.
-        epochs: One epoch, or a range `a:b` without b; either end may be left out. Empty: all.
+        epochs: One epoch, or a range `a:b` that excludes b; a or b may be omitted. Empty: all.
         storage: Folder or URL of the store. Empty: the worker's DDPO_ROOT, or the local store.
         tracking: MLflow's tracking URI. Empty: the run's.
-        trust: Use the MLflow server that a run started on another machine names.
+        trust: Allow the MLflow server that a run from another machine names.
 
     Returns:
         The reward's id, which is `reward_name=` of its tables in the store.

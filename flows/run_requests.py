@@ -103,7 +103,7 @@ class ResumeRequest(Request["RunPlan"]):
     epochs: int | None = None
     """Total number of epochs; by default as before."""
     trust: bool = False
-    """Trust the code, addresses and files that the run names."""
+    """Allow the code, addresses and files that the run names."""
 
     def resolve(self) -> RunPlan:
         """Open the run and check that it can be resumed."""
@@ -146,7 +146,7 @@ class ForkRequest(Request["RunPlan"]):
     storage: str | None = None
     """The store."""
     trust: bool = False
-    """Trust the code, addresses and files that the parent names."""
+    """Allow the code, addresses and files that the parent names."""
 
     def resolve(self) -> RunPlan:
         """Plan the fork and check all that it inherits."""
@@ -191,13 +191,13 @@ class RescoreRequest(Request[Rescoring]):
     parameters: Mapping[str, Any] | None = None
     """Parameters of the reward."""
     epochs: str | None = None
-    """The epochs: one, or a range ``a:b`` without b; by default all."""
+    """The epochs: one, or a range ``a:b`` that excludes b; by default all."""
     storage: str | None = None
     """The store."""
     tracking: str | None = None
     """MLflow's tracking URI; by default the run's."""
     trust: bool = False
-    """Trust the MLflow server that the run names."""
+    """Allow the MLflow server that the run names."""
 
     def resolve(self) -> Rescoring:
         """Load the reward and find the samples."""
@@ -221,7 +221,7 @@ class RescoreRequest(Request[Rescoring]):
         reward_id = scorer_of(run, reward).reward_id
         if reward_id == run.reward_id:
             raise ConfigError(
-                f"{reward_id} is the run's own reward: its samples have these scores already"
+                f"{reward_id} is the run's own reward, whose scores its samples already have"
             )
         if self.tracking:
             connect(self.tracking)
@@ -385,7 +385,7 @@ def rescorable_epochs(run: Run, words: str | None) -> list[int]:
 
     Args:
         run: The run.
-        words: One epoch, or a range ``a:b`` without b; by default all.
+        words: One epoch, or a range ``a:b`` that excludes b; by default all.
 
     Raises:
         ConfigError: The words are neither; or retention deleted all of these samples.

@@ -47,7 +47,7 @@ _SHOWN = ("reward/mean", "reward/std", "update/approx_kl", "update/clip_fraction
 
 
 def _run_name() -> str:
-    """Name a flow run after its run; one without a name such that Prefect's retry resumes it."""
+    """Name a flow run after its run; without a name, so that Prefect's retry resumes the run."""
     parameters = flow_run.get_parameters()
     stem = run_name_stem(parameters["config_file"])
     return parameters.get("run_id") or f"{stem}-{(flow_run.get_id() or '')[:8]}"
@@ -74,7 +74,7 @@ def train(
         learning_rate: Learning rate of AdamW. Empty: the config's.
         storage: Folder or URL of the store, such as `s3://bucket/prefix`. Empty: the config's.
         tracking: MLflow's tracking URI, such as `http://host:5000`. Empty: the config's.
-        overrides: Any other setting, one an item, such as `sampler.steps=20`.
+        overrides: Any other setting, one per item, such as `sampler.steps=20`.
 
     Returns:
         The run's name.
@@ -99,8 +99,8 @@ def resume(run_id: str, storage: Text = None, epochs: Whole = None, trust: bool 
     Args:
         run_id: The run's name.
         storage: Folder or URL of the store. Empty: the worker's DDPO_ROOT, or the local store.
-        epochs: Total number of epochs. Empty: as before.
-        trust: Use the code, addresses and files that a run started on another machine names.
+        epochs: Total number of epochs. Empty: as at the last start.
+        trust: Allow the code, addresses and files that a run from another machine names.
 
     Returns:
         The run's name.

@@ -50,7 +50,7 @@ def repair(run: Run, damages: Iterable[Damage]) -> list[Repair]:
         One outcome per part, in the order of rebuilding; damage of other kinds has none.
 
     Raises:
-        NotTrusted: A part is made by code of the run's own, and the run is not trusted here.
+        NotTrusted: Rebuilding a part needs the run's own code, and the run is not trusted here.
     """
     run.numerics.apply()  # a reward rounds as it did in the run
     by_manifest: dict[str, list[Damage]] = {}

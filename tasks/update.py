@@ -117,9 +117,9 @@ def _read_rollouts(
             if getattr(row, name) != digests[name]:
                 raise PolicyMismatch(
                     f"sample {row.sample_id} has {name} {getattr(row, name)}, expected "
-                    f"{digests[name]}: it was drawn by another policy or sampler than the one "
-                    "being updated, so importance ratios would be wrong. A fork can train on it "
-                    "with off_policy: true"
+                    f"{digests[name]}: it comes from another policy or sampler than the one being "
+                    "updated, so importance ratios would be wrong. A fork can train on samples of "
+                    "another policy with fork.off_policy: true"
                 )
     tensors = {
         name: value if name == "timesteps" else torch.cat([shard[name] for shard in shards])

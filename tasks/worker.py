@@ -56,8 +56,8 @@ class Lease:
 def opened(handle: RunHandle) -> Run:
     """Open a run, once per process and start, and compute as it does in this thread.
 
-    Torch splits a sum among as many threads as its caller was told to use, and another split rounds
-    differently: a resumed run, whose first task may run in another thread, must not.
+    Torch splits a sum among as many threads as are set for the calling thread, and another split
+    rounds differently; a resumed run, whose first task may run in another thread, must not.
     """
     with _opening:  # lru_cache alone lets threads that ask at once open it once each
         run = _opened(handle)

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM while a command still checks what it is about to run.
+"""Ctrl-C and SIGTERM while a command is still checking what it is about to run.
 
 Separate from `signals`, which takes seconds to import: a stop may come before that.
 """
@@ -17,7 +17,7 @@ _DEFAULTS = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.S
 
 
 class _Stopped(BaseException):
-    """A signal has arrived; no library takes it for an error of its own."""
+    """A signal has arrived; no library catches this as an error of its own."""
 
 
 @contextmanager
@@ -36,7 +36,7 @@ def nothing_begun() -> Iterator[None]:
     except BaseException:
         if not received:
             raise
-        say("stopped before it began; nothing was written. Run the same command again to start")
+        say("stopped before it began; nothing was written. Run the command again to start")
         sys.exit(128 + received[0])
     finally:
         for sign, handler in handlers.items():

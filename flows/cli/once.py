@@ -1,4 +1,4 @@
-"""Options that are given once: of two, click would silently keep the last."""
+"""Options that may be given only once: click would silently keep the last of several."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ddpo.errors import ConfigError
 
 
 class OptionsOnce(TyperCommand):
-    """A command that refuses to be given an option twice, unless the option may be repeated."""
+    """A command that rejects an option given twice, unless the option may be repeated."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse what was typed.

@@ -72,7 +72,7 @@ def score(
     images: Annotated[list[Path] | None, typer.Argument(help="Image files.")] = None,
     prompt: Annotated[
         list[str] | None,
-        typer.Option(help="The prompt: one for all images, or one for each."),
+        typer.Option(help="The prompt: one for all images, or one per image."),
     ] = None,
     metadata: Annotated[
         str, typer.Option(help="Metadata of the prompts, as a JSON object.")
@@ -134,7 +134,7 @@ def score(
 def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     names = [name for name, _ in pairs]
     if twice := [name for name in names if names.count(name) > 1]:
-        raise ValueError(f"the key {twice[0]!r} stands twice; keep one of them")
+        raise ValueError(f"the key {twice[0]!r} occurs twice; keep one of them")
     return dict(pairs)
 
 

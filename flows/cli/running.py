@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 Plan = TypeVar("Plan")
 
-NOTHING_BEGUN = "No run has begun: there is nothing to resume. Run the same command again to start"
+NOTHING_BEGUN = "No run has begun: there is nothing to resume. Run the command again to start"
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""The screen. It shows text as it is, and whatever happens to it never ends a command.
+"""The screen. It shows text literally, and no failure of it ever ends a command.
 
 Nothing printed here is read as markup: names, paths, prompts and errors may hold any characters.
 """
@@ -133,7 +133,7 @@ def say(text: str | Text, style: str | None = None) -> None:
 
 
 def show(shown: Table | Tree, *, fold: bool = False) -> None:
-    """Print a table or tree with all that is in it: what stands there may have to be typed.
+    """Print a table or tree without shortening anything: users may need to type what it shows.
 
     Args:
         shown: The table or tree.

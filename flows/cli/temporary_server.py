@@ -1,4 +1,4 @@
-"""Prefect's temporary server, whose failure to start is told at once and by its cause."""
+"""Prefect's temporary server; if it cannot start, the cause is reported at once."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ddpo.basics.redaction import hide_credentials
 from ddpo.errors import DdpoError
 
 _UNKNOWN_REVISION = "locate revision"
-"""What alembic says of a database that a newer version has migrated further."""
+"""In alembic's message about a database that a newer version has migrated further."""
 
 
 class ServerNotStarted(DdpoError):
@@ -27,8 +27,8 @@ def start_temporary_server() -> None:
         ServerNotStarted: Its database cannot be opened, or it did not answer in time.
     """
     try:
-        # As the server does first. One that fails at it is started again and again by Prefect, for
-        # two minutes and without a word.
+        # The server's own first step. If that fails, Prefect restarts the server silently for two
+        # minutes.
         asyncio.run(_open_database())
     except Exception as error:
         raise _unusable_database(error) from error
@@ -36,8 +36,8 @@ def start_temporary_server() -> None:
         get_client(sync_client=True)
     except RuntimeError as error:
         raise ServerNotStarted(
-            f"Prefect's temporary server did not start: {hide_credentials(str(error))} See what "
-            "`prefect server start` says, and set PREFECT_API_URL to use that server"
+            f"Prefect's temporary server did not start: {hide_credentials(str(error))} Run "
+            "`prefect server start` to see why, and set PREFECT_API_URL to use that server"
         ) from error
 
 

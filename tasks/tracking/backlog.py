@@ -1,7 +1,7 @@
-"""What a page has yet to show: a run does not wait for its display until all else is done.
+"""What is still to be logged to a page: a run does not wait for it until all else is done.
 
 MLflow may be unavailable for a while. What cannot be logged then is logged in order once it answers
-again; what a process had no time for is caught up from the store by the next (see `catch_up`).
+again; if the process ends first, the next one logs it from the store (see `catch_up`).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _NEXT_TRY_S = 1.0
 
 
 class Backlog:
-    """What is to be logged to a page, in order. Safe to use from several threads."""
+    """What is still to be logged to a page, in order. Safe to use from several threads."""
 
     def __init__(self, handle: TrackingHandle) -> None:
         self._uri = handle.uri
@@ -80,13 +80,13 @@ class Backlog:
         plan = f"waiting for it until {clock(PATIENCE_S)}"
         last = Outage(self._outage.what)
         while not self.catch_up():
-            reason = why_unavailable(self._uri) or f"{len(self._jobs)} entries are left"
+            reason = why_unavailable(self._uri) or f"{len(self._jobs)} entries are not logged yet"
             last.goes_on(reason, plan, silent_s=0.0)
             if time.monotonic() > deadline:
                 raise TrackingUnavailable(
                     f"{self._outage.what} was unavailable for {PATIENCE_S / 60:g} minutes after "
                     "the last epoch. Everything is in the store; once MLflow answers, resume the "
-                    "run, which then shows the rest",
+                    "run to log the rest",
                     reason,
                 )
             time.sleep(_NEXT_TRY_S)
@@ -94,7 +94,7 @@ class Backlog:
         last.ends()
 
     def beat(self) -> bool:
-        """Look whether the server answers; say so if it does not, and catch up if it does again.
+        """Check whether the server answers; say so if it does not, and catch up once it does.
 
         Returns:
             Whether it answers again.
@@ -115,8 +115,8 @@ class Backlog:
         minutes = f"{PATIENCE_S / 60:g} minutes"
         self._outage.goes_on(
             reason,
-            "the run goes on and catches up once it answers; after the last epoch it waits for it, "
-            f"for {minutes} at most",
+            "the run continues and catches up once it answers; after the last epoch it waits for "
+            f"up to {minutes}",
         )
 
 

@@ -32,7 +32,7 @@ from ddpo.errors import DdpoError
 RUN_ID_TAG = "ddpo.run_id"
 """The tag with the name of what a page shows."""
 UID_TAG = "ddpo.uid"
-"""The tag that tells a page from others of the same name, such as of another store's run."""
+"""The tag that distinguishes a page from others of the same name, such as another store's run."""
 ROOT_TAG = "ddpo.storage_root"
 """The tag with the address of the store."""
 
@@ -59,7 +59,7 @@ class TrackingError(DdpoError):
 
 
 class TrackingUnavailable(TrackingError):
-    """MLflow does not answer, or only that it is busy: worth another try later."""
+    """MLflow does not answer, or answers that it is busy: worth another try later."""
 
     def __init__(self, message: str, reason: str) -> None:
         self.reason = reason
@@ -88,7 +88,7 @@ def named_errors(action: str) -> Iterator[None]:
 
     Raises:
         TrackingUnavailable: The server or the database did not answer, or was busy, or another
-            process wrote the same at the same time.
+            process wrote the same rows at the same time.
         TrackingError: MLflow or the disk failed; neither message has credentials.
     """
     try:
@@ -115,7 +115,7 @@ def _reason_of_absence(error: Exception) -> str:
             return type(cause).__name__
     if isinstance(error, MlflowException):
         if _CONFLICT in str(error):
-            return "another process wrote the same at the same time"
+            return "another process wrote the same rows at the same time"
         status = error.get_http_status_code()
         return f"status {status}" if status in _UNAVAILABLE_STATUS else ""
     return ""

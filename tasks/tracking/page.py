@@ -162,7 +162,7 @@ def open_comparison_page(comparison: Comparison, first: Run) -> RunTracker:
 
     Args:
         comparison: The comparison.
-        first: Its first run, started: tells the comparison from others of its name.
+        first: Its first run, started: distinguishes the comparison from others of its name.
 
     Raises:
         TrackingError: MLflow refuses or cannot be reached.

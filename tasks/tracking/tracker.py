@@ -93,7 +93,7 @@ class RunTracker:
                 `http(s)://` address.
             experiment: The experiment's name; created if it does not exist.
             run_id: The run's id, kept as the tag `ddpo.run_id` and as the name of the MLflow run.
-            uid: What tells the run from others of its name, kept as the tag `ddpo.uid`.
+            uid: What distinguishes the run from others of its name, kept as the tag `ddpo.uid`.
             params: Parameters by name. A parameter keeps the value it was first logged with.
                 Secrets are hidden; a value over 500 characters is cut and attached in full.
             tags: Tags by name; a resumed run replaces their values.
@@ -152,7 +152,7 @@ class RunTracker:
 
     @property
     def backlog(self) -> Backlog:
-        """What is to be logged to the page now, or once MLflow answers again."""
+        """What is still to be logged to the page: now, or once MLflow answers again."""
         return backlog(self.handle)
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:

@@ -94,7 +94,7 @@ def test_the_run_goes_on_says_so_and_catches_up(
     assert committed(night) == list(range(EPOCHS))
     (line,) = said(caplog)
     assert f"MLflow at http://127.0.0.1:{port} is unavailable" in line
-    assert "the run goes on" in line and "10 minutes at most" in line
+    assert "the run continues" in line and "waits for up to 10 minutes" in line
     with mlflow_server(served, port):
         page.backlog.finish()
         check_all_is_shown(night)

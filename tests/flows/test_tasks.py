@@ -362,7 +362,7 @@ def test_an_off_policy_fork_is_checked_again_once_it_draws_itself(tiny_model: Pa
     ]  # by another
     scores = [score_shard.fn(handle, ref, 1, shard) for shard, ref in enumerate(drawn)]
     advantages = credit_of.fn(handle, second, drawn, scores, 1)
-    with pytest.raises(PolicyMismatch, match="drawn by another policy"):
+    with pytest.raises(PolicyMismatch, match="comes from another policy"):
         update_policy.fn(handle, second, drawn, advantages, 1)
 
 

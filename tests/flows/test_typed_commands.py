@@ -116,7 +116,7 @@ def test_metadata_of_which_a_key_stands_twice_is_refused(ddpo, tmp_path: Path) -
         "score", "colorfulness", "x.png", "--metadata", '{"text": "A", "text": "B"}'
     )
     assert status == 2
-    assert "'text' stands twice" in screen
+    assert "'text' occurs twice" in screen
 
 
 @pytest.mark.parametrize("hours", ["nan", "inf", "-inf", "1e300"])
