@@ -1,6 +1,6 @@
 """Reinforcement learning for text-to-image diffusion models (DDPO, arXiv 2305.13301).
 
-This package is the library: it knows neither Prefect nor MLflow. ``tasks/`` and ``flows/`` wire it.
+This package is the library: it uses neither Prefect nor MLflow. ``tasks/`` and ``flows/`` do.
 """
 
 from __future__ import annotations

@@ -56,11 +56,11 @@ class StoreCallFailed(StoreError):
 
 
 class StoreUnavailable(StoreCallFailed):
-    """The store did not answer, or only that it is busy, for as long as the caller waits."""
+    """The store did not answer, or answered that it is busy, for as long as the caller waits."""
 
 
 class StoreRefused(StoreCallFailed):
-    """The store refused a call, for want of permission or of valid credentials."""
+    """The store refused a call: no permission, or no valid credentials."""
 
 
 class InvalidKey(StoreError):
@@ -184,13 +184,13 @@ class RunNotFound(StoreError):
 
 
 class RunBeingDeleted(RunNotFound):
-    """The run's deletion has begun, and was interrupted or is not over."""
+    """The run's deletion has begun, and was interrupted or has not finished yet."""
 
     def __init__(self, run_id: str, root: str) -> None:
         super().__init__(run_id, root, ())
         self.args = (
-            f"run {run_id!r} in {root} is being deleted. Finish that with `ddpo delete {run_id}`; "
-            "its name is free afterwards",
+            f"run {run_id!r} in {root} is being deleted. Complete the deletion with "
+            f"`ddpo delete {run_id}`; its name is free afterwards",
         )
 
 
@@ -246,7 +246,7 @@ class NotTrusted(DdpoError):
         self.run = run
         super().__init__(
             f"{run} was not started on this machine, and {what}. If you trust whoever wrote it, "
-            "say so once with --trust (in a form, tick `trust`)"
+            "pass --trust once (in a form, tick `trust`)"
         )
 
 
@@ -273,7 +273,7 @@ class RewardError(DdpoError):
     """A reward raised, or returned invalid scores."""
 
     reason: str = ""
-    """What a served reward said itself, without where it is served: the same as in process."""
+    """The message of a served reward itself, without its address: the same as in process."""
 
 
 class UnusableScores(RewardError):

@@ -56,7 +56,7 @@ def as_rgb(image: Image.Image) -> Image.Image:
     16-bit gray keeps its upper 8 bits, as Pillow reads 16-bit colour; Pillow itself would clip it.
 
     Raises:
-        ValueError: Its pixels are 32-bit numbers, whose range nothing tells.
+        ValueError: Its pixels are 32-bit numbers, whose range is unknown.
     """
     if image.mode.startswith("I;16"):
         gray = np.asarray(image.convert("I"), np.int32) >> 8

@@ -29,7 +29,7 @@ def clock(seconds: float) -> str:
 
 
 class Outage:
-    """Whether a service is unavailable; says so once each time, and once that it answers again.
+    """Whether a service is unavailable; says so once per outage, and once that it answers again.
 
     Args:
         what: The service, with its address: the beginning of a sentence.
@@ -42,12 +42,12 @@ class Outage:
         self._said = False
 
     def goes_on(self, reason: str, plan: str, *, silent_s: float | None = None) -> None:
-        """Say that the service is unavailable, unless that was said or the outage is short.
+        """Say that the service is unavailable, unless it was already said or the outage is short.
 
         Args:
             reason: What its last call failed with.
             plan: What is waited for, and until when.
-            silent_s: How many seconds of an outage nothing is said about; by default `SILENT_S`.
+            silent_s: Outages shorter than this are not mentioned; by default `SILENT_S`.
         """
         with self._lock:
             now = time.monotonic()
@@ -59,7 +59,7 @@ class Outage:
         _logger.warning("%s is unavailable (%s); %s", self.what, reason, plan)
 
     def ends(self) -> None:
-        """Say that the service answers again, if it was said that it does not."""
+        """Say that the service answers again, if its outage was mentioned."""
         with self._lock:
             said, self._said, self._began = self._said, False, None
         if said:
@@ -80,7 +80,7 @@ def patiently(
         call: What may be called again.
         unavailable: What it raises while the service is unavailable.
         outage: Says so.
-        seconds: How long to wait in all; 0 for a single call, about which nothing is said.
+        seconds: How long to wait in all; 0 for a single call without any message.
         slow_after_s: How soon a call should have answered, if that is known.
 
     Raises:

@@ -93,7 +93,7 @@ def check_divides(name: str, value: int, of_name: str, whole: int) -> None:
 
 
 def _check_number(value: Any) -> None:
-    """Refuse what torch cannot compute with: it would only say so in the middle of an epoch."""
+    """Refuse what torch cannot compute with, which would fail only in the middle of an epoch."""
     if isinstance(value, float) and value and not _SMALLEST <= abs(value) <= _LARGEST:
         raise ValueError(
             f"{value:g} does not fit into float32; use a number from 1.2e-38 to 3.4e+38 in size"

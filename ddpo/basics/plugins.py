@@ -157,7 +157,7 @@ def _values(group: str) -> Iterable[str]:
 
 
 def _import_named(kind: str, name: str, known: Iterable[str]) -> Plugin:
-    """Import what an import path names, if whoever wrote it may name that code."""
+    """Import what an import path names, if its author is trusted to name that code."""
     if name in known:
         return _import_plugin(kind, name, name)
     what = f"{kind} {name!r}"

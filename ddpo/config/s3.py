@@ -1,4 +1,4 @@
-"""How an S3 bucket is reached. Who may reach it is never part of a config."""
+"""How to reach an S3 bucket. Credentials are never part of a config."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ATTEMPTS = 5
 
 
 class S3Options(BaseModel):
-    """Where an S3 server is and how it is spoken to.
+    """Where an S3 server is and how to talk to it.
 
     Credentials come from where AWS tools find them: `AWS_ACCESS_KEY_ID` and
     `AWS_SECRET_ACCESS_KEY`, a profile, a role.
@@ -56,7 +56,7 @@ class S3Options(BaseModel):
     @model_validator(mode="after")
     def _verifies_with_a_bundle(self) -> Self:
         if self.ca_bundle and not self.verify_tls:
-            raise ValueError("ca_bundle is of no use with verify_tls: false; give one of the two")
+            raise ValueError("ca_bundle has no effect with verify_tls: false; set only one of them")
         return self
 
     @property
@@ -65,7 +65,7 @@ class S3Options(BaseModel):
         return Path(expand(str(self.ca_bundle))) if self.ca_bundle else None
 
     def environment(self) -> dict[str, str]:
-        """Returns the AWS variables that say the same, as far as there are any."""
+        """Return the AWS variables with the same meaning, for the settings that have one."""
         found = {
             "AWS_ENDPOINT_URL": self.endpoint_url,
             "AWS_DEFAULT_REGION": self.region,
@@ -74,7 +74,7 @@ class S3Options(BaseModel):
         return {name: value for name, value in found.items() if value}
 
     def filesystem_arguments(self) -> dict[str, Any]:
-        """Returns what s3fs is created with."""
+        """Return the arguments of s3fs."""
         client: dict[str, Any] = {}
         if self.region:
             client["region_name"] = self.region

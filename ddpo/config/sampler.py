@@ -16,10 +16,10 @@ class WindowConfig(Part):
     steps: PositiveInt
     """Number of steps. An update costs steps / T of what training all of them costs."""
     position: NonNegativeInt | Literal["random"] = "random"
-    """First step of the window, 0 being the noisiest; or `random`, chosen anew for each epoch."""
+    """First step of the window, 0 being the noisiest; or `random`, chosen for each epoch."""
     noise_only_there: bool = False
-    """Take noisy steps in the window alone and deterministic ones outside, so that an image's
-    reward reflects the noise of the window."""
+    """Add noise only in the steps of the window and take the others deterministically, so that an
+    image's reward reflects the noise of the window."""
 
 
 class SamplerConfig(Part, ABC):

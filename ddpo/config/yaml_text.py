@@ -1,7 +1,7 @@
 """YAML as configs are written in: version 1.2's core schema, and no key twice.
 
 PyYAML itself reads version 1.1, in which `1e-3` is text, `no` is false, `1:30` is 90 and `010` is
-8, and of a key that stands twice it keeps the last.
+8; of duplicate keys it keeps the last.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class _Loader(SafeLoader):
     yaml_constructors: Any = {}  # noqa: RUF012
 
     def compose_mapping_node(self, anchor: Any) -> Any:
-        """Compose a mapping and refuse a key that stands twice; `<<` is merged in later."""
+        """Compose a mapping and refuse duplicate keys; `<<` is merged in later."""
         node = super().compose_mapping_node(anchor)
         lines: dict[tuple[str, str], int] = {}
         for key, _ in node.value:
@@ -46,7 +46,7 @@ class _Loader(SafeLoader):
             if (first := lines.get((key.tag, key.value))) is not None:
                 where = f"line {line}" if first == line else f"lines {first} and {line}"
                 raise ConstructorError(
-                    problem=f"the key {key.value!r} stands twice, in {where}; keep one of them"
+                    problem=f"the key {key.value!r} occurs twice, in {where}; keep one of them"
                 )
             lines[key.tag, key.value] = line
         return node

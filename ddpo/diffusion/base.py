@@ -67,7 +67,7 @@ class Process(ABC):
     """
 
     times: Tensor
-    """[T] float32, from noisy to clean: the time that the model is asked at, by step."""
+    """[T] float32, from noisy to clean: the time that the model is given at each step."""
     time_scale: float
     """Times lie in [0, ``time_scale``)."""
     initial_noise_scale: float

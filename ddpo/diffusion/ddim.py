@@ -32,8 +32,8 @@ class Ddim(Process):
         noisy: Steps that draw noise; all others are deterministic. All steps by default.
 
     Raises:
-        ConfigError: The model has fewer training timesteps than there are to be steps.
-        ModelError: The model predicts noise at a step whose input is nothing but noise.
+        ConfigError: The model has fewer training timesteps than the sampler has steps.
+        ModelError: The model predicts noise at a step whose input is pure noise.
     """
 
     initial_noise_scale = 1.0
@@ -56,8 +56,8 @@ class Ddim(Process):
         if schedule.prediction_type == "epsilon" and not self._alphas.all():
             raise ModelError(
                 f"the model predicts noise, and at timestep {int(timesteps[0])} its input is "
-                "nothing but noise (rescale_betas_zero_snr): no image follows from that. Expected "
-                "a model that predicts v; else set timestep_spacing to 'leading' in the model's "
+                "pure noise (rescale_betas_zero_snr), which determines no image. Expected a model "
+                "that predicts v; or set timestep_spacing to 'leading' in the model's "
                 "scheduler_config.json, which leaves that timestep out"
             )
         self._alphas_after = torch.where(
@@ -104,7 +104,7 @@ class Ddim(Process):
             clean = (alpha**0.5) * latents - (beta**0.5) * output
             epsilon = (alpha**0.5) * output + (beta**0.5) * latents
         std = expand_like(self.stds(steps), latents)
-        # Rounding takes 0 below it where the input is nothing but noise (zero terminal SNR).
+        # Rounding can make it negative where the input is pure noise (zero terminal SNR).
         direction = (1 - alpha_after - std**2).clamp(min=0) ** 0.5 * epsilon
         return Transition(mean=alpha_after**0.5 * clean + direction, std=std)
 

@@ -243,8 +243,8 @@ class Policy(ABC):
         cut = [text for text, n in zip(texts, counts, strict=True) if n > self.most_tokens]
         if cut:
             _logger.warning(
-                "%d of %d prompts are longer than the %d tokens that the model reads, and are cut "
-                "there; the first: %s",
+                "%d of %d prompts are longer than the %d tokens that the model reads, and are "
+                "truncated; the first: %s",
                 *(len(cut), len(texts), self.most_tokens, cut[0]),
             )
 

@@ -1,4 +1,4 @@
-"""Trained weights as files for other programs, and proof that diffusers reads them as written."""
+"""Trained weights as files for other programs, and a check that diffusers reads them as written."""
 
 from __future__ import annotations
 
@@ -91,8 +91,8 @@ def check_read_back(what: str, found: Mapping[str, Tensor], written: Mapping[str
         raise ModelError(
             f"diffusers {diffusers.__version__} read back {same} of {len(written)} tensors of the "
             f"exported {what} as they were written, and {len(found.keys() - written.keys())} "
-            "others; the files were not handed over. Install the versions that constraints.txt "
-            "pins, and resume the run: its checkpoints are kept"
+            "others, so the export was discarded. Install the versions that constraints.txt pins, "
+            "and resume the run: its checkpoints are kept"
         )
 
 

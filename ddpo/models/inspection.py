@@ -41,7 +41,7 @@ SCHEDULERS = frozenset(
         "UniPCMultistep",
     )
 )
-"""Schedulers of models that undo the variance-preserving diffusion of DDPM, as DDIM does too."""
+"""Schedulers of models that undo the variance-preserving diffusion of DDPM, as DDIM does."""
 
 _BY_CHANNELS = {
     5: "a depth-to-image model",
@@ -50,10 +50,10 @@ _BY_CHANNELS = {
     9: "an inpainting model",
 }
 _EXTRA_INPUTS = {
-    "addition_embed_type": "a Stable Diffusion XL, whose UNet reads the image's size as well",
-    "class_embed_type": "a model whose UNet reads a class as well",
+    "addition_embed_type": "a Stable Diffusion XL model, whose UNet also reads the image's size",
+    "class_embed_type": "a model whose UNet also reads a class",
     "encoder_hid_dim_type": "a model whose UNet reads another encoder's output",
-    "num_class_embeds": "a model whose UNet reads a class as well",
+    "num_class_embeds": "a model whose UNet also reads a class",
     "time_cond_proj_dim": "an LCM or another model distilled for guidance",
 }
 
@@ -106,14 +106,14 @@ def _check_unet(files: ModelFiles, unet: Config, vae: Config, text: Config) -> N
     if outputs == 2 * latents:
         raise _other(
             files,
-            f"it learned its variance: its UNet returns {outputs} channels, latents have {latents}",
+            f"its variance is learned: its UNet returns {outputs} channels, latents have {latents}",
         )
     if outputs != latents:
         raise _other(files, f"its UNet returns {outputs} channels, latents have {latents}")
     width, hidden = unet.get("cross_attention_dim"), text.get("hidden_size")
     if isinstance(width, int) and isinstance(hidden, int) and width != hidden:
         raise _other(
-            files, f"its UNet reads embeddings {width} wide, and its text encoder makes {hidden}"
+            files, f"its UNet reads embeddings of width {width}, its text encoder makes {hidden}"
         )
 
 
@@ -129,13 +129,13 @@ def _schedule(files: ModelFiles) -> NoiseSchedule:
     if flow:
         raise _other_scheduler(files, "it is a flow-matching model (use_flow_sigmas)")
     if config.get("timestep_type") == "continuous":
-        raise _other_scheduler(files, "its times are continuous, as EDM's (timestep_type)")
+        raise _other_scheduler(files, "its times are continuous, as in EDM (timestep_type)")
     if _is_turbo(name, config):
         raise _other_scheduler(
             files,
             f"its scheduler is that of a turbo model, distilled to a few steps ({name} with "
-            "trailing timesteps on epsilon). If it is none, set timestep_spacing to 'leading' in "
-            "scheduler_config.json",
+            "trailing timesteps on epsilon). If it is not a turbo model, set timestep_spacing to "
+            "'leading' in scheduler_config.json",
         )
     try:
         # As loading does: what the file leaves out has the default of the model's own scheduler.
@@ -214,7 +214,7 @@ def _other(files: ModelFiles, what: str) -> ModelError:
 
 def _other_scheduler(files: ModelFiles, what: str) -> ModelError:
     return ModelError(
-        f"model.path {files.path!r} cannot be trained: {what}. Samples are drawn with DDIM, so "
-        "expected is a model with the diffusion of DDPM, whose scheduler is DDIM, PNDM, Euler, "
-        "DPM-Solver or the like; take the model that this one was distilled from, if it was"
+        f"model.path {files.path!r} cannot be trained: {what}. Images are sampled with DDIM, which "
+        "needs a model of DDPM's diffusion, whose scheduler is DDIM, PNDM, Euler, DPM-Solver or "
+        "similar; if this one was distilled from such a model, use that"
     )

@@ -65,7 +65,7 @@ class LoraWeights(Weights):
     def folded(self) -> dict[str, Tensor]:
         """Return the adapter by peft's names, on the CPU, with alpha / rank multiplied into lora_B.
 
-        A reader that is told no alpha takes it to be the rank, which of these weights is right.
+        A loader without an alpha assumes that it equals the rank, which is right for these weights.
         """
         scale = self.config.alpha / self.config.rank
         return {

@@ -85,8 +85,8 @@ class Numerics(BaseModel):
         if self.low_precision:
             wider = "bfloat16 or float32" if self.dtype == "float16" else "float32"
             advice += (
-                f", or with numerics.dtype {wider}: samples of another dtype cannot be inherited, "
-                "so a fork takes --set fork.rollouts=0 with it"
+                f", or with numerics.dtype {wider} (a fork then also needs --set fork.rollouts=0 "
+                "because samples of another dtype cannot be inherited)"
             )
         return advice
 

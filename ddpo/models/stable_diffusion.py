@@ -199,7 +199,7 @@ def load_pipeline(files: ModelFiles) -> StableDiffusionPipeline:
 
 def _load_text_encoder(files: ModelFiles) -> CLIPTextModel:
     """Load a text encoder; raise ModelError if its files lack, or name otherwise, some weights."""
-    # Where diffusers refuses, transformers draws what it does not find at random, with a warning.
+    # Where diffusers fails, transformers initialises missing weights at random, with a warning.
     folder, variant = files.folder / "text_encoder", files.variant_of("text_encoder")
     loaded: Any = CLIPTextModel.from_pretrained(
         folder,
@@ -211,8 +211,8 @@ def _load_text_encoder(files: ModelFiles) -> CLIPTextModel:
     model, report = loaded
     if missing := sorted(report["missing_keys"]):
         raise ModelError(
-            f"the text encoder in {folder} has no weights that this release of transformers finds "
-            f"for {missing[0]} and {len(missing) - 1} others; expected a CLIPTextModel as "
+            f"in the text encoder in {folder}, this release of transformers finds no weights for "
+            f"{missing[0]} and {len(missing) - 1} others; expected a CLIPTextModel as "
             "save_pretrained writes it. Download or convert the model again"
         )
     return model

@@ -202,7 +202,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Make an object of its keys and values; JSON would let the last of equal keys win."""
     keys = [key for key, _ in pairs]
     if twice := [key for key in dict.fromkeys(keys) if keys.count(key) > 1]:
-        raise ConfigError(f"the key {twice[0]!r} stands in it twice")
+        raise ConfigError(f"the key {twice[0]!r} occurs twice")
     return dict(pairs)
 
 

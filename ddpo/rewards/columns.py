@@ -103,7 +103,7 @@ def _free_name(given: str, taken: set[str]) -> str:
     return next(name for name in names if name.lower() not in taken)
 
 
-@functools.lru_cache(maxsize=256)  # said once, not for each shard
+@functools.lru_cache(maxsize=256)  # once, not for each shard
 def say_left_out(name: str, reason: str) -> None:
     """Warn that a column is not stored.
 

@@ -20,13 +20,13 @@ MARKED = "failed"
 """Status of a sample that the reward itself marked as failed."""
 
 FAULTS = (Exception, SystemExit, asyncio.CancelledError)
-"""What a user's code may raise; the last two would end a thread or a process without a word."""
+"""What a user's code may raise; the last two would end a thread or a process silently."""
 
 _LONGEST_REASON = 300
 
 _logger = logging.getLogger(__name__)
 _slow: set[str] = set()
-"""Rewards of which it was said that their images are scored one by one."""
+"""Rewards about which a warning says that their images are scored one by one."""
 
 
 def score_images(

@@ -1,4 +1,4 @@
-"""Ask a reward of the user's own about two images, before a run starts."""
+"""Try a custom reward on two images before a run starts."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from ddpo.rewards.identity import RewardIdentity
 from ddpo.rewards.scoring import score_samples
 
 PATIENCE_S = 10.0
-"""Seconds to wait for the answer. A slower reward is not tried out, but used as it is."""
+"""Seconds to wait for the answer. A slower reward is used without this check."""
 _SIZE_PX = 512
 _COUNT = 2
 
 _logger = logging.getLogger(__name__)
 _tried: set[str] = set()
-"""Digests of the rewards that this process has asked."""
+"""Digests of the rewards that this process has tried."""
 
 
 def try_out(reward: Reward, prompts: Sequence[Prompt], size: tuple[int, int] | None = None) -> None:
-    """Check that a reward of the user's own returns scores, by asking about two images of noise.
+    """Check that a custom reward returns scores, by trying it on two images of noise.
 
-    What it raises is only a warning, since it may have something against noise. The rewards that
-    come with the project, and what a sum of them is made of, are not asked.
+    An error that it raises is only a warning, since it may not support noise. The rewards that come
+    with the project, and weighted sums of them, are not tried.
 
     Args:
         reward: The reward.
@@ -58,8 +58,8 @@ def try_out(reward: Reward, prompts: Sequence[Prompt], size: tuple[int, int] | N
     thread.join(PATIENCE_S)
     for error in errors:
         if isinstance(error, UnusableScores):
-            raise UnusableScores(f"{error} (asked about two images of noise before the run starts)")
-        _logger.warning("asked about two images of noise before the run starts: %s", error)
+            raise UnusableScores(f"{error} (tried on two images of noise before the run starts)")
+        _logger.warning("tried on two images of noise before the run starts: %s", error)
     _tried.add(identity.digest)
 
 

@@ -1,4 +1,4 @@
-"""Read a run's records back before they are written: what cannot be read would hold its name."""
+"""Read a run's records back before they are written: unreadable ones would block its name."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def check_readable(
     numerics: Numerics,
     identity: dict[str, JsonValue],
 ) -> None:
-    """Check that the records of a start are read back as the config that they are made from.
+    """Check that the records of a start read back as the config that they are made from.
 
     Args:
         store: The store.
@@ -47,9 +47,9 @@ def check_readable(
         operation = start.operation if isinstance(start.operation, dict) else {}
         read = run_of_record(store, record, operation, None, uid="").config
     except (DdpoError, ValidationError, ValueError) as error:
-        raise ConfigError(f"run {run_id!r} could not be read again: {error}") from error
+        raise ConfigError(f"run {run_id!r} could not be read back: {error}") from error
     changed = differences(read.identity(), config.identity())
     changed += differences(read.operation(), config.operation())
     if changed:
         lines = "".join(f"\n  {difference}" for difference in changed)
-        raise ConfigError(f"run {run_id!r} would be read again with other settings:{lines}")
+        raise ConfigError(f"run {run_id!r} would be read back with other settings:{lines}")

@@ -93,7 +93,7 @@ class Run:
     start: int | None = None
     """The number of the start that operates it, from 1; None before the first."""
     uid: str = ""
-    """Random: tells the run from every other run of its name. Empty before the first start."""
+    """Random: distinguishes the run from others of its name. Empty before the first start."""
 
     @property
     def reward_id(self) -> str:

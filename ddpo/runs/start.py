@@ -68,7 +68,7 @@ class RunPlan:
     reward: Reward
     """The reward, kept so that it is not built again for the run."""
     awaits_parent: bool = False
-    """Whether a fork's parent has yet to run; what is inherited is then checked by `start`."""
+    """Whether a fork's parent has not run yet; what is inherited is then checked by `start`."""
     begun: Event = field(default_factory=Event, compare=False)
     """Set once the run and a start of it are in the store, so that it can be resumed."""
 
@@ -159,7 +159,7 @@ def check_run(config: RunConfig, run_id: str, *, awaits_parent: bool = False) ->
     Args:
         config: The config of this start.
         run_id: The run's name.
-        awaits_parent: Whether a fork's parent has yet to run.
+        awaits_parent: Whether a fork's parent has not run yet.
 
     Returns:
         The run, ready to start.

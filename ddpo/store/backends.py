@@ -136,7 +136,7 @@ class S3Backend(ConditionalPutBackend):
 
     Servers refuse a conditional put with different errors. And if the response to a successful put
     is lost, the client's retry is refused because of the client's own object. So every exclusive
-    put carries a unique mark, and the mark on the stored object tells who wrote it.
+    put carries a unique mark, and the mark on the stored object shows who wrote it.
     """
 
     def write(self, path: str, data: bytes) -> None:

@@ -34,7 +34,7 @@ class StartRecord(Sealed):
     """The operation settings of one start of a run."""
 
     uid: str
-    """Random. The first start's tells the run from every other run of its name."""
+    """Random. That of the first start distinguishes the run from others of its name."""
     operation: JsonValue
     """The half of the config that may change from start to start."""
 
@@ -149,7 +149,7 @@ def list_operations(store: Store, run_id: str) -> list[JsonValue]:
 
 
 def run_uid(store: Store, run_id: str) -> str:
-    """Return what tells a run that was started from every other run of its name.
+    """Return what distinguishes a started run from others of its name.
 
     Raises:
         MissingObject: The run was never started.

@@ -319,7 +319,7 @@ class TrajectoryObjective(Objective):
         """Return the ratio's denominator, [S, T]: stored log-probs, or recomputed ones.
 
         In float32 on a CPU the stored ones are accurate to 5e-6. Anywhere else, and in 16 bits, one
-        sampler batch is recomputed first: it tells whether the two graphs round alike, at a
+        sampler batch is recomputed first: it shows whether the two graphs round alike, at a
         fraction of the cost of all.
         """
         stored, limit = self.rollouts.log_probs, self.algorithm.tolerated_deviation

@@ -28,10 +28,10 @@ JSON = st.recursive(
     [
         (
             "optimizer:\n  learning_rate: 0.1\nepochs: 3\noptimizer:\n  epsilon: 1.0e-6\n",
-            "'optimizer' stands twice, in lines 4 and 7",
+            "'optimizer' occurs twice, in lines 4 and 7",
         ),
-        ("sampler:\n  steps: 3\n  eta: 1\n  steps: 4\n", "'steps' stands twice, in lines 5 and 7"),
-        ("sampler: {steps: 3, 'steps': 4}\n", "'steps' stands twice, in line 4"),
+        ("sampler:\n  steps: 3\n  eta: 1\n  steps: 4\n", "'steps' occurs twice, in lines 5 and 7"),
+        ("sampler: {steps: 3, 'steps': 4}\n", "'steps' occurs twice, in line 4"),
     ],
 )
 def test_a_key_that_stands_twice_is_refused_with_its_lines(
@@ -45,7 +45,7 @@ def test_a_key_that_stands_twice_is_refused_with_its_lines(
 
 def test_a_key_that_stands_twice_in_an_override_is_refused(tmp_path: Path) -> None:
     file = written(tmp_path, yaml.safe_dump(MINIMAL))
-    with pytest.raises(ConfigError, match="'steps' stands twice, in line 1"):
+    with pytest.raises(ConfigError, match="'steps' occurs twice, in line 1"):
         read_config(file, ["sampler={steps: 3, steps: 4}"])
 
 

@@ -107,7 +107,7 @@ def test_parameters_are_as_typed() -> None:
         "d": [1, "x"],
         "e": 2025,
     }
-    with pytest.raises(ConfigError, match=r"--param 'a={x: 1, x: 2}'.*'x' stands twice, in line 1"):
+    with pytest.raises(ConfigError, match=r"--param 'a={x: 1, x: 2}'.*'x' occurs twice, in line 1"):
         read_parameters(["a={x: 1, x: 2}"])
 
 

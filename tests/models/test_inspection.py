@@ -121,10 +121,10 @@ UNFIT: Mapping[str, tuple[Change, str]] = {
     ),
     "inpainting": (unet(in_channels=9), "an inpainting model: its UNet takes 9 channels"),
     "InstructPix2Pix": (unet(in_channels=8), "InstructPix2Pix: its UNet takes 8 channels"),
-    "learned variance": (unet(out_channels=8), "it learned its variance"),
+    "learned variance": (unet(out_channels=8), "its variance is learned"),
     "LCM UNet": (unet(time_cond_proj_dim=8), "distilled for guidance"),
-    "class labels": (unet(num_class_embeds=4), "reads a class as well"),
-    "other text encoder": (unet(cross_attention_dim=24), "reads embeddings 24 wide.*makes 16"),
+    "class labels": (unet(num_class_embeds=4), "also reads a class"),
+    "other text encoder": (unet(cross_attention_dim=24), "embeddings of width 24.*makes 16"),
     "other UNet": (edit("unet/config.json", _class_name="UNet3DConditionModel"), "UNet3D"),
     "quantised": (
         edit("unet/config.json", quantization_config={"quant_method": "bitsandbytes"}),
@@ -200,7 +200,7 @@ def test_target_modules_that_match_nothing_are_refused_before_loading(tiny_model
         (
             scheduler("DDIMScheduler", timestep_spacing="trailing", rescale_betas_zero_snr=True),
             {},
-            "at timestep 999 its input is nothing but noise",
+            "at timestep 999 its input is pure noise",
         ),
     ],
 )

@@ -52,7 +52,7 @@ class HttpReward(ServedReward):
     """
 
     needs: ClassVar[str] = (
-        "a running reward service (`ddpo serve-reward NAME`), and DDPO_REWARD_TOKEN if it wants one"
+        "a running reward service (`ddpo serve-reward NAME`), and DDPO_REWARD_TOKEN if it needs one"
     )
 
     endpoints_variable: str = ENDPOINTS_VARIABLE
@@ -188,8 +188,7 @@ class HttpReward(ServedReward):
 
     def _malformed(self, endpoint: str, what: str, error: ValidationError) -> RewardError:
         return self._client.error(
-            f"{endpoint} did not answer with {what} but with something else: "
-            f"{describe_problems(error)}"
+            f"{endpoint} did not answer with {what}: {describe_problems(error)}"
         )
 
 

@@ -47,7 +47,7 @@ class Component(BaseModel):
     mean: FiniteFloat = 0.0
     """Subtracted from its value; `ddpo score NAME --run R` measures it."""
     std: Annotated[FiniteFloat, Field(gt=0)] = 1.0
-    """Divides the difference; measured likewise."""
+    """Divides the difference; measured the same way."""
     label: Annotated[str, Field(pattern=f"^{_LABEL}$")] | None = None
     """Name of its columns; by default the reward's name."""
 

@@ -77,7 +77,7 @@ def fork_name(parent: Run, config: RunConfig) -> str:
 
 
 def _check_asked(raw: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
-    """Refuse overrides that contradict what the fork was asked for by name.
+    """Refuse overrides that contradict the options of the fork.
 
     Args:
         raw: The fork's config.
@@ -89,7 +89,7 @@ def _check_asked(raw: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
             found = found.get(part) if isinstance(found, Mapping) else None
         if found != expected:
             raise ConfigError(
-                f"the fork is asked for with {key} {expected!r}, but an override sets it to "
-                f"{found!r}; say it once: ddpo fork RUN --epoch N, with --reward, --epochs, --root "
-                "and --reset-statistics"
+                f"{key} of the fork is given as {expected!r}, but an override sets it to {found!r}; "
+                "set it only once: ddpo fork RUN --epoch N, with --reward, --epochs, --root and "
+                "--reset-statistics"
             )

@@ -34,7 +34,7 @@ def retire_epochs(store: Store, run_id: str, *, keep: Keep, older_than: int) -> 
     """Delete the parts of a run's old epochs that `keep` does not include.
 
     Kept are objects that the rollouts of another run refer to, since a fork trains on them; epochs
-    that a fork has yet to inherit; and samples that a fork has yet to score for its prompt
+    that a fork has not inherited yet; and samples that a fork has not scored yet for its prompt
     statistics. If another run cannot be read, nothing is deleted this time.
 
     Args:
