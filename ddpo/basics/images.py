@@ -62,5 +62,5 @@ def as_rgb(image: Image.Image) -> Image.Image:
         gray = np.asarray(image.convert("I"), np.int32) >> 8
         return Image.fromarray(gray.astype(np.uint8)).convert("RGB")
     if image.mode in {"I", "F"}:
-        raise ValueError("its pixels are 32-bit numbers; save it with 8 or 16 bits a channel")
+        raise ValueError("its pixels are 32-bit numbers; save it with 8 or 16 bits per channel")
     return image.convert("RGB")

@@ -123,7 +123,7 @@ class RunConfig(Part):
         check_divides("rollouts.shard_size", self.rollouts.shard_size, "samples_per_epoch", samples)
         if (shards := samples // self.rollouts.shard_size) > EPOCH_LIMIT:
             raise ValueError(
-                f"rollouts.shard_size {self.rollouts.shard_size} makes {shards} shards an epoch; "
+                f"rollouts.shard_size {self.rollouts.shard_size} makes {shards} shards per epoch; "
                 f"set it to at least {math.ceil(samples / EPOCH_LIMIT)}"
             )
         check_divides(

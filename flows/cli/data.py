@@ -61,7 +61,7 @@ def export(
         Path,
         typer.Option(
             "--to-hf-dataset",
-            help="Folder for the Hugging Face dataset; must not exist or be empty.",
+            help="Folder for the Hugging Face dataset; must be absent or empty.",
         ),
     ],
     epochs: Epochs = None,

@@ -32,7 +32,7 @@ def serve_reward(
     ] = 8100,
     host: Annotated[
         str,
-        typer.Option(help="Address to listen on; other than loopback requires DDPO_REWARD_TOKEN."),
+        typer.Option(help="Address to listen on; any but loopback requires DDPO_REWARD_TOKEN."),
     ] = "127.0.0.1",
     param: Parameters = None,
     workers: Annotated[int, typer.Option(help="Requests scored at the same time.", min=1)] = 1,

@@ -88,7 +88,9 @@ def gc(
     older_than: Annotated[
         float,
         typer.Option(
-            help="Hours; younger objects may belong to a running task.", min=6, max=_LONGEST
+            help="Minimum age in hours; younger objects may belong to a running task.",
+            min=6,
+            max=_LONGEST,
         ),
     ] = 24.0,
     dry_run: Annotated[

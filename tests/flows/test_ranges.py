@@ -66,7 +66,7 @@ def ddpo(
                 "rollouts={samples_per_epoch: 200000, shard_size: 1}",
                 "numerics.sample_batch_size=1",
             ],
-            "rollouts.shard_size 1 makes 200000 shards an epoch; set it to at least 2",
+            "rollouts.shard_size 1 makes 200000 shards per epoch; set it to at least 2",
         ),
         (["sampler.steps=1001"], "sampler.steps is 1001, more than the model's 1000 training"),
         (["sampler.steps=1000000000000"], "more than the model's 1000 training timesteps allow"),

@@ -285,7 +285,7 @@ def test_pixels_of_32_bits_are_refused(ddpo, tmp_path, dtype):
     Image.fromarray(np.zeros((8, 8), dtype)).save(tmp_path / "32.tif")
     status, screen = ddpo("score", "jpeg_compressibility", tmp_path / "32.tif", "--prompt", "x")
     assert status == 2
-    assert "save it with 8 or 16 bits a channel" in screen
+    assert "save it with 8 or 16 bits per channel" in screen
 
 
 def test_a_runs_samples_give_the_constants_that_weighted_takes(ddpo, drawn):

@@ -89,7 +89,7 @@ def _check_asked(raw: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
             found = found.get(part) if isinstance(found, Mapping) else None
         if found != expected:
             raise ConfigError(
-                f"{key} of the fork is given as {expected!r}, but an override sets it to {found!r}; "
-                "set it only once: ddpo fork RUN --epoch N, with --reward, --epochs, --root and "
-                "--reset-statistics"
+                f"the fork is requested with {key} {expected!r}, but an override sets it to "
+                f"{found!r}; set it only once: ddpo fork RUN --epoch N, with --reward, --epochs, "
+                "--root and --reset-statistics"
             )

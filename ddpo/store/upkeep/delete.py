@@ -143,8 +143,8 @@ def _check_no_forks(store: Store, run_id: str) -> None:
             continue
         except StoreError as error:
             raise StoreError(
-                f"run {run_id!r} is not deleted, since run {other!r} may be a fork of it, which "
-                f"cannot be read: {error}. Restore it, or delete it first (`ddpo delete {other}`)"
+                f"run {run_id!r} is not deleted, since run {other!r}, which cannot be read, may be "
+                f"a fork of it: {error}. Restore it, or delete it first (`ddpo delete {other}`)"
             ) from error
         if isinstance(fork, dict) and fork.get("run_id") == run_id:
             forks.append(other)
