@@ -1,9 +1,9 @@
-"""What scoring again costs beside a bare loop: ``python -m bench.rescoring``.
+"""What rescoring costs compared with a bare loop: ``python -m bench.rescoring``.
 
 Saves 1,024 images of 512 px as an epoch of 16 shards, then scores them twice with the same JPEG
-reward, in turn: by the flow (tasks, digests, tables, advantages, MLflow; Prefect's server is up
-before), and by a loop that reads the same Parquet files with pyarrow and scores. ``--starter`` does
-it with the starter's 64 px instead and prints what a shard costs.
+reward, in turn: by the flow (tasks, digests, tables, advantages, MLflow; Prefect's server already
+runs), and by a loop that reads the same Parquet files with pyarrow and scores. ``--starter`` uses
+images of 64 px instead, as the starter's.
 """
 
 from __future__ import annotations
@@ -165,7 +165,7 @@ def main() -> None:
             print(
                 f"{SHARDS * SHARD_SIZE} images of {side} px: loop {bare:.1f} s, flow "
                 f"{flow_s:.1f} s, ratio {ratios[-1]:.2f}; "
-                f"{(flow_s - bare) / SHARDS * 1000:.0f} ms more a shard",
+                f"{(flow_s - bare) / SHARDS * 1000:.0f} ms more per shard",
                 flush=True,
             )
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

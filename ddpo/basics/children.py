@@ -1,4 +1,4 @@
-"""Processes that a library forks, such as a pool in a reward, never speak for their parent."""
+"""Processes that a library forks, such as a pool in a reward, do not inherit signal handling."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ _registered = False
 def ordinary_children() -> Iterator[None]:
     """Let processes that are forked within handle SIGINT and SIGTERM as any new process does.
 
-    A child inherits the handlers of its parent, and the socket that signals wake the parent by: the
-    SIGTERM by which a pool ends its workers would be taken for the parent's own, or be ignored.
+    A child inherits its parent's handlers, and the socket by which signals wake the parent: the
+    SIGTERM that ends a pool's workers would be mistaken for one to the parent, or be ignored.
     """
     global _uses, _registered
     if not _registered:  # once, since it cannot be undone

@@ -45,7 +45,7 @@ class StorageConfig(Part):
 
 
 class PicturesConfig(Part):
-    """Fixed prompts and seeds that are sampled before every epoch, to watch the model change."""
+    """Fixed prompts and seeds, sampled with every checkpoint to watch the model change."""
 
     prompts: tuple[str, ...] = ()
     """The prompts; by default the first four of the run's prompt set."""
@@ -81,7 +81,7 @@ class TrackingConfig(Part):
     """Name of the run or comparison below which MLflow nests this run. By default a fork's
     parent."""
     pictures: PicturesConfig = PicturesConfig()
-    """The images that are logged at every step."""
+    """The images of fixed prompts that are logged at every step."""
     adapter_every: PositiveInt = 10
     """Log the adapter every this many epochs, and after the last."""
     system_metrics: bool = True

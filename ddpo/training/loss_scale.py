@@ -1,4 +1,4 @@
-"""What losses are multiplied by before their backward in float16, whose range is narrow."""
+"""The factor of losses before the backward pass in float16, whose range is narrow."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ _GROWTH_INTERVAL = 2000
 class LossScale:
     """The scale of losses: halved after an overflow, doubled after 2000 steps without one.
 
-    float16's smallest normal number is 6e-5. The mean over thousands of items would put gradients
-    inside the network below it: they are computed of the sum, times this, and scaled down at the
-    end.
+    float16's smallest normal number is 6e-5. With the mean over thousands of items, gradients
+    inside the network would be smaller: they are computed for the sum times this, and scaled down
+    at the end.
     """
 
     value: float = 1024.0
