@@ -201,7 +201,7 @@ class RunNotStarted(StoreError):
         self.run_id = run_id
         super().__init__(
             f"run {run_id!r} in {root} was stopped before its settings were recorded, such as the "
-            "number of epochs. Start it with its config, by the same command as before: "
+            "number of epochs. Start it with its config, with the same command as before: "
             f"`ddpo train CONFIG --run-id {run_id}`, or `ddpo fork` for a fork"
         )
 

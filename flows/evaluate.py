@@ -44,12 +44,12 @@ def evaluate(
 
     Args:
         run_id: The run's name.
-        epochs: One checkpoint, or a range `a:b` without b; either end may be left out. Empty: all
+        epochs: One checkpoint, or a range `a:b` that excludes b; a or b may be omitted. Empty: all
             that are kept.
-        rewards: Names of more rewards that judge the images.
-        overrides: Settings of the evaluation, one an item, such as `evaluation.count=32`.
+        rewards: Names of other rewards to score the images with.
+        overrides: Settings of the evaluation, one per item, such as `evaluation.count=32`.
         storage: Folder or URL of the store. Empty: the worker's DDPO_ROOT, or the local store.
-        trust: Use the code, addresses and files that a run started on another machine names.
+        trust: Allow the code, addresses and files that a run from another machine names.
 
     Returns:
         The summary of each checkpoint.
@@ -74,7 +74,7 @@ def evaluate(
 
 @dataclass(frozen=True)
 class Pending:
-    """An evaluation that is under way beside other work."""
+    """An evaluation that runs beside other work."""
 
     images: tuple[PrefectFuture[Ref[EvaluationShard]], ...]
     """The images of all sets of weights, shard by shard."""
@@ -82,7 +82,7 @@ class Pending:
     """One for each set of weights."""
 
     def wait_for_images(self) -> None:
-        """Wait until all images are committed; the checkpoint is not needed any more."""
+        """Wait until all images are committed and the checkpoint is no longer needed."""
         for shard in self.images:
             shard.result()
 
@@ -92,7 +92,7 @@ class Pending:
 
 
 class Evaluations:
-    """The evaluations of a run in its course: each is under way beside the epoch that follows.
+    """The evaluations during a run: each is scored while the next epoch runs.
 
     Args:
         run: The run; without a section `evaluation` in its config, nothing is evaluated.
@@ -104,7 +104,7 @@ class Evaluations:
         self._pending: list[Pending] = []
 
     def catch_up(self, epoch: int) -> None:
-        """Complete the evaluations before an epoch that an earlier start began and did not end."""
+        """Complete the evaluations before an epoch that an earlier start left unfinished."""
         for earlier in range(self._run.first_epoch, epoch):
             self.begin(earlier)
             if earlier == self._run.first_epoch:
@@ -123,7 +123,7 @@ class Evaluations:
             pending.wait_for_images()
 
     def finish(self) -> list[dict[str, float]]:
-        """Wait for what is under way; return its summaries."""
+        """Wait for the evaluations that have begun; return their summaries."""
         pending, self._pending = self._pending, []
         return [summary for each in pending for summary in each.results()]
 
@@ -143,8 +143,8 @@ def evaluate_checkpoint(
 ) -> Pending:
     """Start to evaluate a checkpoint, with its trained weights and their average if there is one.
 
-    Images are sampled on the device before whatever is submitted to it later; they are scored
-    beside it. What is committed is only found.
+    Images are sampled on the device before anything that is submitted to it later, and scored
+    beside it. Whatever is already committed is reused.
 
     Args:
         run: The run.
@@ -209,8 +209,8 @@ def baseline_of(
 
 
 def _is_trained(run: Run, epoch: int, weights: Evaluated) -> bool:
-    """Return whether a checkpoint's average is evaluated already: it is the trained weights.
+    """Return whether the average is the trained weights, which are evaluated already.
 
-    So it is at the start of a run, unless the run is a fork, which inherits its parent's average.
+    It is at the start of a run, unless the run is a fork, which inherits its parent's average.
     """
     return weights == "average" and epoch == run.first_epoch and run.fork is None

@@ -249,15 +249,15 @@ class EvaluateRequest(Request[EvaluationPlan]):
     run_id: str
     """The run's name."""
     epochs: str | None = None
-    """The checkpoints: one, or a range ``a:b`` without b; by default all that are kept."""
+    """The checkpoints: one, or a range ``a:b`` that excludes b; by default all that are kept."""
     rewards: tuple[str, ...] = ()
-    """Names of more rewards that judge the images."""
+    """Names of other rewards to score the images with."""
     overrides: tuple[str, ...] = ()
     """Settings of the evaluation, as ``evaluation.count=32``."""
     storage: str | None = None
     """The store."""
     trust: bool = False
-    """Trust the code, addresses and files that the run names."""
+    """Allow the code, addresses and files that the run names."""
 
     def resolve(self) -> EvaluationPlan:
         """Find the checkpoints, and load the prompts and all rewards."""
@@ -273,7 +273,7 @@ class EvaluateRequest(Request[EvaluationPlan]):
         part["rewards"] = [*part.get("rewards", ()), *({"name": name} for name in self.rewards)]
         if strange := [item for item in self.overrides if not item.startswith("evaluation.")]:
             raise ConfigError(
-                f"{strange[0]!r} is no setting of the evaluation; expected for example "
+                f"{strange[0]!r} is not a setting of the evaluation; expected, for example, "
                 "evaluation.count=32"
             )
         apply_overrides(raw, self.overrides)

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Protocol
 
 LOGGER = "ddpo_workflow.progress"
-"""The logger of the lines; what is at level INFO there is meant to be seen."""
+"""The logger of the lines; its level INFO is shown to users."""
 
 VERBS = {
     "evaluation": "evaluating",
@@ -20,7 +20,7 @@ VERBS = {
     "statistics": "scoring the epochs before the fork",
     "update": "updating",
 }
-"""What is being done in a stage."""
+"""What a stage does."""
 
 _LONG_EPOCH_S = 60.0
 
@@ -74,7 +74,7 @@ class Pace:
 
 
 class _Lines:
-    """Logs a line an epoch and, if it is the first or they are long, a line a stage."""
+    """Logs one line per epoch and, in the first epoch and while epochs are long, one per stage."""
 
     def __init__(self) -> None:
         self._pace = Pace()
@@ -126,7 +126,7 @@ def shown_by(progress: Progress) -> Iterator[None]:
 
 @contextmanager
 def logged() -> Iterator[None]:
-    """Log the progress of a run within this context, a line an epoch."""
+    """Log the progress of a run within this context."""
     global _lines
     before, _lines = _lines, _Lines()
     try:
@@ -136,7 +136,7 @@ def logged() -> Iterator[None]:
 
 
 def note(text: str) -> None:
-    """Log a line of its own."""
+    """Log a line of text."""
     _logger.info("%s", text)
 
 

@@ -1,4 +1,4 @@
-"""Settings of evaluations: what checkpoints are compared on."""
+"""Settings of evaluations."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ class EvaluationConfig(Part):
     """Fixed prompts and seeds, sampled at inference settings, scored by several rewards."""
 
     every: PositiveInt = 5
-    """Evaluate the checkpoint before every this many epochs, and the last one."""
+    """Evaluate the first checkpoint, every n-th one after it, and the last one."""
     prompts: NamedConfig | None = Field(default=None, exclude_if=is_off)
     """A prompt set; by default the run's own."""
     count: PositiveInt = 16
-    """How many of its prompts are used, spread over the whole set."""
+    """Number of its prompts to use, spread over the whole set."""
     seeds: tuple[Seed, ...] = Field(default=(0, 1), min_length=1)
-    """The seeds; each prompt is sampled with each seed. Diversity needs two at least."""
+    """Each prompt is sampled with each seed. Diversity needs at least two."""
     steps: PositiveInt | None = Field(default=None, exclude_if=is_off)
     """Denoising steps; by default those of the run's sampler."""
     guidance_scale: float | None = Field(default=None, ge=1.0, exclude_if=is_off)

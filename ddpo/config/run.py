@@ -98,7 +98,7 @@ class RunConfig(Part):
     """Rounds of sampling and updating. May be increased later, and the run resumes. A fork's epochs
     are counted from its parent's start."""
     evaluation: EvaluationConfig | None = Field(default=None, exclude_if=is_off)
-    """Evaluate checkpoints in the course of the run. By default, `ddpo evaluate` alone does."""
+    """Evaluate checkpoints during the run. By default, only `ddpo evaluate` does."""
     storage: StorageConfig = StorageConfig()
     """Where the run is stored."""
     tracking: TrackingConfig = TrackingConfig()

@@ -79,8 +79,8 @@ def animal_activities() -> list[Prompt]:
 def unseen_animals() -> list[Prompt]:
     """Return the animals of ImageNet whose names have none of the 45 common animals in them.
 
-    With `everyday_objects` and `unseen_activities`: does training on the common animals carry over
-    to what it never asked for (section 6.4 of the paper)?
+    With `everyday_objects` and `unseen_activities`, it tests whether training on the common animals
+    carries over to other prompts (section 6.4 of the paper).
     """
     seen = set(ANIMALS)
     unseen = (animal for animal in IMAGENET_ANIMALS if seen.isdisjoint(animal.lower().split()))

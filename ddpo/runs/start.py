@@ -228,14 +228,14 @@ def check_denoising(config: RunConfig) -> ModelFacts:
 def _check_same_evaluation(
     store: Store, run_id: str, before: EvaluationConfig | None, now: EvaluationConfig | None
 ) -> None:
-    """Refuse to evaluate later checkpoints of a run on something else than the earlier ones."""
+    """Reject evaluations of a run that differ from those of its earlier checkpoints."""
     if before is None or now is None or before.changed(every=now.every) == now:
         return
     if EVALUATION_SHARD.partitions_of(store, run_id):
         raise ConfigError(
-            f"run {run_id!r} has evaluated checkpoints with other settings (`evaluation`), and one "
-            "curve cannot show both. Leave them as they were; `ddpo evaluate` evaluates the same "
-            "checkpoints in another way"
+            f"run {run_id!r} has already evaluated checkpoints with other settings (`evaluation`), "
+            "and one curve cannot show both. Keep those, or use `ddpo evaluate` to evaluate the "
+            "checkpoints with the new ones"
         )
 
 
@@ -247,7 +247,7 @@ def check_evaluation(config: EvaluationConfig, own: Reward) -> None:
         own: The run's own reward.
 
     Raises:
-        ConfigError: One cannot; or a judge is the run's own reward, or there twice.
+        ConfigError: One cannot; or a judge is listed twice, or is the run's own reward.
         DdpoError: As `load_reward`.
     """
     if config.prompts:
@@ -257,8 +257,8 @@ def check_evaluation(config: EvaluationConfig, own: Reward) -> None:
         ids.append(load_reward(judge.name, judge.parameters).identity.reward_id)
         if ids[-1] in ids[:-1]:
             raise ConfigError(
-                f"evaluation.rewards: {judge.name!r} judges the images already; the run's own "
-                "reward always does, and need not be listed"
+                f"evaluation.rewards: {judge.name!r} is listed twice, or is the run's own reward, "
+                "which always scores the images"
             )
 
 

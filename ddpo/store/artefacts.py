@@ -117,7 +117,7 @@ class EvaluationScores(Artefact):
 
 @dataclass(frozen=True)
 class Evaluation(Artefact):
-    """What a checkpoint's images say: a row for each, and a summary."""
+    """A checkpoint's evaluation: a row per image, and a summary."""
 
     @cached_property
     def metrics(self) -> dict[str, float]:

@@ -104,7 +104,7 @@ def _kind_of(error: Exception) -> type[StoreCallFailed]:
 
 
 def _loaded(module: str, *names: str) -> _Errors:
-    """Return errors of a library; none while it is not loaded, and so raises none.
+    """Return errors of a library; none if it is not loaded, since then it raises none.
 
     Importing the libraries of S3 takes longer than most commands on a local store.
     """

@@ -15,7 +15,7 @@ from ddpo_workflow.tasks.progress import VERBS, Pace, shown_by
 
 @contextmanager
 def bars_in_terminal(console: Console, run_id: str, epochs: int) -> Iterator[None]:
-    """Show bars within this context if a terminal shows them; elsewhere, lines of the log do.
+    """Show bars within this context if the screen is a terminal; otherwise, the log has lines.
 
     Args:
         console: The screen.

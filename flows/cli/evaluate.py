@@ -23,7 +23,7 @@ def evaluate(
     epochs: Epochs = None,
     reward: Annotated[
         list[str] | None,
-        typer.Option(help="One more reward that judges the images; may be repeated."),
+        typer.Option(help="Another reward to score the images with; may be repeated."),
     ] = None,
     set_: Settings = None,
     root: Root = None,
@@ -62,7 +62,8 @@ def _show(plan: EvaluationPlan) -> None:
     for epoch, metrics in summaries:
         scores.add_row(str(epoch), *(score_text(metrics, label) for label in labels))
     show(scores)
-    say("mean score, and the gain over the first checkpoint with its 95% interval", style="dim")
+    caption = "mean score, and the gain over the first checkpoint with its 95% confidence interval"
+    say(caption, style="dim")
     names = [n for n in ("kl_to_base", "diversity", "repetition") if n in summaries[-1][1]]
     names += [name for name in summaries[0][1] if name.startswith("images/")]
     images = Table("checkpoint", *(name.removeprefix("images/") for name in names))

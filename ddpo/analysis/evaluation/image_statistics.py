@@ -1,7 +1,7 @@
-"""What an image is like, in numbers that give away common ways of cheating a reward.
+"""Statistics of images that reveal common ways of exploiting a reward.
 
-A reward that is cheated often pays for a look that no prompt asks for: dark or blown images, flat
-ones, noise, the same picture for every seed. None of these needs a network.
+A reward that is exploited often favors a look that no prompt asks for: dark or overexposed images,
+flat ones, noise, the same image for every seed. None of the statistics needs a network.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ STATISTICS = ("dark", "blown", "edges", "entropy", "jpeg_kb")
 """Names of an image's statistics."""
 
 _DARK, _BLOWN = 0.1, 0.98  # of the largest luma
-_EDGE = 0.05  # change of luma a pixel
-_LEVELS = 8  # a channel
+_EDGE = 0.05  # change of luma per pixel
+_LEVELS = 8  # per channel
 _THUMBNAIL_PX = 32
 _ALIKE = 0.02
 
@@ -32,9 +32,9 @@ def image_statistics(image: Image.Image) -> dict[str, float]:
 
     Returns:
         ``dark``, ``blown``: shares of the pixels, in 0..1, whose luma (ITU-R BT.601) is below 10%
-        or above 98%. ``edges``: the share whose luma changes by more than 5% a pixel. ``entropy``:
-        Shannon's entropy in bits of colours in 8 levels a channel, in 0..9. ``jpeg_kb``: size in kB
-        as a JPEG of quality 95.
+        or above 98%. ``edges``: the share whose luma changes by more than 5% per pixel.
+        ``entropy``: Shannon's entropy, in bits, of the colors in 8 levels per channel, in 0..9.
+        ``jpeg_kb``: size in kB as a JPEG of quality 95.
     """
     rgb = image.convert("RGB")
     luma = np.asarray(rgb.convert("L"), dtype=np.float64) / 255
@@ -55,7 +55,7 @@ def image_statistics(image: Image.Image) -> dict[str, float]:
 
 
 def thumbnail(image: Image.Image) -> NDArray[np.float64]:
-    """Return an image's colours in coarse boxes: [32, 32, 3], in 0..1."""
+    """Return an image's colors in coarse boxes: [32, 32, 3], in 0..1."""
     small = image.convert("RGB").resize((_THUMBNAIL_PX, _THUMBNAIL_PX), Image.Resampling.BOX)
     return np.asarray(small, dtype=np.float64) / 255
 

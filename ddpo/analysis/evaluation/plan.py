@@ -71,7 +71,7 @@ def evaluation_set(
     """
     named = config.prompts
     prompts = load_prompts(named.name, named.parameters) if named else run.prompts
-    # A prompt that a set has twice would give the same images twice.
+    # A duplicate prompt would give the same images twice.
     distinct = list({prompt.text: prompt for prompt in prompts}.values())
     chosen = [distinct[i] for i in spread(len(distinct), config.count)]
     return EvaluationSet(
@@ -89,10 +89,10 @@ def kept_checkpoints(run: Run, selection: str | None) -> list[int]:
 
     Args:
         run: The run.
-        selection: One checkpoint, or a range ``a:b`` without b; by default all that are kept.
+        selection: One checkpoint, or a range ``a:b`` that excludes b; by default all that are kept.
 
     Raises:
-        ConfigError: The selection is neither; or none of these is there or kept.
+        ConfigError: The selection is neither; or none of these checkpoints exists and is kept.
     """
     selected = epoch_range(selection)
     committed = [where.epoch for where in CHECKPOINT.partitions_of(run.store, run.run_id)]
@@ -101,7 +101,7 @@ def kept_checkpoints(run: Run, selection: str | None) -> list[int]:
     if not chosen:
         known = ", ".join(map(str, kept)) or "none"
         which = f" {selection}" if selection else ""
-        raise ConfigError(f"run {run.run_id!r} has no checkpoint{which}; it has kept: {known}")
+        raise ConfigError(f"run {run.run_id!r} has no checkpoint{which}; it keeps: {known}")
     if run.first_epoch in kept and run.first_epoch not in chosen:
         return [run.first_epoch, *chosen]
     return chosen
@@ -115,7 +115,7 @@ def spread(size: int, count: int) -> list[int]:
 
 
 def noise_seed(prompt: str, seed: int) -> int:
-    """Return the noise seed of an image: prompts share none, so that a seed is no layout."""
+    """Return the noise seed of an image: prompts share none, so that no layout recurs."""
     return derive_seed(seed, "evaluation", prompt)
 
 

@@ -1,4 +1,4 @@
-"""What an evaluation says of a checkpoint: scores against the first checkpoint's, and its images.
+"""Summary of a checkpoint's evaluation: its images, and scores compared with the first one's.
 
 The same prompts and seeds are sampled with every checkpoint, so images are compared in pairs.
 """
@@ -147,5 +147,5 @@ def _gain(
 
 
 def _over_prompts(differences: Iterable[Sequence[float]]) -> Interval:
-    """Estimate the mean over prompts: images of one prompt are no independent values."""
+    """Estimate the mean over prompts: images of one prompt are not independent."""
     return interval([float(np.mean(pairs)) for pairs in differences])
