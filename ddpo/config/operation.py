@@ -57,9 +57,14 @@ def check_tracking_uri(uri: str) -> str:
     """Return the address of a tracking store, checked to be none that MLflow refuses.
 
     Raises:
-        ValueError: It is a plain folder.
+        ValueError: It is a plain folder, or no address.
     """
     scheme = urlsplit(uri).scheme
+    if scheme not in ("", "file") and "://" not in uri and uri not in _DATABRICKS:
+        raise ValueError(
+            f"the tracking address {uri!r} has no '://'; write a database as sqlite:///mlflow.db, "
+            "or with its whole path as sqlite:////data/mlflow.db"
+        )
     if scheme == "file" or (not scheme and uri not in _DATABRICKS):
         raise ValueError(
             f"the tracking address {uri!r} is a plain folder, which MLflow 3.13 and later refuse; "

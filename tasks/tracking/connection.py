@@ -98,7 +98,8 @@ def named_errors(action: str) -> Iterator[None]:
         if reason := _reason_of_absence(error):
             raise TrackingUnavailable(message, reason) from error
         raise TrackingError(message) from error
-    except (SQLAlchemyError, CommandError) as error:  # of a database that is none, or not MLflow's
+    # Of a database that is none, or not MLflow's, or whose driver is not installed.
+    except (SQLAlchemyError, CommandError, ImportError) as error:
         reason = hide_credentials(_without_sql(error))
         raise TrackingError(f"MLflow could not {action}: {reason}") from error
 
@@ -203,10 +204,20 @@ def whole_address(tracking_uri: str) -> str:
 
 
 def sqlite_file(tracking_uri: str) -> Path | None:
-    """Return the absolute path of the database file; None for any other kind of address."""
+    """Return the absolute path of the database file; None for any other kind of address.
+
+    Raises:
+        TrackingError: The address cannot be read.
+    """
     if not urlsplit(tracking_uri).scheme.startswith("sqlite"):
         return None
-    database = make_url(tracking_uri).database
+    try:
+        database = make_url(tracking_uri).database
+    except (SQLAlchemyError, ValueError) as error:
+        raise TrackingError(
+            f"cannot read the tracking address {hide_credentials(tracking_uri)}; write a database "
+            "as sqlite:///mlflow.db, or with its whole path as sqlite:////data/mlflow.db"
+        ) from error
     if not database or database == ":memory:":
         return None
     return Path(expand(database)).resolve()

@@ -17,8 +17,11 @@ from hypothesis import strategies as st
 from mlflow.exceptions import BAD_REQUEST, MlflowException
 from mlflow.tracking import MlflowClient
 
+from ddpo.errors import ConfigError
+from ddpo_workflow.flows.cli.ui import serve_pages
 from ddpo_workflow.tasks.tracking.metrics import image_key, legend
 from ddpo_workflow.tasks.tracking.tracker import RunTracker, TrackingError
+from tests.configs import parse
 
 # A lone surrogate is no text that could be stored.
 PROMPT_CHARACTERS = st.characters(exclude_categories=["Cs"])
@@ -349,6 +352,27 @@ def test_even_a_short_run_has_system_metrics_and_a_resumed_one_continues_them(ur
 def test_a_plain_folder_is_refused_with_the_way_out(folder: str):
     with pytest.raises(TrackingError, match=r"plain folder.*sqlite:///mlflow\.db"):
         open_tracker(folder)
+
+
+@pytest.mark.parametrize("mistyped", ["sqlite:mlflow.db", "sqlite:/data/mlflow.db"])
+def test_a_mistyped_address_is_refused_with_the_right_one(
+    mistyped: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("signal.signal", lambda *words: None)
+    with pytest.raises(TrackingError, match=r"sqlite:///mlflow\.db"):
+        open_tracker(mistyped)
+    with pytest.raises(ConfigError, match=r"tracking\.uri.*sqlite:///mlflow\.db"):
+        parse(tracking={"uri": mistyped})
+    with pytest.raises(TrackingError, match=r"sqlite:///mlflow\.db"):
+        serve_pages(mistyped, mlflow_port=1, prefect_port=1)
+
+
+@pytest.mark.parametrize(
+    "address", ["sqlite://host:port/x", "mysql+oursql://host/x", "postgresql://host/x"]
+)
+def test_a_database_that_cannot_be_used_is_a_named_error(address: str):
+    with pytest.raises(TrackingError, match=re.escape(address)):
+        open_tracker(address)
 
 
 def test_a_server_that_is_not_there_is_refused_within_seconds():
