@@ -92,8 +92,10 @@ def track_disagreement(
     difference = _standardised([new[i] for i in ids]) - _standardised([own[i] for i in ids])
     order = np.argsort(-difference, kind="stable")
     count = min(_MOST_DISAGREEMENTS, len(ids) // 2)
+    # Images are logged once per name and step, and must stay what the legend says.
+    span = f"epochs-{min(epochs)}-{max(epochs)}"
     names = {
-        ids[int(row)]: f"disagreement/{side}-{rank}"
+        ids[int(row)]: f"disagreement/{span}-{side}-{rank}"
         for side, rows in (("new-higher", order[:count]), ("own-higher", order[::-1][:count]))
         for rank, row in enumerate(rows)
     }
@@ -103,10 +105,9 @@ def track_disagreement(
         prompts: dict[str, str] = {}
         for row in _samples(run, names):
             caption = f"new {new[row.sample_id]:.4g}, own {own[row.sample_id]:.4g}"
-            # The images of a step are never replaced: rescoring more epochs logs to a later step.
             page.log_image(names[row.sample_id], _captioned(row, caption), step=max(epochs))
             prompts[names[row.sample_id]] = row.prompt
-        page.log_text(legend(prompts), f"prompts/disagreement-{max(epochs)}.txt")
+        page.log_text(legend(prompts), f"prompts/disagreement-{span}.txt")
 
     page.backlog.log(log_images)
     return list(names)

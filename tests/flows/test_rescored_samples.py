@@ -159,11 +159,26 @@ def test_the_samples_shown_are_those_that_the_two_rewards_disagree_on_most(
     # Of more than one shard and epoch; else the test would not see that one is left out.
     assert {i.rsplit("/", 1)[0] for i in shown} == {"r/00000", "r/00001"}
     assert {int(i[-6:]) // 4 for i in shown} == {0, 1}
-    names = [f"disagreement/{side}-{n}" for side in ("new-higher", "own-higher") for n in range(3)]
+    sides = ("new-higher", "own-higher")
+    names = [f"disagreement/epochs-0-1-{side}-{n}" for side in sides for n in range(3)]
     assert sorted(page.pictures) == names
-    assert page.steps == {EPOCHS - 1}  # more epochs are shown anew: a step's picture stays
+    assert page.steps == {EPOCHS - 1}
     for name, sample in zip(names, shown, strict=True):
         width, height = 256, 256
         top = page.pictures[name].crop((0, 0, width, height))
         enlarged = saved.pictures[sample].resize((width, height), Image.Resampling.NEAREST)
         assert top.tobytes() == enlarged.tobytes(), name
+
+
+def test_images_of_other_epochs_keep_their_own_legend(run: Run, page: Page) -> None:
+    handle, _ = under_redness(run)
+    first = track_disagreement.fn(handle, NOWHERE, [0, 1], REWARD)
+    images, legends = dict(page.pictures), dict(page.texts)
+    second = track_disagreement.fn(handle, NOWHERE, [1], REWARD)
+    assert first != second
+    # The images of a name and a step are logged once, and a legend is replaced by a newer one.
+    assert (
+        len(page.pictures) == len(first) + len(second) and page.pictures.items() >= images.items()
+    )
+    assert len(page.texts) == 2 and page.texts.items() >= legends.items()
+    assert all(any(name in text for text in page.texts.values()) for name in page.pictures)
