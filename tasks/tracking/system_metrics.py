@@ -23,8 +23,14 @@ class SystemMetrics:
         self._monitor: SystemMetricsMonitor | None = None
 
     def start(self) -> None:
-        """Start the thread, which ends by itself if MLflow does not answer; continue the curves."""
+        """Start the thread, or replace it, and continue the curves.
+
+        It ends by itself if MLflow does not answer when it asks, once an interval.
+        """
+        previous, self._monitor = self._monitor, None
         try:
+            if previous is not None:
+                previous.finish()
             self._monitor = SystemMetricsMonitor(
                 self._run_id,
                 sampling_interval=self._interval_s,

@@ -335,7 +335,7 @@ class RunTracker:
         while not self._left.wait(_BEAT_S):
             try:
                 if self.backlog.beat() and self._system_metrics is not None:
-                    self._system_metrics.start()  # their thread has ended with the server
+                    self._system_metrics.start()  # their thread may have ended with the server
             except Exception as error:  # raised again where the run logs something next, or ends
                 _logger.warning("cannot log what MLflow missed: %s", error)
 
