@@ -19,7 +19,7 @@ from ddpo.store.manifests import Ref
 from ddpo.training.state import TrainState
 
 ON_DEVICE = "device"
-"""Tag of the tasks that compute on the device; flows run them one at a time, in order."""
+"""Tag of the tasks that compute on the device; each flow run runs them one at a time, in order."""
 
 _device = threading.Lock()
 _opening = threading.RLock()

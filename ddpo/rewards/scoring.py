@@ -76,7 +76,7 @@ def score_samples(
 ) -> list[SampleScore]:
     """Score B images so that one that cannot be scored does not affect the others.
 
-    If a batch raises twice, its images are scored one by one, which is said once for each reward.
+    If a batch raises twice, its images are scored one by one; a warning is shown once per reward.
 
     Args:
         reward: The reward.

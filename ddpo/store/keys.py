@@ -240,11 +240,6 @@ def manifest_folder(
     return folder if epoch is None else f"{folder}/epoch={_number(epoch, 'epoch')}"
 
 
-def reward_of_folder(name: str) -> str:
-    """Return the reward id of a folder's name, 'reward_name=NAME-<digest8>'."""
-    return name.removeprefix("reward_name=")
-
-
 def is_manifest(key: str) -> bool:
     """Return whether a key is below the folder of manifests."""
     return key.startswith(f"{MANIFESTS}/")

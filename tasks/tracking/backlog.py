@@ -1,7 +1,8 @@
 """What is still to be logged to a page: a run does not wait for it until all else is done.
 
 MLflow may be unavailable for a while. What cannot be logged then is logged in order once it answers
-again; if the process ends first, the next one logs it from the store (see `catch_up`).
+again; if the process ends first, the next one logs it from the store (see `catch_up`), but for
+adapters and the times and system metrics of that process.
 """
 
 from __future__ import annotations
@@ -86,7 +87,7 @@ class Backlog:
                 raise TrackingUnavailable(
                     f"{self._outage.what} was unavailable for {PATIENCE_S / 60:g} minutes after "
                     "the last epoch. Everything is in the store; once MLflow answers, resume the "
-                    "run to log the rest",
+                    "run to log the rest, except for adapters of earlier epochs",
                     reason,
                 )
             time.sleep(_NEXT_TRY_S)

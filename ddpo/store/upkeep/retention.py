@@ -84,7 +84,7 @@ def retire_checkpoints(
     for epoch, commit in commits.items():
         key = keys.retired_key("checkpoints", run_id, epoch)
         if commit is None:
-            raise MissingObject(key, store.root)
+            raise MissingObject(CHECKPOINT.key(Partition(run_id, epoch)), store.root)
         inputs = {"checkpoint": commit.ref}
         manifests.commit(store, key, kind="retired-checkpoint", inputs=inputs, objects={})
         doomed[epoch] = object_keys(commit.manifest) & present[epoch]
