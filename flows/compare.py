@@ -12,15 +12,17 @@ from ddpo.analysis.comparison.plan import Comparison, comparison_name
 from ddpo.analysis.comparison.report import PLOT, markdown, write_report
 from ddpo.analysis.comparison.result import Result, read_result
 from ddpo.runs import Run
+from ddpo.runs.outputs import outputs_folder, own_outputs_folder
 from ddpo.store.keys import Partition
 from ddpo.store.kinds import EPOCH
+from ddpo_workflow.flows.endings import recording_end
 from ddpo_workflow.flows.epoch import submit_shards
 from ddpo_workflow.flows.evaluate import is_evaluated
 from ddpo_workflow.flows.flow import artifact_key, ddpo_flow, without_heartbeats
 from ddpo_workflow.flows.forms import Text
 from ddpo_workflow.flows.prefect_server import show, watched_server
 from ddpo_workflow.flows.run_requests import CompareRequest, ComparisonPlan
-from ddpo_workflow.flows.train import outputs_folder, own_outputs_folder, train_run
+from ddpo_workflow.flows.train import train_run
 from ddpo_workflow.tasks.commit import commit_epoch
 from ddpo_workflow.tasks.credit import credit_of
 from ddpo_workflow.tasks.progress import as_part, finished_epoch, logged, note
@@ -108,7 +110,13 @@ def _run_members(plan: ComparisonPlan, first: Run) -> None:
         with as_part(before, plan.epochs):
             if member is comparison.shared[member.seed]:
                 # The flow around it has heartbeats.
-                with watched_server(), open_page(run) as page, without_heartbeats(), logged():
+                with (
+                    recording_end(run),
+                    watched_server(),
+                    open_page(run) as page,
+                    without_heartbeats(),
+                    logged(),
+                ):
                     sample_shared(run.handle, page.handle)
             elif _is_whole(run):
                 finished_epoch(run.config.epochs, run.config.epochs, {})

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from uuid import UUID
 
 from prefect import get_run_logger
@@ -17,15 +16,15 @@ from prefect.artifacts import (
 from prefect.runtime import flow_run
 
 from ddpo.analysis.report import write_report
-from ddpo.basics.paths import expand
-from ddpo.config import RunConfig
 from ddpo.errors import MissingObject
 from ddpo.runs import Run
 from ddpo.runs.forks.records import record_fork
+from ddpo.runs.outputs import own_outputs_folder
 from ddpo.store.checkpoints import Checkpoint
 from ddpo.store.keys import Partition
 from ddpo.store.kinds import CHECKPOINT, EPOCH
 from ddpo.store.manifests import Ref
+from ddpo_workflow.flows.endings import recording_end
 from ddpo_workflow.flows.epoch import EpochPlan, run_epoch
 from ddpo_workflow.flows.evaluate import Evaluations
 from ddpo_workflow.flows.flow import artifact_key, ddpo_flow, without_heartbeats
@@ -42,7 +41,6 @@ from ddpo_workflow.tasks.tracking.catch_up import track_missing
 from ddpo_workflow.tasks.tracking.metrics import track_pictures
 from ddpo_workflow.tasks.tracking.page import log_samples, open_page
 
-_OWNER = ".owner"
 _SHOWN = ("reward/mean", "reward/std", "update/approx_kl", "update/clip_fraction", "time/epoch_s")
 
 
@@ -109,30 +107,6 @@ def resume(run_id: str, storage: Text = None, epochs: Whole = None, trust: bool 
     return train_run(request.plan().start())
 
 
-def outputs_folder(config: RunConfig, name: str, uid: str) -> Path:
-    """Return the local folder that receives the report and weights of a run or a comparison.
-
-    Args:
-        config: Says where the outputs of all runs are.
-        name: The name of the run or comparison, and of its folder.
-        uid: What sets it apart from others of its name, in another store or deleted; if the folder
-            holds the outputs of one of these, its own has a longer name.
-    """
-    folder = Path(expand(config.outputs)) / name
-    owner = folder / _OWNER
-    if owner.is_file() and owner.read_text() != uid:
-        return folder.with_name(f"{name}-{uid[:8]}")
-    return folder
-
-
-def own_outputs_folder(config: RunConfig, name: str, uid: str) -> Path:
-    """Return the same folder, created and marked with its owner."""
-    folder = outputs_folder(config, name, uid)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / _OWNER).write_text(uid)
-    return folder
-
-
 def train_run(run: Run) -> str:
     """Train a run from its last committed epoch on, and export the result.
 
@@ -150,7 +124,13 @@ def train_run(run: Run) -> str:
     progress = show(
         lambda: create_progress_artifact(0.0, key=f"{key}-progress", description=description)
     )
-    with watched_server(), open_page(run) as page, _saying_how_to_resume(run), logged():
+    with (
+        recording_end(run),
+        watched_server(),
+        open_page(run) as page,
+        _saying_how_to_resume(run),
+        logged(),
+    ):
         plan = EpochPlan(run=run.handle, tracking=page.handle, pictures=pictures)
         evaluations = Evaluations(run, page.handle)
         rows: list[dict[str, str]] = []

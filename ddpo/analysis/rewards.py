@@ -9,7 +9,7 @@ import numpy as np
 
 from ddpo.runs import Run
 from ddpo.store.keys import Partition
-from ddpo.store.kinds import ADVANTAGES
+from ddpo.store.kinds import ADVANTAGES, EPOCH
 
 
 @dataclass(frozen=True)
@@ -67,28 +67,46 @@ class EpochRewards:
     """Whether all samples have the same reward."""
 
 
+def epoch_rewards(run: Run, epoch: int) -> EpochRewards | None:
+    """Return the rewards of an epoch; None before its advantages are committed."""
+    table = ADVANTAGES.get(run.store, Partition(run.run_id, epoch, reward_id=run.reward_id))
+    if table is None:
+        return None
+    rows = table.rows()
+    rewards = summarize(row.reward for row in rows)
+    return EpochRewards(
+        epoch,
+        rewards.mean,
+        rewards.std,
+        samples=len(rows),
+        failed=rewards.failed,
+        imputed=sum(row.status == "imputed" for row in rows),
+        constant=rewards.constant,
+    )
+
+
 def reward_curve(run: Run) -> list[EpochRewards]:
     """Return a run's rewards by epoch, as far as advantages are committed without a gap."""
     curve: list[EpochRewards] = []
-    while True:
-        epoch = run.first_epoch + len(curve)
-        table = ADVANTAGES.get(run.store, Partition(run.run_id, epoch, reward_id=run.reward_id))
-        if table is None:
-            return curve
-        rows = table.rows()
-        rewards = summarize(row.reward for row in rows)
-        imputed = sum(row.status == "imputed" for row in rows)
-        curve.append(
-            EpochRewards(
-                epoch,
-                rewards.mean,
-                rewards.std,
-                samples=len(rows),
-                failed=rewards.failed,
-                imputed=imputed,
-                constant=rewards.constant,
-            )
-        )
+    while point := epoch_rewards(run, run.first_epoch + len(curve)):
+        curve.append(point)
+    return curve
+
+
+def trained_curve(run: Run, known: Sequence[EpochRewards] = ()) -> list[EpochRewards]:
+    """Return a run's rewards by epoch, as far as epochs are committed without a gap.
+
+    Args:
+        run: The run.
+        known: The curve as far as it has been read before.
+    """
+    curve = list(known)
+    while EPOCH.exists(run.store, Partition(run.run_id, run.first_epoch + len(curve))):
+        point = epoch_rewards(run, run.first_epoch + len(curve))
+        if point is None:
+            break
+        curve.append(point)
+    return curve
 
 
 def remarks(curve: Sequence[EpochRewards]) -> list[str]:

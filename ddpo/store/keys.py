@@ -28,6 +28,7 @@ _ID_RULE = "a letter, then letters, digits, '.', '_' or '-'; 100 characters at m
 _ID = re.compile(r"[A-Za-z][A-Za-z0-9._-]{0,99}")
 _REWARD_ID = re.compile(r"(?=.{10,100}\Z)[A-Za-z][A-Za-z0-9._-]*-[0-9a-f]{8}")
 _SEGMENT = re.compile(r"[A-Za-z0-9._=-]{1,200}")
+_START = re.compile(r"runs/(?P<run_id>[^/]+)/starts/(?P<number>\d{5})(?P<end>-end)?\.json")
 _SAMPLE_ID = re.compile(r"([^/]+)/(\d{5})/(\d{6})")
 _PARTITION = (
     r"(?P<tree>[a-z]+(?:/[a-z]+)?)/"
@@ -152,8 +153,22 @@ def start_key(run_id: str, number: int) -> str:
     return f"{starts_prefix(run_id)}/{_number(number, 'start number')}.json"
 
 
+def end_key(run_id: str, number: int) -> str:
+    """Return the key of the record of how a run's start ended."""
+    return start_key(run_id, number).removesuffix(".json") + "-end.json"
+
+
+def start_of_record(key: str) -> tuple[str, int, bool] | None:
+    """Return run and number of the start that a record is of, and whether it is of its end.
+
+    None for other keys.
+    """
+    match = _START.fullmatch(key)
+    return (match["run_id"], int(match["number"]), bool(match["end"])) if match else None
+
+
 def starts_prefix(run_id: str) -> str:
-    """Return the folder of the records of a run's starts."""
+    """Return the folder of the records of a run's starts and of how they ended."""
     return f"runs/{validate_run_id(run_id)}/starts"
 
 

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
+import socket
 import uuid
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Literal
 
 from pydantic import JsonValue
 
@@ -14,7 +18,7 @@ from ddpo.basics.digests import canonical_json
 from ddpo.errors import MissingObject, RunBeingDeleted, RunIdentityMismatch, RunNotFound
 from ddpo.store import keys
 from ddpo.store.documents import Sealed, differences
-from ddpo.store.objects import Store
+from ddpo.store.objects import Store, now
 
 
 class RunRecord(Sealed):
@@ -37,6 +41,34 @@ class StartRecord(Sealed):
     """Random. That of the first start distinguishes the run from others of its name."""
     operation: JsonValue
     """The half of the config that may change from start to start."""
+    at: datetime | None = None
+    """When it was (UTC)."""
+    host: str = ""
+    """Name of the machine."""
+    process: int = 0
+    """Number of the process on that machine."""
+
+
+class EndRecord(Sealed):
+    """How a start of a run ended; a killed process leaves none."""
+
+    outcome: Literal["finished", "stopped", "failed"]
+    """Whether all epochs were done, somebody stopped it, or an error ended it."""
+    reason: str = ""
+    """The error."""
+    at: datetime
+    """When it was (UTC)."""
+
+
+@dataclass(frozen=True)
+class Starts:
+    """The first and the last start of a run, and how the last one ended, if it has."""
+
+    number: int
+    """The number of the last start, from 1; 0 if there is none."""
+    first: StartRecord | None
+    last: StartRecord | None
+    end: EndRecord | None
 
 
 class ForkRecord(Sealed):
@@ -120,8 +152,15 @@ def append_operation(store: Store, run_id: str, operation: JsonValue) -> int:
     Returns:
         The number of the start, from 1.
     """
-    data = StartRecord(uid=uuid.uuid4().hex, operation=operation).to_bytes()
-    number = len(store.list(keys.starts_prefix(run_id))) + 1
+    record = StartRecord(
+        uid=uuid.uuid4().hex,
+        operation=operation,
+        at=now(),
+        host=socket.gethostname(),
+        process=os.getpid(),
+    )
+    data = record.to_bytes()
+    number = len(_numbers(store.list(keys.starts_prefix(run_id)))) + 1
     while not store.put_if_absent(keys.start_key(run_id, number), data):
         number += 1
     return number
@@ -134,8 +173,55 @@ def list_starts(store: Store, run_id: str) -> list[StartRecord]:
         CorruptObject: A record is damaged.
         UnreadableData: Likewise.
     """
-    starts = store.list(keys.starts_prefix(run_id))
-    return [StartRecord.from_bytes(key, store.read(key)) for key in starts]
+    numbers = _numbers(store.list(keys.starts_prefix(run_id)))
+    return [_read_start(store, run_id, number) for number in numbers]
+
+
+def read_starts(store: Store, run_id: str, found: Iterable[str] | None = None) -> Starts:
+    """Return the first and the last start of a run, and how the last one ended.
+
+    Args:
+        store: The store.
+        run_id: The run.
+        found: The keys in the folder of its starts, if they are known.
+
+    Raises:
+        CorruptObject: A record is damaged.
+        UnreadableData: Likewise.
+    """
+    found = list(store.list(keys.starts_prefix(run_id)) if found is None else found)
+    numbers = _numbers(found)
+    if not numbers:
+        return Starts(0, None, None, None)
+    last = numbers[-1]
+    first = _read_start(store, run_id, numbers[0])
+    key = keys.end_key(run_id, last)
+    return Starts(
+        number=last,
+        first=first,
+        last=first if len(numbers) == 1 else _read_start(store, run_id, last),
+        end=EndRecord.from_bytes(key, store.read(key)) if key in found else None,
+    )
+
+
+def record_end(
+    store: Store,
+    run_id: str,
+    number: int,
+    outcome: Literal["finished", "stopped", "failed"],
+    reason: str = "",
+) -> None:
+    """Record how a start of a run ended, once.
+
+    Args:
+        store: The store.
+        run_id: The run.
+        number: The number of the start, from 1.
+        outcome: How it ended.
+        reason: The error, without credentials.
+    """
+    record = EndRecord(outcome=outcome, reason=reason, at=now())
+    store.put_if_absent(keys.end_key(run_id, number), record.to_bytes())
 
 
 def list_operations(store: Store, run_id: str) -> list[JsonValue]:
@@ -156,8 +242,7 @@ def run_uid(store: Store, run_id: str) -> str:
         CorruptObject: The record of its first start is damaged.
         UnreadableData: Likewise.
     """
-    key = keys.start_key(run_id, 1)
-    return StartRecord.from_bytes(key, store.read(key)).uid
+    return _read_start(store, run_id, 1).uid
 
 
 def check_not_being_deleted(store: Store, run_id: str) -> None:
@@ -174,6 +259,17 @@ def record_fork(store: Store, run_id: str, fork: str, epoch: int) -> None:
     """Record beside a run that it was forked at an epoch, once."""
     record = ForkRecord(fork=fork, epoch=epoch)
     store.put_if_absent(keys.fork_key(run_id, fork), record.to_bytes())
+
+
+def _numbers(found: Iterable[str]) -> list[int]:
+    """Return the numbers of the starts whose records are among these keys, sorted."""
+    parsed = map(keys.start_of_record, found)
+    return sorted(start[1] for start in parsed if start and not start[2])
+
+
+def _read_start(store: Store, run_id: str, number: int) -> StartRecord:
+    key = keys.start_key(run_id, number)
+    return StartRecord.from_bytes(key, store.read(key))
 
 
 def _plain(value: Mapping[str, Any]) -> dict[str, JsonValue]:

@@ -11,7 +11,16 @@ import sys
 import typer
 
 from ddpo.errors import DdpoError
-from ddpo_workflow.flows.cli import data, evaluate, forks, pages, rewards, storage, training
+from ddpo_workflow.flows.cli import (
+    data,
+    evaluate,
+    forks,
+    overview,
+    pages,
+    rewards,
+    storage,
+    training,
+)
 from ddpo_workflow.flows.cli.once import OptionsOnce
 from ddpo_workflow.flows.cli.quiet import set_defaults
 from ddpo_workflow.flows.cli.screen import say, set_up
@@ -24,7 +33,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 # In the order of `ddpo --help`.
-for _module in (training, evaluate, forks, data, storage, pages, rewards):
+for _module in (training, overview, evaluate, forks, data, storage, pages, rewards):
     for _command in _module.app.registered_commands:
         _command.cls = OptionsOnce
     app.add_typer(_module.app)

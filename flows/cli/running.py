@@ -95,7 +95,7 @@ def _summarise(run: Run) -> None:
     from ddpo.analysis.rewards import remarks, reward_curve
     from ddpo.basics.redaction import hide_credentials
     from ddpo.config import TrackingConfig
-    from ddpo_workflow.flows.train import outputs_folder
+    from ddpo.runs.outputs import outputs_folder
     from ddpo_workflow.tasks.export_weights import ADAPTER_FOLDER, PIPELINE_FOLDER
 
     curve = reward_curve(run)

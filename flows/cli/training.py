@@ -1,4 +1,4 @@
-"""`ddpo train`, `resume`, `runs` and `sample`: train runs, list them, sample from them."""
+"""`ddpo train`, `resume` and `sample`: train runs, sample from them."""
 
 from __future__ import annotations
 
@@ -7,11 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
-from rich.table import Table
-from rich.text import Text
 
 from ddpo_workflow.flows.cli.common import (
     ConfigFile,
@@ -24,11 +22,7 @@ from ddpo_workflow.flows.cli.common import (
 )
 from ddpo_workflow.flows.cli.quiet import hide_loading_bars
 from ddpo_workflow.flows.cli.running import checked, show_run
-from ddpo_workflow.flows.cli.screen import say, show, visible
-
-if TYPE_CHECKING:
-    from ddpo.errors import DdpoError
-    from ddpo.store.objects import Store
+from ddpo_workflow.flows.cli.screen import say
 
 app = typer.Typer()
 
@@ -85,83 +79,6 @@ def resume(
         from ddpo_workflow.flows.train import resume as resume_flow
 
         show_run(plan, lambda: resume_flow(**dict(request)))
-
-
-@app.command()
-def runs(
-    tree: Annotated[bool, typer.Option("--tree", help="Show forks below their parents.")] = False,
-    root: Root = None,
-) -> None:
-    """List the runs of a store."""
-    from ddpo.errors import DdpoError
-    from ddpo.runs import storage_root
-    from ddpo.store.objects import Store
-    from ddpo.store.runs import list_runs
-
-    store = Store.open(storage_root(root))
-    if tree:
-        _show_tree(store)
-        return
-    table = Table("run", "model", "reward", "epochs", "first", "last")
-    for run_id in list_runs(store):
-        try:
-            cells = _cells(store, run_id)
-        except DdpoError as error:
-            cells = [_unreadable(error)]
-        table.add_row(run_id, *cells)
-    if not table.row_count:
-        say(f"no runs in {store.root}")
-        return
-    say(store.root)
-    show(table)
-
-
-def _cells(store: Store, run_id: str) -> list[str]:
-    """Return what the list of runs shows of one."""
-    from ddpo.analysis.rewards import reward_curve
-    from ddpo.runs import open_run
-
-    run = open_run(store, run_id)
-    curve = reward_curve(run)
-    first, last = (f"{curve[0].mean:.4g}", f"{curve[-1].mean:.4g}") if curve else ("", "")
-    epochs = f"{run.first_epoch + len(curve)}/{run.config.epochs}"
-    return [run.config.model.path, run.config.reward.name, epochs, first, last]
-
-
-def _unreadable(error: DdpoError) -> str:
-    return f"unreadable: {' '.join(str(error).split())}"
-
-
-def _show_tree(store: Store) -> None:
-    """Print each fork below its parent."""
-    from rich.tree import Tree
-
-    from ddpo.errors import DdpoError
-    from ddpo.runs import Run, open_run
-    from ddpo.store.runs import list_runs
-
-    runs: dict[str, Run | DdpoError] = {}
-    for run_id in list_runs(store):
-        try:
-            runs[run_id] = open_run(store, run_id)
-        except DdpoError as error:
-            runs[run_id] = error
-    tree = Tree(Text(visible(store.root)))
-    nodes: dict[str, Tree] = {}
-
-    def node(run_id: str) -> Tree:
-        if run_id not in nodes:
-            run = runs[run_id]
-            fork = run.fork if isinstance(run, Run) else None
-            above = node(fork.parent_id) if fork and fork.parent_id in runs else tree
-            origin = f", from epoch {fork.epoch} of {fork.parent_id}" if fork else ""
-            told = run.config.reward.name if isinstance(run, Run) else _unreadable(run)
-            nodes[run_id] = above.add(Text.assemble((run_id, "bold"), visible(f"  {told}{origin}")))
-        return nodes[run_id]
-
-    for run_id in runs:
-        node(run_id)
-    show(tree)
 
 
 @app.command()

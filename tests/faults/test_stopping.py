@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -197,6 +198,8 @@ def test_a_run_is_cancelled_and_goes_on_as_the_screen_says(
     assert stopped in ("CANCELLED", "COMPLETED")  # the signal may fall between two epochs
     assert run.mlflow_states() == ["KILLED"]
 
+    (ended,) = (tmp_path / "store").glob("runs/night/starts/*-end.json")
+    assert json.loads(ended.read_text())["outcome"] == "stopped"
     told = run.screen.partition("Resume with: ")[2].splitlines()[0]
     ddpo, *words = shlex.split(told)
     assert Path(ddpo).name == "ddpo"

@@ -35,9 +35,9 @@ def ddpo(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tm
 STARTER = "configs/starter.yaml"
 
 COMMANDS = [
-    "train", "resume", "runs", "sample", "evaluate", "rescore", "fork", "compare", "query",
-    "export", "export-lora", "verify", "gc", "delete", "doctor", "ui", "serve-reward", "rewards",
-    "score",
+    "train", "resume", "sample", "runs", "show", "watch", "diff", "evaluate", "rescore", "fork",
+    "compare", "query", "export", "export-lora", "verify", "gc", "delete", "doctor", "ui",
+    "serve-reward", "rewards", "score",
 ]  # fmt: skip
 
 

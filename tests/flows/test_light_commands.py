@@ -55,13 +55,18 @@ def heavy_imports(commands: dict[str, str], heavy: Sequence[str] = HEAVY) -> dic
 
 
 def test_lists_and_help_load_no_model_library(tiny_model: Path, tmp_path: Path) -> None:
-    root = folder_of(record_run(tiny_model, tmp_path / "store"))
+    root = folder_of(record_run(tiny_model, tmp_path / "store", epochs=2))
     commands = {
         "--help": "Usage",
         "train --help": "Usage",
         "rewards": "clip_score",
         f"runs --root {root}": "mine",
         f"runs --tree --root {root}": "mine",
+        f"runs --json --sort started --root {root}": "mine",
+        f"show mine --root {root}": "finished",
+        f"show mine --json --root {root}": "finished",
+        f"watch mine --root {root}": "finished",
+        f"diff mine mine --root {root}": "no setting differs",
         f"gc mine --dry-run --root {root}": "0 objects",
         f"verify mine --root {root}": "intact",
         f"query mine select:1 --root {root}": "syntax error",
@@ -72,12 +77,15 @@ def test_lists_and_help_load_no_model_library(tiny_model: Path, tmp_path: Path) 
 
 
 def test_a_local_store_is_read_without_what_buckets_need(tiny_model: Path, tmp_path: Path) -> None:
-    root = folder_of(record_run(tiny_model, tmp_path / "store"))
+    root = folder_of(record_run(tiny_model, tmp_path / "store", epochs=2))
     commands = {
         "--help": "Usage",
         f"runs --root {root}": "mine",
         f"runs --tree --root {root}": "mine",
-        f"verify mine --root {root}": "whole",
+        f"show mine --root {root}": "finished",
+        f"watch mine --root {root}": "finished",
+        f"diff mine mine --root {root}": "no setting differs",
+        f"verify mine --root {root}": "intact",
     }
     assert heavy_imports(commands, [*HEAVY, *REMOTE]) == {}
 

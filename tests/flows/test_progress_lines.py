@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import re
 import sqlite3
@@ -156,6 +157,8 @@ def test_a_run_into_a_file_says_each_epoch_there_and_in_prefects_log(
         assert shown.count(stage) == 1
     epochs = [line for line in shown if line.startswith("epoch ") and " of 2: mean" in line]
     assert len(epochs) == 2 and epochs[0].endswith(" left")
+    (ended,) = (tmp_path / "store").glob("runs/night/starts/*-end.json")
+    assert json.loads(ended.read_text())["outcome"] == "finished"
     with closing(sqlite3.connect(tmp_path / "prefect" / "prefect.db")) as database:
         logged = [message for (message,) in database.execute("SELECT message FROM log")]
     assert set(epochs) <= set(logged)

@@ -137,6 +137,10 @@ def test_config(elsewhere: Elsewhere, tiny_model: Path) -> None:
     [
         ("runs",),
         ("runs", "--tree"),
+        ("runs", "--json"),
+        ("show", "own"),
+        ("show", "own", "--json"),
+        ("diff", "own", "plain"),
         ("query", "own", "select count(*) from samples"),
         ("export", "own", "--to-hf-dataset", "dataset"),
         ("verify", "own"),
@@ -147,8 +151,8 @@ def test_config(elsewhere: Elsewhere, tiny_model: Path) -> None:
 def test_reading(
     elsewhere: Elsewhere, words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Reading a run imports nothing that the store names: `ddpo runs`, `query`, `export`, `gc` and
-    `verify` do not, nor does `open_history`.
+    """Reading a run imports nothing that the store names: `ddpo runs`, `show`, `watch`, `diff`,
+    `query`, `export`, `gc` and `verify` do not, nor does `open_history`.
     """
     elsewhere.craft("plain", reward={"name": f"{PLANTED}:score", "parameters": {}})
     assert ddpo(monkeypatch, *words, "--root", elsewhere.root) == 0
