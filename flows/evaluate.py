@@ -20,6 +20,7 @@ from ddpo_workflow.flows.flow import ddpo_flow
 from ddpo_workflow.flows.forms import Text
 from ddpo_workflow.flows.run_requests import EvaluateRequest
 from ddpo_workflow.tasks.evaluate import (
+    alarms_of,
     sample_evaluation,
     score_evaluation,
     shards_of,
@@ -177,7 +178,9 @@ def evaluate_checkpoint(
             handle, config, weights, samples, scores, baseline, epoch
         )
         images += samples
-        summaries.append(track_evaluation.submit(handle, tracking, summary, weights, epoch))
+        summaries.append(
+            track_evaluation.submit(handle, tracking, config, summary, baseline, weights, epoch)
+        )
     return Pending(tuple(images), tuple(summaries))
 
 
@@ -194,6 +197,14 @@ def summaries_of(
     name = summary_id(run, config, evaluation_set(run, config))
     wheres = [Partition(run.run_id, epoch, images_id=name) for epoch in epochs]
     return [(where.epoch, EVALUATION.require(run.store, where).metrics) for where in wheres]
+
+
+def checkpoint_alarms(run: Run, config: EvaluationConfig, epoch: int) -> list[str]:
+    """Return what looks wrong with a checkpoint that is evaluated."""
+    name = summary_id(run, config, evaluation_set(run, config))
+    found = EVALUATION.require(run.store, Partition(run.run_id, epoch, images_id=name))
+    ref = baseline_of(run, config, "trained", epoch)
+    return alarms_of(run, config, found, EVALUATION.load(run.store, ref) if ref else None)
 
 
 def baseline_of(

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
+from ddpo.analysis.evaluation.alarms import alarms
 from ddpo.analysis.evaluation.plan import Evaluated, EvaluationSet, evaluation_set, noise_seed
 from ddpo.analysis.evaluation.summary import evaluation_rows, reward_labels, summarize
 from ddpo.basics.digests import canonical_json, json_digest
@@ -231,6 +232,28 @@ def summary_id(run: Run, config: EvaluationConfig, images: EvaluationSet) -> str
     return json_digest([images.set_id, _reward_ids(run, config)])[:8]
 
 
+def alarms_of(
+    run: Run, config: EvaluationConfig, evaluation: Evaluation, baseline: Evaluation | None
+) -> list[str]:
+    """Return what looks wrong with a checkpoint, see `alarms`; nothing without a baseline.
+
+    Args:
+        run: The run.
+        config: The evaluation's settings.
+        evaluation: The checkpoint's evaluation.
+        baseline: The first checkpoint's.
+    """
+    if baseline is None:
+        return []
+    own, *_ = _labels(run, config)
+    return alarms(own, evaluation.metrics, baseline.metrics, baseline.rows())
+
+
+def _labels(run: Run, config: EvaluationConfig) -> list[str]:
+    names = [run.config.reward.name, *(reward.name for reward in config.rewards)]
+    return reward_labels(names, _reward_ids(run, config))
+
+
 def _reward_ids(run: Run, config: EvaluationConfig) -> list[str]:
     return [run.reward_id, *(scorer_of(run, reward).reward_id for reward in config.rewards)]
 
@@ -245,8 +268,7 @@ def _summarized(
 ) -> Objects:
     shards = [EVALUATION_SHARD.load(run.store, ref) for ref in samples]
     drawn = [row for shard in shards for row in shard.rows()]
-    names = [run.config.reward.name, *(reward.name for reward in config.rewards)]
-    labels = reward_labels(names, _reward_ids(run, config))
+    labels = _labels(run, config)
     found: dict[str, dict[str, float | None]] = {label: {} for label in labels}
     for number, ref in enumerate(scores):
         for row in EVALUATION_SCORES.load(run.store, ref).rows():

@@ -54,7 +54,7 @@ def evaluate(
 def _show(plan: EvaluationPlan) -> None:
     """Print each reward's mean and gain by checkpoint, then what the images are like."""
     from ddpo.analysis.evaluation.summary import labels_in, score_text
-    from ddpo_workflow.flows.evaluate import summaries_of
+    from ddpo_workflow.flows.evaluate import checkpoint_alarms, summaries_of
 
     summaries = summaries_of(plan.run, plan.config, plan.epochs)
     labels = labels_in(summaries[0][1])
@@ -70,6 +70,9 @@ def _show(plan: EvaluationPlan) -> None:
     for epoch, metrics in summaries:
         images.add_row(str(epoch), *(_number(metrics.get(name)) for name in names))
     show(images)
+    for epoch in plan.epochs:
+        for alarm in checkpoint_alarms(plan.run, plan.config, epoch):
+            say(f"checkpoint {epoch} may exploit its reward: {alarm}", style="yellow")
 
 
 def _number(value: float | None) -> str:

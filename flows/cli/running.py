@@ -126,9 +126,13 @@ def _summarise(run: Run) -> None:
 def _show_evaluation(run: Run, config: EvaluationConfig) -> None:
     """Print what the last checkpoint's evaluation says of each reward."""
     from ddpo.analysis.evaluation.summary import labels_in, score_text
-    from ddpo_workflow.flows.evaluate import summaries_of
+    from ddpo_workflow.flows.evaluate import checkpoint_alarms, summaries_of
 
     ((_, metrics),) = summaries_of(run, config, [run.config.epochs])
     say("evaluated on fixed prompts and seeds, against the first checkpoint:")
     for label in labels_in(metrics):
         say(f"  {label}  {score_text(metrics, label)}")
+    if wrong := checkpoint_alarms(run, config, run.config.epochs):
+        say("the weights may exploit the reward; look at the images:", style="bold yellow")
+        for alarm in wrong:
+            say(f"  {alarm}")

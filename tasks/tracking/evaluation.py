@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 import re
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from ddpo.analysis.evaluation.plan import Evaluated
+from ddpo.config import EvaluationConfig
 from ddpo.store.artefacts import Evaluation
 from ddpo.store.kinds import EVALUATION
 from ddpo.store.manifests import Ref
+from ddpo_workflow.tasks.evaluate import alarms_of
 from ddpo_workflow.tasks.retries import STORAGE
 from ddpo_workflow.tasks.tracking.tracker import TrackingHandle, tracker
 from ddpo_workflow.tasks.worker import RunHandle, opened
 
+_logger = logging.getLogger(__name__)
 _PREFIXES: dict[Evaluated, str] = {"trained": "evaluation", "average": "evaluation_average"}
 
 
@@ -27,28 +31,37 @@ _PREFIXES: dict[Evaluated, str] = {"trained": "evaluation", "average": "evaluati
 def track_evaluation(
     handle: RunHandle,
     tracking: TrackingHandle,
+    config: EvaluationConfig,
     evaluation: Ref[Evaluation],
+    baseline: Ref[Evaluation] | None,
     weights: Evaluated,
     epoch: int,
 ) -> dict[str, float]:
-    """Log the summary of a checkpoint's evaluation at step ``epoch``.
+    """Log the summary of a checkpoint's evaluation at step ``epoch``, and warn of what looks wrong.
 
     Args:
         handle: The run.
         tracking: Its page in MLflow.
+        config: The evaluation's settings.
         evaluation: The evaluation.
+        baseline: The evaluation of the run's first checkpoint, if this is another one.
         weights: The weights that were evaluated; they name the metrics.
         epoch: The checkpoint's epoch.
 
     Returns:
         The summary by name, without the prefix.
     """
-    found = EVALUATION.load(opened(handle).store, evaluation).metrics
+    run = opened(handle)
+    found = EVALUATION.load(run.store, evaluation)
+    before = EVALUATION.load(run.store, baseline) if baseline else None
+    wrong = alarms_of(run, config, found, before)
+    if wrong:
+        _logger.warning("checkpoint %d may exploit its reward: %s", epoch, "; ".join(wrong))
     prefix = _PREFIXES[weights]
     metrics = {
         f"{prefix}/{re.sub(r'[^A-Za-z0-9_./ -]+', '_', name)}": value
-        for name, value in found.items()
+        for name, value in {**found.metrics, "alarms": float(len(wrong))}.items()
     }
     page = tracker(tracking)
     page.backlog.log(lambda: page.log_metrics(metrics, step=epoch))
-    return found
+    return found.metrics

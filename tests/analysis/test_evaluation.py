@@ -7,7 +7,13 @@ import pytest
 import scipy.stats
 from PIL import Image
 
-from ddpo.analysis.evaluation.image_statistics import diversity, image_statistics, thumbnail
+from ddpo.analysis.evaluation.alarms import alarms
+from ddpo.analysis.evaluation.image_statistics import (
+    STATISTICS,
+    diversity,
+    image_statistics,
+    thumbnail,
+)
 from ddpo.analysis.evaluation.plan import is_due, noise_seed, spread
 from ddpo.analysis.evaluation.summary import evaluation_rows, reward_labels, summarize
 from ddpo.basics.images import encode_image
@@ -133,3 +139,41 @@ def test_images_of_two_prompts_share_no_noise() -> None:
 def test_the_first_every_nth_and_the_last_checkpoint_are_due() -> None:
     config = EvaluationConfig(every=3)
     assert [e for e in range(2, 11) if is_due(config, e, first=2, end=10)] == [2, 5, 8, 10]
+
+
+def spread_rows() -> list[EvaluationRow]:
+    """Images whose statistics run from 0 to 1 in steps of 0.01."""
+    return [EvaluationRow("r", "a cat", 0, dict.fromkeys(STATISTICS, i / 100)) for i in range(101)]
+
+
+HEALTHY = {
+    **{f"images/{name}": 0.5 for name in STATISTICS},
+    "own/failed": 0.0,
+    "own/gain": 1.0,
+    "own/gain_low": 0.5,
+    "judge/failed": 0.0,
+    "judge/gain": -0.1,
+    "judge/gain_high": 0.1,
+    "diversity": 0.15,
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"judge/gain": -0.3, "judge/gain_high": -0.1}, "judge fell by 0.3 while own rose by 1"),
+        ({"images/dark": 0.96}, "share of dark pixels is 0.96, outside the 0.05 to 0.95"),
+        ({"images/jpeg_kb": 0.04}, "size as a JPEG is 0.04, outside"),
+        ({"diversity": 0.13}, "65% as diverse"),
+    ],
+)
+def test_an_alarm_names_what_looks_wrong(changes: dict[str, float], message: str) -> None:
+    before = {"diversity": 0.2}
+    assert alarms("own", HEALTHY, before, spread_rows()) == []
+    (found,) = alarms("own", {**HEALTHY, **changes}, before, spread_rows())
+    assert message in found
+
+
+def test_a_judge_that_falls_alone_is_no_sign_of_cheating() -> None:
+    metrics = {**HEALTHY, "own/gain_low": -0.5, "judge/gain_high": -0.1}
+    assert alarms("own", metrics, {}, spread_rows()) == []

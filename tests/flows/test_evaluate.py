@@ -141,6 +141,7 @@ def test_its_metrics_are_on_the_runs_page(places: dict[str, Place]) -> None:
         ("evaluation/redness/gain", [2, 3]),
         ("evaluation/images/dark", [0, 2, 3]),
         ("evaluation/diversity", [0, 2, 3]),
+        ("evaluation/alarms", [0, 2, 3]),
         ("evaluation_average/redness/mean", [2, 3]),
     ):
         assert [m.step for m in client.get_metric_history(page, name)] == steps, name
