@@ -109,7 +109,8 @@ def test_without_a_baseline_or_a_score_there_is_no_gain() -> None:
 
 def test_rows_are_stored_as_they_are() -> None:
     samples = [sample_of("a cat", i, halves(0, 50 * i)) for i in range(3)]
-    scores = {"a": {s.sample_id: float(s.index) for s in samples}}
+    scores: dict[str, dict[str, float | None]] = {}
+    scores["a"] = {s.sample_id: float(s.index) for s in samples}
     scores["b"] = {s.sample_id: None for s in samples}
     rows = evaluation_rows(samples, [7, 8, 9], scores)
     assert decode_evaluation(encode_evaluation(rows)) == rows
