@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from uuid import UUID
 
 from prefect import get_run_logger
@@ -16,7 +17,7 @@ from prefect.artifacts import (
 from prefect.runtime import flow_run
 
 from ddpo.analysis.report import write_report
-from ddpo.errors import MissingObject
+from ddpo.errors import MissingObject, StoreError
 from ddpo.runs import Run
 from ddpo.runs.forks.records import record_fork
 from ddpo.runs.outputs import own_outputs_folder
@@ -31,6 +32,7 @@ from ddpo_workflow.flows.flow import artifact_key, ddpo_flow, without_heartbeats
 from ddpo_workflow.flows.forms import Number, Text, Whole
 from ddpo_workflow.flows.messages import resume_command
 from ddpo_workflow.flows.prefect_server import show, watched_server
+from ddpo_workflow.flows.report import write_run_page
 from ddpo_workflow.flows.run_requests import ResumeRequest, TrainRequest, run_name_stem
 from ddpo_workflow.flows.start import first_checkpoint
 from ddpo_workflow.tasks.export_weights import export_weights
@@ -40,6 +42,7 @@ from ddpo_workflow.tasks.stops import recognise_stop
 from ddpo_workflow.tasks.tracking.catch_up import track_missing
 from ddpo_workflow.tasks.tracking.metrics import track_pictures
 from ddpo_workflow.tasks.tracking.page import log_samples, open_page
+from ddpo_workflow.tasks.tracking.tracker import RunTracker
 
 _SHOWN = ("reward/mean", "reward/std", "update/approx_kl", "update/clip_fraction", "time/epoch_s")
 
@@ -161,10 +164,21 @@ def train_run(run: Run) -> str:
         evaluations.finish()
         report = write_report(run, pictures.pictures_id, outputs / "report.png")
         page.backlog.log(lambda: page.log_file(report))
+        _write_page(run, page, outputs / "report.html")
         page.backlog.log(lambda: log_samples(page, run))
         description = f"Mean reward: {_mean(rows[0])} at first, {_mean(rows[-1])} at the end"
         show(lambda: create_table_artifact(rows, key=f"{key}-epochs", description=description))
     return run.run_id
+
+
+def _write_page(run: Run, tracked: RunTracker, file: Path) -> None:
+    """Write a run's page and log it; damage of an old epoch does not fail a run that is trained."""
+    try:
+        write_run_page(run, file)
+    except StoreError as error:
+        get_run_logger().warning("%s could not be written: %s", file, error)
+    else:
+        tracked.backlog.log(lambda: tracked.log_file(file))
 
 
 @contextmanager

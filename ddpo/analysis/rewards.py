@@ -10,6 +10,7 @@ import numpy as np
 from ddpo.runs import Run
 from ddpo.store.keys import Partition
 from ddpo.store.kinds import ADVANTAGES, EPOCH
+from ddpo.store.tables import AdvantageRow
 
 
 @dataclass(frozen=True)
@@ -68,11 +69,18 @@ class EpochRewards:
 
 
 def epoch_rewards(run: Run, epoch: int) -> EpochRewards | None:
-    """Return the rewards of an epoch; None before its advantages are committed."""
+    """Return the rewards of one epoch; None if its advantages are not committed."""
     table = ADVANTAGES.get(run.store, Partition(run.run_id, epoch, reward_id=run.reward_id))
-    if table is None:
-        return None
-    rows = table.rows()
+    return None if table is None else rewards_of(epoch, table.rows())
+
+
+def rewards_of(epoch: int, rows: Sequence[AdvantageRow]) -> EpochRewards:
+    """Return the rewards of one epoch.
+
+    Args:
+        epoch: The epoch.
+        rows: A row per sample.
+    """
     rewards = summarize(row.reward for row in rows)
     return EpochRewards(
         epoch,

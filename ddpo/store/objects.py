@@ -234,9 +234,14 @@ class Store:
         found = self._below(self._full(prefix) if prefix else self._path)
         return sorted(key for key in found if hidden or not _is_hidden(key))
 
-    def sizes(self) -> dict[str, int]:
-        """Return the size in bytes of every key, unfinished writes included."""
-        return {key: int(info["size"]) for key, info in self._below(self._path).items()}
+    def sizes(self, prefix: str = "") -> dict[str, int]:
+        """Return the size in bytes of every key below a folder, unfinished writes included.
+
+        Args:
+            prefix: A folder, without its slash; '' for the whole store. It need not exist.
+        """
+        found = self._below(self._full(prefix) if prefix else self._path)
+        return {key: int(info["size"]) for key, info in found.items()}
 
     def folders(self, folder: str) -> list[str]:
         """Return the names of the folders directly in a folder, sorted, with a single call.

@@ -115,6 +115,7 @@ def _summarise(run: Run) -> None:
     show_places(
         {
             "report": str(outputs / "report.png"),
+            "page": str(outputs / "report.html"),
             "weights": str(outputs / (PIPELINE_FOLDER if full else ADAPTER_FOLDER)),
             "store": run.store.root,
             "MLflow": hide_credentials(run.config.tracking.uri),

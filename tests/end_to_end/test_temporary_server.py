@@ -66,6 +66,7 @@ def test_a_run_is_whole_and_once_whatever_is_typed_again(
         assert told.replace(" ", "") in "".join(screen.split())
     with Image.open(tmp_path / "outputs" / "night" / "report.png") as report:
         assert min(report.size) > 300
+    assert "night" in (tmp_path / "outputs" / "night" / "report.html").read_text()
     assert list((tmp_path / "outputs" / "night" / "lora").glob("*.safetensors"))
     store = Store.open(str(tmp_path / "store"))
     committed = results(store)

@@ -72,8 +72,10 @@ def test_lists_and_help_load_no_model_library(tiny_model: Path, tmp_path: Path) 
         f"query mine select:1 --root {root}": "syntax error",
         f"export-lora mine --epoch 9 --out {root}/lora --root {root}": "it has 0 to 2",
         f"export-lora mine --out {root} --root {root}": "nor an earlier export",
+        f"report mine --out {tmp_path}/new/mine.html --root {root}": "mine.html",
     }
     assert heavy_imports(commands) == {}
+    assert "jpeg_compressibility" in (tmp_path / "new" / "mine.html").read_text()
 
 
 def test_a_local_store_is_read_without_what_buckets_need(tiny_model: Path, tmp_path: Path) -> None:
@@ -86,6 +88,7 @@ def test_a_local_store_is_read_without_what_buckets_need(tiny_model: Path, tmp_p
         f"watch mine --root {root}": "finished",
         f"diff mine mine --root {root}": "no setting differs",
         f"verify mine --root {root}": "intact",
+        f"report mine --out {tmp_path}/mine.html --root {root}": "mine.html",
     }
     assert heavy_imports(commands, [*HEAVY, *REMOTE]) == {}
 
@@ -108,6 +111,7 @@ def test_what_cannot_be_run_is_refused_without_a_model_library(tmp_path: Path) -
         f"sample nothing --prompt cat --out {tmp_path}/a.png --root {tmp_path}/store": "no run",
         f"export nothing --to-hf-dataset {tmp_path}/d --root {tmp_path}/store": "no run 'nothing'",
         f"export-lora nothing --out {tmp_path}/l --root {tmp_path}/store": "no run 'nothing'",
+        f"report nothing --root {tmp_path}/store": "no run 'nothing'",
         "compare configs/starter.yaml": "variants",
         "score nothing picture.png": "there is no reward",
         "serve-reward nothing": "there is no reward",

@@ -1,0 +1,1 @@
+"""A run's page: one HTML file to read in a browser and to send to somebody."""
