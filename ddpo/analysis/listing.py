@@ -10,12 +10,15 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Literal
 
-from ddpo.analysis.rewards import EpochRewards, epoch_rewards
+import numpy as np
+
 from ddpo.errors import DdpoError
 from ddpo.runs.run import Run, run_of_record
 from ddpo.runs.state import RunState, run_state
 from ddpo.store import keys
-from ddpo.store.kinds import EPOCH
+from ddpo.store.arrow import read_table
+from ddpo.store.keys import Partition
+from ddpo.store.kinds import ADVANTAGES, EPOCH
 from ddpo.store.objects import Store
 from ddpo.store.runs import load_run, read_starts
 
@@ -39,10 +42,10 @@ class ListedRun:
     """What it is doing."""
     started: datetime | None
     """When it was started for the first time (UTC)."""
-    first: EpochRewards | None
-    """The rewards of its first epoch; None before it is committed."""
-    last: EpochRewards | None
-    """The rewards of its last committed epoch."""
+    first: float | None
+    """The mean reward of its first epoch; None before it is committed, or if there is none."""
+    last: float | None
+    """The mean reward of its last committed epoch."""
 
     @property
     def run_id(self) -> str:
@@ -64,8 +67,8 @@ class ListedRun:
             "algorithm": config.algorithm.type,
             "learning_rate": config.optimizer.learning_rate,
             "seed": config.seed,
-            "first_reward": _finite(self.first),
-            "last_reward": _finite(self.last),
+            "first_reward": self.first,
+            "last_reward": self.last,
             "started": self.started.isoformat() if self.started else None,
             "parent": fork.parent_id if fork else None,
             "forked_at": fork.epoch if fork else None,
@@ -125,9 +128,9 @@ def _read(store: Store, run_id: str, records: Iterable[str], epochs: Sequence[in
         starts.number or None,
         uid=starts.first.uid if starts.first else "",
     )
-    first = last = epoch_rewards(run, min(epochs)) if epochs else None
+    first = last = _mean_reward(run, min(epochs)) if epochs else None
     if len(epochs) > 1:
-        last = epoch_rewards(run, max(epochs))
+        last = _mean_reward(run, max(epochs))
     return ListedRun(
         run=run,
         state=run_state(run, starts, max(epochs) + 1 if epochs else run.first_epoch),
@@ -145,8 +148,7 @@ def _by_started(found: ListedRun | UnreadableRun) -> tuple[float, str]:
 def _by_reward(found: ListedRun | UnreadableRun) -> tuple[bool, str, float, str]:
     if isinstance(found, UnreadableRun):
         return True, "", 0.0, found.run_id
-    reward = _finite(found.last)
-    best = math.inf if reward is None else -reward
+    best = math.inf if found.last is None else -found.last
     return False, found.run.config.reward.name, best, found.run_id
 
 
@@ -161,6 +163,12 @@ _PLACES: dict[str, Callable[[ListedRun | UnreadableRun], Any]] = {
 }
 
 
-def _finite(rewards: EpochRewards | None) -> float | None:
-    """Return the mean of an epoch's rewards; None if there is none."""
-    return rewards.mean if rewards and math.isfinite(rewards.mean) else None
+def _mean_reward(run: Run, epoch: int) -> float | None:
+    """Return the mean reward of an epoch; None if no sample has one."""
+    table = ADVANTAGES.get(run.store, Partition(run.run_id, epoch, reward_id=run.reward_id))
+    if table is None:
+        return None
+    # One column, not rows: there may be thousands of samples, and hundreds of runs.
+    read = read_table(run.store, table.objects["advantages"], ["reward"])
+    rewards = read["reward"].drop_null().to_numpy()
+    return float(rewards.astype(np.float64).mean()) if len(rewards) else None

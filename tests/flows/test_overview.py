@@ -185,6 +185,9 @@ def test_a_run_is_shown_in_json(ddpo: Screen, root: Path) -> None:
     assert shown["identity"]["reward"]["name"] == "jpeg_compressibility"
     assert shown["commands"]["resume"] == f"ddpo resume mine --root {root}"
     assert list(shown) == list(json.loads(ddpo("show", "other", "--json")))
+    listed = json.loads(ddpo("runs", "--json"))[0]
+    means = [point["mean"] for point in shown["curve"]]
+    assert [listed["first_reward"], listed["last_reward"]] == means
 
 
 def test_a_long_curve_is_thinned_out(ddpo: Screen, store: Store) -> None:
