@@ -10,13 +10,11 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Literal
 
-import numpy as np
-
+from ddpo.analysis.rewards import summarize
 from ddpo.errors import DdpoError
 from ddpo.runs.run import Run, run_of_record
 from ddpo.runs.state import RunState, run_state
 from ddpo.store import keys
-from ddpo.store.arrow import read_table
 from ddpo.store.keys import Partition
 from ddpo.store.kinds import ADVANTAGES, EPOCH
 from ddpo.store.objects import Store
@@ -168,7 +166,5 @@ def _mean_reward(run: Run, epoch: int) -> float | None:
     table = ADVANTAGES.get(run.store, Partition(run.run_id, epoch, reward_id=run.reward_id))
     if table is None:
         return None
-    # One column, not rows: there may be thousands of samples, and hundreds of runs.
-    read = read_table(run.store, table.objects["advantages"], ["reward"])
-    rewards = read["reward"].drop_null().to_numpy()
-    return float(rewards.astype(np.float64).mean()) if len(rewards) else None
+    rewards = summarize(table.rewards())
+    return rewards.mean if rewards.scored else None

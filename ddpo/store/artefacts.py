@@ -18,6 +18,7 @@ from ddpo.store.tables import (
     RewardRow,
     RolloutRow,
     SampleRow,
+    decode_advantage_rewards,
     decode_advantages,
     decode_evaluation,
     decode_rewards,
@@ -73,6 +74,10 @@ class AdvantageTable(Artefact):
     def rows(self) -> list[AdvantageRow]:
         """Return a row per sample, in the order of `sample_id`."""
         return decode_advantages(self.store.get(self.objects["advantages"]))
+
+    def rewards(self) -> list[float | None]:
+        """Return the rewards, in the order of `sample_id`, without reading the other columns."""
+        return decode_advantage_rewards(self.store.get(self.objects["advantages"]))
 
     def statistics(self) -> PromptStatistics:
         """Return the last rewards of each prompt after the epoch, the oldest first."""

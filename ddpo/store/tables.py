@@ -251,6 +251,16 @@ def encode_advantages(rows: Sequence[AdvantageRow], columns: Mapping[str, str]) 
     return _encode("advantages", records, pa.schema([*ADVANTAGE_SCHEMA, *extra]))
 
 
+def decode_advantage_rewards(data: bytes) -> list[float | None]:
+    """Return the rewards in a table of advantages; None where a sample has none.
+
+    Raises:
+        UnreadableData: Not such a table.
+    """
+    column = pa.schema([ADVANTAGE_SCHEMA.field("reward")])
+    return [row["reward"] for row in _decode("advantages", data, column, column.names)]
+
+
 def decode_advantages(data: bytes) -> list[AdvantageRow]:
     """Return the rows of a Parquet file that `encode_advantages` made, by `sample_id`.
 
@@ -312,11 +322,14 @@ def _encode(table: str, records: list[dict[str, Any]], schema: pa.Schema) -> byt
     return sink.getvalue().to_pybytes()
 
 
-def _decode(table: str, data: bytes, schema: pa.Schema) -> list[dict[str, Any]]:
+def _decode(
+    table: str, data: bytes, schema: pa.Schema, columns: list[str] | None = None
+) -> list[dict[str, Any]]:
+    """Return a table's rows, of all columns or of some, checked to have those of a schema."""
     try:
         file = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True)
         _check_claims(table, file.metadata)
-        read = file.read()
+        read = file.read(columns)
     except (pa.ArrowException, OSError) as error:
         raise UnreadableData(f"a {table} table", str(error)) from error
     found = {name: read.schema.field(name).type for name in read.schema.names}

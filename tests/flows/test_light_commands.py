@@ -14,8 +14,8 @@ HEAVY = (
     *("torch", "diffusers", "transformers", "peft", "mlflow", "prefect", "matplotlib", "scipy"),
     "inflect",
 )
-# What only a bucket or the Hub needs, and takes a quarter of a second.
-REMOTE = ("aiohttp", "botocore", "httpx", "huggingface_hub")
+# What only a bucket, the Hub or a data set needs, each a quarter of a second.
+REMOTE = ("aiohttp", "botocore", "httpx", "huggingface_hub", "pandas")
 
 # Runs commands one after another; prints which heavy libraries each of them has imported.
 PROGRAM = """
