@@ -41,10 +41,13 @@ def halves(left: int, right: int) -> Image.Image:
 @pytest.mark.parametrize(
     ("image", "expected"),
     [
-        (flat(0), {"dark": 1.0, "blown": 0.0, "edges": 0.0, "entropy": 0.0}),
-        (flat(255), {"dark": 0.0, "blown": 1.0, "edges": 0.0, "entropy": 0.0}),
+        (flat(0), {"brightness": 0.0, "dark": 1.0, "blown": 0.0, "edges": 0.0, "entropy": 0.0}),
+        (flat(255), {"brightness": 1.0, "dark": 0.0, "blown": 1.0, "edges": 0.0, "entropy": 0.0}),
         # Central differences see the edge in the column on either side of it.
-        (halves(0, 255), {"dark": 0.5, "blown": 0.5, "edges": 2 / PX, "entropy": 1.0}),
+        (
+            halves(0, 255),
+            {"brightness": 0.5, "dark": 0.5, "blown": 0.5, "edges": 2 / PX, "entropy": 1.0},
+        ),
         (halves(120, 125), {"dark": 0.0, "blown": 0.0, "edges": 0.0, "entropy": 0.0}),
     ],
     ids=["black", "white", "halves", "a faint edge"],
@@ -71,7 +74,14 @@ def test_diversity_is_the_mean_distance_of_images_of_one_prompt() -> None:
 
 
 def row(prompt: str, score: float | None, number: int = 0) -> EvaluationRow:
-    statistics = {"dark": 0.0, "blown": 0.0, "edges": 0.0, "entropy": 0.0, "jpeg_kb": 1.0}
+    statistics = {
+        "brightness": 0.0,
+        "dark": 0.0,
+        "blown": 0.0,
+        "edges": 0.0,
+        "entropy": 0.0,
+        "jpeg_kb": 1.0,
+    }
     return EvaluationRow(f"r/00000/{number:06d}", prompt, 0, {"score.a": score, **statistics})
 
 
@@ -163,8 +173,9 @@ HEALTHY = {
     ("changes", "message"),
     [
         ({"judge/gain": -0.3, "judge/gain_high": -0.1}, "judge fell by 0.3 while own rose by 1"),
-        ({"images/dark": 0.96}, "share of dark pixels is 0.96, outside the 0.05 to 0.95"),
-        ({"images/jpeg_kb": 0.04}, "size as a JPEG is 0.04, outside"),
+        ({"images/dark": 0.98}, "share of dark pixels is 0.98, outside the 0.05 to 0.95"),
+        ({"images/brightness": 0.02}, "brightness is 0.02, outside"),
+        ({"images/jpeg_kb": -0.06}, "size as a JPEG is -0.06, outside"),
         ({"diversity": 0.13}, "65% as diverse"),
     ],
 )
@@ -173,6 +184,13 @@ def test_an_alarm_names_what_looks_wrong(changes: dict[str, float], message: str
     assert alarms("own", HEALTHY, before, spread_rows()) == []
     (found,) = alarms("own", {**HEALTHY, **changes}, before, spread_rows())
     assert message in found
+
+
+def test_a_range_without_width_allows_a_few_pixels() -> None:
+    rows = [EvaluationRow("r", "a cat", 0, dict.fromkeys(STATISTICS, 0.0)) for _ in range(3)]
+    metrics = {f"images/{name}": 0.0 for name in STATISTICS}
+    assert alarms("own", {**metrics, "images/dark": 0.019}, {}, rows) == []
+    assert alarms("own", {**metrics, "images/dark": 0.021}, {}, rows) != []
 
 
 def test_a_judge_that_falls_alone_is_no_sign_of_cheating() -> None:

@@ -15,12 +15,16 @@ _LEAST_DIVERSITY = 0.7
 _TAIL = 0.05
 """Share of the first checkpoint's images below, and above, its range."""
 _NAMES = {
+    "brightness": "the brightness",
     "dark": "the share of dark pixels",
     "blown": "the share of blown pixels",
     "edges": "the share of edges",
     "entropy": "the entropy of colors",
     "jpeg_kb": "the size as a JPEG",
 }
+_SLACK = dict.fromkeys(_NAMES, 0.02) | {"entropy": 0.25, "jpeg_kb": 0.1}
+"""How far outside the range a mean must be: a range may have no width, such as that of the share of
+dark pixels where no image has any."""
 
 
 def alarms(
@@ -54,7 +58,7 @@ def alarms(
         values = [value for row in baseline if (value := row.columns[name]) is not None]
         low, high = np.quantile(values, (_TAIL, 1 - _TAIL))
         mean = metrics[f"images/{name}"]
-        if not low <= mean <= high:
+        if not low - _SLACK[name] <= mean <= high + _SLACK[name]:
             found.append(
                 f"{_NAMES[name]} is {mean:.3g}, outside the {low:.3g} to {high:.3g} of the first "
                 "checkpoint's images"

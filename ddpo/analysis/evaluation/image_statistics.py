@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-STATISTICS = ("dark", "blown", "edges", "entropy", "jpeg_kb")
+STATISTICS = ("brightness", "dark", "blown", "edges", "entropy", "jpeg_kb")
 """Names of an image's statistics."""
 
 _DARK, _BLOWN = 0.1, 0.98  # of the largest luma
@@ -31,7 +31,7 @@ def image_statistics(image: Image.Image) -> dict[str, float]:
         image: RGB.
 
     Returns:
-        ``dark``, ``blown``: shares of the pixels, in 0..1, whose luma (ITU-R BT.601) is below 10%
+        ``brightness``: mean luma (ITU-R BT.601), in 0..1. ``dark``, ``blown``: shares of the pixels, in 0..1, whose luma is below 10%
         or above 98%. ``edges``: the share whose luma changes by more than 5% per pixel.
         ``entropy``: Shannon's entropy, in bits, of the colors in 8 levels per channel, in 0..9.
         ``jpeg_kb``: size in kB as a JPEG of quality 95.
@@ -46,6 +46,7 @@ def image_statistics(image: Image.Image) -> dict[str, float]:
     file = io.BytesIO()
     rgb.save(file, format="JPEG", quality=95)
     return {
+        "brightness": float(luma.mean()),
         "dark": float((luma < _DARK).mean()),
         "blown": float((luma > _BLOWN).mean()),
         "edges": float((np.hypot(down, right) > _EDGE).mean()),
