@@ -74,14 +74,7 @@ def test_diversity_is_the_mean_distance_of_images_of_one_prompt() -> None:
 
 
 def row(prompt: str, score: float | None, number: int = 0) -> EvaluationRow:
-    statistics = {
-        "brightness": 0.0,
-        "dark": 0.0,
-        "blown": 0.0,
-        "edges": 0.0,
-        "entropy": 0.0,
-        "jpeg_kb": 1.0,
-    }
+    statistics = {**dict.fromkeys(STATISTICS, 0.0), "jpeg_kb": 1.0}
     return EvaluationRow(f"r/00000/{number:06d}", prompt, 0, {"score.a": score, **statistics})
 
 

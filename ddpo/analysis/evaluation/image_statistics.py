@@ -31,8 +31,9 @@ def image_statistics(image: Image.Image) -> dict[str, float]:
         image: RGB.
 
     Returns:
-        ``brightness``: mean luma (ITU-R BT.601), in 0..1. ``dark``, ``blown``: shares of the pixels, in 0..1, whose luma is below 10%
-        or above 98%. ``edges``: the share whose luma changes by more than 5% per pixel.
+        ``brightness``: mean luma (ITU-R BT.601), in 0..1. ``dark``, ``blown``: shares of the
+        pixels, in 0..1, whose luma is below 10% or above 98%. ``edges``: the share whose luma
+        changes by more than 5% per pixel.
         ``entropy``: Shannon's entropy, in bits, of the colors in 8 levels per channel, in 0..9.
         ``jpeg_kb``: size in kB as a JPEG of quality 95.
     """
