@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ddpo.analysis.evaluation.alarms import alarms
 from ddpo.analysis.evaluation.plan import evaluation_set
 from ddpo.analysis.history import History
 from ddpo.analysis.page.content import (
@@ -35,7 +36,7 @@ from ddpo.config import EvaluationConfig, PicturesConfig
 from ddpo.errors import NotInHistory
 from ddpo.runs import Run, start_run
 from ddpo.store.keys import Partition
-from ddpo.store.kinds import CHECKPOINT
+from ddpo.store.kinds import CHECKPOINT, EVALUATION
 from ddpo.store.upkeep.epoch_retention import retire_epochs
 from ddpo_workflow.tasks.evaluate import (
     sample_evaluation,
@@ -114,7 +115,11 @@ def long_run(epochs: int = 500, side: int = 256) -> Content:
         prompts=tuple(PromptRewards(f"prompt {n}", 70, 0.1, n / 500) for n in range(400)),
         evaluations=(
             Evaluated(
-                "1a2b3c4d", "trained", 3200, tuple((e, summary) for e in range(0, epochs, 10))
+                "1a2b3c4d",
+                "trained",
+                3200,
+                tuple((e, summary) for e in range(0, epochs, 10)),
+                ("it is all <dark>",),
             ),
         ),
         epoch_s=31.5,
@@ -196,9 +201,13 @@ def test_a_page_has_the_evaluations_of_its_run(tiny_model: Path, tmp_path: Path)
     (evaluated,) = read_content(run).evaluations
     assert (evaluated.weights, evaluated.scores) == ("trained", 8)
     assert [epoch for epoch, _ in evaluated.checkpoints] == [0, EPOCHS]
+    before, after = (metrics for _, metrics in evaluated.checkpoints)
+    (first,) = [w for w in EVALUATION.partitions_of(run.store, run.run_id) if not w.epoch]
+    rows = EVALUATION.require(run.store, first).rows()
+    assert list(evaluated.alarms) == alarms("jpeg_compressibility", after, before, rows)
     found = Elements(render(read_content(run)))
     gain = evaluated.checkpoints[1][1]["jpeg_compressibility/gain"]
-    assert "Evaluation of the trained weights" in found.text and f"({gain:+.3g}" in found.text
+    assert "Evaluation of the trained weights" in found.text and f"  {gain:+.4f} ± " in found.text
     (dots,) = [d for d in found.values("path", "d") if re.fullmatch(r"(M\S+ \S+h0){2}", d)]
     assert dots.startswith("M0 ") and "M1000 " in dots  # the first and the last checkpoint
 
@@ -259,7 +268,8 @@ def test_a_long_run_has_a_page_of_bounded_size() -> None:
     assert (steps[0]["epoch"], steps[-1]["epoch"]) == (0, 500) and len(steps) > 10
     assert f"{len(steps)} of 501 steps are shown" in found.text
     assert "Of 400 prompts" in found.text and "after 490 epochs" not in found.text
-    assert "0.4 (+0.1 ± 0.05)" in found.text
+    assert "0.4000  +0.1000 ± 0.0500" in found.text
+    assert "may exploit the reward: it is all <dark>." in found.text
 
 
 @pytest.mark.parametrize("value", [float("nan"), 0.0, -3.5])

@@ -11,10 +11,13 @@ from statistics import median
 
 from pydantic import JsonValue
 
+from ddpo.analysis.evaluation.alarms import alarms
+from ddpo.analysis.evaluation.summary import labels_in
 from ddpo.analysis.page.thumbnails import even, thumbnail_uri, within
 from ddpo.analysis.rewards import EpochRewards, rewards_of
 from ddpo.errors import NotInHistory, StoreError
 from ddpo.runs import Run
+from ddpo.store.artefacts import Evaluation
 from ddpo.store.epochs import Epoch, committed_epochs, read_epoch
 from ddpo.store.keys import Partition
 from ddpo.store.kinds import CHECKPOINT, EPOCH, EVALUATION, EVALUATION_SHARD, IMAGES
@@ -27,7 +30,6 @@ _MOST_STEPS = 60
 _MOST_PICTURES = 16
 _EXTREMES = 6
 _READERS = 8
-_FAILED = "/failed"
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,8 @@ class Evaluated:
     """Of all checkpoints, images and rewards together."""
     checkpoints: tuple[tuple[int, Mapping[str, float]], ...]
     """Epochs trained, and the summary's values by name."""
+    alarms: tuple[str, ...] = ()
+    """What looks wrong with the last checkpoint, a clause each."""
 
 
 @dataclass(frozen=True)
@@ -258,13 +262,14 @@ def _evaluations(run: Run) -> tuple[Evaluated, ...]:
     for set_id, wheres in sets.items():
         wheres.sort(key=lambda where: where.epoch)
         opened = [(w.epoch, EVALUATION.require(run.store, w)) for w in wheres]
-        scores = sum(len(each.rows()) * len(score_labels(each.metrics)) for _, each in opened)
+        scores = sum(len(each.rows()) * len(labels_in(each.metrics)) for _, each in opened)
         found.append(
             Evaluated(
                 set_id=set_id,
                 weights=_weights_of(run, wheres[-1]),
                 scores=scores,
                 checkpoints=tuple((epoch, each.metrics) for epoch, each in opened),
+                alarms=tuple(_alarms(run, opened)),
             )
         )
     # The one with most checkpoints is the run's own, and comes first.
@@ -273,9 +278,19 @@ def _evaluations(run: Run) -> tuple[Evaluated, ...]:
     )
 
 
-def score_labels(metrics: Mapping[str, float]) -> list[str]:
-    """Return the labels of the rewards that an evaluation's summary has values of."""
-    return [name.removesuffix(_FAILED) for name in metrics if name.endswith(_FAILED)]
+def own_labels(reward: str, reward_id: str) -> tuple[str, str]:
+    """Return what an evaluation may call the run's own reward: its name, or its id."""
+    return reward.rpartition(":")[2], reward_id
+
+
+def _alarms(run: Run, opened: Sequence[tuple[int, Evaluation]]) -> list[str]:
+    """Return what looks wrong with the last checkpoint, compared with the run's first one."""
+    (first, baseline), (last, evaluation) = opened[0], opened[-1]
+    labels = own_labels(run.config.reward.name, run.reward_id)
+    own = next((label for label in labels if f"{label}/failed" in evaluation.metrics), None)
+    if first != run.first_epoch or last == first or own is None:
+        return []
+    return alarms(own, evaluation.metrics, baseline.metrics, baseline.rows())
 
 
 def _weights_of(run: Run, where: Partition) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from math import isfinite, nan
@@ -11,14 +11,15 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
+from ddpo.analysis.evaluation.summary import labels_in, score_text
 from ddpo.analysis.page.charts import Axes, Point, Tick
 from ddpo.analysis.page.content import (
     Content,
     Evaluated,
     Pictures,
     PromptRewards,
+    own_labels,
     read_content,
-    score_labels,
 )
 from ddpo.analysis.page.thumbnails import even
 from ddpo.analysis.rewards import remarks
@@ -81,6 +82,8 @@ class _Table:
     title: str
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
+    alarms: Sequence[str]
+    """What looks wrong with the last row."""
 
 
 def write_page(run: Run, path: Path, commands: Sequence[Command] = ()) -> Path:
@@ -195,7 +198,7 @@ def _own_scores(content: Content) -> list[tuple[float, float, float, float]]:
         return []
     found = []
     for epoch, metrics in content.evaluations[0].checkpoints:
-        for label in _own_labels(content):
+        for label in own_labels(content.reward, content.reward_id):
             if (mean := metrics.get(f"{label}/mean")) is not None:
                 gain = metrics.get(f"{label}/gain", nan)
                 half = metrics.get(f"{label}/gain_high", nan) - gain
@@ -242,13 +245,15 @@ def _slides(content: Content) -> dict[str, Any] | None:
 def _evaluation_table(content: Content, evaluated: Evaluated) -> _Table:
     """Return mean and gain of each reward, then what the images are like, by checkpoint."""
     names = list(dict.fromkeys(name for _, found in evaluated.checkpoints for name in found))
-    found = {label for _, metrics in evaluated.checkpoints for label in score_labels(metrics)}
-    labels = sorted(found, key=lambda label: (label not in _own_labels(content), label))
+    found = {label for _, metrics in evaluated.checkpoints for label in labels_in(metrics)}
+    labels = sorted(
+        found, key=lambda label: (label not in own_labels(content.reward, content.reward_id), label)
+    )
     others = [name for name in names if not any(name.startswith(f"{each}/") for each in labels)]
     rows = [
         [
             str(epoch),
-            *(_score(metrics, label) for label in labels),
+            *(score_text(metrics, label) for label in labels),
             *(format_number(metrics.get(name)) for name in others),
         ]
         for epoch, metrics in evaluated.checkpoints
@@ -257,21 +262,7 @@ def _evaluation_table(content: Content, evaluated: Evaluated) -> _Table:
     title = f"{evaluated.weights} weights"
     if sum(each.weights == evaluated.weights for each in content.evaluations) > 1:
         title += f", set {evaluated.set_id}"
-    return _Table(title, ["epochs", *labels, *shown], rows)
-
-
-def _own_labels(content: Content) -> tuple[str, str]:
-    """Return what an evaluation may call the run's own reward: its name, or its id."""
-    return content.reward.rpartition(":")[2], content.reward_id
-
-
-def _score(metrics: Mapping[str, float], label: str) -> str:
-    mean, gain = metrics.get(f"{label}/mean"), metrics.get(f"{label}/gain")
-    text = format_number(mean)
-    if gain is None:
-        return text
-    high = metrics.get(f"{label}/gain_high")
-    return f"{text} ({gain:+.3g}" + (")" if high is None else f" ± {high - gain:.2g})")
+    return _Table(title, ["epochs", *labels, *shown], rows, evaluated.alarms)
 
 
 def _cost(content: Content) -> dict[str, str]:
