@@ -55,9 +55,11 @@ def alarms(
                 f"{metrics[f'{own}/gain']:.4g}"
             )
     for name in STATISTICS:
-        values = [value for row in baseline if (value := row.columns[name]) is not None]
+        values = [value for row in baseline if (value := row.columns.get(name)) is not None]
+        mean = metrics.get(f"images/{name}")
+        if mean is None or not values:
+            continue  # another version of ddpo, without this statistic, has evaluated it
         low, high = np.quantile(values, (_TAIL, 1 - _TAIL))
-        mean = metrics[f"images/{name}"]
         if not low - _SLACK[name] <= mean <= high + _SLACK[name]:
             found.append(
                 f"{_NAMES[name]} is {mean:.3g}, outside the {low:.3g} to {high:.3g} of the first "
