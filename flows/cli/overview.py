@@ -116,7 +116,7 @@ def watch(
     try:
         found = _follow(_store(root), run_id, every)
     except KeyboardInterrupt:
-        say("no longer watching; the run goes on")
+        say("no longer watching; the run continues")
         sys.exit(130)
     if found.state.word != "finished":
         for name, command in _commands(found).items():

@@ -294,7 +294,7 @@ def test_watch_ends_with_ctrl_c(ddpo: Screen, monkeypatch: pytest.MonkeyPatch) -
         raise KeyboardInterrupt
 
     monkeypatch.setattr(overview.time, "sleep", stopped)
-    assert ddpo("watch", "other", status=130).endswith("no longer watching; the run goes on\n")
+    assert ddpo("watch", "other", status=130).endswith("no longer watching; the run continues\n")
 
 
 def test_watch_asks_a_store_every_five_seconds_at_most(ddpo: Screen) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ from ddpo.store.manifests import Ref
 from ddpo.store.objects import Store
 from ddpo_workflow.flows.cli import app as cli
 from ddpo_workflow.flows.train import train_run
+from ddpo_workflow.tasks.commit import commit_epoch
 from ddpo_workflow.tasks.credit import credit_of
 from ddpo_workflow.tasks.sample import sample_shard
 from ddpo_workflow.tasks.score import score_shard
@@ -135,6 +137,13 @@ def ddpo(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     return run
 
 
+def committed_epoch(handle: RunHandle, first: Ref, rollouts: list[Ref]) -> None:
+    """Score and commit the first epoch, with nothing learned."""
+    scores = score_all(handle, rollouts)
+    credit = credit_of.fn(handle, first, rollouts, scores, 0)
+    commit_epoch.fn(handle, rollouts, scores, credit, first, 0)
+
+
 def check_readable(ddpo, run: Run, mean: float) -> None:
     """Check that list, curve and report of a run with one epoch need no reward."""
     found = open_run(run.store, "r")
@@ -142,10 +151,10 @@ def check_readable(ddpo, run: Run, mean: float) -> None:
     assert (point.epoch, point.mean) == (0, pytest.approx(mean))
     (line,) = report_figure(found, "0" * 8).axes[0].lines
     assert np.asarray(line.get_xydata()) == pytest.approx(np.asarray([(0, mean)]))
-    status, screen = ddpo("runs", "--root", run.store.root)
+    status, screen = ddpo("runs", "--json", "--root", run.store.root)
     assert status == 0, screen
-    (row,) = [line for line in screen.splitlines() if line.startswith("│ r ")]
-    assert row.split("│")[-2].strip() == f"{mean:.4g}"
+    (row,) = json.loads(screen)
+    assert row["last_reward"] == pytest.approx(mean)
 
 
 def test_a_runs_rewards_are_read_while_its_service_is_down(ddpo, tiny_model, tmp_path):
@@ -154,7 +163,7 @@ def test_a_runs_rewards_are_read_while_its_service_is_down(ddpo, tiny_model, tmp
     with deployed(port, 3) as identity:
         run, handle, first, rollouts = started(tiny_model, tmp_path, over(port))
         assert reward_curve(open_run(run.store, "r")) == []
-        credit_of.fn(handle, first, rollouts, score_all(handle, rollouts), 0)
+        committed_epoch(handle, first, rollouts)
     with pytest.raises(RewardError, match="no endpoint"):
         _ = open_run(run.store, "r").reward
     assert open_run(run.store, "r").reward_id == identity.reward_id
@@ -168,7 +177,7 @@ def test_runs_of_a_served_reward_are_shown_without_listing_what_was_scored(
     port = free_port()
     with deployed(port, 3):
         run, handle, first, rollouts = started(tiny_model, tmp_path, over(port))
-        credit_of.fn(handle, first, rollouts, score_all(handle, rollouts), 0)
+        committed_epoch(handle, first, rollouts)
         start_run(run.config, "unscored")
     calls: dict[str, list[str]] = {"list": [], "folders": []}
     for name, seen in calls.items():
@@ -179,11 +188,10 @@ def test_runs_of_a_served_reward_are_shown_without_listing_what_was_scored(
             return right(store, prefix)
 
         monkeypatch.setattr(Store, name, counted)
-    status, screen = ddpo("runs", "--root", run.store.root)
+    status, screen = ddpo("runs", "--json", "--root", run.store.root)
     assert status == 0, screen
-    row, unscored = (line for line in screen.splitlines() if line.startswith(("│ r ", "│ uns")))
-    assert row.split("│")[-2].strip() == "3" and not unscored.split("│")[-2].strip()
-    assert calls["list"] and not [prefix for prefix in calls["list"] if "manifests" in prefix]
+    assert [row["last_reward"] for row in json.loads(screen)] == [3, None]
+    assert calls["list"] and not [prefix for prefix in calls["list"] if "rewards" in prefix]
     assert not calls["folders"]
 
 
@@ -195,7 +203,7 @@ def test_a_runs_rewards_are_read_when_the_users_code_is_gone(
     monkeypatch.syspath_prepend(tmp_path)
     reward = {"name": "own_pinned_fixture:constant"}
     run, handle, first, rollouts = started(tiny_model, tmp_path / "store", reward)
-    credit_of.fn(handle, first, rollouts, score_all(handle, rollouts), 0)
+    committed_epoch(handle, first, rollouts)
     code.unlink()
     monkeypatch.delitem(sys.modules, "own_pinned_fixture")
     with pytest.raises(ConfigError, match="own_pinned_fixture"):
