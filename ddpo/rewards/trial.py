@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 from pydantic import JsonValue
 
+from ddpo.basics.children import ordinary_children
 from ddpo.errors import RewardError, UnusableScores
 from ddpo.prompts.base import Prompt
 from ddpo.rewards.base import Reward
@@ -48,7 +49,8 @@ def try_out(reward: Reward, prompts: Sequence[Prompt], size: tuple[int, int] | N
 
     def ask() -> None:
         try:
-            score_samples(reward, _noise(size), asked, tries=1)
+            with ordinary_children():  # a reward may have a pool
+                score_samples(reward, _noise(size), asked, tries=1)
         except RewardError as error:
             errors.append(error)
 
