@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.special import stdtrit
 
 LEVEL = 0.95
 """Confidence level of all intervals."""
@@ -34,6 +33,8 @@ def t_quantile(probability: float, freedom: int) -> float:
         probability: In (0, 1); 0.975 for a two-sided 95% interval.
         freedom: Degrees of freedom, at least 1.
     """
+    from scipy.special import stdtrit  # slow to import, and a report only shows intervals
+
     return float(stdtrit(freedom, probability))
 
 
