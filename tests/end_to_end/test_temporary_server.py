@@ -62,7 +62,7 @@ def test_a_run_is_whole_and_once_whatever_is_typed_again(
 
     # A whole run: a summary on the screen, a report, weights, all of the store and of MLflow.
     screen = ddpo(*words)
-    for told in ("night", "reward, mean", "report.png", "first epoch", str(tmp_path / "store")):
+    for told in ("night", "reward, mean", "report.html", "first epoch", str(tmp_path / "store")):
         assert told.replace(" ", "") in "".join(screen.split())
     with Image.open(tmp_path / "outputs" / "night" / "report.png") as report:
         assert min(report.size) > 300
