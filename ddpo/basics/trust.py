@@ -38,7 +38,7 @@ def trust(digest: str) -> None:
     """Trust a run's settings from now on, on this machine and as this user.
 
     Args:
-        digest: Their sha256 in hex: `Run.identity_digest`.
+        digest: Their sha256 in hex: `Run.trusted_digest`.
     """
     _trusted_here.add(digest)
     # Without a state folder, only the commands of other processes will ask again.

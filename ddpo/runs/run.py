@@ -169,6 +169,14 @@ class Run:
         """sha256 over identity and numerics: what checkpoint 0 is made from."""
         return identity_digest(self.config, self.numerics)
 
+    @property
+    def trusted_digest(self) -> str:
+        """sha256 over all settings that may name code: the identity, and what is evaluated."""
+        evaluation = self.config.evaluation
+        if evaluation is None:
+            return self.identity_digest
+        return json_digest([self.identity_digest, evaluation.model_dump(mode="json")])
+
     def naming(self, chosen: Iterable[str] = ()) -> AbstractContextManager[None]:
         """Treat code, addresses and files within as named by this run, and not by the user.
 
@@ -176,11 +184,11 @@ class Run:
             chosen: Names of plug-ins that the user chose in place of the run's.
         """
         name = f"run {self.run_id!r} in {self.store.root}"
-        return trust.acting_for(name, self.identity_digest, chosen)
+        return trust.acting_for(name, self.trusted_digest, chosen)
 
     def trust(self) -> None:
         """Trust the code, addresses and files that this run names, on this machine from now on."""
-        trust.trust(self.identity_digest)
+        trust.trust(self.trusted_digest)
         trust.trust_place(self.config.tracking.uri)
         trust.trust_place(self.config.outputs)
 

@@ -24,6 +24,7 @@ from ddpo_workflow.flows import fork, rescore
 from ddpo_workflow.flows.cli import app as cli
 from ddpo_workflow.flows.cli import overview
 from ddpo_workflow.flows.run_requests import (
+    EvaluateRequest,
     ForkRequest,
     RescoreRequest,
     ResumeRequest,
@@ -146,6 +147,7 @@ def test_config(elsewhere: Elsewhere, tiny_model: Path) -> None:
         ("watch", "own"),
         ("query", "own", "select count(*) from samples"),
         ("export", "own", "--to-hf-dataset", "dataset"),
+        ("report", "own", "--out", "own.html"),
         ("verify", "own"),
         ("gc", "own", "--dry-run"),
     ],
@@ -155,7 +157,7 @@ def test_reading(
     elsewhere: Elsewhere, words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Reading a run imports nothing that the store names: `ddpo runs`, `show`, `watch`, `diff`,
-    `query`, `export`, `gc` and `verify` do not, nor does `open_history`.
+    `query`, `export`, `report`, `gc` and `verify` do not, nor does `open_history`.
     """
     elsewhere.craft("plain", reward={"name": f"{PLANTED}:score", "parameters": {}})
     monkeypatch.setattr(overview.time, "sleep", lambda _: signal.default_int_handler(2, None))
@@ -179,11 +181,17 @@ def test_sample_and_rescore(elsewhere: Elsewhere, monkeypatch: pytest.MonkeyPatc
 def test_what_runs_code(
     elsewhere: Elsewhere, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """`ddpo resume`, `ddpo fork` and `ddpo verify --repair` run the code that a run names. If the
-    run was not started on this machine, by this user, they refuse that code before it is imported.
+    """`ddpo resume`, `ddpo fork`, `ddpo evaluate` and `ddpo verify --repair` run the code that a
+    run names. If the run was not started on this machine, by this user, they refuse that code
+    before it is imported.
     """
     next(elsewhere.root.glob("rewards/**/*.parquet")).unlink()
-    for words in (("resume", "own"), ("fork", "own", "--epoch", 1), ("verify", "own", "--repair")):
+    for words in (
+        ("resume", "own"),
+        ("fork", "own", "--epoch", 1),
+        ("evaluate", "own"),
+        ("verify", "own", "--repair"),
+    ):
         status = ddpo(monkeypatch, *words, "--root", elsewhere.root)
         screen = " ".join(capsys.readouterr().out.split())
         assert status == 2, screen
@@ -223,6 +231,30 @@ def test_bound_to_settings(elsewhere: Elsewhere) -> None:
     elsewhere.craft("own", prompts={"name": f"{PLANTED}:other", "parameters": {}})
     with pytest.raises(NotTrusted, match=PLANTED):
         elsewhere.resume("own")
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"rewards": [{"name": f"{PLANTED}:score"}]},
+        {"prompts": {"name": f"{PLANTED}:prompts", "parameters": {}}},
+    ],
+    ids=["rewards", "prompts"],
+)
+def test_evaluations(elsewhere: Elsewhere, part: dict[str, Any]) -> None:
+    """What a run is evaluated on belongs to these settings: a start that somebody else has added to
+    a trusted run, and that names other code for its evaluation, is refused by `ddpo resume` and
+    `ddpo evaluate`.
+    """
+    elsewhere.resume("plain", trust=True)
+    elsewhere.operate("plain", evaluation=part)
+    with pytest.raises(NotTrusted, match=PLANTED):
+        elsewhere.resume("plain")
+    with pytest.raises(NotTrusted, match=PLANTED):
+        EvaluateRequest(run_id="plain", storage=str(elsewhere.root)).resolve()
+    assert not imported()
+    elsewhere.resume("plain", trust=True)
+    assert imported()
 
 
 def test_listed_modules(elsewhere: Elsewhere, monkeypatch: pytest.MonkeyPatch) -> None:
