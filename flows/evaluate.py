@@ -8,7 +8,7 @@ from typing import Any
 
 from prefect.futures import PrefectFuture
 
-from ddpo.analysis.evaluation.plan import Evaluated, evaluation_set, is_due
+from ddpo.analysis.evaluation.plan import Evaluated, evaluation_set, is_due, same_evaluation_set
 from ddpo.config import EvaluationConfig
 from ddpo.runs import Run
 from ddpo.store.artefacts import Evaluation, EvaluationShard
@@ -103,6 +103,8 @@ class Evaluations:
     def __init__(self, run: Run, tracking: TrackingHandle) -> None:
         self._run, self._tracking = run, tracking
         self._pending: list[Pending] = []
+        config = run.config.evaluation
+        self._digest = evaluation_set(run, config).digest if config else ""
 
     def catch_up(self, epoch: int) -> None:
         """Complete the evaluations before an epoch that an earlier start left unfinished."""
@@ -116,6 +118,7 @@ class Evaluations:
         """Start to evaluate the checkpoint before an epoch, if it is due."""
         run, config = self._run, self._run.config.evaluation
         if config and is_due(config, epoch, run.first_epoch, run.config.epochs):
+            same_evaluation_set(run, config, "trained", self._digest)
             if not has_images(run, config, epoch) and is_retired(run.store, run.run_id, epoch):
                 return  # the run was not evaluated yet when retention deleted it
             pending = evaluate_checkpoint(run, self._tracking, config, epoch)
@@ -162,10 +165,11 @@ def evaluate_checkpoint(
     images: list[Any] = []
     summaries: list[Any] = []
     for weights in every:
-        shards = range(len(shards_of(run, evaluation_set(run, config, weights))))
+        images_of = evaluation_set(run, config, weights)
+        digest, shards = images_of.digest, range(len(shards_of(run, images_of)))
         # Futures: Prefect resolves them to their results before a task runs.
         samples: list[Any] = [
-            sample_evaluation.submit(handle, checkpoint, config, weights, epoch, shard)
+            sample_evaluation.submit(handle, checkpoint, config, weights, digest, epoch, shard)
             for shard in shards
         ]
         scores: list[Any] = [
@@ -175,7 +179,7 @@ def evaluate_checkpoint(
         ]
         baseline = baseline_of(run, config, weights, epoch)
         summary: Any = summarize_evaluation.submit(
-            handle, config, weights, samples, scores, baseline, epoch
+            handle, config, weights, digest, samples, scores, baseline, epoch
         )
         images += samples
         summaries.append(

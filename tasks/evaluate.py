@@ -9,7 +9,7 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from ddpo.analysis.evaluation.alarms import alarms
-from ddpo.analysis.evaluation.plan import Evaluated, EvaluationSet, evaluation_set, noise_seed
+from ddpo.analysis.evaluation.plan import Evaluated, EvaluationSet, noise_seed, same_evaluation_set
 from ddpo.analysis.evaluation.summary import evaluation_rows, reward_labels, summarize
 from ddpo.basics.digests import canonical_json, json_digest
 from ddpo.basics.images import encode_image
@@ -57,6 +57,7 @@ def sample_evaluation(
     checkpoint: Ref[Checkpoint],
     config: EvaluationConfig,
     weights: Evaluated,
+    set_digest: str,
     epoch: int,
     shard: int,
 ) -> Ref[EvaluationShard]:
@@ -69,14 +70,16 @@ def sample_evaluation(
         checkpoint: The checkpoint.
         config: The evaluation's settings.
         weights: Which weights to sample with.
+        set_digest: Digest of the set of images when the evaluation began.
         epoch: The checkpoint's epoch.
         shard: The shard, from 0.
 
     Raises:
+        ConfigError: The set is another one now.
         RetiredObject: Retention has deleted the checkpoint.
     """
     run = opened(handle)
-    images = evaluation_set(run, config, weights)
+    images = same_evaluation_set(run, config, weights, set_digest)
     return committed(
         run.store,
         EVALUATION_SHARD,
@@ -199,6 +202,7 @@ def summarize_evaluation(
     handle: RunHandle,
     config: EvaluationConfig,
     weights: Evaluated,
+    set_digest: str,
     samples: Sequence[Ref[EvaluationShard]],
     scores: Sequence[Ref[EvaluationScores]],
     baseline: Ref[Evaluation] | None,
@@ -210,6 +214,7 @@ def summarize_evaluation(
         handle: The run.
         config: The evaluation's settings.
         weights: Which weights were sampled with.
+        set_digest: Digest of the set of images when the evaluation began.
         samples: The shards, in order.
         scores: Their scores: those of the run's own reward, then of each other one, shard by shard.
         baseline: The evaluation of the run's first checkpoint; None for that one itself, or if
@@ -217,7 +222,7 @@ def summarize_evaluation(
         epoch: The checkpoint's epoch.
     """
     run = opened(handle)
-    images = evaluation_set(run, config, weights)
+    images = same_evaluation_set(run, config, weights, set_digest)
     return committed(
         run.store,
         EVALUATION,

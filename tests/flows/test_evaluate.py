@@ -13,7 +13,7 @@ import pytest
 from mlflow.tracking import MlflowClient
 from PIL import Image
 
-from ddpo.analysis.evaluation.plan import evaluation_set
+from ddpo.analysis.evaluation.plan import evaluation_set, same_evaluation_set
 from ddpo.analysis.history import History
 from ddpo.analysis.query import query
 from ddpo.basics.images import decode_image
@@ -22,12 +22,12 @@ from ddpo.errors import ConfigError, RunNotFound
 from ddpo.prompts import Prompt
 from ddpo.runs import Run, check_run, open_run
 from ddpo.store.keys import Partition
-from ddpo.store.kinds import EVALUATION, EVALUATION_SHARD
+from ddpo.store.kinds import CHECKPOINT, EVALUATION, EVALUATION_SHARD
 from ddpo.store.objects import Store
 from ddpo_workflow.flows.evaluate import evaluate, summaries_of
 from ddpo_workflow.flows.run_requests import EvaluateRequest
 from ddpo_workflow.flows.train import train
-from ddpo_workflow.tasks.evaluate import summary_id
+from ddpo_workflow.tasks.evaluate import sample_evaluation, summary_id
 from tests.night import Place
 from tests.tiny import tiny_config
 
@@ -245,6 +245,23 @@ def test_images_of_another_size_leave_the_runs_own_alone(places: dict[str, Place
         assert {decode_image(row.image_png).size for row in shard.rows()} == {size}
     with pytest.raises(ConfigError, match=r"evaluation: resolution 33x33 is not a multiple"):
         check_run(run.config.changed(evaluation=EvaluationConfig(resolution=33)), "r")
+
+
+def test_prompts_that_change_under_an_evaluation_are_named(
+    places: dict[str, Place], tmp_path: Path
+) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_text("a cat\n")
+    run = places["without"].run("r")
+    config = EvaluationConfig(prompts=NamedConfig(name="text_file", parameters={"path": str(file)}))
+    began = evaluation_set(run, config).digest
+    file.write_text("a cat\na dog\n")
+    with pytest.raises(ConfigError, match=r"evaluation\.prompts.* were changed"):
+        same_evaluation_set(run, config, "trained", began)
+    checkpoint = CHECKPOINT.find(run.store, Partition("r", 3))
+    assert checkpoint
+    with pytest.raises(ConfigError, match=r"evaluation\.prompts.* were changed"):
+        sample_evaluation.fn(run.handle, checkpoint, config, "trained", began, 3, 0)
 
 
 def test_a_prompt_or_a_seed_gives_no_image_twice(places: dict[str, Place]) -> None:

@@ -84,6 +84,29 @@ def evaluation_set(
     )
 
 
+def same_evaluation_set(
+    run: Run, config: EvaluationConfig, weights: Evaluated, digest: str
+) -> EvaluationSet:
+    """Resolve the same again, in another task or for a later checkpoint.
+
+    Args:
+        run: The run.
+        config: The evaluation's settings.
+        weights: The weights to evaluate.
+        digest: The set's digest when the evaluation began.
+
+    Raises:
+        ConfigError: Its prompts are others now, such as those of a file that was changed.
+    """
+    images = evaluation_set(run, config, weights)
+    if images.digest != digest:
+        raise ConfigError(
+            "the prompts of the evaluation (evaluation.prompts) were changed while it was under "
+            "way; restore them, and run the same command again"
+        )
+    return images
+
+
 def kept_checkpoints(run: Run, selection: str | None) -> list[int]:
     """Return the checkpoints to evaluate, in order: the first one of the run, and those selected.
 
