@@ -57,7 +57,8 @@ meetings = Meetings()
 
 def meeting(images: Sequence[Image.Image], prompts: Sequence[Any]) -> list[float]:
     """A reward that takes as long as sampling the next shard."""
-    meetings.score()
+    if threading.current_thread().name != "trial":  # asked before the run, with nothing sampled
+        meetings.score()
     return [float(index) for index in range(len(images))]
 
 
