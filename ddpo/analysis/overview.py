@@ -45,19 +45,10 @@ class Overview:
     @property
     def settings(self) -> dict[str, JsonValue]:
         """What distinguishes runs at a glance."""
-        config = self.run.config
+        parameters = self.run.config.reward.parameters
         return {
-            "model": config.model.path,
-            "trainable": config.trainable.type,
-            "prompts": config.prompts.name,
-            "reward": config.reward.name,
-            **{f"reward.{name}": value for name, value in config.reward.parameters.items()},
-            **config.algorithm.labels,
-            "learning_rate": config.optimizer.learning_rate,
-            "samples_per_epoch": config.rollouts.samples_per_epoch,
-            "steps": config.sampler.steps,
-            "guidance_scale": config.sampler.guidance_scale,
-            "seed": config.seed,
+            **self.run.labels,
+            **{f"reward.{name}": value for name, value in parameters.items()},
             "device": self.run.numerics.device_name,
             "dtype": self.run.numerics.dtype,
         }

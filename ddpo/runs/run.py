@@ -170,6 +170,23 @@ class Run:
         return identity_digest(self.config, self.numerics)
 
     @property
+    def labels(self) -> dict[str, str | int | float | bool]:
+        """What distinguishes runs at a glance: a few short settings by name."""
+        config = self.config
+        return {
+            "model": config.model.path,
+            "trainable": config.trainable.type,
+            "prompts": config.prompts.name,
+            "reward": config.reward.name,
+            **config.algorithm.labels,
+            "learning_rate": config.optimizer.learning_rate,
+            "samples_per_epoch": config.rollouts.samples_per_epoch,
+            "steps": config.sampler.steps,
+            "guidance_scale": config.sampler.guidance_scale,
+            "seed": config.seed,
+        }
+
+    @property
     def trusted_digest(self) -> str:
         """sha256 over all settings that may name code: the identity, and what is evaluated."""
         evaluation = self.config.evaluation

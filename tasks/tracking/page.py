@@ -75,7 +75,8 @@ def _open_page(run: Run) -> RunTracker:
         experiment=tracking.experiment,
         run_id=run.run_id,
         uid=run.uid,
-        params=_parameters(run),
+        # MLflow prints all parameters above the images: a few short ones; a file has the config.
+        params=run.labels,
         tags={
             ROOT_TAG: run.store.root,
             "ddpo.git_commit": _git_commit(),
@@ -219,26 +220,6 @@ def _parent_tags(run: Run) -> dict[str, str] | None:
     if run.config.tracking.parent:
         return {RUN_ID_TAG: run.config.tracking.parent, ROOT_TAG: run.store.root}
     return tags_of(run.fork.parent) if run.fork else None
-
-
-def _parameters(run: Run) -> dict[str, str | int | float | bool]:
-    """Return what distinguishes runs at a glance; the full config is attached as a file.
-
-    MLflow prints all parameters above the images, so there are only a few short ones.
-    """
-    config = run.config
-    return {
-        "model": config.model.path,
-        "trainable": config.trainable.type,
-        "prompts": config.prompts.name,
-        "reward": config.reward.name,
-        **config.algorithm.labels,
-        "learning_rate": config.optimizer.learning_rate,
-        "samples_per_epoch": config.rollouts.samples_per_epoch,
-        "steps": config.sampler.steps,
-        "guidance_scale": config.sampler.guidance_scale,
-        "seed": config.seed,
-    }
 
 
 def _attach_config(page: RunTracker, run: Run) -> None:
