@@ -225,11 +225,14 @@ def check_denoising(config: RunConfig) -> ModelFacts:
     return facts
 
 
-def _check_same_evaluation(
-    store: Store, run_id: str, before: EvaluationConfig | None, now: EvaluationConfig | None
-) -> None:
+def _check_same_evaluation(store: Store, run_id: str, now: EvaluationConfig | None) -> None:
     """Reject evaluations of a run that differ from those of its earlier checkpoints."""
-    if before is None or now is None or before.changed(every=now.every) == now:
+    starts = runs.list_operations(store, run_id)
+    sections = [start.get("evaluation") for start in starts if isinstance(start, dict)]
+    before = next((section for section in reversed(sections) if section), None)
+    if before is None or now is None:
+        return
+    if EvaluationConfig.model_validate(before).changed(every=now.every) == now:
         return
     if EVALUATION_SHARD.partitions_of(store, run_id):
         raise ConfigError(
@@ -281,7 +284,7 @@ def _check_stored(
     numerics = resolve_again(config.numerics, stored.numerics)
     frozen = stored.numerics.model_dump(mode="json")
     wanted = Pins.model_validate(identity["digests"])
-    _check_same_evaluation(store, run_id, stored.config.evaluation, config.evaluation)
+    _check_same_evaluation(store, run_id, config.evaluation)
     reasons = (
         stored.pins.change_of_prompts(wanted.prompts, config.prompts.name),
         stored.pins.change_of_reward(reward.identity, config.reward.name),

@@ -20,7 +20,7 @@ from ddpo.basics.images import decode_image
 from ddpo.config import EvaluationConfig, NamedConfig
 from ddpo.errors import ConfigError, RunNotFound
 from ddpo.prompts import Prompt
-from ddpo.runs import Run, check_run, open_run
+from ddpo.runs import Run, check_run, open_run, start_run
 from ddpo.store.keys import Partition
 from ddpo.store.kinds import CHECKPOINT, EVALUATION, EVALUATION_SHARD
 from ddpo.store.objects import Store
@@ -202,8 +202,14 @@ def test_what_a_run_is_evaluated_on_stays_the_same(places: dict[str, Place]) -> 
     assert config.evaluation
     check_run(config.changed(evaluation=config.evaluation.changed(every=1)), "r")
     check_run(config.changed(evaluation=None), "r")
+    changed = config.changed(evaluation=config.evaluation.changed(count=3))
     with pytest.raises(ConfigError, match="ddpo evaluate"):
-        check_run(config.changed(evaluation=config.evaluation.changed(count=3)), "r")
+        check_run(changed, "r")
+    # A start without evaluations in between does not make it another curve.
+    start_run(config.changed(evaluation=None), "r")
+    with pytest.raises(ConfigError, match="ddpo evaluate"):
+        check_run(changed, "r")
+    start_run(config, "r")
 
 
 def test_evaluations_of_a_run_that_gets_them_late_are_resumed(
