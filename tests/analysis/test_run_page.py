@@ -216,13 +216,16 @@ def evaluate(run: Run, config: EvaluationConfig, epoch: int, baseline: Any) -> A
     handle, where = run.handle, Partition(run.run_id, epoch)
     checkpoint = CHECKPOINT.find(run.store, where)
     assert checkpoint is not None
-    shards = range(len(shards_of(run, evaluation_set(run, config))))
+    images = evaluation_set(run, config)
+    shards = range(len(shards_of(run, images)))
     drawn = [
-        sample_evaluation.fn(handle, checkpoint, config, "trained", epoch, shard)
+        sample_evaluation.fn(handle, checkpoint, config, "trained", images.digest, epoch, shard)
         for shard in shards
     ]
     scores = [score_evaluation.fn(handle, drawn[shard], epoch, shard) for shard in shards]
-    done = summarize_evaluation.fn(handle, config, "trained", drawn, scores, baseline, epoch)
+    done = summarize_evaluation.fn(
+        handle, config, "trained", images.digest, drawn, scores, baseline, epoch
+    )
     return baseline or done
 
 

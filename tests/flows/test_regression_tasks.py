@@ -24,7 +24,6 @@ from ddpo_workflow.tasks.sample import sample_shard
 from ddpo_workflow.tasks.score import score_shard
 from ddpo_workflow.tasks.start import start
 from ddpo_workflow.tasks.tracking.metrics import _update_metrics
-from ddpo_workflow.tasks.tracking.page import _parameters
 from ddpo_workflow.tasks.update import update_policy
 from tests.fold import as_in_a_new_process, run_epochs
 from tests.tiny import assert_same_tensors, tiny_config
@@ -165,7 +164,7 @@ def test_metrics_of_importance_ratios_are_absent_and_not_zero(
             "effective_sample_size",
         )
     }  # fmt: skip
-    assert "advantages" not in _parameters(run) and _parameters(run)["algorithm"] == "rwr"
+    assert "advantages" not in run.labels and run.labels["algorithm"] == "rwr"
 
 
 @pytest.mark.parametrize("position", [None, "random", 1])
