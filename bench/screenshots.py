@@ -3,9 +3,9 @@
     python -m bench.screenshots --tracking-uri sqlite:///mlflow.db --run-id R --out docs/images/
 
 Starts `mlflow server` on a free loopback port, visits it with a headless Chromium, and writes
-`mlflow_runs.png`, `mlflow_curves.png`, `mlflow_pictures.png` and `mlflow_adapter.png`; and, where
-`ddpo rescore` has scored the run again, `mlflow_rescored.png`. Needs playwright, of the extra
-`test`, and a Chromium on the PATH.
+`mlflow_runs.png`, `mlflow_overview.png`, `mlflow_curves.png`, `mlflow_pictures.png` and
+`mlflow_adapter.png`; and, where `ddpo rescore` has scored the run again, `mlflow_rescored.png`.
+Needs playwright, of the extra `test`, and a Chromium on the PATH.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlencode
 
 import requests
 from mlflow.tracking import MlflowClient
@@ -31,13 +32,13 @@ from playwright.sync_api import BrowserContext, Page, expect, sync_playwright
 
 from ddpo.config import TrackingConfig
 from ddpo_workflow.tasks.tracking.connection import RUN_ID_TAG, connect
+from ddpo_workflow.tasks.tracking.experiment import TRAINING, runs_address
 
 _START_TIMEOUT_S = 60.0
 _STOP_TIMEOUT_S = 10.0
 _CONTENT_TIMEOUT_MS = 30_000
 _WIDTH, _HEIGHT = 1440, 900
 _CARDS_IN_VIEW = 6
-_COLUMNS = ("reward/mean", "reward/std", "reward/max")
 _BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 _BROWSER_FLAGS = (
     "--no-sandbox",
@@ -52,6 +53,9 @@ _BROWSER_FLAGS = (
 _CLOSE_ASSISTANT = """
 localStorage.setItem("mlflow.assistant.fab.autoOpenedOnFirstLoad_v1", "true");
 localStorage.setItem("mlflow.assistant.panelOpen_v1", "false");
+"""
+_CURVE_LOADED = """
+() => document.querySelector("img[src*='get-artifact']")?.naturalWidth > 0
 """
 _ALL_PICTURES_LOADED = """
 () => {
@@ -69,8 +73,6 @@ class TrackedRun:
     """Our id, which is the run's name in MLflow."""
     experiment_id: str
     mlflow_run_id: str
-    columns: tuple[str, ...]
-    """Metrics to show in the table of runs."""
     pictures: str
     """What the names of the images have before the `/`."""
     model_id: str
@@ -130,7 +132,6 @@ def find_run(client: MlflowClient, run_id: str) -> TrackedRun:
         run_id=run_id,
         experiment_id=experiment_id,
         mlflow_run_id=mlflow_run_id,
-        columns=tuple(key for key in _COLUMNS if key in runs[0].data.metrics),
         pictures=Path(pictures[0].path).name.partition("~")[0],
         model_id=models[0].model_id,
         base_model=(models[0].params or {})["base_model"],
@@ -199,16 +200,27 @@ def find_browser() -> str | None:
 
 
 def visit_runs(context: BrowserContext, address: str, run: TrackedRun) -> Page:
-    """The table of the experiment's runs with rewards and adapters, once it lists `run`."""
-    page = _visit(context, address, f"experiments/{run.experiment_id}/runs")
+    """The table of the experiment's runs as our view shows it, once it lists `run`."""
+    page = context.new_page()
+    page.goto(runs_address(address, run.experiment_id), wait_until="domcontentloaded")
     expect(page.get_by_role("link", name=run.run_id, exact=True)).to_be_visible(
         timeout=_CONTENT_TIMEOUT_MS
     )
-    page.get_by_role("button", name="Columns").click()
-    for name in ("Dataset", "Source", *run.columns):
-        page.locator("[class*=tree-treenode]").get_by_text(name, exact=True).click()
-    page.keyboard.press("Escape")
     return page
+
+
+def visit_overview(context: BrowserContext, address: str, run: TrackedRun) -> Page:
+    """The run's first page, once the picture in its description is loaded."""
+    page = _visit(context, address, _run_path(run))
+    page.get_by_text("Show more", exact=True).click()
+    page.wait_for_function(_CURVE_LOADED)
+    return page
+
+
+def visit_samples(context: BrowserContext, address: str, run: TrackedRun, epoch: int) -> Page:
+    """The table of an epoch's samples among the run's artifacts."""
+    path = f"{_run_path(run)}/artifacts/samples/epoch-{epoch:05}.csv"
+    return _visit(context, address, path)
 
 
 def visit_curves(context: BrowserContext, address: str, run: TrackedRun) -> Page:
@@ -267,7 +279,7 @@ def _run_path(run: TrackedRun) -> str:
 
 def _visit(context: BrowserContext, address: str, path: str) -> Page:
     page = context.new_page()
-    page.goto(f"{address}/#/{path}?workflowType=machine_learning", wait_until="domcontentloaded")
+    page.goto(f"{address}/#/{path}?{urlencode(TRAINING)}", wait_until="domcontentloaded")
     return page
 
 
@@ -306,6 +318,7 @@ def main() -> None:
     run = find_run(client, arguments.run_id or newest_run(client))
     pages = {
         "mlflow_runs.png": visit_runs,
+        "mlflow_overview.png": visit_overview,
         "mlflow_curves.png": visit_curves,
         "mlflow_pictures.png": visit_pictures,
         "mlflow_adapter.png": visit_adapter,

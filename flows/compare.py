@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 
 from prefect.artifacts import create_markdown_artifact
 from prefect.runtime import flow_run
@@ -20,6 +21,8 @@ from ddpo_workflow.flows.epoch import submit_shards
 from ddpo_workflow.flows.evaluate import is_evaluated
 from ddpo_workflow.flows.flow import artifact_key, ddpo_flow, without_heartbeats
 from ddpo_workflow.flows.forms import Text
+from ddpo_workflow.flows.links import link_page
+from ddpo_workflow.flows.messages import store_command
 from ddpo_workflow.flows.prefect_server import show, watched_server
 from ddpo_workflow.flows.run_requests import CompareRequest, ComparisonPlan
 from ddpo_workflow.flows.train import train_run
@@ -69,13 +72,19 @@ def compare(
     ).plan()
     comparison = plan.comparison
     first = plan.runs[comparison.members[0].run_id].start()
-    with open_comparison_page(comparison, first) as page:
-        _run_members(plan, first)
+    key = artifact_key(comparison.name, first.uid)
+    config_path = str(Path(config_file).absolute())
+    words = ["compare", config_path, "--name", comparison.name]
+    words += [word for override in overrides for word in ("--set", override)]
+    command = store_command(plan.store, *words)
+    with open_comparison_page(comparison, first, command) as page:
+        link_page(page, key, comparison.name)
+        _run_members(plan, first, command)
         result = read_result(comparison, plan.store)
         folder = own_outputs_folder(first.config, comparison.name, first.uid)
         for file in write_report(comparison, result, folder):
             page.backlog.log(partial(page.log_file, file))
-        _show(comparison, result, artifact_key(comparison.name, first.uid))
+        _show(comparison, result, key)
     return str(folder)
 
 
@@ -101,7 +110,7 @@ def sample_shared(handle: RunHandle, tracking: TrackingHandle) -> None:
         finished_epoch(epoch + 1, run.config.epochs, metrics)
 
 
-def _run_members(plan: ComparisonPlan, first: Run) -> None:
+def _run_members(plan: ComparisonPlan, first: Run, command: str) -> None:
     """Start or resume each run in turn; the first one is started."""
     comparison, before = plan.comparison, 0
     for number, member in enumerate(comparison.members, start=1):
@@ -113,7 +122,7 @@ def _run_members(plan: ComparisonPlan, first: Run) -> None:
                 with (
                     recording_end(run),
                     watched_server(),
-                    open_page(run) as page,
+                    open_page(run, command) as page,
                     without_heartbeats(),
                     logged(),
                 ):

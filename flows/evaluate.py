@@ -16,8 +16,9 @@ from ddpo.store.keys import Partition
 from ddpo.store.kinds import CHECKPOINT, EVALUATION, EVALUATION_SHARD
 from ddpo.store.manifests import Ref
 from ddpo.store.upkeep.retention import is_retired
-from ddpo_workflow.flows.flow import ddpo_flow
+from ddpo_workflow.flows.flow import artifact_key, ddpo_flow
 from ddpo_workflow.flows.forms import Text
+from ddpo_workflow.flows.links import link_page
 from ddpo_workflow.flows.run_requests import EvaluateRequest
 from ddpo_workflow.tasks.evaluate import (
     alarms_of,
@@ -66,6 +67,8 @@ def evaluate(
     images = evaluation_set(plan.run, plan.config)
     name = summary_id(plan.run, plan.config, images)
     with open_evaluation_page(plan.run, name, plan.config) as page:
+        key = artifact_key(f"{plan.run.run_id}-{name}", plan.run.uid)
+        link_page(page, key, f"{run_id} evaluated")
         return [
             summary
             for epoch in plan.epochs

@@ -12,8 +12,9 @@ from ddpo.store.keys import Partition
 from ddpo.store.kinds import ADVANTAGES, CHECKPOINT, STATISTICS
 from ddpo.store.manifests import Ref
 from ddpo.store.statistics import HoldsStatistics
-from ddpo_workflow.flows.flow import ddpo_flow
+from ddpo_workflow.flows.flow import artifact_key, ddpo_flow
 from ddpo_workflow.flows.forms import Parameters, Text
+from ddpo_workflow.flows.links import link_page
 from ddpo_workflow.flows.run_requests import RescoreRequest, Rescoring
 from ddpo_workflow.flows.start import scores_before
 from ddpo_workflow.tasks.credit import credit_of
@@ -61,6 +62,8 @@ def rescore(
     ).plan()
     run, new = rescoring.run, rescoring.reward
     with open_rescored_page(run, new, rescoring.reward_id, uri=tracking) as page:
+        key = artifact_key(f"{run.run_id}-by-{rescoring.reward_id}", run.uid)
+        link_page(page, key, f"{run.run_id} by {rescoring.reward_id}")
         for number, epoch in enumerate(rescoring.epochs, start=1):
             note(f"scoring epoch {epoch}, {number} of {len(rescoring.epochs)} ...")
             rollouts = saved_rollouts(run, epoch)

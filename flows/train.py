@@ -30,6 +30,7 @@ from ddpo_workflow.flows.epoch import EpochPlan, run_epoch
 from ddpo_workflow.flows.evaluate import Evaluations
 from ddpo_workflow.flows.flow import artifact_key, ddpo_flow, without_heartbeats
 from ddpo_workflow.flows.forms import Number, Text, Whole
+from ddpo_workflow.flows.links import link_page
 from ddpo_workflow.flows.messages import resume_command
 from ddpo_workflow.flows.prefect_server import show, watched_server
 from ddpo_workflow.flows.report import write_run_page
@@ -41,7 +42,7 @@ from ddpo_workflow.tasks.progress import begin_stage, finished_epoch, logged
 from ddpo_workflow.tasks.stops import recognise_stop
 from ddpo_workflow.tasks.tracking.catch_up import track_missing
 from ddpo_workflow.tasks.tracking.metrics import track_pictures
-from ddpo_workflow.tasks.tracking.page import log_samples, open_page
+from ddpo_workflow.tasks.tracking.page import open_page
 from ddpo_workflow.tasks.tracking.tracker import RunTracker
 
 _SHOWN = ("reward/mean", "reward/std", "update/approx_kl", "update/clip_fraction", "time/epoch_s")
@@ -121,6 +122,7 @@ def train_run(run: Run) -> str:
     """
     record_fork(run)  # also on a resume, in case an earlier start was killed before it
     epochs = run.config.epochs
+    command = resume_command(run.store, run.run_id)
     pictures = picture_set(run, run.config.tracking.pictures)
     key = artifact_key(run.run_id, run.uid)
     description = f"{run.run_id}: {epochs} epochs"
@@ -130,10 +132,11 @@ def train_run(run: Run) -> str:
     with (
         recording_end(run),
         watched_server(),
-        open_page(run) as page,
-        _saying_how_to_resume(run),
+        open_page(run, command) as page,
+        _saying_how_to_resume(command),
         logged(),
     ):
+        link_page(page, key, run.run_id)
         plan = EpochPlan(run=run.handle, tracking=page.handle, pictures=pictures)
         evaluations = Evaluations(run, page.handle)
         rows: list[dict[str, str]] = []
@@ -165,7 +168,6 @@ def train_run(run: Run) -> str:
         report = write_report(run, pictures.pictures_id, outputs / "report.png")
         page.backlog.log(lambda: page.log_file(report))
         _write_page(run, page, outputs / "report.html")
-        page.backlog.log(lambda: log_samples(page, run))
         description = f"Mean reward: {_mean(rows[0])} at first, {_mean(rows[-1])} at the end"
         show(lambda: create_table_artifact(rows, key=f"{key}-epochs", description=description))
     return run.run_id
@@ -182,12 +184,11 @@ def _write_page(run: Run, tracked: RunTracker, file: Path) -> None:
 
 
 @contextmanager
-def _saying_how_to_resume(run: Run) -> Iterator[None]:
+def _saying_how_to_resume(command: str) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
         if recognise_stop(error):
-            command = resume_command(run.store, run.run_id)
             get_run_logger().warning("Stopped. Committed work is kept. Resume with: %s", command)
         raise
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Protocol
 
 import matplotlib
 import numpy as np
 
-from ddpo.analysis.rewards import EpochRewards, reward_curve
+from ddpo.analysis.rewards import reward_curve
 from ddpo.basics.images import decode_image
 from ddpo.runs import Run
 from ddpo.store.keys import Partition
@@ -18,11 +19,32 @@ from ddpo.store.tables import RolloutRow
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # after the backend is chosen
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 _MAX_IMAGES = 8
 _CHARACTERS = 140
 """How many characters of a title fit side by side into the width of the figure."""
+
+
+class CurvePoint(Protocol):
+    """The rewards of an epoch."""
+
+    @property
+    def epoch(self) -> int:
+        """The epoch."""
+        ...
+
+    @property
+    def mean(self) -> float:
+        """Mean over its samples."""
+        ...
+
+    @property
+    def std(self) -> float:
+        """Standard deviation over its samples."""
+        ...
 
 
 def checkpoint_pictures(run: Run, pictures_id: str, epoch: int) -> list[RolloutRow]:
@@ -71,7 +93,7 @@ def report_figure(run: Run, pictures_id: str) -> plt.Figure:
     return figure
 
 
-def _plot_curve(axes: plt.Axes, curve: Sequence[EpochRewards], title: str) -> None:
+def _plot_curve(axes: Axes, curve: Sequence[CurvePoint], title: str) -> None:
     epochs = [point.epoch for point in curve]
     mean = np.asarray([point.mean for point in curve])
     std = np.asarray([point.std for point in curve])
@@ -85,18 +107,17 @@ def _plot_curve(axes: plt.Axes, curve: Sequence[EpochRewards], title: str) -> No
     axes.grid(axis="y", alpha=0.25)
 
 
-def save_curve(curve: Sequence[EpochRewards], title: str, path: Path) -> None:
-    """Write a small picture of mean reward by epoch as a PNG file.
+def save_curve(curve: Sequence[CurvePoint], title: str, path: Path) -> None:
+    """Write a small picture of mean reward by epoch as a PNG file. Safe to call from any thread.
 
     Args:
         curve: The rewards by epoch.
         title: The picture's.
         path: The file to write.
     """
-    figure = plt.figure(figsize=(6, 3), layout="constrained")
+    figure = Figure(figsize=(6, 3), layout="constrained")  # without pyplot's list of all figures
     _plot_curve(figure.subplots(), curve, title)
     figure.savefig(path, dpi=100, facecolor="white")
-    plt.close(figure)
 
 
 def plot_images(

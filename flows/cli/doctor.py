@@ -21,7 +21,8 @@ from ddpo.runs import storage_root
 from ddpo.runs.start import check_denoising
 from ddpo.store.objects import Store
 from ddpo.store.upkeep.probe import probe
-from ddpo_workflow.tasks.tracking.connection import connect, find_or_create_experiment
+from ddpo_workflow.tasks.tracking.connection import connect
+from ddpo_workflow.tasks.tracking.experiment import find_or_create_experiment
 
 GIB = 2**30
 

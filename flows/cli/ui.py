@@ -12,7 +12,8 @@ import urllib.request
 from ddpo.basics.redaction import hide_credentials
 from ddpo.errors import DdpoError
 from ddpo_workflow.flows.cli.screen import say
-from ddpo_workflow.tasks.tracking.connection import whole_address
+from ddpo_workflow.tasks.tracking.connection import client_of, whole_address
+from ddpo_workflow.tasks.tracking.experiment import newest_experiment, runs_address
 
 _STARTUP_S = 120.0
 
@@ -53,6 +54,11 @@ def serve_pages(tracking: str, *, mlflow_port: int, prefect_port: int) -> None:
         )
         for name, server in servers.items():
             _wait(name, pages[name], server)
+        if "MLflow" in servers:
+            experiment = newest_experiment(client_of(tracking))
+            pages["MLflow"] = (
+                runs_address(pages["MLflow"], experiment) if experiment else pages["MLflow"]
+            )
         for name, address in pages.items():
             say(f"{name:8} {address}")
         say("Press Ctrl-C to stop", style="dim")

@@ -14,7 +14,7 @@ from ddpo_workflow.tasks.tracking.metrics import track_epoch, track_pictures
 from ddpo_workflow.tasks.tracking.tracker import TrackingHandle, tracker
 from ddpo_workflow.tasks.worker import RunHandle, opened
 
-_ALWAYS_LOGGED = "reward/failed"
+_ALWAYS_LOGGED = "scores/failed"
 
 
 @task(

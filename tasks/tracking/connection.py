@@ -1,4 +1,4 @@
-"""Connect to MLflow; find or create the experiment and the MLflow run of a `run_id`.
+"""Connect to MLflow; find or create the MLflow run of a `run_id`.
 
 All calls go through `MlflowClient`: MLflow's fluent API keeps the active run in globals, and tasks
 log from several threads of a process.
@@ -28,6 +28,7 @@ from ddpo.basics.redaction import HIDDEN, NO_PASSWORD, has_password, hide_creden
 from ddpo.basics.trust import check_place
 from ddpo.config.operation import check_tracking_uri
 from ddpo.errors import DdpoError
+from ddpo_workflow.tasks.tracking.origin import origin
 
 RUN_ID_TAG = "ddpo.run_id"
 """The tag with the name of what a page shows."""
@@ -41,9 +42,9 @@ _UNAVAILABLE_STATUS = frozenset({429, 502, 503, 504})
 _UNAVAILABLE_ERRORS = (requests.ConnectionError, requests.Timeout, requests.exceptions.RetryError)
 _CONFLICT = "IntegrityError"  # in MLflow's messages, of any database: a row was inserted twice
 _PARAM_LIMIT = 500  # MLflow accepts 6,000, but its pages print parameters in full.
-_TAG_LIMIT = 8000
+TAG_LIMIT = 8000
+"""Length of a tag that MLflow accepts."""
 _BATCH_LIMIT = 100
-_EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
 _SECRET_NAME = re.compile(
     r"(^|[._/\-])(pass(word|wd|phrase)?|secret|token|credentials?|(api|access|secret|private)_?key)"
     r"([._/\-]|$)",
@@ -223,34 +224,6 @@ def sqlite_file(tracking_uri: str) -> Path | None:
     return Path(expand(database)).resolve()
 
 
-def find_or_create_experiment(client: MlflowClient, name: str) -> str:
-    """Return the id of the experiment `name`, created if it does not exist.
-
-    With a SQLite file, artifacts are kept in `mlartifacts` next to it, wherever the process was
-    started; a server chooses its own location.
-
-    Raises:
-        TrackingError: The experiment was deleted, or MLflow refuses.
-    """
-    with named_errors(f"open the experiment {name!r}"):
-        experiment = client.get_experiment_by_name(name)
-        if experiment is None:
-            database = sqlite_file(client.tracking_uri)
-            location = (database.parent / "mlartifacts").as_uri() if database else None
-            try:
-                return client.create_experiment(name, location, tags=_EXPERIMENT_TAGS)
-            except MlflowException:
-                experiment = client.get_experiment_by_name(name)
-                if experiment is None:
-                    raise
-    if experiment.lifecycle_stage != "active":
-        raise TrackingError(
-            f"The MLflow experiment {name!r} was deleted. Restore it (`mlflow experiments restore "
-            f"--experiment-id {experiment.experiment_id}`), or choose another name."
-        )
-    return experiment.experiment_id
-
-
 def find_pages(client: MlflowClient, experiment_id: str, tags: Mapping[str, str]) -> list[Run]:
     """Return the MLflow runs of an experiment that have all of these tags, the newest first.
 
@@ -320,7 +293,7 @@ def _create_page(client: MlflowClient, experiment_id: str, own: Mapping[str, str
 
     The same run may be started twice at once: both keep the older page.
     """
-    created = client.create_run(experiment_id, tags=dict(own))
+    created = client.create_run(experiment_id, tags={**_tags(origin()), **own})
     first = find_pages(client, experiment_id, own)[-1]
     if first.info.run_id != created.info.run_id:
         client.delete_run(created.info.run_id)
@@ -353,7 +326,7 @@ def why_unavailable(tracking_uri: str, *, within_s: float = _REACH_TIMEOUT_S) ->
 
 def _tags(tags: Mapping[str, str]) -> dict[str, str]:
     """Return tags as MLflow keeps them."""
-    return {key: _cut(value, _TAG_LIMIT) for key, value in loggable(tags).items()}
+    return {key: _cut(value, TAG_LIMIT) for key, value in loggable(tags).items()}
 
 
 def _cut(text: str, limit: int) -> str:

@@ -17,7 +17,7 @@ from ddpo_workflow.tasks.tracking.connection import (
     named_errors,
     sqlite_file,
 )
-from ddpo_workflow.tasks.tracking.page import EVALUATED_TAG, RESCORED_TAG
+from ddpo_workflow.tasks.tracking.description import EVALUATED_TAG, RESCORED_TAG
 
 
 def delete_pages(record: DeletionRecord) -> list[str]:

@@ -21,6 +21,7 @@ from ddpo.store.kinds import ADVANTAGES, CHECKPOINT, IMAGES, SCORES
 from ddpo.store.manifests import Ref
 from ddpo.store.objects import Store
 from ddpo_workflow.tasks.retries import STORAGE
+from ddpo_workflow.tasks.tracking.samples import log_samples
 from ddpo_workflow.tasks.tracking.tracker import RunTracker, TrackingHandle, tracker
 from ddpo_workflow.tasks.worker import RunHandle, opened
 
@@ -51,19 +52,19 @@ def track_epoch(
         The metrics by name.
     """
     run = opened(handle)
-    metrics = {f"time/{name}": value for name, value in timings.items()}
     # They have the rewards too, and are kept where retention deletes the scores.
     rows = ADVANTAGES.load(run.store, advantages).rows()
-    metrics |= _reward_metrics(row.reward for row in rows)
-    metrics["reward/imputed"] = float(sum(row.status == "imputed" for row in rows))
+    metrics = _reward_metrics(row.reward for row in rows)
+    metrics["scores/imputed"] = float(sum(row.status == "imputed" for row in rows))
     normalised = [row.columns["advantage"] for row in rows if "advantage" in row.columns]
     if normalised:
-        metrics["reward/advantage_std"] = float(np.std(normalised))
+        metrics["update/advantage_std"] = float(np.std(normalised))
     checkpoint = CHECKPOINT.load(run.store, next_checkpoint)
     metrics |= _update_metrics(checkpoint.metrics)
     metrics |= {"total/samples": checkpoint.samples, "total/updates": checkpoint.updates}
+    metrics |= {f"time/{name}": value for name, value in timings.items()}
     page = tracker(tracking)
-    page.backlog.log(lambda: page.log_metrics(metrics, step=epoch))
+    page.backlog.log(lambda: _log_epoch(run, page, metrics, epoch))
     return metrics
 
 
@@ -82,9 +83,10 @@ def track_scores(
     Returns:
         The metrics by name.
     """
-    metrics = reward_metrics(opened(handle).store, scores)
+    run = opened(handle)
+    metrics = reward_metrics(run.store, scores)
     page = tracker(tracking)
-    page.backlog.log(lambda: page.log_metrics(metrics, step=epoch))
+    page.backlog.log(lambda: _log_epoch(run, page, metrics, epoch))
     return metrics
 
 
@@ -108,6 +110,12 @@ def track_pictures(
     if pictures is not None:
         run, page = opened(handle), tracker(tracking)
         page.backlog.log(lambda: _log_pictures(run, page, pictures, epoch))
+
+
+def _log_epoch(run: Run, page: RunTracker, metrics: Mapping[str, float], epoch: int) -> None:
+    log_samples(page, run, epoch)
+    page.log_metrics(metrics, step=epoch)  # last: an epoch that has them is not caught up with
+    page.describe()
 
 
 def _log_pictures(run: Run, page: RunTracker, pictures: Ref[CheckpointImages], epoch: int) -> None:
@@ -147,7 +155,7 @@ def legend(prompts: Mapping[str, str]) -> str:
 def reward_metrics(store: Store, scores: Sequence[Ref[Scores]]) -> dict[str, float]:
     """Return an epoch's reward metrics: mean, std, min, max, and the number of failures.
 
-    ``reward/constant`` is 1 where all samples have the same reward.
+    ``scores/constant`` is 1 where all samples have the same reward.
 
     Args:
         store: The store.
@@ -161,16 +169,17 @@ def reward_metrics(store: Store, scores: Sequence[Ref[Scores]]) -> dict[str, flo
 
 def _reward_metrics(values: Iterable[float | None]) -> dict[str, float]:
     rewards = summarize(values)
-    metrics = {"reward/failed": float(rewards.failed)}
-    if rewards.scored:
-        metrics |= {
-            "reward/mean": rewards.mean,
-            "reward/std": rewards.std,
-            "reward/min": rewards.min,
-            "reward/max": rewards.max,
-            "reward/constant": float(rewards.constant),
-        }
-    return metrics
+    counts = {"scores/failed": float(rewards.failed)}
+    if not rewards.scored:
+        return counts
+    return {
+        "reward/mean": rewards.mean,
+        "reward/std": rewards.std,
+        "scores/min": rewards.min,
+        "scores/max": rewards.max,
+        "scores/constant": float(rewards.constant),
+        **counts,
+    }
 
 
 def _update_metrics(document: Mapping[str, Any]) -> dict[str, float]:

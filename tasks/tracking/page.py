@@ -3,39 +3,38 @@
 from __future__ import annotations
 
 import json
-import shutil
-import subprocess
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from mlflow.entities import Run as MlflowRun
 from prefect.runtime import flow_run
+from prefect.utilities.urls import url_for
 
 from ddpo.analysis.comparison.plan import Comparison
-from ddpo.basics.digests import json_digest
 from ddpo.config import EvaluationConfig, RewardConfig
 from ddpo.config.yaml_text import write_yaml
 from ddpo.runs import Run
-from ddpo.store.keys import Partition
-from ddpo.store.kinds import EPOCH, ROLLOUTS
-from ddpo.store.tables import ROLLOUT_SCHEMA
 from ddpo_workflow.tasks.tracking.connection import (
     ROOT_TAG,
     RUN_ID_TAG,
     UID_TAG,
     connect,
-    find_or_create_experiment,
     find_page,
     waited_for,
 )
+from ddpo_workflow.tasks.tracking.description import (
+    COMMAND_TAG,
+    EPOCHS_TAG,
+    EVALUATED_TAG,
+    FLOW_RUN_TAG,
+    FLOW_RUN_URL_TAG,
+    RESCORED_TAG,
+)
+from ddpo_workflow.tasks.tracking.experiment import find_or_create_experiment
+from ddpo_workflow.tasks.tracking.origin import git
+from ddpo_workflow.tasks.tracking.samples import log_prompts
 from ddpo_workflow.tasks.tracking.tracker import RunTracker
-
-RESCORED_TAG = "ddpo.rescored_run"
-"""The tag with the name of the run whose samples were rescored."""
-
-EVALUATED_TAG = "ddpo.evaluated_run"
-"""The tag with the name of the run whose checkpoints were evaluated."""
 
 
 def tags_of(run: Run) -> dict[str, str]:
@@ -54,8 +53,12 @@ def page_of(run: Run) -> MlflowRun | None:
     return find_page(client, find_or_create_experiment(client, tracking.experiment), tags_of(run))
 
 
-def open_page(run: Run) -> RunTracker:
+def open_page(run: Run, command: str = "") -> RunTracker:
     """Open a run's page in MLflow, with its parameters, tags and config.
+
+    Args:
+        run: The run.
+        command: The command that resumes it.
 
     Returns:
         The page, with system metrics running if the config asks for them.
@@ -63,10 +66,10 @@ def open_page(run: Run) -> RunTracker:
     Raises:
         TrackingError: MLflow refuses or cannot be reached.
     """
-    return waited_for(run.config.tracking.uri, lambda: _open_page(run))
+    return waited_for(run.config.tracking.uri, lambda: _open_page(run, command))
 
 
-def _open_page(run: Run) -> RunTracker:
+def _open_page(run: Run, command: str) -> RunTracker:
     tracking = run.config.tracking
     fork = run.fork
     parent = {"ddpo.forked_from": fork.parent_id, "ddpo.forked_at": str(fork.epoch)} if fork else {}
@@ -79,14 +82,16 @@ def _open_page(run: Run) -> RunTracker:
         params=run.labels,
         tags={
             ROOT_TAG: run.store.root,
-            "ddpo.git_commit": _git_commit(),
-            "prefect.flow_run_id": flow_run.get_id() or "",
-            "prefect.flow_run_name": flow_run.get_name() or "",
+            EPOCHS_TAG: str(run.config.epochs),
+            COMMAND_TAG: command,
+            "ddpo.git_commit": _commit_of_code(),
+            **_flow_run_tags(),
             **parent,
         },
         parent=_parent_tags(run),
     )
     _attach_config(page, run)
+    log_prompts(page, run)
     if tracking.system_metrics:
         page.start_system_metrics()
     return page
@@ -119,7 +124,7 @@ def open_rescored_page(
         tags={
             ROOT_TAG: run.store.root,
             RESCORED_TAG: run.run_id,
-            "prefect.flow_run_id": flow_run.get_id() or "",
+            **_flow_run_tags(),
         },
         parent=tags_of(run),
     )
@@ -152,18 +157,19 @@ def open_evaluation_page(run: Run, name: str, config: EvaluationConfig) -> RunTr
         tags={
             ROOT_TAG: run.store.root,
             EVALUATED_TAG: run.run_id,
-            "prefect.flow_run_id": flow_run.get_id() or "",
+            **_flow_run_tags(),
         },
         parent=tags_of(run),
     )
 
 
-def open_comparison_page(comparison: Comparison, first: Run) -> RunTracker:
+def open_comparison_page(comparison: Comparison, first: Run, command: str = "") -> RunTracker:
     """Open a comparison's page, below which the pages of its runs are nested.
 
     Args:
         comparison: The comparison.
         first: Its first run, started: distinguishes the comparison from others of its name.
+        command: The command that resumes it.
 
     Raises:
         TrackingError: MLflow refuses or cannot be reached.
@@ -186,33 +192,33 @@ def open_comparison_page(comparison: Comparison, first: Run) -> RunTracker:
             ROOT_TAG: first.store.root,
             # Tags, since a repeated comparison may have more, and parameters cannot change.
             "ddpo.seeds": ", ".join(map(str, comparison.config.seeds)),
-            "ddpo.epochs": str(comparison.epochs),
-            "prefect.flow_run_id": flow_run.get_id() or "",
+            "ddpo.epochs_per_variant": str(comparison.epochs),
+            COMMAND_TAG: command,
+            **_flow_run_tags(),
         },
-    )
-
-
-def log_samples(page: RunTracker, run: Run) -> None:
-    """Log the samples of a run that has finished as a dataset of its page.
-
-    Args:
-        page: The run's page.
-        run: The run, with all of its epochs committed.
-    """
-    epochs = range(run.first_epoch, run.config.epochs)
-    commits = [EPOCH.commit_of(run.store, Partition(run.run_id, epoch)) for epoch in epochs]
-    page.log_rollouts(
-        name=f"rollouts-{run.run_id}",
-        source_url=run.store.url(ROLLOUTS.data_folder("rollouts", run.run_id)),
-        digest=json_digest([commit.ref.sha256 for commit in commits if commit]),
-        rows=len(epochs) * run.config.rollouts.samples_per_epoch,
-        columns={field.name: str(field.type) for field in ROLLOUT_SCHEMA},
     )
 
 
 def _opened(*, tracking_uri: str, **page: Any) -> RunTracker:
     """Open a page; wait for MLflow if it is unavailable."""
     return waited_for(tracking_uri, lambda: RunTracker.open(tracking_uri=tracking_uri, **page))
+
+
+def _flow_run_tags() -> dict[str, str]:
+    """Return the tags of the flow run that writes a page; a temporary server has no address."""
+    flow_run_id = flow_run.get_id()
+    return {
+        FLOW_RUN_TAG: flow_run_id or "",
+        FLOW_RUN_URL_TAG: (flow_run_id and url_for("flow-run", flow_run_id)) or "",
+        "prefect.flow_run_name": flow_run.get_name() or "",
+    }
+
+
+def _commit_of_code() -> str:
+    """Return the commit of the running code; empty where it is not a checkout."""
+    file = Path(__file__)
+    tracked = git("ls-files", file.name, folder=file.parent)
+    return git("rev-parse", "HEAD", folder=file.parent) if tracked else ""
 
 
 def _parent_tags(run: Run) -> dict[str, str] | None:
@@ -229,17 +235,3 @@ def _attach_config(page: RunTracker, run: Run) -> None:
         file = Path(folder) / "config.yaml"
         file.write_text(write_yaml(frozen))
         page.log_file(file)
-
-
-def _git_commit() -> str:
-    """Return the commit of the running code; empty outside a checkout or without git."""
-    if shutil.which("git") is None:
-        return ""
-    git = subprocess.run(
-        ["git", "rev-parse", "HEAD"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return git.stdout.strip()

@@ -58,7 +58,12 @@ def track_rescored(
         first, second = np.asarray(pairs, dtype=np.float64).T
         metrics |= correlations(first, second)
     page = tracker(tracking)
-    page.backlog.log(lambda: page.log_metrics(metrics, step=epoch))
+
+    def log() -> None:
+        page.log_metrics(metrics, step=epoch)
+        page.describe()
+
+    page.backlog.log(log)
     return metrics
 
 

@@ -4,7 +4,6 @@ The store is the record and MLflow the display: nothing logged here is read back
 resumed run continues its MLflow run, and nothing is logged twice for one step.
 """
 
-import json
 import logging
 import threading
 import time
@@ -14,40 +13,39 @@ from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
 from typing import Literal, Self
-from urllib.parse import urlsplit
 
 import PIL.Image
-from mlflow.entities import Dataset, DatasetInput, InputTag, Metric
+from mlflow.entities import Metric
 from mlflow.tracking import MlflowClient
 from mlflow.tracking.multimedia import compress_image_size
-from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT, MLFLOW_PARENT_RUN_ID
+from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
 from ddpo_workflow.tasks.stops import recognise_stop
 from ddpo_workflow.tasks.tracking import adapters as mlflow_adapters
+from ddpo_workflow.tasks.tracking import datasets
 from ddpo_workflow.tasks.tracking.backlog import Backlog, backlog
 from ddpo_workflow.tasks.tracking.connection import (
     TrackingError,
     TrackingHandle,
     client_of,
     connect,
-    find_or_create_experiment,
     find_or_create_run,
     find_page,
-    hide_credentials,
     is_server,
     latest_metrics,
     loggable,
     named_errors,
     waited_for,
 )
+from ddpo_workflow.tasks.tracking.description import FAILURE_TAG, write_description
+from ddpo_workflow.tasks.tracking.experiment import find_or_create_experiment
 from ddpo_workflow.tasks.tracking.system_metrics import SystemMetrics
 
 __all__ = ["RunTracker", "TrackingError", "TrackingHandle", "tracker"]
 
 _METRICS_PER_BATCH = 1000
 _BEAT_S = 1.5
-_DATASET_DIGEST_LENGTH = 36
-_COLUMN_TYPES = {"int32": "integer", "int64": "long", "bool": "boolean", "large_string": "string"}
+_FAILURE_LENGTH = 1000
 
 _logger = logging.getLogger(__name__)
 
@@ -109,7 +107,12 @@ class RunTracker:
         if parent_run:
             tags = {**tags, MLFLOW_PARENT_RUN_ID: parent_run.info.run_id}
         run = find_or_create_run(client, experiment_id, run_id, uid, params, tags)
-        return cls(client, experiment_id, run.info.run_id)
+        page = cls(client, experiment_id, run.info.run_id)
+        if FAILURE_TAG in run.data.tags:
+            with named_errors("remove why the run failed before"):
+                client.delete_tag(run.info.run_id, FAILURE_TAG)
+        page.describe()
+        return page
 
     def __enter__(self) -> Self:
         if is_server(self._client.tracking_uri):
@@ -139,7 +142,10 @@ class RunTracker:
     def _end(self, error: BaseException) -> None:
         killed = recognise_stop(error) or not isinstance(error, Exception)
         with suppress(TrackingError):  # MLflow may be what failed; the first error is the one shown
-            self.finish("KILLED" if killed else "FAILED")
+            if killed:
+                self.finish("KILLED")
+            else:
+                self.finish("FAILED", f"{type(error).__name__}: {error}")
 
     @property
     def handle(self) -> TrackingHandle:
@@ -213,37 +219,39 @@ class RunTracker:
                 )
             self._files.update({f"{prefix}.png", f"{prefix}.webp"})
 
-    def log_rollouts(
-        self, *, name: str, source_url: str, digest: str, rows: int, columns: Mapping[str, str]
+    def log_dataset(
+        self,
+        *,
+        name: str,
+        context: str,
+        digest: str,
+        source: Mapping[str, str],
+        rows: int | None = None,
     ) -> None:
-        """Log the run's samples as a dataset of the run; once per name and digest.
+        """Log a dataset of the run; once per name and digest.
 
         Args:
             name: The dataset's name.
-            source_url: Address of the samples in the object store; shown without credentials.
-            digest: Digest of the samples; MLflow keeps its first 36 characters.
-            rows: Number of samples.
-            columns: Type by column, in Arrow's notation.
+            context: What it is to the run, such as `rollouts`.
+            digest: Digest of its content; MLflow keeps its first 36 characters.
+            source: Where it is, by kind; `uri` is shown without credentials.
+            rows: Number of its rows, if it is known.
         """
-        scheme = urlsplit(source_url).scheme
-        colspec = [
-            {"type": _COLUMN_TYPES.get(kind, kind), "name": column, "required": True}
-            for column, kind in columns.items()
-        ]
-        dataset = Dataset(
-            name=name,
-            digest=digest[:_DATASET_DIGEST_LENGTH],
-            source_type="local" if scheme == "file" else scheme,
-            source=json.dumps({"uri": hide_credentials(source_url)}),
-            schema=json.dumps({"mlflow_colspec": colspec}),
-            profile=json.dumps({"num_rows": rows}),
-        )
-        with self._exclusive(f"log the rollouts {name!r}"):
-            inputs = self._client.get_run(self.mlflow_run_id).inputs
-            logged = [entry.dataset for entry in inputs.dataset_inputs] if inputs else []
-            if (name, dataset.digest) not in [(entry.name, entry.digest) for entry in logged]:
-                context = InputTag(MLFLOW_DATASET_CONTEXT, "rollouts")
-                self._client.log_inputs(self.mlflow_run_id, [DatasetInput(dataset, [context])])
+        with self._exclusive(f"log the dataset {name!r}"):
+            datasets.log_dataset(
+                self._client,
+                self.mlflow_run_id,
+                name=name,
+                context=context,
+                digest=digest,
+                source=source,
+                rows=rows,
+            )
+
+    def describe(self) -> None:
+        """Write the page's description and the picture of its curve, from what the page shows."""
+        with self._exclusive("write the description"):
+            write_description(self._client, self.mlflow_run_id)
 
     def log_adapter(
         self,
@@ -317,11 +325,20 @@ class RunTracker:
         if metrics is not None:
             metrics.stop()
 
-    def finish(self, status: Literal["FINISHED", "FAILED", "KILLED"]) -> None:
-        """Stop the system metrics and end the MLflow run; `open` marks it as running again."""
+    def finish(self, status: Literal["FINISHED", "FAILED", "KILLED"], failure: str = "") -> None:
+        """Stop the system metrics and end the MLflow run; `open` marks it as running again.
+
+        Args:
+            status: How it ended.
+            failure: The error that ended it, if one did.
+        """
         self.stop_system_metrics()
         with self._exclusive(f"end the run as {status}"):
+            if failure:
+                for key, value in loggable({FAILURE_TAG: failure[:_FAILURE_LENGTH]}).items():
+                    self._client.set_tag(self.mlflow_run_id, key, value)
             self._client.set_terminated(self.mlflow_run_id, status)
+        self.describe()
 
     @property
     def _files(self) -> set[str]:

@@ -19,6 +19,7 @@ from PIL import Image
 from ddpo.config.files import read_config
 from ddpo.runs import start_run
 from ddpo_workflow.flows.cli import app as cli
+from ddpo_workflow.tasks.tracking.tracker import RunTracker
 from tests.fold import run_epochs
 from tests.recorded import start_unchecked
 
@@ -130,6 +131,10 @@ def free_port() -> int:
 @pytest.mark.slow
 def test_ui_serves_both_pages_and_ends_with_ctrl_c(tmp_path, command_environment):
     mlflow, prefect = free_port(), free_port()
+    shown = RunTracker.open(
+        tracking_uri=f"sqlite:///{tmp_path}/mlflow.db", experiment="mine", run_id="r", uid="1",
+        params={}, tags={},
+    )  # fmt: skip
     log = tmp_path / "screen.log"
     with log.open("w") as stream:
         command = subprocess.Popen(
@@ -148,7 +153,9 @@ def test_ui_serves_both_pages_and_ends_with_ctrl_c(tmp_path, command_environment
         for port in (mlflow, prefect):
             with urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=10) as page:
                 assert page.status == 200
-        assert f"http://127.0.0.1:{mlflow}" in log.read_text()
+        runs = f"http://127.0.0.1:{mlflow}/#/experiments/{shown.experiment_id}/runs"
+        address = f"{runs}?workflowType=machine_learning&viewStateShareKey=ddpo"
+        assert address in log.read_text().splitlines()[0].split()
     finally:
         command.send_signal(signal.SIGINT)
         assert command.wait(timeout=60) == 0

@@ -22,6 +22,7 @@ pytestmark = [
 ]
 
 LAST_STEP = 2
+COMMAND = "ddpo resume night-1"
 BASE_MODEL = "example/tiny-diffusion"
 
 
@@ -30,11 +31,14 @@ def uri(tmp_path: Path) -> str:
     """A store with one run: curves and pictures of three steps, and an adapter."""
     address = f"sqlite:///{tmp_path}/mlflow.db"
     tracker = RunTracker.open(
-        tracking_uri=address, experiment="ddpo", run_id="night-1", uid="1a2b", params={"seed": 7},
-        tags={},
+        tracking_uri=address, experiment="ddpo", run_id="night-1", uid="1a2b",
+        params={"model": "starter", "reward": "ocr", "seed": 7},
+        tags={"ddpo.epochs": "3", "ddpo.command": COMMAND},
     )  # fmt: skip
     for step in range(LAST_STEP + 1):
-        tracker.log_metrics({"reward/mean": step**2, "update/loss": 1 / (step + 1)}, step)
+        metrics = {"reward/mean": step**2, "scores/failed": 0, "update/loss": 1 / (step + 1)}
+        tracker.log_metrics(metrics, step)
+        tracker.log_text("reward,prompt\n1.5,a cat\n", f"samples/epoch-{step:05}.csv")
         picture = PIL.Image.new("RGB", (64, 64), (80 * step, 40, 40))
         tracker.log_image("samples/a_cat", picture, step)
     lora = tmp_path / "pytorch_lora_weights.safetensors"
@@ -56,12 +60,24 @@ def test_a_person_finds_runs_curves_pictures_and_the_adapter(uri: str):
     run = screenshots.find_run(connect(uri), "night-1")
     with screenshots.serve_ui(uri) as address, screenshots.open_browser() as context:
         runs = screenshots.visit_runs(context, address, run)
-        expect(runs.get_by_role("link", name="adapter")).to_be_visible()
-        expect(runs.get_by_text("reward/mean", exact=True).first).to_be_visible()
+        expect(runs.get_by_role("heading", name="Runs")).to_be_visible()  # not GenAI's overview
+        column = runs.locator("[col-id='metrics.`reward/mean`']")
+        expect(column).to_contain_text(["reward/mean", "4"])
+
+        overview = screenshots.visit_overview(context, address, run)
+        expect(overview.get_by_text("Finished: 3 of 3 epochs done").first).to_be_visible()
+        expect(overview.get_by_text(COMMAND).first).to_be_visible()
+        expect(overview.get_by_role("link", name="adapter").first).to_be_visible()
+        expect(overview.get_by_role("link", name="night-1-by-x")).to_be_visible()
+
+        table = screenshots.visit_samples(context, address, run, LAST_STEP)
+        expect(table.get_by_text("a cat", exact=True)).to_be_visible()
 
         curves = screenshots.visit_curves(context, address, run)
         for section in ("reward", "update"):
             expect(curves.get_by_text(section, exact=True)).to_be_visible()
+        cards = curves.get_by_test_id("experiment-view-compare-runs-card")
+        expect(cards.first.get_by_text("night-1 (reward/mean)")).to_be_visible()
         assert curves.locator("path.js-line").first.get_attribute("d").count("L") == LAST_STEP
 
         pictures = screenshots.visit_pictures(context, address, run)

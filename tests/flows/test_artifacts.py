@@ -32,6 +32,9 @@ def test_runs_whose_names_look_alike_to_prefect_keep_their_own_artifacts(
         train(str(tmp_path / "config.yaml"), run_id=name)
     with get_client(sync_client=True) as client:
         latest = client.read_latest_artifacts()
+    leading = [str(a.data) for a in latest if str(a.key).endswith("-mlflow")]
+    assert len(leading) == 4
+    assert all(f"ui --tracking sqlite:///{tmp_path}/mlflow.db" in text for text in leading)
     for part, word in (("progress", "{}: 1 epochs"), ("epoch", "Epoch 0 of {}")):
         shown = [
             artifact.description

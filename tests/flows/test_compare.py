@@ -38,9 +38,9 @@ from ddpo_workflow.tasks.repair import repair
 from ddpo_workflow.tasks.tracking.connection import (
     RUN_ID_TAG,
     connect,
-    find_or_create_experiment,
     find_page,
 )
+from ddpo_workflow.tasks.tracking.experiment import find_or_create_experiment
 from ddpo_workflow.tasks.tracking.page import open_page, tags_of
 from tests.fold import as_in_a_new_process, run_epochs
 

@@ -60,6 +60,9 @@ class Page:
     def log_text(self, text: str, path: str) -> None:
         self.texts[path] = text
 
+    def describe(self) -> None:
+        """Do nothing: the description is MLflow's."""
+
 
 @dataclass(frozen=True)
 class Saved:

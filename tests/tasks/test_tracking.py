@@ -123,12 +123,11 @@ def test_no_secret_is_logged(uri: str, tmp_path: Path):
         params={"s3.secret_key": "hunter1", "judge_token": "hunter2", "max_tokens": 5},
         tags={"endpoint": "https://me:hunter3@host/x?X-Amz-Signature=hunter4"},
     )
-    tracker.log_rollouts(
+    tracker.log_dataset(
         name="rollouts",
-        source_url="s3://id:hunter5@bucket/rollouts?sig=hunter6",
+        context="rollouts",
         digest="ab" * 32,
-        rows=1,
-        columns={},
+        source={"uri": "s3://id:hunter5@bucket/rollouts?sig=hunter6"},
     )
     database = (tmp_path / "tracking" / "mlflow.db").read_bytes()
     assert b"hunter" not in database
@@ -213,12 +212,12 @@ def test_a_picture_that_a_kill_cut_in_half_is_completed(uri: str):
 
 def test_rollouts_are_a_dataset_of_the_run_once(uri: str):
     for _ in range(2):
-        open_tracker(uri).log_rollouts(
+        open_tracker(uri).log_dataset(
             name="rollouts-epoch-00000",
-            source_url="s3://bucket/rollouts/run_id=night-1/epoch=00000",
+            context="rollouts",
             digest="ab" * 32,
+            source={"uri": "s3://bucket/rollouts/run_id=night-1/epoch=00000"},
             rows=64,
-            columns={"sample_id": "string", "seed": "int64"},
         )
     run = MlflowClient(uri).get_run(open_tracker(uri).mlflow_run_id)
     (entry,) = run.inputs.dataset_inputs
