@@ -18,7 +18,6 @@ from ddpo.store.keys import Partition
 from ddpo.store.kinds import EPOCH
 from ddpo_workflow.flows.endings import recording_end
 from ddpo_workflow.flows.epoch import submit_shards
-from ddpo_workflow.flows.evaluate import is_evaluated
 from ddpo_workflow.flows.flow import artifact_key, ddpo_flow, without_heartbeats
 from ddpo_workflow.flows.forms import Text
 from ddpo_workflow.flows.links import link_page
@@ -28,6 +27,7 @@ from ddpo_workflow.flows.run_requests import CompareRequest, ComparisonPlan
 from ddpo_workflow.flows.train import train_run
 from ddpo_workflow.tasks.commit import commit_epoch
 from ddpo_workflow.tasks.credit import credit_of
+from ddpo_workflow.tasks.evaluated import is_evaluated
 from ddpo_workflow.tasks.progress import as_part, finished_epoch, logged, note
 from ddpo_workflow.tasks.start import start
 from ddpo_workflow.tasks.tracking.connection import waited_for

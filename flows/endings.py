@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Literal
 
 from ddpo.basics.redaction import hide_credentials
@@ -18,15 +19,24 @@ _LONGEST = 500  # characters
 _logger = logging.getLogger(__name__)
 
 
+@dataclass
+class Ending:
+    """What a start says of its own end."""
+
+    early: str = ""
+    """Why it ended before all epochs were done, though nobody stopped it."""
+
+
 @contextmanager
-def recording_end(run: Run) -> Iterator[None]:
+def recording_end(run: Run) -> Iterator[Ending]:
     """Record in the store how what happens within this context ends.
 
     Args:
         run: The run, as this start operates it.
     """
+    ending = Ending()
     try:
-        yield
+        yield ending
     except Exception as error:
         if recognise_stop(error):
             _record(run, "stopped")
@@ -36,7 +46,7 @@ def recording_end(run: Run) -> Iterator[None]:
     except BaseException:
         _record(run, "stopped")
         raise
-    _record(run, "finished")
+    _record(run, "stopped" if ending.early else "finished", ending.early)
 
 
 def _record(run: Run, outcome: Literal["finished", "stopped", "failed"], reason: str = "") -> None:

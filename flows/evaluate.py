@@ -6,28 +6,32 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from prefect import get_run_logger
 from prefect.futures import PrefectFuture
 
 from ddpo.analysis.evaluation.plan import Evaluated, evaluation_set, is_due, same_evaluation_set
 from ddpo.config import EvaluationConfig
+from ddpo.errors import ModelError
 from ddpo.runs import Run
-from ddpo.store.artefacts import Evaluation, EvaluationShard
+from ddpo.store.artefacts import EvaluationShard, GateDecision
 from ddpo.store.keys import Partition
-from ddpo.store.kinds import CHECKPOINT, EVALUATION, EVALUATION_SHARD
+from ddpo.store.kinds import CHAMPION, CHECKPOINT, EVALUATION_SHARD
 from ddpo.store.manifests import Ref
 from ddpo.store.upkeep.retention import is_retired
 from ddpo_workflow.flows.flow import artifact_key, ddpo_flow
 from ddpo_workflow.flows.forms import Text
 from ddpo_workflow.flows.links import link_page
 from ddpo_workflow.flows.run_requests import EvaluateRequest
+from ddpo_workflow.tasks.champion import find_champion
 from ddpo_workflow.tasks.evaluate import (
-    alarms_of,
     sample_evaluation,
     score_evaluation,
     shards_of,
     summarize_evaluation,
-    summary_id,
 )
+from ddpo_workflow.tasks.evaluated import baseline_of, is_average_trained, is_evaluated, summary_id
+from ddpo_workflow.tasks.export_weights import export_weights
+from ddpo_workflow.tasks.gate import pass_gate
 from ddpo_workflow.tasks.tracking.evaluation import track_evaluation
 from ddpo_workflow.tasks.tracking.page import open_evaluation_page
 from ddpo_workflow.tasks.tracking.tracker import TrackingHandle
@@ -69,17 +73,21 @@ def evaluate(
     with open_evaluation_page(plan.run, name, plan.config) as page:
         key = artifact_key(f"{plan.run.run_id}-{name}", plan.run.uid)
         link_page(page, key, f"{run_id} evaluated")
-        return [
+        summaries = [
             summary
             for epoch in plan.epochs
             for summary in evaluate_checkpoint(plan.run, page.handle, plan.config, epoch).results()
         ]
+        crown(plan.run, page.handle, plan.config)
+    return summaries
 
 
 @dataclass(frozen=True)
 class Pending:
     """An evaluation that runs beside other work."""
 
+    epoch: int
+    """The checkpoint."""
     images: tuple[PrefectFuture[Ref[EvaluationShard]], ...]
     """The images of all sets of weights, shard by shard."""
     summaries: tuple[PrefectFuture[dict[str, float]], ...]
@@ -117,10 +125,15 @@ class Evaluations:
                 self.finish()  # the others are compared with it
         self.finish()
 
-    def begin(self, epoch: int) -> None:
-        """Start to evaluate the checkpoint before an epoch, if it is due."""
+    def begin(self, epoch: int, *, last: bool = False) -> None:
+        """Start to evaluate the checkpoint before an epoch, if it is due.
+
+        Args:
+            epoch: The epoch.
+            last: Whether training has ended with it, which makes it due.
+        """
         run, config = self._run, self._run.config.evaluation
-        if config and is_due(config, epoch, run.first_epoch, run.config.epochs):
+        if config and (last or is_due(config, epoch, run.first_epoch, run.config.epochs)):
             same_evaluation_set(run, config, "trained", self._digest)
             if not has_images(run, config, epoch) and is_retired(run.store, run.run_id, epoch):
                 return  # the run was not evaluated yet when retention deleted it
@@ -129,10 +142,56 @@ class Evaluations:
             # The epoch needs the device as well, and retention deletes the checkpoint after it.
             pending.wait_for_images()
 
-    def finish(self) -> list[dict[str, float]]:
-        """Wait for the evaluations that have begun; return their summaries."""
+    def finish(self) -> None:
+        """Wait for the evaluations that have begun."""
         pending, self._pending = self._pending, []
-        return [summary for each in pending for summary in each.results()]
+        for each in pending:
+            each.results()
+
+    def decision(self, epoch: int) -> Ref[GateDecision] | None:
+        """Return the decision of the gate to end training; None if training goes on.
+
+        Args:
+            epoch: A checkpoint whose evaluation has finished, or that was not due.
+        """
+        run, config = self._run, self._run.config.evaluation
+        if config is None or not is_evaluated(run, config, epoch):
+            return None
+        return pass_gate(run.handle, config, epoch)
+
+    def champion(self) -> int | None:
+        """Mark the best evaluated checkpoint; return its epoch, None if there is none."""
+        if self._run.config.evaluation is None:
+            return None
+        return crown(self._run, self._tracking, self._run.config.evaluation)
+
+
+def crown(run: Run, tracking: TrackingHandle, config: EvaluationConfig) -> int | None:
+    """Find the best evaluated checkpoint and mark it in MLflow's registry.
+
+    Weights that draw other images in a fresh process are no champion, and fail nothing: what was
+    trained is kept.
+
+    Args:
+        run: The run.
+        tracking: Its page in MLflow.
+        config: The evaluation's settings.
+
+    Returns:
+        Its epoch; None if there is none.
+    """
+    try:
+        champion = find_champion(run.handle, config)
+    except ModelError as error:
+        get_run_logger().warning("no champion is chosen: %s", error)
+        return None
+    if champion is None:
+        return None
+    epoch = CHAMPION.load(run.store, champion).epoch
+    checkpoint = CHECKPOINT.find(run.store, Partition(run.run_id, epoch))
+    assert checkpoint is not None
+    export_weights(run.handle, tracking, checkpoint, None, epoch, champion=True)
+    return epoch
 
 
 def has_images(run: Run, config: EvaluationConfig, epoch: int) -> bool:
@@ -162,7 +221,7 @@ def evaluate_checkpoint(
     checkpoint = CHECKPOINT.find(run.store, Partition(run.run_id, epoch))
     assert checkpoint is not None
     every: list[Evaluated] = ["trained"]
-    if run.config.optimizer.ema_decay is not None and not _is_trained(run, epoch, "average"):
+    if run.config.optimizer.ema_decay is not None and not is_average_trained(run, epoch):
         every.append("average")
     handle = run.handle
     images: list[Any] = []
@@ -185,50 +244,5 @@ def evaluate_checkpoint(
             handle, config, weights, digest, samples, scores, baseline, epoch
         )
         images += samples
-        summaries.append(
-            track_evaluation.submit(handle, tracking, config, summary, baseline, weights, epoch)
-        )
-    return Pending(tuple(images), tuple(summaries))
-
-
-def is_evaluated(run: Run, config: EvaluationConfig, epoch: int) -> bool:
-    """Return whether the evaluation of a checkpoint's trained weights is committed."""
-    name = summary_id(run, config, evaluation_set(run, config))
-    return EVALUATION.exists(run.store, Partition(run.run_id, epoch, images_id=name))
-
-
-def summaries_of(
-    run: Run, config: EvaluationConfig, epochs: Sequence[int]
-) -> list[tuple[int, dict[str, float]]]:
-    """Return the committed summaries of checkpoints with their trained weights, by epoch."""
-    name = summary_id(run, config, evaluation_set(run, config))
-    wheres = [Partition(run.run_id, epoch, images_id=name) for epoch in epochs]
-    return [(where.epoch, EVALUATION.require(run.store, where).metrics) for where in wheres]
-
-
-def checkpoint_alarms(run: Run, config: EvaluationConfig, epoch: int) -> list[str]:
-    """Return what looks wrong with a checkpoint that is evaluated."""
-    name = summary_id(run, config, evaluation_set(run, config))
-    found = EVALUATION.require(run.store, Partition(run.run_id, epoch, images_id=name))
-    ref = baseline_of(run, config, "trained", epoch)
-    return alarms_of(run, config, found, EVALUATION.load(run.store, ref) if ref else None)
-
-
-def baseline_of(
-    run: Run, config: EvaluationConfig, weights: Evaluated, epoch: int
-) -> Ref[Evaluation] | None:
-    """Return the evaluation of a run's first checkpoint; None for that one itself."""
-    if epoch == run.first_epoch:
-        return None
-    if _is_trained(run, run.first_epoch, weights):
-        weights = "trained"
-    name = summary_id(run, config, evaluation_set(run, config, weights))
-    return EVALUATION.find(run.store, Partition(run.run_id, run.first_epoch, images_id=name))
-
-
-def _is_trained(run: Run, epoch: int, weights: Evaluated) -> bool:
-    """Return whether the average is the trained weights, which are evaluated already.
-
-    It is at the start of a run, unless the run is a fork, which inherits its parent's average.
-    """
-    return weights == "average" and epoch == run.first_epoch and run.fork is None
+        summaries.append(track_evaluation.submit(handle, tracking, config, summary, weights, epoch))
+    return Pending(epoch, tuple(images), tuple(summaries))

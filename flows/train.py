@@ -16,6 +16,7 @@ from prefect.artifacts import (
 )
 from prefect.runtime import flow_run
 
+from ddpo.analysis.evaluation.champion import gate_reason
 from ddpo.analysis.report import write_report
 from ddpo.errors import MissingObject, StoreError
 from ddpo.runs import Run
@@ -23,7 +24,7 @@ from ddpo.runs.forks.records import record_fork
 from ddpo.runs.outputs import own_outputs_folder
 from ddpo.store.checkpoints import Checkpoint
 from ddpo.store.keys import Partition
-from ddpo.store.kinds import CHECKPOINT, EPOCH
+from ddpo.store.kinds import CHECKPOINT, EPOCH, GATE_DECISION
 from ddpo.store.manifests import Ref
 from ddpo_workflow.flows.endings import recording_end
 from ddpo_workflow.flows.epoch import EpochPlan, run_epoch
@@ -130,7 +131,7 @@ def train_run(run: Run) -> str:
         lambda: create_progress_artifact(0.0, key=f"{key}-progress", description=description)
     )
     with (
-        recording_end(run),
+        recording_end(run) as ending,
         watched_server(),
         open_page(run, command) as page,
         _saying_how_to_resume(command),
@@ -145,26 +146,39 @@ def train_run(run: Run) -> str:
         track_missing(run.handle, page.handle, pictures, first)
         checkpoint = committed_checkpoint(run, first) if resumed else first_checkpoint(run)
         evaluations.catch_up(first)
+        last, ended = first, None
         for epoch in range(first, epochs):
             evaluations.begin(epoch)
             with without_heartbeats():  # this flow has its own
                 outcome = run_epoch(plan, checkpoint, epoch)
             evaluations.finish()
-            checkpoint = outcome.checkpoint
-            finished_epoch(epoch + 1, epochs, outcome.metrics)
+            ended = evaluations.decision(epoch)
+            checkpoint, last = outcome.checkpoint, epoch + 1
+            finished_epoch(last, epochs, outcome.metrics)
             rows.append({"epoch": str(epoch), **_row(outcome.metrics)})
-            percent = 100.0 * (epoch + 1) / epochs
             if isinstance(progress, UUID):
+                percent = 100.0 * last / epochs
                 show(partial(update_progress_artifact, progress, progress=percent))
-            if (epoch + 1) % run.config.tracking.adapter_every == 0 and epoch + 1 < epochs:
-                export_weights(run.handle, page.handle, checkpoint, None, epoch + 1)
-        evaluations.begin(epochs)
-        last = draw_pictures(run.handle, checkpoint, pictures, epochs)
-        track_pictures(run.handle, page.handle, last, epochs)
+            if ended is not None or last == epochs:
+                break
+            if last % run.config.tracking.adapter_every == 0:
+                export_weights(run.handle, page.handle, checkpoint, None, last)
+        evaluations.begin(last, last=True)
+        drawn = draw_pictures(run.handle, checkpoint, pictures, last)
+        track_pictures(run.handle, page.handle, drawn, last)
+        evaluations.finish()
+        ended = ended or evaluations.decision(last)
+        champion = evaluations.champion()
+        exported, at = checkpoint, last
+        if ended is not None:
+            ending.early = gate_reason(run)
+            get_run_logger().warning(ending.early)
+            page.backlog.log(partial(page.set_gate, ending.early))
+            if champion is not None and GATE_DECISION.load(run.store, ended).then == "roll_back":
+                exported, at = committed_checkpoint(run, champion), champion
         outputs = own_outputs_folder(run.config, run.run_id, run.uid)
         begin_stage("export")
-        export_weights(run.handle, page.handle, checkpoint, str(outputs), epochs)
-        evaluations.finish()
+        export_weights(run.handle, page.handle, exported, str(outputs), at)
         report = write_report(run, pictures.pictures_id, outputs / "report.png")
         page.backlog.log(lambda: page.log_file(report))
         _write_page(run, page, outputs / "report.html")

@@ -7,6 +7,9 @@ from collections.abc import Sequence
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
+from ddpo.analysis.evaluation.champion import best_of
+from ddpo.analysis.evaluation.plan import is_due
+from ddpo.runs import Run
 from ddpo.store.artefacts import AdvantageTable, EpochCommit, RolloutShard, Scores
 from ddpo.store.checkpoints import Checkpoint
 from ddpo.store.keys import Partition
@@ -14,6 +17,7 @@ from ddpo.store.kinds import EPOCH, committed
 from ddpo.store.manifests import Ref
 from ddpo.store.upkeep.epoch_retention import retire_epochs
 from ddpo.store.upkeep.retention import retire_checkpoints
+from ddpo_workflow.tasks.evaluated import candidates
 from ddpo_workflow.tasks.retries import STORAGE
 from ddpo_workflow.tasks.worker import RunHandle, opened
 
@@ -53,7 +57,19 @@ def commit_epoch(
             keep_newest=storage.keep_newest_checkpoints,
             keep_every=storage.keep_every_checkpoint,
             needed_from=epoch + 1,
+            also=_may_be_champion(run, epoch),
         )
     retention = storage.retention
     retire_epochs(run.store, run.run_id, keep=retention.keep, older_than=retention.older_than)
     return ref
+
+
+def _may_be_champion(run: Run, epoch: int) -> list[int]:
+    """Return the best checkpoint so far, and the one whose evaluation runs beside this epoch."""
+    config = run.config.evaluation
+    if config is None:
+        return []
+    due = [epoch] if is_due(config, epoch, run.first_epoch, run.config.epochs) else []
+    found = candidates(run, config)
+    best = best_of(found) if found else None
+    return due + ([best.epoch] if best else [])

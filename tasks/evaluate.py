@@ -8,10 +8,9 @@ from collections.abc import Sequence
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from ddpo.analysis.evaluation.alarms import alarms
 from ddpo.analysis.evaluation.plan import Evaluated, EvaluationSet, noise_seed, same_evaluation_set
-from ddpo.analysis.evaluation.summary import evaluation_rows, reward_labels, summarize
-from ddpo.basics.digests import canonical_json, json_digest
+from ddpo.analysis.evaluation.summary import evaluation_rows, summarize
+from ddpo.basics.digests import canonical_json
 from ddpo.basics.images import encode_image
 from ddpo.config import EvaluationConfig, LoraConfig, RewardConfig
 from ddpo.diffusion.divergence import kl_to_base
@@ -33,6 +32,7 @@ from ddpo.store.kinds import (
 from ddpo.store.manifests import Ref
 from ddpo.store.objects import Objects
 from ddpo.store.tables import RolloutRow, encode_evaluation, encode_rollouts
+from ddpo_workflow.tasks.evaluated import labels_of, summary_id
 from ddpo_workflow.tasks.progress import report
 from ddpo_workflow.tasks.retries import STORAGE
 from ddpo_workflow.tasks.score import scored_rows
@@ -232,37 +232,6 @@ def summarize_evaluation(
     )
 
 
-def summary_id(run: Run, config: EvaluationConfig, images: EvaluationSet) -> str:
-    """Return an evaluation's name in keys: of its images, and of the rewards that judge them."""
-    return json_digest([images.set_id, _reward_ids(run, config)])[:8]
-
-
-def alarms_of(
-    run: Run, config: EvaluationConfig, evaluation: Evaluation, baseline: Evaluation | None
-) -> list[str]:
-    """Return what looks wrong with a checkpoint, see `alarms`; nothing without a baseline.
-
-    Args:
-        run: The run.
-        config: The evaluation's settings.
-        evaluation: The checkpoint's evaluation.
-        baseline: The first checkpoint's.
-    """
-    if baseline is None:
-        return []
-    own, *_ = _labels(run, config)
-    return alarms(own, evaluation.metrics, baseline.metrics, baseline.rows())
-
-
-def _labels(run: Run, config: EvaluationConfig) -> list[str]:
-    names = [run.config.reward.name, *(reward.name for reward in config.rewards)]
-    return reward_labels(names, _reward_ids(run, config))
-
-
-def _reward_ids(run: Run, config: EvaluationConfig) -> list[str]:
-    return [run.reward_id, *(scorer_of(run, reward).reward_id for reward in config.rewards)]
-
-
 def _summarized(
     run: Run,
     config: EvaluationConfig,
@@ -273,7 +242,7 @@ def _summarized(
 ) -> Objects:
     shards = [EVALUATION_SHARD.load(run.store, ref) for ref in samples]
     drawn = [row for shard in shards for row in shard.rows()]
-    labels = _labels(run, config)
+    labels = labels_of(run, config)
     found: dict[str, dict[str, float | None]] = {label: {} for label in labels}
     for number, ref in enumerate(scores):
         for row in EVALUATION_SCORES.load(run.store, ref).rows():

@@ -20,6 +20,7 @@ from ddpo_workflow.tasks.worker import RunHandle, opened, policy_at
 
 ADAPTER_FOLDER = "lora"
 PIPELINE_FOLDER = "pipeline"
+CHAMPION_FOLDER = "champion"
 
 
 @task(name="export", task_run_name="export checkpoint {epoch}", cache_policy=NO_CACHE, **STORAGE)
@@ -29,6 +30,7 @@ def export_weights(
     checkpoint: Ref[Checkpoint],
     outputs: str | None,
     epoch: int,
+    champion: bool = False,
 ) -> None:
     """Log a checkpoint's adapter as an MLflow model, or its whole pipeline as a folder.
 
@@ -38,6 +40,7 @@ def export_weights(
         checkpoint: The checkpoint.
         outputs: A local folder that receives the same files; None for MLflow alone.
         epoch: The checkpoint's epoch.
+        champion: Whether it is the run's best one, which MLflow's registry names `champion`.
     """
     run = opened(handle)
     whole = isinstance(run.config.trainable, FullConfig)
@@ -55,12 +58,14 @@ def export_weights(
 
     def log() -> None:
         if whole:
-            page.log_folder(folder, PIPELINE_FOLDER)
+            place = CHAMPION_FOLDER if champion else PIPELINE_FOLDER
+            page.log_folder(folder, place)
+            model_uri = page.artifact_uri(place)
         else:
             # A hub id stays one: the user who loads the adapter has another cache.
             model = run.config.model
             on_hub = hub.on_hub(model)
-            page.log_adapter(
+            model_uri = page.log_adapter(
                 folder,
                 base_model=model.path if on_hub else local,
                 base_model_revision=model.revision if on_hub else None,
@@ -68,6 +73,8 @@ def export_weights(
                 step=max(epoch - 1, 0),
                 metadata={"epochs": epoch, **exported},
             )
+        if champion:
+            page.crown(model_uri, run.run_id, run.uid, epoch)
         temporary.cleanup()
 
     page.backlog.log(log)  # the folder stays until that is done

@@ -12,6 +12,7 @@ LOGGER = "ddpo_workflow.progress"
 """The logger of the lines; its level INFO is shown to users."""
 
 VERBS = {
+    "champion": "drawing the champion's images by plain diffusers",
     "evaluation": "evaluating",
     "export": "exporting the weights",
     "pictures": "sampling the fixed prompts",

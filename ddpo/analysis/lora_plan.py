@@ -7,6 +7,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
+from ddpo.analysis.evaluation.champion import champion_epoch
 from ddpo.analysis.saved_checkpoint import saved_checkpoint
 from ddpo.basics.version import VERSION
 from ddpo.config import FullConfig, LoraConfig
@@ -73,7 +74,12 @@ class LoraExport:
 
 
 def plan_export(
-    run: Run, folder: Path, *, epoch: int | None = None, repository: str | None = None
+    run: Run,
+    folder: Path,
+    *,
+    epoch: int | None = None,
+    champion: bool = False,
+    repository: str | None = None,
 ) -> LoraExport:
     """Check that a run's LoRA can be exported.
 
@@ -81,6 +87,7 @@ def plan_export(
         run: The run.
         folder: The target: absent, empty, or an earlier export of the same run.
         epoch: Number of epochs trained; None for the latest checkpoint.
+        champion: Export the best evaluated checkpoint instead.
         repository: As in `LoraExport`.
 
     Raises:
@@ -94,6 +101,8 @@ def plan_export(
             f"{run.config.outputs}/{run.run_id}, which diffusers loads as it is; `ddpo resume "
             f"{run.run_id}` writes it again"
         )
+    if champion:
+        epoch = champion_epoch(run)
     epoch, checkpoint = saved_checkpoint(run, epoch)
     taken = folder.exists() and not (folder.is_dir() and not any(folder.iterdir()))
     if taken and _owner(folder / DIFFUSERS_FILE) != run.uid:

@@ -8,6 +8,7 @@ seed, numerics) makes a run what it is and may not change under a ``run_id``; it
 from ddpo.config.compare import CompareConfig
 from ddpo.config.evaluation import EvaluationConfig
 from ddpo.config.fork import ForkConfig
+from ddpo.config.gate import GateConfig
 from ddpo.config.model import FullConfig, LoraConfig, ModelConfig, Trainable
 from ddpo.config.numerics import NumericsConfig
 from ddpo.config.operation import (
@@ -35,6 +36,7 @@ __all__ = [
     "EvaluationConfig",
     "ForkConfig",
     "FullConfig",
+    "GateConfig",
     "Keep",
     "LoraConfig",
     "ModelConfig",

@@ -8,6 +8,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt, field_validator
 
 from ddpo.basics.limits import Seed
 from ddpo.basics.part import Part, is_off
+from ddpo.config.gate import GateConfig
 from ddpo.config.model import Resolution
 from ddpo.config.plugins import NamedConfig, RewardConfig
 from ddpo.config.sampler import SamplerConfig
@@ -38,6 +39,8 @@ class EvaluationConfig(Part):
     kl_samples: NonNegativeInt = 4
     """Samples, by the run's own sampler, over which the KL divergence from the base model is
     measured; 0 leaves it out."""
+    gate: GateConfig = GateConfig()
+    """Which checkpoints are taken to exploit the reward, and what follows."""
 
     @field_validator("seeds")
     @classmethod

@@ -232,7 +232,7 @@ def _check_same_evaluation(store: Store, run_id: str, now: EvaluationConfig | No
     before = next((section for section in reversed(sections) if section), None)
     if before is None or now is None:
         return
-    if EvaluationConfig.model_validate(before).changed(every=now.every) == now:
+    if EvaluationConfig.model_validate(before).changed(every=now.every, gate=now.gate) == now:
         return
     if EVALUATION_SHARD.partitions_of(store, run_id):
         raise ConfigError(

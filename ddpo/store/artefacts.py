@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ddpo.store.checkpoints import Checkpoint
 from ddpo.store.manifests import Artefact, Ref
@@ -132,6 +132,36 @@ class Evaluation(Artefact):
     def rows(self) -> list[EvaluationRow]:
         """Return a row per image, in the order of `sample_id`."""
         return decode_evaluation(self.store.get(self.objects["images"]))
+
+
+@dataclass(frozen=True)
+class GateDecision(Artefact):
+    """The decision of a run's gate to end training, after a checkpoint's evaluation."""
+
+    @property
+    def reasons(self) -> list[str]:
+        """The limits that the checkpoint has passed, a clause each."""
+        return self.document("decision")["reasons"]
+
+    @property
+    def then(self) -> str:
+        """What the gate was set to do: 'stop' or 'roll_back'."""
+        return self.document("decision")["then"]
+
+
+@dataclass(frozen=True)
+class Champion(Artefact):
+    """The best of the checkpoints that a run has evaluated so far, drawn by plain diffusers."""
+
+    @cached_property
+    def facts(self) -> dict[str, Any]:
+        """What it was chosen from, by which rule, and how its images were drawn again."""
+        return self.document("champion")
+
+    @property
+    def epoch(self) -> int:
+        """The champion's epoch."""
+        return self.facts["epoch"]
 
 
 @dataclass(frozen=True)

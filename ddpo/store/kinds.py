@@ -10,11 +10,13 @@ from ddpo.errors import MissingObject, UnreadableData
 from ddpo.store import keys, manifests
 from ddpo.store.artefacts import (
     AdvantageTable,
+    Champion,
     CheckpointImages,
     EpochCommit,
     Evaluation,
     EvaluationScores,
     EvaluationShard,
+    GateDecision,
     RolloutShard,
     Scores,
 )
@@ -334,6 +336,24 @@ EVALUATION: Kind[Evaluation] = Kind(
 )
 """A checkpoint's evaluation: a row per image, and a summary."""
 
+GATE_DECISION: Kind[GateDecision] = Kind(
+    "gate decision",
+    "evaluations/decisions",
+    frozenset({"images_id"}),
+    {"decision": Role("evaluations/decisions", ".json")},
+    GateDecision,
+)
+"""The decision of a run's gate to end training, after a checkpoint's evaluation."""
+
+CHAMPION: Kind[Champion] = Kind(
+    "champion",
+    "evaluations/champions",
+    frozenset({"images_id"}),
+    {"champion": Role("evaluations/champions", ".json")},
+    Champion,
+)
+"""The best evaluated checkpoint; the partition names the latest one that it was chosen from."""
+
 EPOCH: Kind[EpochCommit] = Kind("epoch", "epochs", frozenset(), {}, EpochCommit)
 """The commit of an epoch."""
 
@@ -347,6 +367,8 @@ KINDS: tuple[Kind[Any], ...] = (
     EVALUATION_SHARD,
     EVALUATION_SCORES,
     EVALUATION,
+    GATE_DECISION,
+    CHAMPION,
     EPOCH,
 )
 

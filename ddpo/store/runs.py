@@ -53,9 +53,9 @@ class EndRecord(Sealed):
     """How a start of a run ended; a killed process leaves none."""
 
     outcome: Literal["finished", "stopped", "failed"]
-    """Whether all epochs were done, somebody stopped it, or an error ended it."""
+    """Whether all epochs were done, somebody or the gate stopped it, or an error ended it."""
     reason: str = ""
-    """The error."""
+    """The error, or why the gate stopped it."""
     at: datetime
     """When it was (UTC)."""
 

@@ -92,6 +92,10 @@ def export_lora(
         int | None,
         typer.Option(help="The checkpoint after this many epochs. By default the last.", min=0),
     ] = None,
+    champion: Annotated[
+        bool,
+        typer.Option("--champion", help="The best evaluated checkpoint; see `ddpo evaluate`."),
+    ] = False,
     push_to_hub: Annotated[
         str | None,
         typer.Option(
@@ -104,9 +108,12 @@ def export_lora(
 ) -> None:
     """Write a run's LoRA for diffusers, ComfyUI and AUTOMATIC1111, with a model card."""
     from ddpo.analysis.lora_plan import plan_export
+    from ddpo.errors import ConfigError
 
     run = saved_run(run_id, root)
-    plan = plan_export(run, out, epoch=epoch, repository=push_to_hub)
+    if champion and epoch is not None:
+        raise ConfigError("--epoch and --champion each name a checkpoint; give one of them")
+    plan = plan_export(run, out, epoch=epoch, champion=champion, repository=push_to_hub)
     if push_to_hub is not None:
         from ddpo.analysis.hub_upload import check_repository
 

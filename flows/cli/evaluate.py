@@ -53,10 +53,11 @@ def evaluate(
 
 def _show(plan: EvaluationPlan) -> None:
     """Print each reward's mean and gain by checkpoint, then what the images are like."""
+    from ddpo.analysis.evaluation.champion import champion_text
     from ddpo.analysis.evaluation.summary import labels_in, score_text
-    from ddpo_workflow.flows.evaluate import checkpoint_alarms, summaries_of
+    from ddpo_workflow.tasks.evaluated import alarms_of, metrics_of
 
-    summaries = summaries_of(plan.run, plan.config, plan.epochs)
+    summaries = [(epoch, metrics_of(plan.run, plan.config, epoch)) for epoch in plan.epochs]
     labels = labels_in(summaries[0][1])
     scores = Table("checkpoint", *(label for label in labels))
     for epoch, metrics in summaries:
@@ -71,8 +72,9 @@ def _show(plan: EvaluationPlan) -> None:
         images.add_row(str(epoch), *(_number(metrics.get(name)) for name in names))
     show(images)
     for epoch in plan.epochs:
-        for alarm in checkpoint_alarms(plan.run, plan.config, epoch):
+        for alarm in alarms_of(plan.run, plan.config, epoch):
             say(f"checkpoint {epoch} may exploit its reward: {alarm}", style="yellow")
+    say(champion_text(plan.run))
 
 
 def _number(value: float | None) -> str:

@@ -126,14 +126,19 @@ def _summarise(run: Run) -> None:
 
 def _show_evaluation(run: Run, config: EvaluationConfig) -> None:
     """Print what the last checkpoint's evaluation says of each reward."""
+    from ddpo.analysis.evaluation.champion import champion_text, gate_reason
     from ddpo.analysis.evaluation.summary import labels_in, score_text
-    from ddpo_workflow.flows.evaluate import checkpoint_alarms, summaries_of
+    from ddpo_workflow.tasks.evaluated import alarms_of, evaluated_epochs, metrics_of
 
-    ((_, metrics),) = summaries_of(run, config, [run.config.epochs])
+    last = evaluated_epochs(run, config, "trained")[-1]
+    metrics = metrics_of(run, config, last)
     say("evaluated on fixed prompts and seeds, against the first checkpoint:")
     for label in labels_in(metrics):
         say(f"  {label}  {score_text(metrics, label)}")
-    if wrong := checkpoint_alarms(run, config, run.config.epochs):
+    if wrong := alarms_of(run, config, last):
         say("the weights may exploit the reward; look at the images:", style="bold yellow")
         for alarm in wrong:
             say(f"  {alarm}")
+    if reason := gate_reason(run):
+        say(reason, style="bold yellow")
+    say(champion_text(run))

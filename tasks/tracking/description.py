@@ -22,6 +22,10 @@ EPOCHS_TAG = "ddpo.epochs"
 """The tag with the number of epochs that a run is to have."""
 FAILURE_TAG = "ddpo.failure"
 """The tag with the error that ended a run; empty if none did."""
+GATE_TAG = "ddpo.gate"
+"""The tag that says why the gate has ended training."""
+CHAMPION_TAG = "ddpo.champion"
+"""The tag that names the best checkpoint and its address in the model registry."""
 RESCORED_TAG = "ddpo.rescored_run"
 """The tag with the name of the run whose samples were rescored."""
 EVALUATED_TAG = "ddpo.evaluated_run"
@@ -86,6 +90,8 @@ def description(run: Run, curve: Sequence[Point]) -> str:
     parts = [
         f"{_outcome(run.info.status, tags, curve)} {_subject(tags, run.data.params)}".strip(),
         _fenced(tags.get(FAILURE_TAG, "")),
+        _sentence(tags.get(GATE_TAG, "")),
+        _sentence(tags.get(CHAMPION_TAG, "")),
         _command(run.info.status, tags.get(COMMAND_TAG, "")),
         _links(run, tags),
         _picture(run.info.run_id, curve),  # last: the page folds what is below the first lines
@@ -133,6 +139,10 @@ def _outcome(status: str, tags: Mapping[str, str], curve: Sequence[Point]) -> st
         f"{state}. Mean reward: **{first.mean:.4g}** at first (epoch {first.epoch}) → "
         f"**{last.mean:.4g}** (epoch {last.epoch}), highest {best.mean:.4g} (epoch {best.epoch})."
     )
+
+
+def _sentence(text: str) -> str:
+    return f"{text[0].upper()}{text[1:]}." if text else ""
 
 
 def _picture(mlflow_run_id: str, curve: Sequence[Point]) -> str:

@@ -13,7 +13,7 @@ from ddpo.config import EvaluationConfig
 from ddpo.store.artefacts import Evaluation
 from ddpo.store.kinds import EVALUATION
 from ddpo.store.manifests import Ref
-from ddpo_workflow.tasks.evaluate import alarms_of
+from ddpo_workflow.tasks.evaluated import alarms_of
 from ddpo_workflow.tasks.retries import STORAGE
 from ddpo_workflow.tasks.tracking.tracker import TrackingHandle, tracker
 from ddpo_workflow.tasks.worker import RunHandle, opened
@@ -33,7 +33,6 @@ def track_evaluation(
     tracking: TrackingHandle,
     config: EvaluationConfig,
     evaluation: Ref[Evaluation],
-    baseline: Ref[Evaluation] | None,
     weights: Evaluated,
     epoch: int,
 ) -> dict[str, float]:
@@ -44,7 +43,6 @@ def track_evaluation(
         tracking: Its page in MLflow.
         config: The evaluation's settings.
         evaluation: The evaluation.
-        baseline: The evaluation of the run's first checkpoint, if this is another one.
         weights: The weights that were evaluated; they name the metrics.
         epoch: The checkpoint's epoch.
 
@@ -53,8 +51,7 @@ def track_evaluation(
     """
     run = opened(handle)
     found = EVALUATION.load(run.store, evaluation)
-    before = EVALUATION.load(run.store, baseline) if baseline else None
-    wrong = alarms_of(run, config, found, before)
+    wrong = alarms_of(run, config, epoch, weights)
     if wrong:
         _logger.warning("checkpoint %d may exploit its reward: %s", epoch, "; ".join(wrong))
     prefix = _PREFIXES[weights]

@@ -22,7 +22,7 @@ from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
 from ddpo_workflow.tasks.stops import recognise_stop
 from ddpo_workflow.tasks.tracking import adapters as mlflow_adapters
-from ddpo_workflow.tasks.tracking import datasets
+from ddpo_workflow.tasks.tracking import datasets, registry
 from ddpo_workflow.tasks.tracking.backlog import Backlog, backlog
 from ddpo_workflow.tasks.tracking.connection import (
     TrackingError,
@@ -37,7 +37,12 @@ from ddpo_workflow.tasks.tracking.connection import (
     named_errors,
     waited_for,
 )
-from ddpo_workflow.tasks.tracking.description import FAILURE_TAG, write_description
+from ddpo_workflow.tasks.tracking.description import (
+    CHAMPION_TAG,
+    FAILURE_TAG,
+    GATE_TAG,
+    write_description,
+)
 from ddpo_workflow.tasks.tracking.experiment import find_or_create_experiment
 from ddpo_workflow.tasks.tracking.system_metrics import SystemMetrics
 
@@ -108,9 +113,9 @@ class RunTracker:
             tags = {**tags, MLFLOW_PARENT_RUN_ID: parent_run.info.run_id}
         run = find_or_create_run(client, experiment_id, run_id, uid, params, tags)
         page = cls(client, experiment_id, run.info.run_id)
-        if FAILURE_TAG in run.data.tags:
-            with named_errors("remove why the run failed before"):
-                client.delete_tag(run.info.run_id, FAILURE_TAG)
+        for tag in {FAILURE_TAG, GATE_TAG} & run.data.tags.keys():
+            with named_errors("remove why the run ended before"):
+                client.delete_tag(run.info.run_id, tag)
         page.describe()
         return page
 
@@ -289,6 +294,33 @@ class RunTracker:
                 step=step,
                 metadata=loggable(metadata or {}),
             )
+
+    def crown(self, model_uri: str, run_id: str, uid: str, epoch: int) -> None:
+        """Give a checkpoint's weights the alias `champion` in MLflow's model registry.
+
+        Args:
+            model_uri: What `log_adapter` returned, or the address of a logged pipeline.
+            run_id: The run, after which the registered model is named.
+            uid: What distinguishes the run from others of its name.
+            epoch: The checkpoint.
+        """
+        with self._exclusive(f"register checkpoint {epoch} as the champion"):
+            address = registry.crown(
+                self._client, self.mlflow_run_id, model_uri, run_id, uid, epoch
+            )
+            text = f"Champion: checkpoint {epoch}, `{address}`"
+            self._client.set_tag(self.mlflow_run_id, CHAMPION_TAG, text)
+
+    def artifact_uri(self, artifact_path: str) -> str:
+        """Return the address of a folder of the run's artifacts."""
+        with self._exclusive(f"find {artifact_path}"):
+            return f"{self._client.get_run(self.mlflow_run_id).info.artifact_uri}/{artifact_path}"
+
+    def set_gate(self, reason: str) -> None:
+        """Let the page say why the gate has ended training."""
+        with self._exclusive("say why the gate has ended training"):
+            for key, value in loggable({GATE_TAG: reason}).items():
+                self._client.set_tag(self.mlflow_run_id, key, value)
 
     def log_text(self, text: str, artifact_file: str) -> None:
         """Attach a text to the run; nothing happens if this process has attached it already."""

@@ -7,7 +7,8 @@ import pytest
 import scipy.stats
 from PIL import Image
 
-from ddpo.analysis.evaluation.alarms import alarms
+from ddpo.analysis.evaluation.alarms import alarms, constant_share
+from ddpo.analysis.evaluation.champion import Candidate, best_of
 from ddpo.analysis.evaluation.image_statistics import (
     STATISTICS,
     diversity,
@@ -17,7 +18,7 @@ from ddpo.analysis.evaluation.image_statistics import (
 from ddpo.analysis.evaluation.plan import is_due, noise_seed, spread
 from ddpo.analysis.evaluation.summary import evaluation_rows, reward_labels, summarize
 from ddpo.basics.images import encode_image
-from ddpo.config import EvaluationConfig
+from ddpo.config import EvaluationConfig, GateConfig
 from ddpo.store.tables import (
     EvaluationRow,
     RolloutRow,
@@ -146,8 +147,8 @@ def test_the_first_every_nth_and_the_last_checkpoint_are_due() -> None:
 
 
 def spread_rows() -> list[EvaluationRow]:
-    """Images whose statistics run from 0 to 1 in steps of 0.01."""
-    return [EvaluationRow("r", "a cat", 0, dict.fromkeys(STATISTICS, i / 100)) for i in range(101)]
+    """Images whose statistics are half 0.4 and half 0.6: their standard deviation is 0.1."""
+    return [EvaluationRow("r", "a cat", 0, dict.fromkeys(STATISTICS, v)) for v in (0.4, 0.6)]
 
 
 HEALTHY = {
@@ -166,26 +167,57 @@ HEALTHY = {
     ("changes", "message"),
     [
         ({"judge/gain": -0.3, "judge/gain_high": -0.1}, "judge fell by 0.3 while own rose by 1"),
-        ({"images/dark": 0.98}, "share of dark pixels is 0.98, outside the 0.05 to 0.95"),
-        ({"images/brightness": 0.02}, "brightness is 0.02, outside"),
-        ({"images/jpeg_kb": -0.06}, "size as a JPEG is -0.06, outside"),
+        (
+            {"images/dark": 0.71},
+            "share of dark pixels is 0.71, 2.1 standard deviations above the 0.5",
+        ),
+        ({"images/brightness": 0.29}, "brightness is 0.29, 2.1 standard deviations below"),
+        ({"images/entropy": 0.81}, "entropy of colors is 0.81, 2.1 standard deviations above"),
         ({"diversity": 0.13}, "65% as diverse"),
+        ({"kl_to_base": 1.1}, "KL divergence from the base model is 1.1, over 1"),
+        ({"clip_fraction": 0.51}, "the clip fraction is 0.51, over 0.5"),
+        ({"constant_prompts": 0.9}, "the share of prompts with one reward is 0.9, over 0.8"),
     ],
 )
 def test_an_alarm_names_what_looks_wrong(changes: dict[str, float], message: str) -> None:
-    before = {"diversity": 0.2}
-    assert alarms("own", HEALTHY, before, spread_rows()) == []
-    (found,) = alarms("own", {**HEALTHY, **changes}, before, spread_rows())
-    assert message in found
+    found, before = {**HEALTHY, **changes}, {"diversity": 0.2}
+    assert alarms("own", HEALTHY, before, spread_rows(), GateConfig(), HEALTHY) == []
+    (alarm,) = alarms("own", found, before, spread_rows(), GateConfig(), found)
+    assert message in alarm
+    off = GateConfig(
+        judges=False,
+        statistics=(),
+        least_diversity=None,
+        most_kl=None,
+        most_clipped=None,
+        most_constant=None,
+    )
+    assert alarms("own", found, before, spread_rows(), off, found) == []
 
 
-def test_a_range_without_width_allows_a_few_pixels() -> None:
+def test_images_with_one_value_allow_a_few_pixels() -> None:
     rows = [EvaluationRow("r", "a cat", 0, dict.fromkeys(STATISTICS, 0.0)) for _ in range(3)]
     metrics = {f"images/{name}": 0.0 for name in STATISTICS}
-    assert alarms("own", {**metrics, "images/dark": 0.019}, {}, rows) == []
-    assert alarms("own", {**metrics, "images/dark": 0.021}, {}, rows) != []
+    assert alarms("own", {**metrics, "images/dark": 0.039}, {}, rows, GateConfig()) == []
+    assert alarms("own", {**metrics, "images/dark": 0.041}, {}, rows, GateConfig()) != []
+
+
+def test_the_share_of_prompts_without_an_advantage_counts_those_sampled_twice() -> None:
+    prompts = ["a", "a", "b", "b", "c", "d", "d"]
+    assert constant_share(prompts, [1.0, 1.0, 1.0, 2.0, 5.0, 3.0, None]) == 0.5
+    assert constant_share(["a", "b"], [1.0, 1.0]) is None
+
+
+def test_the_champion_gained_most_without_an_alarm() -> None:
+    first, low, high = Candidate(0, 1.0), Candidate(5, 2.0), Candidate(10, 3.0)
+    cheats = Candidate(15, 9.0, ("diversity",))
+    assert best_of([first, low, high, cheats]) == high
+    assert best_of([first, high, Candidate(20, 3.0)]) == high  # of equals the earliest
+    assert best_of([first, cheats]) is None
+    assert best_of([first, Candidate(5, 1.0)]) is None
+    assert best_of([Candidate(0, None), Candidate(5, None), low]) == low
 
 
 def test_a_judge_that_falls_alone_is_no_sign_of_cheating() -> None:
     metrics = {**HEALTHY, "own/gain_low": -0.5, "judge/gain_high": -0.1}
-    assert alarms("own", metrics, {}, spread_rows()) == []
+    assert alarms("own", metrics, {}, spread_rows(), GateConfig()) == []

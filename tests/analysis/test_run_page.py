@@ -32,7 +32,7 @@ from ddpo.analysis.page.render import Command, render, write_page
 from ddpo.analysis.page.thumbnails import even, thumbnail_uri, within
 from ddpo.analysis.rewards import EpochRewards, reward_curve
 from ddpo.basics.images import encode_image
-from ddpo.config import EvaluationConfig, PicturesConfig
+from ddpo.config import EvaluationConfig, GateConfig, PicturesConfig
 from ddpo.errors import NotInHistory
 from ddpo.runs import Run, start_run
 from ddpo.store.keys import Partition
@@ -204,7 +204,9 @@ def test_a_page_has_the_evaluations_of_its_run(tiny_model: Path, tmp_path: Path)
     before, after = (metrics for _, metrics in evaluated.checkpoints)
     (first,) = [w for w in EVALUATION.partitions_of(run.store, run.run_id) if not w.epoch]
     rows = EVALUATION.require(run.store, first).rows()
-    assert list(evaluated.alarms) == alarms("jpeg_compressibility", after, before, rows)
+    assert list(evaluated.alarms) == alarms(
+        "jpeg_compressibility", after, before, rows, GateConfig()
+    )
     found = Elements(render(read_content(run)))
     gain = evaluated.checkpoints[1][1]["jpeg_compressibility/gain"]
     assert "Evaluation of the trained weights" in found.text and f"  {gain:+.4f} ± " in found.text

@@ -24,10 +24,11 @@ from ddpo.runs import Run, check_run, open_run, start_run
 from ddpo.store.keys import Partition
 from ddpo.store.kinds import CHECKPOINT, EVALUATION, EVALUATION_SHARD
 from ddpo.store.objects import Store
-from ddpo_workflow.flows.evaluate import evaluate, summaries_of
+from ddpo_workflow.flows.evaluate import evaluate
 from ddpo_workflow.flows.run_requests import EvaluateRequest
 from ddpo_workflow.flows.train import train
-from ddpo_workflow.tasks.evaluate import sample_evaluation, summary_id
+from ddpo_workflow.tasks.evaluate import sample_evaluation
+from ddpo_workflow.tasks.evaluated import metrics_of, summary_id
 from tests.night import Place
 from tests.tiny import tiny_config
 
@@ -93,6 +94,7 @@ def part(run: Run) -> EvaluationConfig:
 
 
 def test_training_is_the_same_to_the_byte_with_and_without(places: dict[str, Place]) -> None:
+    """But for what retention keeps: with evaluations, also the best checkpoint."""
     contents = [
         {
             key: place.store.read(key)
@@ -101,14 +103,21 @@ def test_training_is_the_same_to_the_byte_with_and_without(places: dict[str, Pla
         }
         for place in (places["without"], places["with"])
     ]
-    assert contents[0] == contents[1]
+    retired, kept = [
+        contents[this].keys() - contents[other].keys() for this, other in ((0, 1), (1, 0))
+    ]
+    assert all(key.startswith("manifests/retired/checkpoints/") for key in retired)
+    assert all(key.startswith("checkpoints/") for key in kept)
+    both = contents[0].keys() & contents[1].keys()
+    assert len(both) > 50
+    assert all(contents[0][key] == contents[1][key] for key in both)
 
 
 def test_the_first_every_second_and_the_last_checkpoint_are_evaluated_against_the_first(
     places: dict[str, Place],
 ) -> None:
     run = places["with"].run("r")
-    summaries = dict(summaries_of(run, part(run), [0, 2, 3]))
+    summaries = {epoch: metrics_of(run, part(run), epoch) for epoch in [0, 2, 3]}
     assert [w.epoch for w in EVALUATION.partitions_of(run.store, "r")].count(0) == 1
     assert summaries[0]["kl_to_base"] == 0 and summaries[3]["kl_to_base"] > 0
     assert "redness/gain" not in summaries[0]
@@ -156,7 +165,7 @@ def test_nothing_is_sampled_or_asked_twice(places: dict[str, Place]) -> None:
     assert len(_asked) == asked
     assert {key: place.store.read(key) for key in place.store.list("evaluations")} == before
     run = place.run("r")
-    assert summaries[0] == dict(summaries_of(run, part(run), [2]))[2]
+    assert summaries[0] == metrics_of(run, part(run), 2)
     (page,) = [
         found
         for found in MlflowClient(place.uri).search_runs(["1"])
@@ -225,7 +234,7 @@ def test_evaluations_of_a_run_that_gets_them_late_are_resumed(
             overrides=[f"evaluation={json.dumps({**EVALUATION_PART, 'every': 1})}"],
         )
     run = place.run("r")
-    summaries = dict(summaries_of(run, part(run), range(5)))
+    summaries = {epoch: metrics_of(run, part(run), epoch) for epoch in range(5)}
     assert all("redness/gain" in summaries[epoch] for epoch in range(1, 5))
 
 
@@ -306,7 +315,7 @@ def test_evaluations_are_queried_in_sql(places: dict[str, Place]) -> None:
     )
     with query(History(run), sql) as answer:
         found = list(answer.rows)
-    summaries = dict(summaries_of(run, part(run), [0, 2, 3]))
+    summaries = {epoch: metrics_of(run, part(run), epoch) for epoch in [0, 2, 3]}
     assert [row[:2] for row in found] == [(0, 4), (2, 4), (3, 4)]
     for epoch, _, dark, redness_ in found:
         assert dark == pytest.approx(summaries[epoch]["images/dark"])

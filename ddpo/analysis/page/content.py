@@ -15,6 +15,7 @@ from ddpo.analysis.evaluation.alarms import alarms
 from ddpo.analysis.evaluation.summary import labels_in
 from ddpo.analysis.page.thumbnails import even, thumbnail_uri, within
 from ddpo.analysis.rewards import EpochRewards, rewards_of
+from ddpo.config import EvaluationConfig
 from ddpo.errors import NotInHistory, StoreError
 from ddpo.runs import Run
 from ddpo.store.artefacts import Evaluation
@@ -290,7 +291,8 @@ def _alarms(run: Run, opened: Sequence[tuple[int, Evaluation]]) -> list[str]:
     own = next((label for label in labels if f"{label}/failed" in evaluation.metrics), None)
     if first != run.first_epoch or last == first or own is None:
         return []
-    return alarms(own, evaluation.metrics, baseline.metrics, baseline.rows())
+    config = run.config.evaluation or EvaluationConfig()
+    return alarms(own, evaluation.metrics, baseline.metrics, baseline.rows(), config.gate)
 
 
 def _weights_of(run: Run, where: Partition) -> str:

@@ -9,6 +9,7 @@ one finishes its work.
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Collection
 
 from ddpo.errors import InvalidRetention, MissingObject
 from ddpo.store import keys, manifests
@@ -26,6 +27,7 @@ def retire_checkpoints(
     keep_newest: int,
     keep_every: int | None,
     needed_from: int | None = None,
+    also: Collection[int] = (),
 ) -> list[int]:
     """Delete the tensors of a run's old checkpoints.
 
@@ -40,6 +42,7 @@ def retire_checkpoints(
         keep_every: Also keep epochs 0, n, 2 n, ...; None for none of them.
         needed_from: Also keep this epoch's and all later ones: a resumed run repeats what follows
             its last committed epoch, and may find a checkpoint that is further ahead.
+        also: Also keep these epochs.
 
     Returns:
         Epochs of the checkpoints of which this call deleted objects, sorted.
@@ -53,7 +56,7 @@ def retire_checkpoints(
     if keep_newest < 1 or (keep_every is not None and keep_every < 1):
         raise InvalidRetention(keep_newest, keep_every)
     epochs = [where.epoch for where in CHECKPOINT.partitions_of(store, run_id)]
-    kept = set(epochs[-keep_newest:])
+    kept = {*epochs[-keep_newest:], *also}
     if keep_every is not None:
         kept.update(epoch for epoch in epochs if epoch % keep_every == 0)
     if needed_from is not None:
@@ -95,7 +98,7 @@ def retire_checkpoints(
     )
     if referenced is None:
         return []
-    for epoch in kept:
+    for epoch in kept.intersection(epochs):
         referenced |= object_keys(CHECKPOINT.require(store, Partition(run_id, epoch)).manifest)
     retired: list[int] = []
     for epoch, objects in doomed.items():
