@@ -55,17 +55,18 @@ def find_champion(handle: RunHandle, config: EvaluationConfig) -> Ref[artefacts.
         return None
     chosen = [[each.epoch, each.mean, list(each.alarms)] for each in found]
     images = evaluation_set(run, config, shown_weights(run))
-    name = json_digest([summary_id(run, config, images), config.gate.model_dump(mode="json")])[:8]
+    # More checkpoints may be evaluated later, or judged by other limits: another choice.
+    name = json_digest([summary_id(run, config, images), chosen])[:8]
     return committed(
         run.store,
         CHAMPION,
         Partition(run.run_id, found[-1].epoch, images_id=name),
         {"candidates": chosen},
-        lambda: _proved(run, config, best),
+        lambda: _proved(run, config, best, len(found)),
     )
 
 
-def _proved(run: Run, config: EvaluationConfig, best: Candidate) -> Objects:
+def _proved(run: Run, config: EvaluationConfig, best: Candidate, candidates: int) -> Objects:
     begin_stage("champion")
     checkpoint = CHECKPOINT.find(run.store, Partition(run.run_id, best.epoch))
     assert checkpoint is not None
@@ -104,6 +105,7 @@ def _proved(run: Run, config: EvaluationConfig, best: Candidate) -> Objects:
                 "epoch": best.epoch,
                 "mean": best.mean,
                 "rule": RULE,
+                "candidates": candidates,
                 "redrawn": len(rows),
                 "largest_difference": difference,
             }

@@ -70,6 +70,7 @@ def _may_be_champion(run: Run, epoch: int) -> list[int]:
     if config is None:
         return []
     due = [epoch] if is_due(config, epoch, run.first_epoch, run.config.epochs) else []
-    found = candidates(run, config)
+    # Without this epoch's own: whether it is evaluated by now depends on earlier starts.
+    found = candidates(run, config, before=epoch)
     best = best_of(found) if found else None
     return due + ([best.epoch] if best else [])

@@ -122,7 +122,7 @@ def shown_weights(run: Run) -> Evaluated:
     return "trained" if run.config.optimizer.ema_decay is None else "average"
 
 
-def candidates(run: Run, config: EvaluationConfig) -> list[Candidate]:
+def candidates(run: Run, config: EvaluationConfig, before: int | None = None) -> list[Candidate]:
     """Return the evaluated checkpoints that can be the champion, the run's first one first.
 
     Those whose weights retention has deleted are left out; so is everything if the first
@@ -131,10 +131,15 @@ def candidates(run: Run, config: EvaluationConfig) -> list[Candidate]:
     Args:
         run: The run.
         config: The evaluation's settings.
+        before: Only checkpoints before this one.
     """
     weights = shown_weights(run)
     own, *_ = labels_of(run, config)
-    epochs = evaluated_epochs(run, config, weights)
+    epochs = [
+        epoch
+        for epoch in evaluated_epochs(run, config, weights)
+        if before is None or epoch < before
+    ]
     if run.first_epoch not in epochs:
         return []
     return [

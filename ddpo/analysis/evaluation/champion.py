@@ -45,12 +45,16 @@ def best_of(candidates: Iterable[Candidate]) -> Candidate | None:
 def latest_champion(run: Run) -> Champion | None:
     """Return the champion of the latest evaluated checkpoints; None if there is none.
 
+    Of several evaluations, the one that compares most checkpoints counts.
+
     Raises:
-        ConfigError: Two evaluations with other settings have chosen different checkpoints.
+        ConfigError: Two that compare as many have chosen different checkpoints.
     """
     wheres = CHAMPION.partitions_of(run.store, run.run_id)
     latest = max((where.epoch for where in wheres), default=0)
     found = [CHAMPION.require(run.store, where) for where in wheres if where.epoch == latest]
+    most = max((each.facts["candidates"] for each in found), default=0)
+    found = [each for each in found if each.facts["candidates"] == most]
     if len(epochs := {each.epoch for each in found}) > 1:
         raise ConfigError(
             f"evaluations of run {run.run_id!r} with other settings have chosen checkpoints "
