@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from mlflow.tracking import MlflowClient
 from safetensors.torch import load_file
 
 from ddpo.basics.digests import tensors_digest
@@ -40,6 +41,17 @@ class InFlow:
         file.write_text(self.night.config.model_dump_json())
         train(str(file), RUN)
 
+    def champions(self) -> list[tuple[str, str]]:
+        """Return name and epoch of each version in MLflow's registry that is a champion."""
+        client = MlflowClient(self.night.config.tracking.uri)
+        versions = client.search_model_versions()
+        marked = [
+            client.get_model_version_by_alias(each.name, "champion")
+            for each in client.search_registered_models()
+        ]
+        assert len(versions) == len(marked)
+        return [(each.name, each.tags["ddpo.epoch"]) for each in marked]
+
     def adapter(self) -> str:
         """Return the digest of the weights that were handed over."""
         (file,) = (self.folder / "outputs" / RUN / "lora").glob("*.safetensors")
@@ -54,6 +66,7 @@ def check_crashes(
     with watched(Writes()) as writes:
         whole.go()
     content, metrics, adapter = whole.night.content(), whole.night.metrics(), whole.adapter()
+    champions = whole.champions()
     for at, moment in points(writes.made):
         crashed = plan(f"crash-{at}-{moment}")
         with watched(Writes(at, moment)), pytest.raises(Crash) as crash:
@@ -66,6 +79,7 @@ def check_crashes(
             if not name.startswith("time/"):
                 assert crashed.night.metrics()[name] == values, (where, name)
         assert crashed.adapter() == adapter, where
+        assert crashed.champions() == champions, where
 
 
 @pytest.mark.slow
@@ -109,5 +123,48 @@ def test_a_crash_within_an_evaluation_changes_no_byte(
         assert len(summaries) == 3
         # The first image; a score; the summary of a checkpoint that retention then takes.
         return [(found[1], "after"), (found[len(found) // 2], "before"), (summaries[1], "before")]
+
+    check_crashes(plan, points)
+
+
+NO_LIMIT = {
+    "statistics": [],
+    "least_diversity": None,
+    "most_kl": None,
+    "most_clipped": None,
+    "most_constant": None,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("gate", "made_of"),
+    [({**NO_LIMIT, "most_kl": 1e-12, "then": "stop"}, "decisions"), (NO_LIMIT, "champions")],
+)
+def test_a_crash_of_gate_or_champion_changes_no_byte_and_leaves_one_alias(
+    tiny_model: Path,
+    tmp_path: Path,
+    mlflow_database: Path,
+    gate: dict[str, Any],
+    made_of: str,
+) -> None:
+    evaluation = {"every": 1, "count": 3, "seeds": [0], "kl_samples": 1, "gate": gate}
+
+    def plan(name: str) -> InFlow:
+        folder = tmp_path / name
+        return InFlow.plan(tiny_model, folder, mlflow_database, evaluation=evaluation)
+
+    def points(made: list[str]) -> list[tuple[int, Moment]]:
+        object_, manifest = (
+            i for i, name in enumerate(made, 1) if f"evaluations/{made_of}" in name
+        )
+        assert manifest < len(made)  # the weights are logged, and exported, after it
+        # The last write records the end, when all is logged.
+        return [
+            (object_, "before"),
+            (manifest, "before"),
+            (manifest, "after"),
+            (len(made), "before"),
+        ]
 
     check_crashes(plan, points)
