@@ -34,9 +34,9 @@ class GateConfig(Part):
     images."""
     least_diversity: float | None = Field(default=0.7, gt=0.0, le=1.0)
     """Diversity of the images of one prompt, as a share of the first checkpoint's; null for any."""
-    most_kl: PositiveFloat | None = 1.0
+    most_kl: PositiveFloat | None = None
     """KL divergence of a denoising step from the base model's, mean over steps and latent
-    dimensions; null for any."""
+    dimensions. Any by default: it depends on the sampler, and grows with the guidance scale."""
     most_clipped: float | None = Field(default=0.5, gt=0.0, le=1.0)
     """Clip fraction of the epoch before the checkpoint; null for any."""
     most_constant: float | None = Field(default=0.8, gt=0.0, le=1.0)

@@ -75,12 +75,15 @@ def runs(
 @app.command("show")
 def show_run(run_id: RunId, as_json: AsJson = False, root: Root = None) -> None:
     """Show a run: its state, settings and curve, where its results are, how to resume it."""
+    from ddpo.analysis.evaluation.champion import champion_text, latest_champion
     from ddpo.analysis.overview import overview
 
     found = overview(_store(root), run_id)
     commands = _commands(found)
     if as_json:
-        _print_json({**found.as_json(), "commands": commands})
+        champion = latest_champion(found.run)
+        epoch = champion.epoch if champion else None
+        _print_json({**found.as_json(), "champion": epoch, "commands": commands})
         return
     say(run_id, style="bold")
     say(str(found.state))
@@ -95,6 +98,8 @@ def show_run(run_id: RunId, as_json: AsJson = False, root: Root = None) -> None:
     show(table, fold=True)
     if found.curve:
         show(_curve_table(found.curve))
+    if found.run.config.evaluation:
+        say(champion_text(found.run))
     names = {"mlflow": "MLflow", "mlflow_experiment": "experiment"}
     places = {names.get(name, name): place for name, place in found.places.items()}
     show_places(places | commands)

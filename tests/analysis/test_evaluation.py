@@ -180,15 +180,14 @@ HEALTHY = {
     ],
 )
 def test_an_alarm_names_what_looks_wrong(changes: dict[str, float], message: str) -> None:
-    found, before = {**HEALTHY, **changes}, {"diversity": 0.2}
-    assert alarms("own", HEALTHY, before, spread_rows(), GateConfig(), HEALTHY) == []
-    (alarm,) = alarms("own", found, before, spread_rows(), GateConfig(), found)
+    found, before, limits = {**HEALTHY, **changes}, {"diversity": 0.2}, GateConfig(most_kl=1.0)
+    assert alarms("own", HEALTHY, before, spread_rows(), limits, HEALTHY) == []
+    (alarm,) = alarms("own", found, before, spread_rows(), limits, found)
     assert message in alarm
     off = GateConfig(
         judges=False,
         statistics=(),
         least_diversity=None,
-        most_kl=None,
         most_clipped=None,
         most_constant=None,
     )

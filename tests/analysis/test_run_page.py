@@ -113,6 +113,8 @@ def long_run(epochs: int = 500, side: int = 256) -> Content:
         ),
         extremes=Extremes(epochs - 1, (sample,) * 6, (sample,) * 6),
         prompts=tuple(PromptRewards(f"prompt {n}", 70, 0.1, n / 500) for n in range(400)),
+        gate="the gate ended training at checkpoint 5: <b>",
+        champion="champion: checkpoint 4",
         evaluations=(
             Evaluated(
                 "1a2b3c4d",
@@ -275,6 +277,8 @@ def test_a_long_run_has_a_page_of_bounded_size() -> None:
     assert "Of 400 prompts" in found.text and "after 490 epochs" not in found.text
     assert "0.4000  +0.1000 ± 0.0500" in found.text
     assert "may exploit the reward: it is all <dark>." in found.text
+    assert "The gate ended training at checkpoint 5: <b>." in found.text
+    assert "Champion: checkpoint 4." in found.text
 
 
 @pytest.mark.parametrize("value", [float("nan"), 0.0, -3.5])

@@ -31,6 +31,7 @@ def main(job_file: Path) -> None:
         job["pipeline"],
         torch_dtype=getattr(torch, job["dtype"]),
         variant=job["variant"],
+        use_safetensors=True,
         local_files_only=True,
         **{part: None for part in job["without"]},
     )

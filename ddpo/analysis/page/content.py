@@ -12,6 +12,7 @@ from statistics import median
 from pydantic import JsonValue
 
 from ddpo.analysis.evaluation.alarms import alarms
+from ddpo.analysis.evaluation.champion import champion_text, gate_reason
 from ddpo.analysis.evaluation.summary import labels_in
 from ddpo.analysis.page.thumbnails import even, thumbnail_uri, within
 from ddpo.analysis.rewards import EpochRewards, rewards_of
@@ -118,6 +119,10 @@ class Content:
     extremes: Extremes | None
     prompts: tuple[PromptRewards, ...]
     evaluations: tuple[Evaluated, ...]
+    gate: str
+    """Why the gate has ended training; empty if it has not."""
+    champion: str
+    """Which checkpoint is the champion."""
     epoch_s: float | None
     """Median of the seconds between the commits of two epochs."""
     stored: Mapping[str, int]
@@ -168,6 +173,8 @@ def read_content(run: Run) -> Content:
         extremes=_extremes(kept[-1]) if kept else None,
         prompts=_prompts(epochs),
         evaluations=_evaluations(run),
+        gate=gate_reason(run),
+        champion=champion_text(run),
         epoch_s=_epoch_s(run, numbers),
         stored=stored_bytes(store, run_id),
         facts=_facts(run),
