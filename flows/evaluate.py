@@ -86,8 +86,6 @@ def evaluate(
 class Pending:
     """An evaluation that runs beside other work."""
 
-    epoch: int
-    """The checkpoint."""
     images: tuple[PrefectFuture[Ref[EvaluationShard]], ...]
     """The images of all sets of weights, shard by shard."""
     summaries: tuple[PrefectFuture[dict[str, float]], ...]
@@ -245,4 +243,4 @@ def evaluate_checkpoint(
         )
         images += samples
         summaries.append(track_evaluation.submit(handle, tracking, config, summary, weights, epoch))
-    return Pending(epoch, tuple(images), tuple(summaries))
+    return Pending(tuple(images), tuple(summaries))

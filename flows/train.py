@@ -174,8 +174,11 @@ def train_run(run: Run) -> str:
             ending.early = gate_reason(run)
             get_run_logger().warning(ending.early)
             page.backlog.log(partial(page.set_gate, ending.early))
-            if champion is not None and GATE_DECISION.load(run.store, ended).then == "roll_back":
+            roll_back = GATE_DECISION.load(run.store, ended).then == "roll_back"
+            if roll_back and champion is not None:
                 exported, at = committed_checkpoint(run, champion), champion
+            elif roll_back:
+                get_run_logger().warning("there is no champion; checkpoint %d is exported", last)
         outputs = own_outputs_folder(run.config, run.run_id, run.uid)
         begin_stage("export")
         export_weights(run.handle, page.handle, exported, str(outputs), at)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from functools import lru_cache
 
 from ddpo.analysis.evaluation.alarms import CLIPPED, CONSTANT, alarms, constant_share
 from ddpo.analysis.evaluation.champion import Candidate
@@ -17,7 +18,7 @@ from ddpo.store.keys import Partition
 from ddpo.store.kinds import ADVANTAGES, CHECKPOINT, EPOCH, EVALUATION, ROLLOUTS
 from ddpo.store.manifests import Ref
 from ddpo.store.upkeep.retention import is_retired
-from ddpo_workflow.tasks.worker import scorer_of
+from ddpo_workflow.tasks.worker import RunHandle, opened, scorer_of
 
 
 def summary_id(run: Run, config: EvaluationConfig, images: EvaluationSet) -> str:
@@ -134,7 +135,6 @@ def candidates(run: Run, config: EvaluationConfig, before: int | None = None) ->
         before: Only checkpoints before this one.
     """
     weights = shown_weights(run)
-    own, *_ = labels_of(run, config)
     epochs = [
         epoch
         for epoch in evaluated_epochs(run, config, weights)
@@ -143,14 +143,19 @@ def candidates(run: Run, config: EvaluationConfig, before: int | None = None) ->
     if run.first_epoch not in epochs:
         return []
     return [
-        Candidate(
-            epoch,
-            metrics_of(run, config, epoch, weights).get(f"{own}/mean"),
-            tuple(alarms_of(run, config, epoch, weights)),
-        )
+        _candidate(run.handle, config.model_dump_json(), weights, epoch)
         for epoch in epochs
         if epoch == run.first_epoch or not is_retired(run.store, run.run_id, epoch)
     ]
+
+
+@lru_cache(maxsize=2048)
+def _candidate(handle: RunHandle, config_json: str, weights: Evaluated, epoch: int) -> Candidate:
+    """Read a candidate once: what is committed never changes, and every epoch asks for all."""
+    run, config = opened(handle), EvaluationConfig.model_validate_json(config_json)
+    own, *_ = labels_of(run, config)
+    mean = metrics_of(run, config, epoch, weights).get(f"{own}/mean")
+    return Candidate(epoch, mean, tuple(alarms_of(run, config, epoch, weights)))
 
 
 def _training_signs(run: Run, epoch: int) -> dict[str, float]:
@@ -161,8 +166,10 @@ def _training_signs(run: Run, epoch: int) -> dict[str, float]:
     checkpoint = CHECKPOINT.require(run.store, Partition(run.run_id, epoch))
     if (clipped := checkpoint.metrics.get(CLIPPED)) is not None:
         found[CLIPPED] = clipped
+    commit = EPOCH.get(run.store, Partition(run.run_id, epoch - 1))
+    if commit is None:  # a run that is under way has not committed it yet
+        return found
     with suppress(RetiredObject):
-        commit = EPOCH.require(run.store, Partition(run.run_id, epoch - 1))
         prompts = [
             sample.prompt
             for ref in commit.rollouts
