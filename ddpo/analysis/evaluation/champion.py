@@ -10,10 +10,7 @@ from ddpo.runs import Run
 from ddpo.store.artefacts import Champion
 from ddpo.store.kinds import CHAMPION, CHECKPOINT, GATE_DECISION
 
-RULE = (
-    "the highest mean reward of the evaluated checkpoints that passed no limit of the gate and "
-    "have a higher mean than the first one"
-)
+RULE = "the highest mean reward of the evaluated checkpoints without an alarm, above the first's"
 
 
 @dataclass(frozen=True)
@@ -87,7 +84,7 @@ def champion_text(run: Run) -> str:
         return str(error)
     if champion is None:
         return "champion: none; no evaluated checkpoint is better than the first one"
-    return f"champion: checkpoint {champion.epoch}, {champion.facts['rule']}"
+    return f"champion: checkpoint {champion.epoch}, the best evaluated one without an alarm"
 
 
 def gate_reason(run: Run) -> str:
