@@ -9,6 +9,7 @@ from pathlib import Path
 from prefect.artifacts import create_markdown_artifact
 from prefect.runtime import flow_run
 
+from ddpo.analysis.comparison.page import write_page
 from ddpo.analysis.comparison.plan import Comparison, comparison_name
 from ddpo.analysis.comparison.report import PLOT, markdown, write_report
 from ddpo.analysis.comparison.result import Result, read_result
@@ -82,7 +83,9 @@ def compare(
         _run_members(plan, first, command)
         result = read_result(comparison, plan.store)
         folder = own_outputs_folder(first.config, comparison.name, first.uid)
-        for file in write_report(comparison, result, folder):
+        files = write_report(comparison, result, folder)
+        files.append(write_page(comparison, result, plan.store, folder / "comparison.html"))
+        for file in files:
             page.backlog.log(partial(page.log_file, file))
         _show(comparison, result, key)
     return str(folder)

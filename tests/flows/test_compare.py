@@ -159,6 +159,9 @@ def test_the_table_is_what_the_samples_say(online: Compared):
     assert f"| {difference} | {difference} |" in page
     assert "Controls: is of rwr." in page
     assert (online.file.parent / "outputs" / "tiny" / "comparison.png").stat().st_size > 5000
+    html = (online.file.parent / "outputs" / "tiny" / "comparison.html").read_text()
+    assert all(name in html for name in last)
+    assert html.count("data:image/webp") >= len(last)
     shown = "".join(online.screen.split())  # as narrow as the terminal is, paths are folded
     assert "comparison.png" in shown and all(name in online.screen for name in last)
 
@@ -170,7 +173,7 @@ def test_all_runs_are_shown_below_the_comparisons_page(online: Compared):
     page = find_page(client, experiment, {RUN_ID_TAG: "tiny"})
     assert page is not None and page.info.status == "FINISHED"
     files = {file.path for file in client.list_artifacts(page.info.run_id)}
-    assert files == {"comparison.md", "comparison.png"}
+    assert files == {"comparison.html", "comparison.md", "comparison.png"}
     for member in online.comparison.members:
         stored = open_run(online.store, member.run_id)
         run = find_page(client, experiment, tags_of(stored))

@@ -66,6 +66,21 @@ def ratio_table(result: Result) -> Table:
     return headings, rows
 
 
+def curve_table(result: Result) -> Table:
+    """Return the table of each variant's mean reward by reward queries."""
+    rows = [
+        (str(queries), *(str(variant.curve[index]) for variant in result.variants))
+        for index, queries in enumerate(result.queries)
+    ]
+    return ("queries", *(variant.name for variant in result.variants)), rows
+
+
+def seed_table(comparison: Comparison, result: Result) -> Table:
+    """Return the table of each variant's mean reward in the last epoch, by seed."""
+    rows = [(v.name, *(f"{row[-1]:.4f}" for row in v.by_seed)) for v in result.variants]
+    return ("variant", *(f"seed {seed}" for seed in comparison.config.seeds)), rows
+
+
 def explanation(comparison: Comparison) -> list[str]:
     """Return the paragraphs that explain the tables."""
     samples, epochs = comparison.samples_per_epoch, comparison.epochs
@@ -107,26 +122,15 @@ def explanation(comparison: Comparison) -> list[str]:
 def markdown(comparison: Comparison, result: Result) -> str:
     """Return a comparison's report in Markdown."""
     last = result.epochs[-1]
-    by_seed: Table = (
-        ("variant", *(f"seed {seed}" for seed in comparison.config.seeds)),
-        [(v.name, *(f"{row[-1]:.4f}" for row in v.by_seed)) for v in result.variants],
-    )
-    curve: Table = (
-        ("queries", *(variant.name for variant in result.variants)),
-        [
-            (str(queries), *(str(variant.curve[index]) for variant in result.variants))
-            for index, queries in enumerate(result.queries)
-        ],
-    )
     parts = [
         f"# {comparison.name}",
         *explanation(comparison),
         _markdown_table(result_table(comparison, result)),
         f"![Reward against reward queries]({PLOT})",
         "## By reward queries",
-        _markdown_table(curve),
+        _markdown_table(curve_table(result)),
         f"## By seed, epoch {last}",
-        _markdown_table(by_seed),
+        _markdown_table(seed_table(comparison, result)),
     ]
     if result.ratios:
         parts += ["## Importance ratios", _markdown_table(ratio_table(result))]

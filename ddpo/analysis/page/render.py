@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from math import isfinite, nan
 from pathlib import Path
 from typing import Any
-
-from jinja2 import Environment, StrictUndefined
 
 from ddpo.analysis.evaluation.summary import labels_in, score_text
 from ddpo.analysis.page.charts import Axes, Point, Tick
@@ -21,10 +18,10 @@ from ddpo.analysis.page.content import (
     own_labels,
     read_content,
 )
+from ddpo.analysis.page.template import fill, format_number
 from ddpo.analysis.page.thumbnails import even
 from ddpo.analysis.rewards import remarks
 from ddpo.basics.redaction import hide_credentials
-from ddpo.basics.version import VERSION
 from ddpo.config.yaml_text import write_yaml
 from ddpo.runs import Run
 
@@ -114,20 +111,13 @@ def render(content: Content, commands: Sequence[Command] = ()) -> str:
         content: What it says.
         commands: What a reader may want to type next.
     """
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    template = environment.from_string(
-        files("ddpo.analysis.page").joinpath("page.html").read_text(encoding="utf-8")
-    )
     first, last = content.curve[0], content.curve[-1]
     prompts = chosen_prompts(content.prompts)
-    return template.render(
+    return fill(
+        "ddpo.analysis.page",
         run=content,
-        version=VERSION,
         first=first,
         last=last,
-        number=format_number,
         signed=lambda value: f"{value:+.4g}",
         epochs_trained=epochs_trained,
         curve=_curve(content),
@@ -143,11 +133,6 @@ def render(content: Content, commands: Sequence[Command] = ()) -> str:
         operation=hide_credentials(write_yaml(dict(content.operation))),
         commands=commands,
     )
-
-
-def format_number(value: float | None) -> str:
-    """Return a number with four digits, or a dash if there is none."""
-    return "–" if value is None or not isfinite(value) else f"{value:.4g}"
 
 
 def epochs_trained(epochs: int) -> str:
