@@ -14,11 +14,11 @@ from mlflow.tracking import MlflowClient
 from PIL import Image
 from safetensors.torch import load_file
 
-from ddpo.analysis.evaluation import redraw
 from ddpo.analysis.evaluation.champion import champion_text, gate_reason, latest_champion
 from ddpo.analysis.lora_plan import plan_export
 from ddpo.basics.digests import tensors_digest
 from ddpo.errors import ConfigError
+from ddpo.models import redraw
 from ddpo.prompts import Prompt
 from ddpo.runs.state import run_state
 from ddpo.store.kinds import CHAMPION, CHECKPOINT

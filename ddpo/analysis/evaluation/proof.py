@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ddpo.analysis.evaluation import redraw
 from ddpo.basics.digests import canonical_json
 from ddpo.errors import ModelError
+from ddpo.models import redraw
 
 _LAST_LINES = 3
 _MOST_DIFFERENT = {"float32": 1.0}
