@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 
 import prefect
+from filelock import FileLock
 from prefect.client.orchestration import get_client
 from prefect.server.database import provide_database_interface
-from prefect.settings import PREFECT_API_DATABASE_CONNECTION_URL
+from prefect.settings import PREFECT_API_DATABASE_CONNECTION_URL, PREFECT_HOME
 
 from ddpo.basics.redaction import hide_credentials
 from ddpo.errors import DdpoError
+
+_MIGRATION_S = 300.0
+"""How long to wait for another process that creates or migrates the database, in seconds."""
 
 _UNKNOWN_REVISION = "locate revision"
 """In alembic's message about a database that a newer version has migrated further."""
@@ -29,7 +34,7 @@ def start_temporary_server() -> None:
     try:
         # The server's own first step. If that fails, Prefect restarts the server silently for two
         # minutes.
-        asyncio.run(_open_database())
+        asyncio.run(open_database())
     except Exception as error:
         raise _unusable_database(error) from error
     try:
@@ -41,9 +46,15 @@ def start_temporary_server() -> None:
         ) from error
 
 
-async def _open_database() -> None:
-    """Open Prefect's database, created and migrated if necessary."""
-    await provide_database_interface().create_db()
+async def open_database() -> None:
+    """Open Prefect's database, created and migrated if necessary.
+
+    Prefect itself takes no lock: of two processes that start on a new folder at once, one adds a
+    column that the other has just added, and fails.
+    """
+    lock = Path(str(PREFECT_HOME.value())) / "ddpo-database.lock"
+    with FileLock(lock, timeout=_MIGRATION_S):
+        await provide_database_interface().create_db()
 
 
 def _unusable_database(error: Exception) -> ServerNotStarted:

@@ -21,6 +21,17 @@ from prefect.client.orchestration import get_client
 print("problem:", get_client(sync_client=True).api_healthcheck())
 """
 
+OPEN = """
+import asyncio
+from ddpo_workflow.flows.cli.quiet import set_defaults
+set_defaults()
+from ddpo_workflow.flows.cli.temporary_server import open_database
+print("ready", flush=True)
+input()
+asyncio.run(open_database())
+print("open", flush=True)
+"""
+
 
 def train(tiny_model: Path, folder: Path, home: Path) -> subprocess.CompletedProcess[str]:
     words = ["train", "configs/starter.yaml", "--run-id", "r", "--root", str(folder / "store")]
@@ -56,6 +67,31 @@ def test_the_server_is_reached_without_the_proxy_of_the_environment(tmp_path: Pa
         env=environment, capture_output=True, text=True, check=False, timeout=LIMIT_S,
     )  # fmt: skip
     assert done.stdout.strip() == "problem: None", done.stdout + done.stderr[-2000:]
+
+
+@pytest.mark.slow
+def test_processes_that_start_at_once_create_one_database(tmp_path: Path) -> None:
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", OPEN],
+            env={**os.environ, "PREFECT_HOME": str(tmp_path / "prefect")},
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for _ in range(4)
+    ]  # fmt: skip
+    try:
+        for process in processes:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "ready\n"
+        for process in processes:
+            assert process.stdin is not None
+            process.stdin.write("go\n")
+            process.stdin.flush()
+        screens = [process.communicate(timeout=LIMIT_S)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert screens == ["open\n"] * 4, screens
 
 
 @pytest.mark.slow
