@@ -23,6 +23,7 @@ from ddpo_workflow.flows.forms import Text
 from ddpo_workflow.flows.links import link_page
 from ddpo_workflow.flows.run_requests import EvaluateRequest
 from ddpo_workflow.tasks.champion import find_champion
+from ddpo_workflow.tasks.engines import open_engine
 from ddpo_workflow.tasks.evaluate import (
     sample_evaluation,
     score_evaluation,
@@ -70,7 +71,7 @@ def evaluate(
     ).plan()
     images = evaluation_set(plan.run, plan.config)
     name = summary_id(plan.run, plan.config, images)
-    with open_evaluation_page(plan.run, name, plan.config) as page:
+    with open_evaluation_page(plan.run, name, plan.config) as page, open_engine(plan.run):
         key = artifact_key(f"{plan.run.run_id}-{name}", plan.run.uid)
         link_page(page, key, f"{run_id} evaluated")
         summaries = [

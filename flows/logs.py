@@ -7,7 +7,7 @@ import logging
 from prefect.context import FlowRunContext, TaskRunContext
 from prefect.logging.handlers import APILogHandler
 
-from ddpo_workflow.tasks.progress import LOGGER
+from ddpo_workflow.tasks.progress import LOGGER, OWN_LOGGERS
 
 
 class FlowRunLog(APILogHandler):
@@ -22,7 +22,7 @@ class FlowRunLog(APILogHandler):
 def log_to_flow_runs() -> None:
     """Send the warnings and the progress of this project to the log of their flow run."""
     logging.getLogger(LOGGER).setLevel(logging.INFO)
-    for name in ("ddpo", "ddpo_workflow"):
+    for name in OWN_LOGGERS:
         logger = logging.getLogger(name)
         if not any(isinstance(handler, FlowRunLog) for handler in logger.handlers):
             logger.addHandler(FlowRunLog())

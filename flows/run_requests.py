@@ -431,9 +431,12 @@ def _check_start(config: RunConfig, run_id: str) -> RunPlan:
 
 
 def _check_surroundings(plans: Sequence[RunPlan]) -> None:
-    """Check MLflow and the model that runs have in common; the model last, which is loaded."""
+    """Check engines, and MLflow and the model that runs have in common; it is loaded last."""
+    from ddpo_workflow.tasks.engines import check_engine
     from ddpo_workflow.tasks.tracking.connection import connect
     from ddpo_workflow.tasks.worker import check_model
 
+    for plan in plans:
+        check_engine(plan.config.engine, plan.numerics.device)
     connect(plans[0].config.tracking.uri)
     check_model(plans)

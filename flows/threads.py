@@ -10,6 +10,7 @@ from prefect.futures import PrefectConcurrentFuture
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from ddpo.basics.children import ordinary_children
+from ddpo_workflow.tasks.engines import current_engine
 from ddpo_workflow.tasks.stops import is_stop
 from ddpo_workflow.tasks.worker import ON_DEVICE
 
@@ -34,21 +35,21 @@ class AbandoningThreads(ThreadPoolTaskRunner[Any]):
 
 
 class WorkerThreads(AbandoningThreads):
-    """A thread pool with one more thread for tasks that compute on the device.
+    """A thread pool with more threads for tasks that compute on a device, one per worker.
 
-    Those run one at a time, in the order in which they were submitted. All others, such as scoring,
-    run beside them.
+    Those start in the order in which they were submitted, as many at a time as the engine has
+    workers. All others, such as scoring, run beside them.
     """
 
     def __init__(self, max_workers: int | None = None) -> None:
         super().__init__(max_workers)
-        self._device = AbandoningThreads(max_workers=1)
+        self._device: AbandoningThreads | None = None
         self._children = ordinary_children()  # user code may fork
 
     def submit(  # pyright: ignore[reportIncompatibleMethodOverride]  # its overloads are of async tasks
         self, task: Task[..., Any], parameters: dict[str, Any], *rest: Any, **named: Any
     ) -> PrefectConcurrentFuture[Any]:
-        """Submit a task to the thread pool or, if it is tagged `ON_DEVICE`, to the device's thread.
+        """Submit a task to the thread pool or, if it is tagged `ON_DEVICE`, to a worker's thread.
 
         Args:
             task: The task.
@@ -57,12 +58,14 @@ class WorkerThreads(AbandoningThreads):
             named: As in the base class.
         """
         if ON_DEVICE in task.tags:
+            if self._device is None:  # by now the run's engine is known
+                self._device = AbandoningThreads(max_workers=current_engine().workers)
+                self._device.__enter__()
             return self._device.submit(task, parameters, *rest, **named)
         return super().submit(task, parameters, *rest, **named)
 
     def __enter__(self) -> WorkerThreads:
         self._children.__enter__()
-        self._device.__enter__()
         super().__enter__()
         return self
 
@@ -72,7 +75,9 @@ class WorkerThreads(AbandoningThreads):
         exc_value: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        # The device's thread first: scoring may be waiting for samples of its queue.
-        self._device.__exit__(exc_type, exc_value, traceback)
+        # The workers' threads first: scoring may be waiting for samples of their queue.
+        if self._device is not None:
+            self._device.__exit__(exc_type, exc_value, traceback)
+            self._device = None
         super().__exit__(exc_type, exc_value, traceback)
         self._children.__exit__(None, None, None)

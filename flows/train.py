@@ -37,6 +37,7 @@ from ddpo_workflow.flows.prefect_server import show, watched_server
 from ddpo_workflow.flows.report import write_run_page
 from ddpo_workflow.flows.run_requests import ResumeRequest, TrainRequest, run_name_stem
 from ddpo_workflow.flows.start import first_checkpoint
+from ddpo_workflow.tasks.engines import open_engine
 from ddpo_workflow.tasks.export_weights import export_weights
 from ddpo_workflow.tasks.pictures import draw_pictures, picture_set
 from ddpo_workflow.tasks.progress import begin_stage, finished_epoch, logged
@@ -136,6 +137,7 @@ def train_run(run: Run) -> str:
         open_page(run, command) as page,
         _saying_how_to_resume(command),
         logged(),
+        open_engine(run),
     ):
         link_page(page, key, run.run_id)
         plan = EpochPlan(run=run.handle, tracking=page.handle, pictures=pictures)

@@ -32,6 +32,7 @@ from ddpo.store.kinds import (
 from ddpo.store.manifests import Ref
 from ddpo.store.objects import Objects
 from ddpo.store.tables import RolloutRow, encode_evaluation, encode_rollouts
+from ddpo_workflow.tasks.engines import on_device
 from ddpo_workflow.tasks.evaluated import labels_of, summary_id
 from ddpo_workflow.tasks.progress import report
 from ddpo_workflow.tasks.retries import STORAGE
@@ -78,6 +79,18 @@ def sample_evaluation(
         ConfigError: The set is another one now.
         RetiredObject: Retention has deleted the checkpoint.
     """
+    return on_device(_shard_of, handle, checkpoint, config, weights, set_digest, epoch, shard)
+
+
+def _shard_of(
+    handle: RunHandle,
+    checkpoint: Ref[Checkpoint],
+    config: EvaluationConfig,
+    weights: Evaluated,
+    set_digest: str,
+    epoch: int,
+    shard: int,
+) -> Ref[EvaluationShard]:
     run = opened(handle)
     images = same_evaluation_set(run, config, weights, set_digest)
     return committed(

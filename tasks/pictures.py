@@ -22,6 +22,7 @@ from ddpo.store.manifests import Ref
 from ddpo.store.objects import Objects
 from ddpo.store.tables import RolloutRow, encode_rollouts
 from ddpo.store.upkeep.retention import is_retired
+from ddpo_workflow.tasks.engines import on_device
 from ddpo_workflow.tasks.progress import report
 from ddpo_workflow.tasks.retries import STORAGE
 from ddpo_workflow.tasks.worker import RunHandle, opened, policy_at
@@ -76,6 +77,12 @@ def draw_pictures(
     Returns:
         The images; None if the checkpoint was retired before these were requested.
     """
+    return on_device(_drawn, handle, checkpoint, pictures, epoch)
+
+
+def _drawn(
+    handle: RunHandle, checkpoint: Ref[Checkpoint], pictures: PictureSet, epoch: int
+) -> Ref[CheckpointImages] | None:
     run = opened(handle)
     where = Partition(run.run_id, epoch, images_id=pictures.pictures_id)
     ema = run.config.optimizer.ema_decay is not None

@@ -11,6 +11,9 @@ from typing import Protocol
 LOGGER = "ddpo_workflow.progress"
 """The logger of the lines; its level INFO is shown to users."""
 
+OWN_LOGGERS = ("ddpo", "ddpo_workflow")
+"""The loggers of this project's packages."""
+
 VERBS = {
     "champion": "drawing the champion's images by plain diffusers",
     "evaluation": "evaluating",
@@ -112,6 +115,16 @@ class _Lines:
 
 _shown: Progress = _Silent()
 _lines: _Lines | None = None
+
+
+def show_by(progress: Progress) -> None:
+    """Show the progress of this process's tasks on a display from now on.
+
+    Args:
+        progress: The display.
+    """
+    global _shown
+    _shown = progress
 
 
 @contextmanager

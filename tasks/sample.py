@@ -23,6 +23,7 @@ from ddpo.store.manifests import Ref
 from ddpo.store.objects import Objects
 from ddpo.store.tables import RolloutRow, encode_rollouts, encode_samples
 from ddpo.store.tensors import encode_tensors
+from ddpo_workflow.tasks.engines import on_device
 from ddpo_workflow.tasks.inherit import inherit_shard
 from ddpo_workflow.tasks.progress import report
 from ddpo_workflow.tasks.retries import STORAGE
@@ -47,6 +48,12 @@ def sample_shard(
         epoch: The epoch.
         shard: The shard, from 0.
     """
+    return on_device(_shard_of, handle, checkpoint, epoch, shard)
+
+
+def _shard_of(
+    handle: RunHandle, checkpoint: Ref[Checkpoint], epoch: int, shard: int
+) -> Ref[RolloutShard]:
     return shard_of(opened(handle), checkpoint, epoch, shard)
 
 

@@ -15,6 +15,7 @@ from ddpo.store.keys import Partition
 from ddpo.store.kinds import CHECKPOINT, committed
 from ddpo.store.manifests import Ref
 from ddpo.training.loop import initial_state
+from ddpo_workflow.tasks.engines import on_device
 from ddpo_workflow.tasks.inherit import inherit_checkpoint
 from ddpo_workflow.tasks.retries import STORAGE
 from ddpo_workflow.tasks.worker import RunHandle, fresh_policy, opened
@@ -33,6 +34,10 @@ def start(handle: RunHandle, history: Sequence[Ref[Scores]] = ()) -> Ref[Checkpo
         PolicyMismatch: A fork's base model or sampler is not that of the saved rollouts.
         RetiredObject: Retention deleted the checkpoint that a fork starts from.
     """
+    return on_device(_started, handle, list(history))
+
+
+def _started(handle: RunHandle, history: Sequence[Ref[Scores]]) -> Ref[Checkpoint]:
     run = opened(handle)
     where = Partition(run.run_id, run.first_epoch)
     if found := CHECKPOINT.find(run.store, where):

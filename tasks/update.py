@@ -10,6 +10,7 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 from torch import Tensor
 
+from ddpo.config import LoraConfig
 from ddpo.errors import PolicyMismatch
 from ddpo.models import policy_digest
 from ddpo.runs import Run
@@ -21,6 +22,9 @@ from ddpo.store.manifests import Ref
 from ddpo.store.tables import AdvantageRow
 from ddpo.training.loop import update
 from ddpo.training.samples import samples_of
+from ddpo_workflow.tasks.engines import on_all_devices, on_device
+from ddpo_workflow.tasks.engines.base import ALONE, Seat
+from ddpo_workflow.tasks.engines.seats import seated
 from ddpo_workflow.tasks.progress import report
 from ddpo_workflow.tasks.retries import STORAGE
 from ddpo_workflow.tasks.worker import RunHandle, opened, policy_at
@@ -51,6 +55,22 @@ def update_policy(
         NonFiniteError: A loss, log-prob or gradient is NaN or infinite; nothing was committed.
     """
     run = opened(handle)
+    words = (handle, checkpoint, list(rollouts), advantages, epoch)
+    if isinstance(run.config.trainable, LoraConfig):
+        return on_all_devices(_updated, *words)
+    # All gradients of a whole model are too much to exchange for every micro-batch.
+    return on_device(_updated, ALONE, *words)
+
+
+def _updated(
+    seat: Seat,
+    handle: RunHandle,
+    checkpoint: Ref[Checkpoint],
+    rollouts: Sequence[Ref[RolloutShard]],
+    advantages: Ref[AdvantageTable],
+    epoch: int,
+) -> Ref[Checkpoint]:
+    run = opened(handle)
     where = Partition(run.run_id, epoch + 1)
     inputs = {"checkpoint": checkpoint, "rollouts": list(rollouts), "advantages": advantages}
     if found := CHECKPOINT.find(run.store, where, inputs):
@@ -60,7 +80,10 @@ def update_policy(
     scored = ADVANTAGES.load(run.store, advantages)
     rows, statistics = scored.rows(), scored.statistics()
     report("update", 0.0, 1.0)
-    with policy_at(run, checkpoint, training=True) as lease:
+    with (
+        policy_at(run, checkpoint, training=True) as lease,
+        seated(seat, lease.policy.device) as ranks,
+    ):
         state, metrics = update(
             lease.policy,
             lease.state,
@@ -68,11 +91,14 @@ def update_policy(
             _credit_table(rows, drawn.sample_ids),
             statistics,
             run.config,
-            on_progress=lambda share: report("update", share, 1.0),
+            ranks=ranks,
+            on_progress=lambda share: report("update", share, 1.0) if seat.rank == 0 else None,
         )
         digests["policy_digest"] = policy_digest(lease.policy.base_digest, state.weights)
         if state.ema:
             digests["ema_digest"] = policy_digest(lease.policy.base_digest, state.ema)
+        if seat.rank > 0:
+            return checkpoint  # rank 0 commits the next one
         objects = checkpoint_objects(state, digests, metrics)
         done = CHECKPOINT.commit(run.store, where, inputs, objects)
         if not done.diverged:

@@ -94,10 +94,16 @@ def _scorer(reward: str) -> Scorer:
 
 def forget() -> None:
     """Forget all that this process keeps between tasks."""
-    global _loaded
     _opened.cache_clear()
     _scorer.cache_clear()
-    _loaded = None
+    release_model()
+
+
+def release_model() -> None:
+    """Free the memory of this process's model; the next task that needs it loads it again."""
+    global _loaded
+    with _device:
+        _loaded = None
 
 
 def check_model(plans: Sequence[RunPlan]) -> None:

@@ -40,12 +40,21 @@ def trust(digest: str) -> None:
     Args:
         digest: Their sha256 in hex: `Run.trusted_digest`.
     """
-    _trusted_here.add(digest)
+    trust_in_process(digest)
     # Without a state folder, only the commands of other processes will ask again.
     with suppress(OSError, RuntimeError):
         folder = _folder()
         folder.mkdir(parents=True, exist_ok=True)
         (folder / digest).touch()
+
+
+def trust_in_process(digest: str) -> None:
+    """Trust a run's settings in this process, which works for one that trusts them.
+
+    Args:
+        digest: `Run.trusted_digest`.
+    """
+    _trusted_here.add(digest)
 
 
 def trust_place(place: str) -> None:

@@ -6,6 +6,7 @@ seed, numerics) makes a run what it is and may not change under a ``run_id``; it
 """
 
 from ddpo.config.compare import CompareConfig
+from ddpo.config.engine import AnyEngine, LocalEngine, ProcessesEngine, RayEngine
 from ddpo.config.evaluation import EvaluationConfig
 from ddpo.config.fork import ForkConfig
 from ddpo.config.gate import GateConfig
@@ -30,6 +31,7 @@ from ddpo.config.sampler import SAMPLERS, AnySampler, DdimSampler, SamplerConfig
 __all__ = [
     "OPERATION_FIELDS",
     "SAMPLERS",
+    "AnyEngine",
     "AnySampler",
     "CompareConfig",
     "DdimSampler",
@@ -38,12 +40,15 @@ __all__ = [
     "FullConfig",
     "GateConfig",
     "Keep",
+    "LocalEngine",
     "LoraConfig",
     "ModelConfig",
     "NamedConfig",
     "NumericsConfig",
     "OptimizerConfig",
     "PicturesConfig",
+    "ProcessesEngine",
+    "RayEngine",
     "RetentionConfig",
     "RewardConfig",
     "RolloutsConfig",

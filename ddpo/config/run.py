@@ -18,6 +18,7 @@ from ddpo.algorithms import AnyAlgorithm, DdpoIs
 from ddpo.algorithms.base import RunSettings
 from ddpo.basics.limits import EPOCH_LIMIT, INDEX_LIMIT, LARGEST_RATE, Seed
 from ddpo.basics.part import Part, check_divides, is_auto, is_off, is_one
+from ddpo.config.engine import AnyEngine, LocalEngine, is_local
 from ddpo.config.evaluation import EvaluationConfig
 from ddpo.config.fork import ForkConfig
 from ddpo.config.model import LoraConfig, ModelConfig, Trainable
@@ -65,7 +66,7 @@ class OptimizerConfig(Part):
     rollouts use the trained weights. By default there is none."""
 
 
-OPERATION_FIELDS = frozenset({"epochs", "evaluation", "storage", "tracking", "outputs"})
+OPERATION_FIELDS = frozenset({"engine", "epochs", "evaluation", "storage", "tracking", "outputs"})
 """The half of a config that may change under a run_id."""
 
 
@@ -99,6 +100,8 @@ class RunConfig(Part):
     are counted from its parent's start."""
     evaluation: EvaluationConfig | None = Field(default=None, exclude_if=is_off)
     """Evaluate checkpoints during the run. By default, only `ddpo evaluate` does."""
+    engine: AnyEngine = Field(default=LocalEngine(), exclude_if=is_local)
+    """Where the run's tasks compute: `local`, `processes` or `ray`. The results are the same."""
     storage: StorageConfig = StorageConfig()
     """Where the run is stored."""
     tracking: TrackingConfig = TrackingConfig()

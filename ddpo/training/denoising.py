@@ -27,6 +27,7 @@ from ddpo.errors import NonFiniteError
 from ddpo.models import Policy
 from ddpo.training.loss_scale import LossScale, first_loss_scale
 from ddpo.training.objective import Objective, factor_of, unscale
+from ddpo.training.ranks import Alone, Ranks
 from ddpo.training.samples import FinalLatents, Rollouts, Samples
 from ddpo.training.state import TrainState
 
@@ -78,12 +79,20 @@ class DenoisingGradient:
         policy: Its weights are updated in place.
         process: Noises clean latents.
         algorithm: Gives the loss.
+        ranks: The processes that share the micro-batches.
     """
 
-    def __init__(self, policy: Policy, process: Process, algorithm: Algorithm) -> None:
+    def __init__(
+        self,
+        policy: Policy,
+        process: Process,
+        algorithm: Algorithm,
+        ranks: Ranks | None = None,
+    ) -> None:
         self.policy = policy
         self.process = process
         self.algorithm = algorithm
+        self.ranks = ranks or Alone()
         self.parameters = policy.weights.parameters()
         self.loss_scale = first_loss_scale(policy.numerics)
 
@@ -135,8 +144,8 @@ class DenoisingGradient:
         """
         count = len(samples)
         factor = factor_of(self.loss_scale, count)
-        total = 0.0
-        for part in torch.arange(count).split(self.policy.numerics.micro_batch_size):
+
+        def backward(part: Tensor) -> tuple[float]:
             rows: list[int] = [samples[int(i)] for i in part]
             prompts = [finals.prompts[row] for row in rows]
             noised = Noising(noising.times[part], noising.noise[part])
@@ -144,10 +153,13 @@ class DenoisingGradient:
             _check_finite(rows, prompts, noised, losses, self.policy.numerics.advice)
             loss = losses.sum() / count
             (loss * factor).backward()
-            total += float(loss.detach())
             on_samples(len(rows))
+            return (float(loss.detach()),)
+
+        batches = torch.arange(count).split(self.policy.numerics.micro_batch_size)
+        values = self.ranks.add_up(self.parameters, batches, backward)
         unscale(self.parameters, factor)
-        return total
+        return sum(loss for (loss,) in values)
 
 
 class DenoisingObjective(Objective):
@@ -160,6 +172,7 @@ class DenoisingObjective(Objective):
         credit: The epoch's credit table: ``weight``, [S], at least 0, one of them above.
         updates: The epoch's updates.
         config: Algorithm and seed.
+        ranks: The processes that share the micro-batches.
     """
 
     items_per_sample = 1
@@ -172,12 +185,13 @@ class DenoisingObjective(Objective):
         credit: Mapping[str, Tensor],
         updates: Sequence[Update],
         config: RunConfig,
+        ranks: Ranks,
     ) -> None:
         self.policy = policy
         self.finals = samples.final if isinstance(samples, Rollouts) else samples
         self.weights = credit["weight"]
         process = whole_process(policy, config.sampler)
-        self.gradient = DenoisingGradient(policy, process, config.algorithm)
+        self.gradient = DenoisingGradient(policy, process, config.algorithm, ranks)
         self._path = (config.seed, state.epoch)
 
     def accumulate(

@@ -20,6 +20,7 @@ from ddpo.training.denoising import DenoisingObjective
 from ddpo.training.ema import Ema
 from ddpo.training.loss_scale import LossScale, first_loss_scale
 from ddpo.training.optimizer import copies, make_adamw, optimizer_state, take_step
+from ddpo.training.ranks import Alone, Ranks
 from ddpo.training.samples import Samples
 from ddpo.training.state import TrainState
 from ddpo.training.trajectories import TrajectoryObjective
@@ -51,6 +52,7 @@ def update(
     statistics: PromptStatistics,
     config: RunConfig,
     *,
+    ranks: Ranks | None = None,
     on_progress: Callable[[float], None] = lambda share: None,
 ) -> tuple[TrainState, dict[str, Any]]:
     """Run one epoch's updates.
@@ -63,6 +65,7 @@ def update(
             columns that the algorithm declares.
         statistics: Prompt statistics after this epoch's rewards.
         config: Algorithm, sampler, optimizer, seed.
+        ranks: The processes that run these updates together; by default this one alone.
         on_progress: Called with the share that is done, in [0, 1].
 
     Returns:
@@ -76,21 +79,21 @@ def update(
         NonFiniteError: A loss or log-prob is NaN or infinite, or a gradient that no smaller loss
             scale can help; the policy has the weights of ``state`` again.
     """
-    algorithm = config.algorithm
+    algorithm, ranks = config.algorithm, ranks or Alone()
     updates = algorithm.updates(credit, run_seed=config.seed, epoch=state.epoch)
     parameters = policy.weights.parameters()
     policy.keep_prompts(samples.prompts)
     ema = Ema.of(policy, state, config.optimizer)
     adamw = make_adamw(parameters, config.optimizer, state.optimizer)
     make_objective = OBJECTIVES[algorithm.needs.data]
-    objective = make_objective(policy, state, samples, credit, updates, config)
+    objective = make_objective(policy, state, samples, credit, updates, config, ranks)
     items = sum(len(each.samples) for each in updates) * objective.items_per_sample
     done = 0
 
     def on_items(number: int) -> None:
         nonlocal done
-        done += number
-        on_progress(done / items)
+        done += number * ranks.size
+        on_progress(min(done / items, 1.0))
 
     losses, norms = [], []
     scale = state.loss_scale or first_loss_scale(policy.numerics)
@@ -106,6 +109,7 @@ def update(
             if ema is not None:
                 ema.follow(policy.weights.state())
         objective.finish()
+        ranks.check_equal(policy.weights.state())
     except NonFiniteError:
         # Earlier updates of this epoch have already taken their steps.
         policy.weights.load(state.weights)

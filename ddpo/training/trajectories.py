@@ -25,6 +25,7 @@ from ddpo.models import Policy
 from ddpo.training.critic import Critic
 from ddpo.training.loss_scale import LossScale, first_loss_scale
 from ddpo.training.objective import Objective, factor_of, unscale
+from ddpo.training.ranks import Alone, Ranks
 from ddpo.training.ratios import RatioDeviation, ratio_metrics
 from ddpo.training.samples import Rollouts, Samples
 from ddpo.training.state import TrainState
@@ -77,12 +78,20 @@ class TrajectoryGradient:
         policy: Its weights are updated in place.
         sampler: As in sampling, since guidance is part of the policy; a window's steps are trained.
         algorithm: Gives the loss.
+        ranks: The processes that share the micro-batches.
     """
 
-    def __init__(self, policy: Policy, sampler: SamplerConfig, algorithm: PolicyGradient) -> None:
+    def __init__(
+        self,
+        policy: Policy,
+        sampler: SamplerConfig,
+        algorithm: PolicyGradient,
+        ranks: Ranks | None = None,
+    ) -> None:
         self.policy = policy
         self.sampler = sampler
         self.algorithm = algorithm
+        self.ranks = ranks or Alone()
         self.process = process_of(policy, sampler)
         self.parameters = policy.weights.parameters()
         self.loss_scale = first_loss_scale(policy.numerics)
@@ -148,9 +157,9 @@ class TrajectoryGradient:
         factor = factor_of(self.loss_scale, count)
         advantages = advantages.reshape(len(advantages), -1).expand_as(rollouts.log_probs)
         seen = torch.full_like(rollouts.log_probs, torch.nan)
-        total, total_kl = 0.0, 0.0
         with_base = "base" in self.algorithm.needs.policies
-        for pairs in micro_batches(samples, steps, self.policy.numerics.micro_batch_size):
+
+        def backward(pairs: Pairs) -> tuple[float, float]:
             # Before the policy's own: switching an adapter off and on must not meet its graph.
             base = self._base_transition(rollouts, pairs) if with_base else None
             current = self.transition(rollouts, pairs)
@@ -163,16 +172,22 @@ class TrajectoryGradient:
                 base,
             )
             losses = self.algorithm.losses(batch)
-            if with_base:
-                total_kl += float(batch.kl_to_base.detach().sum()) / count
+            kl = float(batch.kl_to_base.detach().sum()) / count if with_base else 0.0
             _check_finite(rollouts, pairs, self, log_probs, losses)
             loss = losses.sum() / count
             (loss * factor).backward()
-            total += float(loss.detach())
             seen[pairs.samples, pairs.steps] = log_probs.detach().to(seen)
             on_pairs(len(pairs.samples))
+            return float(loss.detach()), kl
+
+        batches = list(micro_batches(samples, steps, self.policy.numerics.micro_batch_size))
+        values = self.ranks.add_up(self.parameters, batches, backward)
         unscale(self.parameters, factor)
-        return Accumulated(total, seen, total_kl if with_base else None)
+        return Accumulated(
+            sum(loss for loss, _ in values),
+            self.ranks.merged(seen),
+            sum(kl for _, kl in values) if with_base else None,
+        )
 
     @torch.no_grad()
     def recompute(self, rollouts: Rollouts, samples: Sequence[int]) -> Tensor:
@@ -187,9 +202,9 @@ class TrajectoryGradient:
         """
         result = torch.full_like(rollouts.log_probs, torch.nan)
         size = self.policy.numerics.micro_batch_size
-        for pairs in micro_batches(samples, self.trained_steps(), size):
+        for pairs in self.ranks.mine(list(micro_batches(samples, self.trained_steps(), size))):
             result[pairs.samples, pairs.steps] = self.log_probs(rollouts, pairs).to(result)
-        return result
+        return self.ranks.merged(result)
 
     def trained_steps(self) -> list[int]:
         """Return the trained columns of a trajectory, noisiest first.
@@ -220,6 +235,7 @@ class TrajectoryObjective(Objective):
             [S] each. With a value function, ``advantage`` is the normalised reward.
         updates: The epoch's updates.
         config: Sampler, algorithm, seed.
+        ranks: The processes that share the micro-batches.
 
     Raises:
         ConfigError: The samples are final latents alone.
@@ -233,6 +249,7 @@ class TrajectoryObjective(Objective):
         credit: Mapping[str, Tensor],
         updates: Sequence[Update],
         config: RunConfig,
+        ranks: Ranks,
     ) -> None:
         if not isinstance(samples, Rollouts):
             raise ConfigError(
@@ -243,7 +260,7 @@ class TrajectoryObjective(Objective):
         self.algorithm = cast(PolicyGradient, config.algorithm)
         self.rollouts = samples
         sampler = sampler_of_epoch(policy, config, state.epoch)
-        self.gradient = TrajectoryGradient(policy, sampler, self.algorithm)
+        self.gradient = TrajectoryGradient(policy, sampler, self.algorithm, ranks)
         self.steps = self.gradient.trained_steps()
         self.items_per_sample = len(self.steps)
         fork = config.fork

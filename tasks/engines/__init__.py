@@ -1,0 +1,11 @@
+"""Where tasks compute on the device: in the flow's process, in processes beside it, or on Ray."""
+
+from ddpo_workflow.tasks.engines.current import (
+    check_engine,
+    current_engine,
+    on_all_devices,
+    on_device,
+    open_engine,
+)
+
+__all__ = ["check_engine", "current_engine", "on_all_devices", "on_device", "open_engine"]

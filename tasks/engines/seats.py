@@ -1,0 +1,49 @@
+"""How the ranks of one computation meet."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from ddpo.training.ranks import Alone, Group, Ranks
+from ddpo_workflow.tasks.engines.base import Seat
+
+_PATIENCE = timedelta(minutes=30)
+"""How long a rank waits for the others; one that has died is noticed at once."""
+_TCP = "tcp://"
+
+
+@contextmanager
+def seated(seat: Seat, device: torch.device) -> Iterator[Ranks]:
+    """Compute together with the other ranks within this context.
+
+    Args:
+        seat: This process's place.
+        device: The device that this process computes on.
+
+    Yields:
+        All ranks, as seen by this one.
+    """
+    if seat.size == 1:
+        yield Alone()
+        return
+    store = None
+    if seat.meeting.startswith(_TCP):
+        host, _, port = seat.meeting.removeprefix(_TCP).rpartition(":")
+        store = dist.TCPStore(host, int(port), is_master=False)
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        init_method=None if store else seat.meeting,
+        store=store,
+        rank=seat.rank,
+        world_size=seat.size,
+        timeout=_PATIENCE,
+    )
+    try:
+        yield Group(device if device.type == "cuda" else torch.device("cpu"))
+    finally:
+        dist.destroy_process_group()
