@@ -194,6 +194,18 @@ class RunBeingDeleted(RunNotFound):
         )
 
 
+class RunBeingTrained(StoreError):
+    """Another process trains the run."""
+
+    def __init__(self, run_id: str, owner: str) -> None:
+        self.run_id = run_id
+        self.owner = owner
+        super().__init__(
+            f"run {run_id!r} is being trained by {owner}. Wait until that process has ended "
+            f"(`ddpo watch {run_id}`), or stop it first; what it has committed is kept"
+        )
+
+
 class RunNotStarted(StoreError):
     """A run whose first start was stopped before it recorded how it is operated."""
 

@@ -14,6 +14,7 @@ from ddpo.analysis.comparison.plan import Comparison, comparison_name
 from ddpo.analysis.comparison.report import PLOT, markdown, write_report
 from ddpo.analysis.comparison.result import Result, read_result
 from ddpo.runs import Run
+from ddpo.runs.lease import held_lease
 from ddpo.runs.outputs import outputs_folder, own_outputs_folder
 from ddpo.store.keys import Partition
 from ddpo.store.kinds import EPOCH
@@ -118,8 +119,8 @@ def _run_members(plan: ComparisonPlan, first: Run, command: str) -> None:
     comparison, before = plan.comparison, 0
     for number, member in enumerate(comparison.members, start=1):
         note(f"run {number} of {len(comparison.members)}: {member.run_id}")
-        run = first if member.run_id == first.run_id else plan.runs[member.run_id].start()
-        with as_part(before, plan.epochs):
+        with as_part(before, plan.epochs), held_lease(plan.store, member.run_id):
+            run = first if member.run_id == first.run_id else plan.runs[member.run_id].start()
             if member is comparison.shared[member.seed]:
                 # The flow around it has heartbeats.
                 with (

@@ -8,7 +8,7 @@ from typing import Literal
 from ddpo_workflow.flows.flow import ddpo_flow
 from ddpo_workflow.flows.forms import Parameters, Text, Whole
 from ddpo_workflow.flows.run_requests import ForkRequest
-from ddpo_workflow.flows.train import train_run
+from ddpo_workflow.flows.train import start_and_train
 
 
 @ddpo_flow(name="ddpo-fork", run_name="{run_id} from epoch {epoch}")
@@ -56,4 +56,4 @@ def fork(
         storage=storage,
         trust=trust,
     )
-    return train_run(request.plan().start())
+    return start_and_train(request.plan())

@@ -356,6 +356,7 @@ def check_comparison(comparison: Comparison) -> ComparisonPlan:
 
     Raises:
         ConfigError: One of the runs exists with other settings.
+        RunBeingTrained: Another process trains one of them.
         DdpoError: One of the runs cannot start, or MLflow cannot be reached.
     """
     from ddpo.errors import ConfigError, RunIdentityMismatch
@@ -431,12 +432,14 @@ def _check_start(config: RunConfig, run_id: str) -> RunPlan:
 
 
 def _check_surroundings(plans: Sequence[RunPlan]) -> None:
-    """Check engines, and MLflow and the model that runs have in common; it is loaded last."""
+    """Check each run's engine and lease, MLflow, and the model they share, which is loaded last."""
+    from ddpo.runs.lease import wait_until_free
     from ddpo_workflow.tasks.engines import check_engine
     from ddpo_workflow.tasks.tracking.connection import connect
     from ddpo_workflow.tasks.worker import check_model
 
     for plan in plans:
         check_engine(plan.config.engine, plan.numerics.device)
+        wait_until_free(plan.store, plan.run_id)
     connect(plans[0].config.tracking.uri)
     check_model(plans)

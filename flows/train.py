@@ -19,8 +19,9 @@ from prefect.runtime import flow_run
 from ddpo.analysis.evaluation.champion import gate_reason
 from ddpo.analysis.report import write_report
 from ddpo.errors import MissingObject, StoreError
-from ddpo.runs import Run
+from ddpo.runs import Run, RunPlan
 from ddpo.runs.forks.records import record_fork
+from ddpo.runs.lease import held_lease
 from ddpo.runs.outputs import own_outputs_folder
 from ddpo.store.checkpoints import Checkpoint
 from ddpo.store.keys import Partition
@@ -93,7 +94,7 @@ def train(
         tracking=tracking,
         overrides=tuple(overrides),
     )
-    return train_run(request.plan().start())
+    return start_and_train(request.plan())
 
 
 @ddpo_flow(name="ddpo-resume", run_name="{run_id}")
@@ -110,7 +111,23 @@ def resume(run_id: str, storage: Text = None, epochs: Whole = None, trust: bool 
         The run's name.
     """
     request = ResumeRequest(run_id=run_id, storage=storage, epochs=epochs, trust=trust)
-    return train_run(request.plan().start())
+    return start_and_train(request.plan())
+
+
+def start_and_train(plan: RunPlan) -> str:
+    """Start or resume a run that no other process trains, and train it.
+
+    Args:
+        plan: The run.
+
+    Returns:
+        The run's name.
+
+    Raises:
+        RunBeingTrained: Another process trains it; this start is not recorded.
+    """
+    with held_lease(plan.store, plan.run_id):
+        return train_run(plan.start())
 
 
 def train_run(run: Run) -> str:

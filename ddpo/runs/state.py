@@ -11,6 +11,7 @@ from typing import Literal
 
 from ddpo.errors import StoreError
 from ddpo.runs.run import Run
+from ddpo.store import keys
 from ddpo.store.keys import Partition
 from ddpo.store.kinds import EPOCH
 from ddpo.store.runs import StartRecord, Starts
@@ -31,7 +32,7 @@ class RunState:
     reason: str = ""
     """Why it stopped or failed."""
     seen: datetime | None = None
-    """When it committed or started something the last time (UTC), if it is running."""
+    """When its process was last known to be alive (UTC), if it is running."""
 
     def __str__(self) -> str:
         where = {"running": ", ", "stopped": " at ", "failed": " at "}.get(self.word)
@@ -84,9 +85,11 @@ def _has_ended(start: StartRecord) -> bool:
 
 
 def _last_sign(run: Run, start: StartRecord, epoch: int) -> datetime | None:
-    """Return when a run last committed an epoch, or else when it started."""
-    committed = None
+    """Return when a run last renewed its lease, committed an epoch, or else started."""
+    renewed = committed = None
+    with suppress(StoreError):
+        renewed = run.store.modified(keys.lease_key(run.run_id))
     if epoch > run.first_epoch:
         with suppress(StoreError):  # not every filesystem knows
             committed = run.store.modified(EPOCH.key(Partition(run.run_id, epoch - 1)))
-    return max((time for time in (committed, start.at) if time), default=None)
+    return max((time for time in (renewed, committed, start.at) if time), default=None)

@@ -198,6 +198,11 @@ def deletion_key(run_id: str) -> str:
     return f"runs/{validate_run_id(run_id)}/deletion.json"
 
 
+def lease_key(run_id: str) -> str:
+    """Return the key of the lease of the process that trains a run."""
+    return f"runs/{validate_run_id(run_id)}/lease.json"
+
+
 def run_folder(run_id: str) -> str:
     """Return the name of a run's folder within a tree."""
     return f"run_id={validate_run_id(run_id)}"

@@ -232,7 +232,7 @@ class Store:
             hidden: Whether to include unfinished writes and probes.
         """
         found = self._below(self._full(prefix) if prefix else self._path)
-        return sorted(key for key in found if hidden or not _is_hidden(key))
+        return sorted(key for key in found if hidden or not is_hidden(key))
 
     def sizes(self, prefix: str = "") -> dict[str, int]:
         """Return the size in bytes of every key below a folder, unfinished writes included.
@@ -336,6 +336,6 @@ def now() -> datetime:
     return datetime.now(UTC)
 
 
-def _is_hidden(key: str) -> bool:
+def is_hidden(key: str) -> bool:
     """Return whether a key belongs to an unfinished write or a probe."""
     return any(segment.startswith(".") for segment in key.split("/"))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from rich.table import Table
 
+from ddpo.errors import RunBeingTrained
 from ddpo_workflow.flows.cli import early_stop
 from ddpo_workflow.flows.cli.quiet import hide_loading_bars
 from ddpo_workflow.flows.cli.screen import console, say, show, show_places
@@ -84,6 +85,8 @@ def running(what: str, advice: Callable[[], str]) -> Iterator[None]:
         with StopHandler(show_stopped), without_heartbeats():
             start_server()
             yield
+    except RunBeingTrained:
+        raise  # this command has begun nothing that could be resumed
     except Exception as error:
         say(f"{what} failed: {type(error).__name__}", style="bold red")
         say(as_called(str(error)))

@@ -121,10 +121,13 @@ def delete(
 ) -> None:
     """Delete a run from the store, and mark its pages in MLflow as deleted."""
     from ddpo.runs import storage_root
+    from ddpo.runs.lease import wait_until_free
     from ddpo.store.objects import Store
     from ddpo.store.upkeep.delete import begin_deletion, finish_deletion, plan_deletion
 
-    deletion = plan_deletion(Store.open(storage_root(root)), run_id)
+    store = Store.open(storage_root(root))
+    wait_until_free(store, run_id)
+    deletion = plan_deletion(store, run_id)
     say(_described(deletion))
     if not yes and not typer.confirm("Delete it?"):
         say("nothing was deleted")

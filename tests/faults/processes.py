@@ -23,11 +23,13 @@ class Command:
         night: What is run.
         folder: Gets the config, Prefect's home and the screen's log.
         environment: More variables, as AWS's.
+        program: What Python is to run.
     """
 
     night: Night
     folder: Path
     environment: dict[str, str]
+    program: tuple[str, ...] = ("-m", "ddpo_workflow.flows.cli")
 
     def start(self) -> subprocess.Popen[bytes]:
         """Start the run or go on with it; the process leads a group of its own."""
@@ -36,15 +38,7 @@ class Command:
         home = {"PREFECT_HOME": str(self.folder / "prefect"), "HF_HUB_OFFLINE": "1"}
         with self.log.open("ab") as screen:
             return subprocess.Popen(
-                [
-                    sys.executable,
-                    "-m",
-                    "ddpo_workflow.flows.cli",
-                    "train",
-                    str(file),
-                    "--run-id",
-                    RUN,
-                ],
+                [sys.executable, *self.program, "train", str(file), "--run-id", RUN],
                 env={**os.environ, **home, **self.environment},
                 stdout=screen,
                 stderr=subprocess.STDOUT,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import shutil
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from ddpo.config import ForkConfig
 from ddpo.errors import DdpoError, MissingObject, RunBeingDeleted, RunHasForks
 from ddpo.runs import check_run, open_run, start_run
 from ddpo.runs.forks.records import record_fork
+from ddpo.runs.lease import held_lease
 from ddpo.store import keys, runs
 from ddpo.store.objects import Store
 from ddpo.store.upkeep.delete import begin_deletion, finish_deletion, plan_deletion
@@ -104,6 +106,18 @@ def test_runs_of_one_name_in_two_stores_have_a_page_each(
     ]
     assert [run.info.run_name for run in found] == [RUN, RUN]
     assert curves[0] != curves[1] and [len(curve) for curve in curves] == [2, 2]
+
+
+def test_a_run_in_training_is_refused_by_name(
+    store: Store, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with held_lease(store, RUN):
+        before = store.list()
+        assert ddpo(monkeypatch, "delete", RUN, "--yes", "--root", store.root) == 2
+        screen = " ".join(capsys.readouterr().out.split())
+        assert f"run '{RUN}' is being trained by process {os.getpid()}" in screen
+        assert store.list() == before
+    assert ddpo(monkeypatch, "delete", RUN, "--yes", "--root", store.root) == 0
 
 
 def test_a_run_with_forks_is_refused_by_name_with_the_way_out(

@@ -9,6 +9,7 @@ import pytest
 
 from ddpo.errors import MissingObject, StoreCallFailed
 from ddpo.store import manifests, objects
+from ddpo.store.backends import TEMPORARY_PREFIX
 from ddpo.store.objects import Store
 from ddpo.store.upkeep.sweep import find_unreferenced, sweep
 
@@ -128,6 +129,17 @@ def test_an_unfinished_file_of_a_killed_writer_goes(local_store: Store, later: N
     path.write_bytes(b"half")
     assert list(sweep(local_store, "R").values()) == [4]
     assert not path.exists()
+
+
+def test_the_lease_of_a_dead_process_and_an_unfinished_record_go(
+    local_store: Store, later: None
+) -> None:
+    left = {"runs/R/lease.json", f"runs/R/{TEMPORARY_PREFIX}lease"}
+    kept = {"runs/R/run.json", "runs/R/starts/00001.json", "runs/S/lease.json"}
+    for key in left | kept:
+        local_store.replace(key, b"{}")
+    assert set(sweep(local_store, "R")) == left
+    assert set(local_store.list(hidden=True)) == kept
 
 
 def test_a_folder_that_cannot_be_listed_is_an_error_and_not_an_empty_one(

@@ -1,7 +1,8 @@
 """Garbage collection: delete objects that no manifest lists.
 
 Such objects are left behind by a writer that died before its manifest or while writing a file, or
-that lost a race to another writer. They waste space and do no other harm.
+that lost a race to another writer. They waste space and do no other harm. The lease of a process
+that died while it trained a run is such an object too; a living process renews its own.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from datetime import timedelta
 
 from ddpo.errors import MissingObject
 from ddpo.store import keys, manifests, objects
-from ddpo.store.objects import REFRESH_AFTER, Store
+from ddpo.store.objects import REFRESH_AFTER, Store, is_hidden
 
 DEFAULT_GRACE = timedelta(days=1)
 """Age below which an object may belong to a task that has not committed yet."""
@@ -47,7 +48,7 @@ def find_unreferenced(
     old = {
         key: size
         for key, (size, modified) in store.ages().items()
-        if keys.belongs_to(key, run_id) and not keys.is_manifest(key) and modified < limit
+        if _is_swept(key, run_id) and modified < limit
     }
     listed: set[str] = set()
     pending = store.list(keys.MANIFESTS)
@@ -63,6 +64,13 @@ def find_unreferenced(
         pending += sorted(referred)
         seen |= referred
     return {key: old[key] for key in sorted(old.keys() - listed)}
+
+
+def _is_swept(key: str, run_id: str) -> bool:
+    """Return whether a key may be left over: data, a lease, or an unfinished write of a record."""
+    if keys.is_record_of(key, run_id):
+        return key == keys.lease_key(run_id) or is_hidden(key)
+    return keys.belongs_to(key, run_id) and not keys.is_manifest(key)
 
 
 def sweep(store: Store, run_id: str, *, grace: timedelta = DEFAULT_GRACE) -> dict[str, int]:
