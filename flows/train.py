@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import UTC
 from functools import partial
 from pathlib import Path
 from uuid import UUID
@@ -18,7 +19,7 @@ from prefect.runtime import flow_run
 
 from ddpo.analysis.evaluation.champion import gate_reason
 from ddpo.analysis.report import write_report
-from ddpo.errors import MissingObject, StoreError
+from ddpo.errors import ConfigError, MissingObject, StoreError
 from ddpo.runs import Run, RunPlan
 from ddpo.runs.forks.records import record_fork
 from ddpo.runs.lease import held_lease
@@ -68,6 +69,7 @@ def train(
     storage: Text = None,
     tracking: Text = None,
     overrides: Sequence[str] = (),
+    seed_of_date: bool = False,
 ) -> str:
     """Fine-tune a diffusion model on a reward.
 
@@ -80,10 +82,14 @@ def train(
         storage: Folder or URL of the store, such as `s3://bucket/prefix`. Empty: the config's.
         tracking: MLflow's tracking URI, such as `http://host:5000`. Empty: the config's.
         overrides: Any other setting, one per item, such as `sampler.steps=20`.
+        seed_of_date: Take the date (UTC) that the flow run was scheduled for as the seed, such as
+            20261224, so that every night's run is another one. The schedule `nightly` ticks this.
 
     Returns:
         The run's name.
     """
+    if seed_of_date:
+        seed = fresh_seed(run_id, seed)
     request = TrainRequest(
         config_file=config_file,
         run_id=run_id or _run_name(),
@@ -128,6 +134,25 @@ def start_and_train(plan: RunPlan) -> str:
     """
     with held_lease(plan.store, plan.run_id):
         return train_run(plan.start())
+
+
+def fresh_seed(run_id: str | None, seed: int | None) -> int:
+    """Return the seed of a new run that is scheduled; the same when Prefect retries the flow run.
+
+    Args:
+        run_id: The name that the run was given.
+        seed: The seed that it was given.
+
+    Raises:
+        ConfigError: It was given one of them.
+    """
+    if run_id or seed is not None:
+        given = "run_id" if run_id else "seed"
+        raise ConfigError(
+            f"seed_of_date makes a new run with a seed of its own, but {given} "
+            "is set too: leave one of the two empty"
+        )
+    return int(f"{flow_run.get_scheduled_start_time().astimezone(UTC):%Y%m%d}")
 
 
 def train_run(run: Run) -> str:
