@@ -5,7 +5,6 @@ from __future__ import annotations
 from datetime import timedelta
 
 from prefect.automations import (
-    Automation,
     AutomationCore,
     ChangeFlowRunState,
     EventTrigger,
@@ -50,17 +49,18 @@ def mark_dead_flow_runs(silence_s: float = SILENCE_S) -> None:
         ),
         actions=[
             ChangeFlowRunState(
+                name=None,
                 state=StateType.CRASHED,
                 message=f"No heartbeat for {silence_s:.0f} s. Committed work is kept: continue "
                 "with Retry, or with `ddpo resume`",
+                force=False,
             )
         ],
     )
     with get_client(sync_client=True) as client:
-        existing: list[Automation] = client.read_automations_by_name(NAME)
+        existing = client.read_automations_by_name(NAME)
         if not existing:
             client.create_automation(wanted)
         for automation in existing:
-            assert automation.id is not None
             changed = wanted.model_copy(update={"enabled": automation.enabled})
             client.update_automation(automation.id, changed)

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from prefect.automations import Automation, EventTrigger
 from prefect.client.orchestration import SyncPrefectClient
+from prefect.events.schemas.automations import Automation, EventTrigger
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from ddpo_workflow.flows import automations
