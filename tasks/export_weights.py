@@ -58,7 +58,8 @@ def export_weights(
 
     def log() -> None:
         if whole:
-            place = CHAMPION_FOLDER if champion else PIPELINE_FOLDER
+            # A folder of its own: an earlier champion's version refers to its files.
+            place = f"{CHAMPION_FOLDER}/epoch-{epoch:05}" if champion else PIPELINE_FOLDER
             page.log_folder(folder, place)
             model_uri = page.artifact_uri(place)
         else:

@@ -1,10 +1,13 @@
-"""A run's champion in MLflow's model registry: one registered model a run, and one alias."""
+"""A run's champion in MLflow: one registered model a run with one alias, and who says so."""
 
 from __future__ import annotations
 
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import RESOURCE_ALREADY_EXISTS, ErrorCode
 from mlflow.tracking import MlflowClient
+from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
+
+from ddpo_workflow.tasks.tracking.description import CHAMPION_TAG, EVALUATED_TAG, write_description
 
 ALIAS = "champion"
 """The alias of the best checkpoint's version."""
@@ -15,19 +18,16 @@ _MODEL_PREFIX = "models:/"
 
 def crown(
     client: MlflowClient, mlflow_run_id: str, model_uri: str, run_id: str, uid: str, epoch: int
-) -> str:
-    """Register a checkpoint's weights, once, and move the alias to them.
+) -> None:
+    """Register a checkpoint's weights, once, move the alias to them, and say so on the run's page.
 
     Args:
         client: The tracking store, which is the registry too.
-        mlflow_run_id: The run's page.
+        mlflow_run_id: The page that has the weights: the run's, or an evaluation's below it.
         model_uri: `models:/<id>` of the adapter, or where a whole pipeline is.
         run_id: The run, after which the registered model is named.
         uid: What distinguishes the run from others of its name.
         epoch: The checkpoint.
-
-    Returns:
-        The address of what has the alias, `models:/NAME@champion`.
     """
     name = _registered_model(client, run_id, uid)
     found = client.search_model_versions(f"name = '{name}'")
@@ -46,7 +46,17 @@ def crown(
             model_id=model_id,
         )
     client.set_registered_model_alias(name, ALIAS, version.version)
-    return f"{_MODEL_PREFIX}{name}@{ALIAS}"
+    text = f"Champion: checkpoint {epoch}, `{_MODEL_PREFIX}{name}@{ALIAS}`"
+    for page in _pages_of(client, mlflow_run_id):
+        client.set_tag(page, CHAMPION_TAG, text)
+        write_description(client, page)
+
+
+def _pages_of(client: MlflowClient, mlflow_run_id: str) -> list[str]:
+    """Return a page and, if it is an evaluation's, that of the evaluated run if there is one."""
+    tags = client.get_run(mlflow_run_id).data.tags
+    above = tags.get(MLFLOW_PARENT_RUN_ID) if EVALUATED_TAG in tags else None
+    return [mlflow_run_id, above] if above else [mlflow_run_id]
 
 
 def _registered_model(client: MlflowClient, run_id: str, uid: str) -> str:

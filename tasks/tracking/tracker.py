@@ -37,12 +37,7 @@ from ddpo_workflow.tasks.tracking.connection import (
     named_errors,
     waited_for,
 )
-from ddpo_workflow.tasks.tracking.description import (
-    CHAMPION_TAG,
-    FAILURE_TAG,
-    GATE_TAG,
-    write_description,
-)
+from ddpo_workflow.tasks.tracking.description import FAILURE_TAG, GATE_TAG, write_description
 from ddpo_workflow.tasks.tracking.experiment import find_or_create_experiment
 from ddpo_workflow.tasks.tracking.system_metrics import SystemMetrics
 
@@ -296,7 +291,9 @@ class RunTracker:
             )
 
     def crown(self, model_uri: str, run_id: str, uid: str, epoch: int) -> None:
-        """Give a checkpoint's weights the alias `champion` in MLflow's model registry.
+        """Give a checkpoint's weights the alias `champion` in MLflow's registry, and say so here.
+
+        An evaluation's page also lets the page of the evaluated run say so.
 
         Args:
             model_uri: What `log_adapter` returned, or the address of a logged pipeline.
@@ -305,11 +302,7 @@ class RunTracker:
             epoch: The checkpoint.
         """
         with self._exclusive(f"register checkpoint {epoch} as the champion"):
-            address = registry.crown(
-                self._client, self.mlflow_run_id, model_uri, run_id, uid, epoch
-            )
-            text = f"Champion: checkpoint {epoch}, `{address}`"
-            self._client.set_tag(self.mlflow_run_id, CHAMPION_TAG, text)
+            registry.crown(self._client, self.mlflow_run_id, model_uri, run_id, uid, epoch)
 
     def artifact_uri(self, artifact_path: str) -> str:
         """Return the address of a folder of the run's artifacts."""

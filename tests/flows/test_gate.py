@@ -211,6 +211,10 @@ def test_the_champion_has_one_version_and_one_alias_that_plain_mlflow_loads(
     assert champion is not None
     assert champion.epoch == 3
     assert client.get_model_version_by_alias("r", "champion").tags["ddpo.epoch"] == "3"
+    # The run's own page says so too, though the evaluation has a page of its own.
+    page = place.page("r")
+    assert page.info.status == "FINISHED"
+    assert "Champion: checkpoint 3" in page.data.tags["mlflow.note.content"]
 
 
 def test_weights_that_draw_something_else_are_no_champion(
@@ -264,6 +268,15 @@ def test_a_fully_trained_champion_is_registered_as_its_pipeline(
     )
     version = MlflowClient(place.uri).get_model_version_by_alias("r", "champion")
     assert (folder_of(version.source) / "model_index.json").is_file()
+    weights = folder_of(version.source) / "unet" / "diffusion_pytorch_model.safetensors"
+    before = weights.read_bytes()
+
+    # A later champion leaves the files of this version alone.
+    again(tmp_path, "epochs=2")
+    later = MlflowClient(place.uri).get_model_version_by_alias("r", "champion")
+    assert (version.tags["ddpo.epoch"], later.tags["ddpo.epoch"]) == ("1", "2")
+    assert weights.read_bytes() == before
+    assert (folder_of(later.source) / weights.relative_to(folder_of(version.source))).is_file()
 
 
 def test_a_second_run_of_the_name_gets_a_registered_model_of_its_own(
