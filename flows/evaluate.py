@@ -9,7 +9,7 @@ from typing import Any
 from prefect import get_run_logger
 from prefect.futures import PrefectFuture
 
-from ddpo.analysis.evaluation.plan import Evaluated, evaluation_set, is_due, same_evaluation_set
+from ddpo.analysis.evaluation.plan import evaluation_set, is_due, same_evaluation_set
 from ddpo.config import EvaluationConfig
 from ddpo.errors import ModelError
 from ddpo.runs import Run
@@ -30,9 +30,16 @@ from ddpo_workflow.tasks.evaluate import (
     shards_of,
     summarize_evaluation,
 )
-from ddpo_workflow.tasks.evaluated import baseline_of, is_average_trained, is_evaluated, summary_id
+from ddpo_workflow.tasks.evaluated import (
+    baseline_of,
+    completely_evaluated,
+    is_evaluated,
+    summary_id,
+    weights_to_evaluate,
+)
 from ddpo_workflow.tasks.export_weights import export_weights
 from ddpo_workflow.tasks.gate import pass_gate
+from ddpo_workflow.tasks.tracking.catch_up import track_missing_evaluations
 from ddpo_workflow.tasks.tracking.evaluation import track_evaluation
 from ddpo_workflow.tasks.tracking.page import open_evaluation_page
 from ddpo_workflow.tasks.tracking.tracker import TrackingHandle
@@ -118,9 +125,14 @@ class Evaluations:
 
     def catch_up(self, epoch: int) -> None:
         """Complete the evaluations before an epoch that an earlier start left unfinished."""
-        for earlier in range(self._run.first_epoch, epoch):
+        run, config = self._run, self._run.config.evaluation
+        if config is None or epoch == run.first_epoch:
+            return
+        track_missing_evaluations(run.handle, self._tracking, config, epoch)
+        done = completely_evaluated(run, config)
+        for earlier in sorted({*range(run.first_epoch, epoch)} - done):
             self.begin(earlier)
-            if earlier == self._run.first_epoch:
+            if earlier == run.first_epoch:
                 self.finish()  # the others are compared with it
         self.finish()
 
@@ -219,13 +231,10 @@ def evaluate_checkpoint(
     """
     checkpoint = CHECKPOINT.find(run.store, Partition(run.run_id, epoch))
     assert checkpoint is not None
-    every: list[Evaluated] = ["trained"]
-    if run.config.optimizer.ema_decay is not None and not is_average_trained(run, epoch):
-        every.append("average")
     handle = run.handle
     images: list[Any] = []
     summaries: list[Any] = []
-    for weights in every:
+    for weights in weights_to_evaluate(run, epoch):
         images_of = evaluation_set(run, config, weights)
         digest, shards = images_of.digest, range(len(shards_of(run, images_of)))
         # Futures: Prefect resolves them to their results before a task runs.

@@ -43,18 +43,28 @@ def evaluated_epochs(run: Run, config: EvaluationConfig, weights: Evaluated) -> 
     return sorted(found)
 
 
+def completely_evaluated(run: Run, config: EvaluationConfig) -> set[int]:
+    """Return the checkpoints of which all sets of weights are evaluated."""
+    found, shown = (
+        set(evaluated_epochs(run, config, weights)) for weights in ("trained", shown_weights(run))
+    )
+    return found & shown
+
+
 def is_evaluated(run: Run, config: EvaluationConfig, epoch: int) -> bool:
     """Return whether the evaluation of a checkpoint's trained weights is committed."""
     return _find(run, config, epoch, "trained") is not None
 
 
-def evaluation_ref(run: Run, config: EvaluationConfig, epoch: int) -> Ref[Evaluation]:
-    """Return the evaluation of a checkpoint's trained weights.
+def evaluation_ref(
+    run: Run, config: EvaluationConfig, epoch: int, weights: Evaluated = "trained"
+) -> Ref[Evaluation]:
+    """Return the evaluation of a checkpoint.
 
     Raises:
         MissingObject: The checkpoint is not evaluated.
     """
-    where = _where(run, config, epoch, "trained")
+    where = _where(run, config, epoch, weights)
     found = EVALUATION.find(run.store, where)
     if found is None:
         raise MissingObject(EVALUATION.key(where), run.store.root)
@@ -116,6 +126,13 @@ def is_average_trained(run: Run, epoch: int) -> bool:
     It does at the start of a run, unless the run is a fork, which inherits its parent's average.
     """
     return epoch == run.first_epoch and run.fork is None
+
+
+def weights_to_evaluate(run: Run, epoch: int) -> list[Evaluated]:
+    """Return a checkpoint's sets of weights: the trained ones, and their average if they differ."""
+    if shown_weights(run) == "trained" or is_average_trained(run, epoch):
+        return ["trained"]
+    return ["trained", "average"]
 
 
 def shown_weights(run: Run) -> Evaluated:

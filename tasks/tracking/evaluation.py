@@ -19,7 +19,10 @@ from ddpo_workflow.tasks.tracking.tracker import TrackingHandle, tracker
 from ddpo_workflow.tasks.worker import RunHandle, opened
 
 _logger = logging.getLogger(__name__)
-_PREFIXES: dict[Evaluated, str] = {"trained": "evaluation", "average": "evaluation_average"}
+PREFIXES: dict[Evaluated, str] = {"trained": "evaluation", "average": "evaluation_average"}
+"""What the metrics of each set of weights are named under."""
+ALARMS = "alarms"
+"""The metric that every evaluation has, whatever it measures: the number of its alarms."""
 
 
 @task(
@@ -54,10 +57,10 @@ def track_evaluation(
     wrong = alarms_of(run, config, epoch, weights)
     if wrong:
         _logger.warning("checkpoint %d may exploit its reward: %s", epoch, "; ".join(wrong))
-    prefix = _PREFIXES[weights]
+    prefix = PREFIXES[weights]
     metrics = {
         f"{prefix}/{re.sub(r'[^A-Za-z0-9_./ -]+', '_', name)}": value
-        for name, value in {**found.metrics, "alarms": float(len(wrong))}.items()
+        for name, value in {**found.metrics, ALARMS: float(len(wrong))}.items()
     }
     page = tracker(tracking)
     page.backlog.log(lambda: page.log_metrics(metrics, step=epoch))

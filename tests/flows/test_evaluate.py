@@ -24,7 +24,8 @@ from ddpo.runs import Run, check_run, open_run, start_run
 from ddpo.store.keys import Partition
 from ddpo.store.kinds import CHECKPOINT, EVALUATION, EVALUATION_SHARD
 from ddpo.store.objects import Store
-from ddpo_workflow.flows.evaluate import evaluate
+from ddpo_workflow.flows import evaluate as flow
+from ddpo_workflow.flows.evaluate import evaluate, evaluate_checkpoint
 from ddpo_workflow.flows.run_requests import EvaluateRequest
 from ddpo_workflow.flows.train import train
 from ddpo_workflow.tasks.evaluate import sample_evaluation
@@ -236,6 +237,44 @@ def test_evaluations_of_a_run_that_gets_them_late_are_resumed(
     run = place.run("r")
     summaries = {epoch: metrics_of(run, part(run), epoch) for epoch in range(5)}
     assert all("redness/gain" in summaries[epoch] for epoch in range(1, 5))
+
+
+def test_a_resume_evaluates_what_is_not_committed_and_logs_what_the_page_lacks(
+    tiny_model: Path,
+    mlflow_database: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    every_one = {**EVALUATION_PART, "every": 1}
+    place = record(tiny_model, mlflow_database, tmp_path, keep=None, evaluation=every_one)
+    began: list[int] = []
+
+    def spy(run: Run, tracking: Any, config: EvaluationConfig, epoch: int) -> Any:
+        began.append(epoch)
+        return evaluate_checkpoint(run, tracking, config, epoch)
+
+    monkeypatch.setattr(flow, "evaluate_checkpoint", spy)
+    shutil.copy(mlflow_database, tmp_path / "other.db")
+    other = f"tracking.uri=sqlite:///{tmp_path}/other.db"
+    train(str(tmp_path / "config.yaml"), run_id="r", overrides=[other])
+    assert began == [2, 3]  # those beside the last epoch and after it, whatever their number
+    shown = Place(place.store, f"sqlite:///{tmp_path}/other.db")
+    client, page = MlflowClient(shown.uri), shown.page("r").info.run_id
+    for name, steps in (
+        ("evaluation/redness/mean", [0, 1, 2, 3]),
+        ("evaluation_average/redness/mean", [1, 2, 3]),
+    ):
+        assert [m.step for m in client.get_metric_history(page, name)] == steps, name
+
+    run = place.run("r")
+    average = summary_id(run, part(run), evaluation_set(run, part(run), "average"))
+    lost = EVALUATION.key(Partition("r", 1, images_id=average))
+    before = json.loads(place.store.read(lost))["objects"]
+    place.store.delete(lost)
+    began.clear()
+    train(str(tmp_path / "config.yaml"), run_id="r")
+    assert began == [1, 2, 3]
+    assert json.loads(place.store.read(lost))["objects"] == before
 
 
 def test_more_steps_than_the_model_has_are_refused_by_the_evaluations_name(
