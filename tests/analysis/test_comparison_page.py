@@ -13,6 +13,7 @@ from ddpo.analysis.comparison.plan import Comparison
 from ddpo.analysis.comparison.result import Result, compare_curves
 from ddpo.analysis.page.thumbnails import thumbnail_uri
 from ddpo.basics.images import encode_image
+from tests.analysis.browser import SCHEMES, WIDTHS, Scheme, check_appearance, visited
 from tests.analysis.test_comparison import comparison
 from tests.analysis.test_run_page import HOSTILE, Elements
 
@@ -62,27 +63,16 @@ def test_a_page_holds_no_code_and_needs_no_network(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [390, 1280])
-def test_nothing_is_wider_than_the_window(tmp_path: Path, scheme: str, width: int) -> None:
-    pytest.importorskip("playwright", reason="playwright is not installed")
-    from bench import screenshots
-
-    if screenshots.find_browser() is None:
-        pytest.skip("no Chromium on the PATH")
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("width", WIDTHS)
+def test_a_page_can_be_read_on_a_phone_and_in_the_dark(
+    tmp_path: Path, scheme: Scheme, width: int
+) -> None:
     file = tmp_path / "comparison.html"
     file.write_text(page_of(tmp_path), encoding="utf-8")
-    with screenshots.open_browser() as context:
-        page = context.new_page()
-        page.emulate_media(color_scheme=scheme)
-        page.set_viewport_size({"width": width, "height": 900})
-        page.goto(file.as_uri())
-        assert page.evaluate("document.documentElement.scrollWidth") == width
-        assert page.evaluate("[...document.images].every(image => image.naturalWidth > 0)")
+    with visited(file, width, scheme) as page:
+        check_appearance(page, width, scheme, "path.variant")
         strokes = page.evaluate(
             "[...document.querySelectorAll('path.variant')].map(p => getComputedStyle(p).stroke)"
         )
         assert len(set(strokes)) == len(strokes) - 1
-        ground = page.evaluate("getComputedStyle(document.body).backgroundColor")
-        assert (ground == "rgb(21, 23, 27)") == (scheme == "dark")
-        page.screenshot(path=tmp_path / "page.png", full_page=True)
