@@ -154,6 +154,7 @@ def test_the_untrained_model_is_at_distance_0_and_its_first_update_the_plain_one
     assert "kl_to_base" not in measured[0]
 
 
+@pytest.mark.slow
 def test_a_heavier_penalty_keeps_the_policy_nearer_to_the_base_model(
     tiny_model: Path,
 ) -> None:

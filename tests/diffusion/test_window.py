@@ -280,6 +280,7 @@ def test_pictures_of_one_policy_are_the_same_whatever_the_epochs_window(
     assert pictures[0] == pictures[1]
 
 
+@pytest.mark.slow
 def test_a_fork_of_another_seed_may_not_train_samples_whose_noise_is_elsewhere(
     tiny_model: Path, tmp_path: Path
 ) -> None:

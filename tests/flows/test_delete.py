@@ -64,6 +64,7 @@ def fork_of(store: Store, fork: str) -> None:
     runs.record_fork(store, RUN, fork, 1)
 
 
+@pytest.mark.slow
 def test_a_deleted_run_leaves_nothing_and_its_name_to_another_run(
     tiny_model: Path,
     mlflow_database: Path,
@@ -85,6 +86,7 @@ def test_a_deleted_run_leaves_nothing_and_its_name_to_another_run(
     assert night.metrics() == before and pages(uri) == [RUN]
 
 
+@pytest.mark.slow
 def test_runs_of_one_name_in_two_stores_have_a_page_each(
     tiny_model: Path, mlflow_database: Path, tmp_path: Path
 ) -> None:

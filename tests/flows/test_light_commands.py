@@ -8,6 +8,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import pytest
+
 from tests.recorded import folder_of, record_run
 
 HEAVY = (
@@ -54,6 +56,7 @@ def heavy_imports(commands: dict[str, str], heavy: Sequence[str] = HEAVY) -> dic
     return {command: new for command, (new, _) in found.items() if new}
 
 
+@pytest.mark.slow
 def test_lists_and_help_load_no_model_library(tiny_model: Path, tmp_path: Path) -> None:
     root = folder_of(record_run(tiny_model, tmp_path / "store", epochs=2))
     commands = {

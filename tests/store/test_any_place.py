@@ -43,6 +43,7 @@ def test_a_name_is_refused_or_found_again(name: str) -> None:
     assert name in runs.list_runs(store)
 
 
+@pytest.mark.slow
 @PROPERTY
 @given(st.text(min_size=1, max_size=20).filter(lambda name: ".." not in name))
 @example("run #1")

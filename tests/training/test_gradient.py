@@ -39,6 +39,7 @@ def test_micro_batches_cover_every_pair_once_timestep_by_timestep() -> None:
     assert [len(b.samples) for b in batches] == [2, 2, 2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("algorithm", ["ddpo_is", "ddpo_sf"])
 def test_micro_batches_of_any_size_give_the_gradient_of_one_backward_over_everything(
     policy: Policy, config: RunConfig, rollouts: Rollouts, algorithm: str

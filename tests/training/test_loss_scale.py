@@ -130,6 +130,7 @@ def test_a_gradient_that_overflows_at_the_least_scale_stops_the_run(tiny_model: 
     assert_same_tensors(policy.weights.state(), before.weights)
 
 
+@pytest.mark.slow
 def test_a_run_resumes_with_the_scale_that_it_had(tiny_model: Path) -> None:
     policy, config = half_run(tiny_model)
     with overflowing(policy, range(4)):

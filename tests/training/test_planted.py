@@ -63,6 +63,8 @@ from tests.tiny import (
     tiny_config,
 )
 
+pytestmark = pytest.mark.slow  # the checks themselves run by `make check`
+
 
 @pytest.fixture
 def gradient_check(tiny_model: Path) -> Callable[[], None]:

@@ -175,6 +175,7 @@ def test_auto_recomputes_where_low_precision_leaves_a_tenth_of_the_clip_range(
     assert metrics["recomputed_log_probs"] and metrics["clip_fraction"] == 0.0
 
 
+@pytest.mark.slow
 def test_an_adopted_epochs_log_probs_are_never_made_again_by_another_policy(
     tiny_model: Path,
 ) -> None:

@@ -173,6 +173,7 @@ def regressed(
     return update(policy, initial_state(policy), finals, {"weight": weights}, {}, config)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trainable", [{"type": "lora"}, {"type": "full"}])
 def test_two_epochs_straight_are_one_and_one_more_from_the_store(
     tiny_model: Path, trainable: dict[str, str]

@@ -55,6 +55,7 @@ def epoch_of(
     return update(policy, state, rollouts, as_credit(ADVANTAGES), statistics, config)[0], rollouts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trainable", [{"type": "lora"}, FULL])
 def test_two_epochs_straight_are_one_and_one_more_from_the_store(
     tiny_model: Path, trainable: dict[str, str]
@@ -82,6 +83,7 @@ def test_two_epochs_straight_are_one_and_one_more_from_the_store(
     assert not torch.equal(flat(straight.weights), flat(first.weights))
 
 
+@pytest.mark.slow
 def test_updates_are_those_of_one_adamw_that_lives_on(policy: Policy, config: RunConfig) -> None:
     state = initial_state(policy)
     rounds = []
