@@ -17,7 +17,7 @@ install: $(READY)  ## Install everything into .venv
 demo: $(READY)  ## Train the starter model on a reward, on the CPU, in minutes
 	$(BIN)/ddpo train configs/starter.yaml
 
-check: $(READY)  ## Before each commit: style, types and the fast tests (two minutes)
+check: $(READY)  ## Before each commit: style, types and the fast tests (a few minutes)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	@# pyright beside the tests: it keeps one core busy, and says nothing until it is done.
