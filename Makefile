@@ -7,7 +7,7 @@ FRESH  := build/fresh
 .DEFAULT_GOAL := help
 # A process takes a whole module at a time, in the order of tests/conftest.py: the long ones first.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
-.PHONY: help install demo check test faults lint format constraints bench starter-report results screenshots clean
+.PHONY: help install demo server server-stop check test faults lint format constraints bench starter-report results screenshots clean
 
 help:  ## Show this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -16,6 +16,12 @@ install: $(READY)  ## Install everything into .venv
 
 demo: $(READY)  ## Train the starter model on a reward, on the CPU, in minutes
 	$(BIN)/ddpo train configs/starter.yaml
+
+server: $(READY)  ## Start Prefect, MLflow, a store to try and workers, in the background
+	$(BIN)/ddpo server start
+
+server-stop: $(READY)  ## Stop what `make server` started
+	$(BIN)/ddpo server stop
 
 check: $(READY)  ## Before each commit: style, types and the fast tests (a few minutes)
 	$(BIN)/ruff check .

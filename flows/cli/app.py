@@ -18,6 +18,7 @@ from ddpo_workflow.flows.cli import (
     overview,
     pages,
     rewards,
+    server,
     storage,
     training,
 )
@@ -37,6 +38,9 @@ for _module in (training, overview, evaluate, forks, data, storage, pages, rewar
     for _command in _module.app.registered_commands:
         _command.cls = OptionsOnce
     app.add_typer(_module.app)
+for _command in server.app.registered_commands:
+    _command.cls = OptionsOnce
+app.add_typer(server.app, name="server")
 
 
 def main() -> None:

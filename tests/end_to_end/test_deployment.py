@@ -35,13 +35,13 @@ from ddpo.store.keys import Partition
 from ddpo.store.kinds import ADVANTAGES, CHECKPOINT, EPOCH
 from ddpo.store.objects import Store
 from ddpo.store.tables import decode_advantages
+from ddpo_workflow.flows.server.deploy import POOLS, deploy
 from ddpo_workflow.tasks.tracking.connection import RUN_ID_TAG, connect
 from tests.recorded import SAMPLES, record_run
 from tests.tiny import tiny_config
 
 REPOSITORY = Path(__file__).parents[2]
 START_LIMIT_S = 120.0
-COMMAND_LIMIT_S = 120.0
 RUN_LIMIT_S = 240.0
 
 _COMMAND = re.compile(r"^prefect deployment run (\S+)( .*)", re.MULTILINE)
@@ -54,21 +54,6 @@ class Operator:
     address: str
     environment: dict[str, str]
     logs: dict[str, Path] = field(default_factory=dict)
-
-    def prefect(self, *words: str) -> str:
-        """Run a `prefect` command in the checkout, with nobody at the keyboard."""
-        done = subprocess.run(
-            [sys.executable, "-m", "prefect", "--no-prompt", *words],
-            cwd=REPOSITORY,
-            env=self.environment,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=COMMAND_LIMIT_S,
-            check=False,
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
 
     def run_to_the_end(self, deployment: str, parameters: dict[str, Any]) -> FlowRun:
         """Start a deployment as the UI's form does; returns the flow run once it has ended."""
@@ -110,16 +95,18 @@ def operator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Operator]:
         server = ("server", "start", "--host", "127.0.0.1", "--port", str(port))
         health = f"{address}/api/health"
         stack.enter_context(process(operator, folder, "server", *server, url=health))
-        operator.prefect("work-pool", "create", "ddpo", "--type", "process")
-        operator.prefect("deploy", "--all")
-        stack.enter_context(process(operator, folder, "worker", "worker", "start", "-p", "ddpo"))
+        deploy(f"{address}/api", tracking=None)
+        for pool in POOLS:
+            worker = ("worker", "start", "-p", pool)
+            stack.enter_context(process(operator, folder, f"worker of {pool}", *worker))
         yield operator
 
 
 def deployments() -> dict[str, str]:
     """Entrypoints of `prefect.yaml` by the full names of their deployments."""
     listed = yaml.safe_load((REPOSITORY / "prefect.yaml").read_text())["deployments"]
-    return {f"ddpo-{each['name']}/{each['name']}": each["entrypoint"] for each in listed}
+    entrypoints = {each["name"]: each["entrypoint"] for each in listed}
+    return {f"ddpo-{path.partition(':')[2]}/{name}": path for name, path in entrypoints.items()}
 
 
 def documented() -> list[tuple[str, str]]:

@@ -1,0 +1,1 @@
+"""The servers and workers of a machine, started and stopped together: `ddpo server`."""
