@@ -7,6 +7,7 @@ import os
 import secrets
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import botocore.session
@@ -64,7 +65,14 @@ def bucket_of(folder: Path) -> Bucket:
     return Bucket.model_validate(json.loads(file.read_text()))
 
 
-def start_bucket(program: str, folder: Path, bucket: Bucket, port: int, log: Path) -> Service:
+def start_bucket(
+    program: str,
+    folder: Path,
+    bucket: Bucket,
+    port: int,
+    log: Path,
+    remember: Callable[[Service], None],
+) -> Service:
     """Start SeaweedFS; `answers` says when the bucket can be written.
 
     Args:
@@ -73,6 +81,7 @@ def start_bucket(program: str, folder: Path, bucket: Bucket, port: int, log: Pat
         bucket: What it is.
         port: Where it listens.
         log: Gets what it prints.
+        remember: Called with its process before it runs.
     """
     command = [
         program,
@@ -87,7 +96,7 @@ def start_bucket(program: str, folder: Path, bucket: Bucket, port: int, log: Pat
     command += ["-s3.port.iceberg=0", "-s3.port.lance=0", "-webdav=false", "-admin.ui=false"]
     command += ["-master.telemetry=false", f"-bucket={BUCKET}"]
     environment = os.environ | bucket.environment(port)
-    return start("SeaweedFS", command, log, environment, folder=folder)
+    return start("SeaweedFS", command, log, environment, remember, folder=folder)
 
 
 def answers(bucket: Bucket, port: int) -> bool:

@@ -9,7 +9,7 @@ import secrets
 import shutil
 import signal
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,11 +66,12 @@ class Postgres:
     account: str | None
     version: str
 
-    def start(self, log: Path) -> StartedPostgres:
+    def start(self, log: Path, remember: Callable[[Service], None]) -> StartedPostgres:
         """Start it.
 
         Args:
             log: Gets what it prints.
+            remember: Called with its process before it runs.
         """
         port = free_port()
         options = {"listen_addresses": HOST, "port": str(port), "unix_socket_directories": ""}
@@ -81,6 +82,7 @@ class Postgres:
             command,
             log,
             os.environ,
+            remember,
             account=self.account,
             folder=self.folder,
             stop_signal=signal.SIGINT,  # "fast": does not wait for clients to leave

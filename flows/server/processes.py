@@ -24,6 +24,8 @@ _END_S = 30.0  # a run under way stops within ten seconds
 _LOOK_S = 0.2
 _TAIL = 15  # lines of a log
 _HIGHEST_PORT = 65_535
+# Becomes the program once it has read a line, and ends if whoever is to write it has died.
+_GATE = 'read -r _ && exec "$@" < /dev/null'
 
 
 class ServerError(DdpoError):
@@ -86,6 +88,7 @@ def start(
     command: Sequence[str],
     log: Path,
     environment: Mapping[str, str],
+    remember: Callable[[Service], None],
     *,
     account: str | None = None,
     folder: Path | None = None,
@@ -99,6 +102,8 @@ def start(
         command: The program and its arguments.
         log: Gets what it prints.
         environment: Its whole environment.
+        remember: Called with the process before the program runs; if this process is killed in the
+            meantime, the program never does.
         account: The user that it runs as, if this process may choose one. By default this one's.
         folder: Where it starts. By default here.
         stop_signal: What ends it in good order.
@@ -107,8 +112,8 @@ def start(
     # A session of its own: Ctrl-C in the terminal of `ddpo server start` must not reach it.
     with log.open("ab") as output:
         started = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
+            ["/bin/sh", "-c", _GATE, "sh", *command],
+            stdin=subprocess.PIPE,
             stdout=output,
             stderr=output,
             env=dict(environment),
@@ -116,18 +121,19 @@ def start(
             start_new_session=True,
             **as_user(account),
         )
-    try:
-        created_s = psutil.Process(started.pid).create_time()
-    except psutil.NoSuchProcess:  # reaped already; `wait` says that it has ended
-        created_s = 0.0
-    return Service(
-        name=name,
-        pid=started.pid,
-        created_s=created_s,
-        log=log,
-        stop_signal=stop_signal,
-        children_too=children_too,
-    )
+    assert started.stdin is not None
+    with started.stdin as gate:
+        service = Service(
+            name=name,
+            pid=started.pid,
+            created_s=psutil.Process(started.pid).create_time(),
+            log=log,
+            stop_signal=stop_signal,
+            children_too=children_too,
+        )
+        remember(service)
+        gate.write(b"go\n")
+    return service
 
 
 def as_user(account: str | None) -> dict[str, Any]:

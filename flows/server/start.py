@@ -206,8 +206,7 @@ class _Start:
         database = home / "prefect.db"
         chosen = _choose_database(self._folder.path / "postgres", database)
         if isinstance(chosen, Postgres):
-            started = chosen.start(self._folder.log("postgresql"))
-            self._add(started.service)
+            started = chosen.start(self._folder.log("postgresql"), self._add)
             started.wait()
             environment["PREFECT_API_DATABASE_CONNECTION_URL"] = started.address
             text = f"on PostgreSQL {chosen.version}, in {chosen.folder}"
@@ -235,8 +234,7 @@ class _Start:
             return
         port, own = self._ports.store, self._bucket
         place, log = self._folder.path / "seaweedfs", self._folder.log("seaweedfs")
-        service = seaweedfs.start_bucket(self._program, place, own, port, log)
-        self._add(service)
+        service = seaweedfs.start_bucket(self._program, place, own, port, log, self._add)
         service.wait(lambda: seaweedfs.answers(own, port))
         address = f"http://{HOST}:{port}, SeaweedFS for trying out, in {place}"
         if named := [name for name in _OWN_STORE if os.environ.get(name)]:
@@ -292,15 +290,14 @@ class _Start:
     ) -> Service:
         """Start a module of this Python, in this folder."""
         inherited = {k: v for k, v in os.environ.items() if k not in _NOT_OF_SERVERS}
-        service = start(
+        return start(
             name,
             [sys.executable, "-m", module, *words],
             self._folder.log(name.rpartition(" ")[2].lower()),
             inherited | dict(environment or {}),
+            self._add,
             children_too=children_too,
         )
-        self._add(service)
-        return service
 
     def _add(self, service: Service) -> None:
         self._update(services=(*self._running.services, service))

@@ -75,6 +75,11 @@ def processes_of(folder: Path) -> list[psutil.Process]:
     return [*running, *(child for each in running for child in each.children(recursive=True))]
 
 
+def naming(folder: Path) -> list[psutil.Process]:
+    """Return the processes whose command names a folder."""
+    return [p for p in psutil.process_iter(["cmdline"]) if str(folder) in str(p.info["cmdline"])]
+
+
 def exported(folder: Path) -> dict[str, str]:
     """Return what a shell gets that reads `client.env`."""
     lines = (folder / "client.env").read_text().splitlines()
@@ -180,8 +185,7 @@ def test_a_start_that_fails_leaves_nothing_behind_and_shows_the_log(folder: Path
     assert "MLflow ended while it started" in failed.stdout
     assert "not a database" in failed.stdout
     assert not (folder / "running.json").exists()
-    left = [p for p in psutil.process_iter(["cmdline"]) if str(folder) in str(p.info["cmdline"])]
-    assert left == []
+    assert naming(folder) == []
 
 
 def test_what_a_killed_start_left_is_ended_by_the_next_stop(folder: Path) -> None:
@@ -199,3 +203,4 @@ def test_what_a_killed_start_left_is_ended_by_the_next_stop(folder: Path) -> Non
     stopped = ddpo("server", "stop", "--folder", str(folder))
     assert stopped.returncode == 0 and "stopped" in stopped.stdout
     assert [process for process in running if process.is_running()] == []
+    assert naming(folder) == []

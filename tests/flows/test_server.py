@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -29,6 +30,10 @@ print(child.pid, flush=True)
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
 time.sleep(600)
 """
+
+
+def ignore(service: Service) -> None:
+    """Remember nothing."""
 
 
 @pytest.fixture
@@ -78,7 +83,7 @@ def test_stopping_where_nothing_runs_says_so(
 
 def test_an_end_takes_what_a_process_has_started_with_it(tmp_path: Path) -> None:
     log = tmp_path / "log"
-    service = start_process("it", [sys.executable, "-c", STUBBORN], log, os.environ)
+    service = start_process("it", [sys.executable, "-c", STUBBORN], log, os.environ, ignore)
     while not log.read_text():
         time.sleep(0.05)
     child = psutil.Process(int(log.read_text()))
@@ -86,10 +91,28 @@ def test_an_end_takes_what_a_process_has_started_with_it(tmp_path: Path) -> None
     assert service.process() is None and not child.is_running()
 
 
+def test_no_program_runs_that_the_folder_does_not_remember(tmp_path: Path) -> None:
+    """A start that is killed at the last moment before it has written down what it starts."""
+    log, ran = tmp_path / "log", tmp_path / "ran"
+    killed = (
+        "import os, signal; from pathlib import Path\n"
+        "from ddpo_workflow.flows.server.processes import start\n"
+        "def die(service): print(service.pid, flush=True); os.kill(os.getpid(), signal.SIGKILL)\n"
+        f"start('it', ['touch', {str(ran)!r}], Path({str(log)!r}), os.environ, die)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", killed], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == -signal.SIGKILL
+    with suppress(psutil.NoSuchProcess):
+        psutil.Process(int(done.stdout)).wait(30)
+    assert not ran.exists()
+
+
 def test_a_process_that_has_taken_over_an_id_is_left_alone(tmp_path: Path) -> None:
     log = tmp_path / "log"
     sleeper = [sys.executable, "-c", "import time; time.sleep(600)"]
-    other = start_process("another", sleeper, log, os.environ)
+    other = start_process("another", sleeper, log, os.environ, ignore)
     remembered = other.model_copy(update={"created_s": other.created_s - 60})
     end(remembered)
     assert remembered.process() is None
