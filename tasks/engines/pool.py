@@ -29,7 +29,8 @@ _logger = logging.getLogger(__name__)
 class Pool:
     """Gives each call to an idle worker.
 
-    Of several, the first one is taken, so that an update finds the weights that it left there.
+    Of several, the first one is taken, so that an update finds the weights that it left there, and
+    those that were lost before come last: their node may be gone.
 
     Args:
         workers: The workers.
@@ -43,9 +44,10 @@ class Pool:
         self._meeting = meeting
         self._closed = False
         self._all = Lock()
-        self._idle: PriorityQueue[int] = PriorityQueue()
+        self._losses = [0] * len(workers)
+        self._idle: PriorityQueue[tuple[int, int]] = PriorityQueue()
         for number in range(len(workers)):
-            self._idle.put(number)
+            self._release(number)
 
     @property
     def workers(self) -> int:
@@ -56,11 +58,14 @@ class Pool:
         """Run a function on an idle worker; see `Engine.call`."""
 
         def once() -> R:
-            number = self._idle.get()
+            _, number = self._idle.get()
             try:
                 return self._workers[number].run(partial(function, *args, **kwargs))
+            except WorkerLost:
+                self._losses[number] += 1
+                raise
             finally:
-                self._idle.put(number)
+                self._release(number)
 
         return self._until_kept(once)
 
@@ -69,16 +74,19 @@ class Pool:
 
         def once() -> R:
             with self._all:  # two that each wait for the other's workers would wait forever
-                numbers = [self._idle.get() for _ in self._workers]
+                numbers = [self._idle.get()[1] for _ in self._workers]
             try:
                 with self._meeting() as address:
                     seats = [Seat(rank, len(numbers), address) for rank in range(len(numbers))]
                     return self._gathered([partial(function, seat, *args) for seat in seats])
             finally:
                 for number in numbers:
-                    self._idle.put(number)
+                    self._release(number)
 
         return self._until_kept(once)
+
+    def _release(self, number: int) -> None:
+        self._idle.put((self._losses[number], number))
 
     def _gathered(self, calls: Sequence[Callable[[], R]]) -> R:
         """Run one call on each worker; once one has failed, the others end as well."""

@@ -18,8 +18,8 @@ from ddpo_workflow.tasks.engines import remote
 from ddpo_workflow.tasks.engines.base import WorkerLost
 from ddpo_workflow.tasks.engines.pool import Pool
 
-_RETRIES = 3
-"""How often Ray calls an actor again that it has restarted, perhaps on another node."""
+_PLACED_S = 300.0
+"""How long an actor may wait for a node with room for it, in seconds."""
 
 
 class RayPool(Pool):
@@ -42,7 +42,7 @@ class RayPool(Pool):
 
 
 class RayWorker:
-    """One actor.
+    """One actor, started at the first call, and again, perhaps on another node, after it was lost.
 
     Args:
         number: From 0.
@@ -52,33 +52,52 @@ class RayWorker:
 
     def __init__(self, number: int, gpus: int, trusted: tuple[str, ...]) -> None:
         self._name = f"Ray actor {number}"
-        ray = _ray()
-        kind = ray.remote(num_cpus=1, num_gpus=gpus, max_restarts=-1, max_task_retries=_RETRIES)
-        self._actor = kind(_Actor).remote(trusted)
+        self._gpus = gpus
+        self._trusted = trusted
+        self._actor: Any = None
+        self._closed = False
 
     def run(self, call: Callable[[], Any]) -> Any:
         """Run a call; see `Worker.run`."""
         ray = _ray()
         try:
-            outcome, events = ray.get(self._actor.run.remote(call))
+            actor = self._actor = self._actor or self._start()
+            outcome, events = ray.get(actor.run.remote(call))
         except ray.exceptions.RayTaskError as error:
             raise DdpoError(
                 f"{self._name} cannot run the tasks of this release: {error.cause!r}. "
                 "Install ddpo, its extra ray, and what the run's config names, on every node"
             ) from error
         except ray.exceptions.RayError as error:
+            self.end()
             raise WorkerLost(self._name, str(error).strip().partition("\n")[0]) from error
         for event in events:
             remote.receive(event)
         return outcome.result()
 
+    def _start(self) -> Any:
+        if self._closed:
+            raise WorkerLost(self._name, "the run has ended")
+        ray = _ray()
+        actor = ray.remote(num_cpus=1, num_gpus=self._gpus)(_Actor).remote(self._trusted)
+        try:
+            ray.get(actor.ready.remote(), timeout=_PLACED_S)
+        except ray.exceptions.GetTimeoutError as error:
+            ray.kill(actor)
+            reason = f"no node had room for it for {_PLACED_S:.0f} s"
+            raise WorkerLost(self._name, reason) from error
+        return actor
+
     def end(self) -> None:
-        """End the actor's process; see `Worker.end`."""
-        _ray().kill(self._actor, no_restart=False)
+        """End the actor; see `Worker.end`."""
+        actor, self._actor = self._actor, None
+        if actor is not None:
+            _ray().kill(actor)
 
     def close(self) -> None:
         """End the actor for good; see `Worker.close`."""
-        _ray().kill(self._actor)
+        self._closed = True
+        self.end()
 
 
 class _Actor:
@@ -87,6 +106,9 @@ class _Actor:
     def __init__(self, trusted: tuple[str, ...]) -> None:
         self._events: list[remote.Event] = []
         remote.begin(self._events.append, trusted)
+
+    def ready(self) -> None:
+        """Tell that the process has started."""
 
     def run(self, call: Callable[[], Any]) -> tuple[remote.Outcome, list[remote.Event]]:
         """Run a call; return how it ended, and what it logged and reported meanwhile."""
