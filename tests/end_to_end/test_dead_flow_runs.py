@@ -17,6 +17,7 @@ from prefect.events.schemas.automations import Automation, EventTrigger
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from ddpo_workflow.flows import automations
+from ddpo_workflow.flows.server.deploy import deploy
 from tests.end_to_end.test_deployment import Operator, process
 from tests.faults.processes import kill
 from tests.servers import free_port
@@ -81,14 +82,13 @@ def automation_of(client: SyncPrefectClient) -> Automation:
 def test_every_deploy_sets_up_one_automation_that_stays_off_if_it_was_turned_off(
     operator: Operator,
 ) -> None:
-    operator.prefect("work-pool", "create", "ddpo", "--type", "process")
-    operator.prefect("deploy", "--name", "train")
+    deploy(f"{operator.address}/api", tracking=None)
     with SyncPrefectClient(f"{operator.address}/api") as client:
         found = automation_of(client)
         assert found.enabled and isinstance(found.trigger, EventTrigger)
         assert found.trigger.within.total_seconds() == automations.SILENCE_S
         client.pause_automation(found.id)
-        operator.prefect("deploy", "--name", "resume")
+        deploy(f"{operator.address}/api", tracking=None)
         assert automation_of(client).id == found.id and not automation_of(client).enabled
 
 

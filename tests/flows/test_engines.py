@@ -7,7 +7,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -166,7 +166,7 @@ class Display:
     def stage(self, name: str, done: float, total: float) -> None:
         self.stages.append((name, done, total))
 
-    def epoch(self, *_: Any) -> None: ...
+    def epoch(self, done: int, total: int, metrics: Mapping[str, float]) -> None: ...
 
 
 @pytest.fixture(scope="module", params=["processes", "ray"])
