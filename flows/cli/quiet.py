@@ -17,6 +17,9 @@ _DEFAULTS = {
     "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_FLUSH_INTERVAL": "1",
     # A server that is restarted is waited for, 8 minutes in all; Prefect's 5 tries take 1 minute.
     "PREFECT_CLIENT_MAX_RETRIES": "8",
+    # In its jobs, MLflow's server judges applications of language models; they are eight processes
+    # and about 2 GB, also where there is nothing to judge.
+    "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
     # No telemetry.
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "DO_NOT_TRACK": "1",

@@ -223,9 +223,7 @@ class _Start:
         words += ["--backend-store-uri", f"sqlite:///{place}/mlflow.db"]
         words += ["--artifacts-destination", str(place / "artifacts")]
         self._show("MLflow", f"{self._mlflow}, on SQLite, in {place}")
-        # Its background jobs judge applications of language models, in eight processes.
-        environment = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-        return self._module("MLflow", "mlflow", *words, environment=environment)
+        return self._module("MLflow", "mlflow", *words)
 
     def _start_store(self) -> None:
         if not self._program or not self._bucket:
