@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import threading
 from types import TracebackType
 from typing import Any
 
@@ -13,6 +15,9 @@ from ddpo.basics.children import ordinary_children
 from ddpo_workflow.tasks.engines import current_engine
 from ddpo_workflow.tasks.stops import is_stop
 from ddpo_workflow.tasks.worker import ON_DEVICE
+
+_EXIT_S = 10.0
+"""How long a stopped flow run has to log and to record how it ended, in seconds."""
 
 
 class AbandoningThreads(ThreadPoolTaskRunner[Any]):
@@ -31,7 +36,20 @@ class AbandoningThreads(ThreadPoolTaskRunner[Any]):
         if self._executor is not None and is_stop(exc_value):
             self._executor.shutdown(wait=False, cancel_futures=True)
             self._executor = None
+            _end_process_soon()
         super().__exit__(exc_type, exc_value, traceback)
+
+
+def _end_process_soon() -> None:
+    """End the process of a Prefect worker's flow run, even if an abandoned task is still running.
+
+    Python would wait for its thread, and the worker kills the process after half a minute, before
+    which the flow run is not shown as cancelled.
+    """
+    if "PREFECT__FLOW_RUN_ID" in os.environ:  # which the worker sets
+        timer = threading.Timer(_EXIT_S, os._exit, args=[0])
+        timer.daemon = True
+        timer.start()
 
 
 class WorkerThreads(AbandoningThreads):

@@ -40,9 +40,10 @@ ENGINES: dict[str, Any] = {
 
 
 def train_by(engine: Any, model: Path, database: Path, folder: Path, *, epochs: int = 2) -> Store:
-    """Train a run with epochs of four shards each, and evaluate it; returns its store."""
-    folder.mkdir(exist_ok=True)
-    shutil.copy(database, folder / "mlflow.db")
+    """Train a run with epochs of four shards each; returns its store."""
+    if not folder.exists():
+        folder.mkdir()
+        shutil.copy(database, folder / "mlflow.db")
     config = tiny_config(
         model,
         engine=engine,
@@ -61,8 +62,13 @@ def train_by(engine: Any, model: Path, database: Path, folder: Path, *, epochs: 
     file = folder / "config.yaml"
     file.write_text(config.model_dump_json())
     train(str(file), run_id=RUN)
-    evaluate(RUN, overrides=["evaluation.count=4"], storage=str(folder / "store"))
     return Store.open(str(folder / "store"))
+
+
+def evaluated(store: Store) -> dict[str, bytes]:
+    """Evaluate the run; returns all that is stored then."""
+    evaluate(RUN, overrides=["evaluation.count=4"], storage=store.root)
+    return content(store)
 
 
 def content(store: Store) -> dict[str, bytes]:
@@ -72,11 +78,17 @@ def content(store: Store) -> dict[str, bytes]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(
+def local(
     tiny_model: Path, mlflow_database: Path, tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, bytes]:
+) -> Store:
     folder = tmp_path_factory.mktemp("local") / "run"
-    return content(train_by("local", tiny_model, mlflow_database, folder))
+    return train_by("local", tiny_model, mlflow_database, folder)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(local: Store) -> dict[str, bytes]:
+    """What one process leaves."""
+    return content(local)
 
 
 def workers() -> list[psutil.Process]:
@@ -117,10 +129,13 @@ def test_an_engine_changes_no_byte(
     tiny_model: Path,
     mlflow_database: Path,
     tmp_path: Path,
+    local: Store,
     undisturbed: dict[str, bytes],
 ) -> None:
     store = train_by(ENGINES[name], tiny_model, mlflow_database, tmp_path / name)
     assert content(store) == undisturbed
+    if name == "processes":
+        assert evaluated(store) == evaluated(local) != undisturbed
     psutil.wait_procs(workers(), timeout=30)
     assert not workers()
 
