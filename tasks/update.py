@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +19,7 @@ from ddpo.store.checkpoints import Checkpoint, checkpoint_objects
 from ddpo.store.keys import Partition
 from ddpo.store.kinds import ADVANTAGES, CHECKPOINT, ROLLOUTS
 from ddpo.store.manifests import Ref
+from ddpo.store.mapped import stack_on_disk
 from ddpo.store.tables import AdvantageRow
 from ddpo.training.loop import update
 from ddpo.training.samples import samples_of
@@ -108,7 +109,7 @@ def _updated(
 
 @dataclass(frozen=True)
 class _Drawn:
-    """An epoch's samples, in the order of ``sample_id``, and the tensors of their shards."""
+    """An epoch's samples, in the order of ``sample_id``, and the tensors of their trajectories."""
 
     sample_ids: list[str]
     prompts: list[str]
@@ -131,11 +132,8 @@ def _read_rollouts(
 ) -> _Drawn:
     """Read the epoch's trajectories, and refuse those of another policy or sampler."""
     off_policy = run.fork is not None and run.fork.is_off_policy(epoch)
-    rows, shards = [], []
-    for ref in refs:
-        shard = ROLLOUTS.load(run.store, ref)
-        rows += shard.samples()
-        shards.append(shard.trajectories())
+    shards = [ROLLOUTS.load(run.store, ref) for ref in refs]
+    rows = [row for shard in shards for row in shard.samples()]
     for row in rows:
         for name in ("policy_digest", "sampler_digest"):
             if name == "policy_digest" and off_policy:
@@ -147,8 +145,16 @@ def _read_rollouts(
                     "updated, so importance ratios would be wrong. A fork can train on samples of "
                     "another policy with fork.off_policy: true"
                 )
-    tensors = {
-        name: value if name == "timesteps" else torch.cat([shard[name] for shard in shards])
-        for name, value in shards[0].items()
-    }
+    log_probs: list[Tensor] = []
+
+    def latents() -> Iterator[Tensor]:
+        for shard in shards:
+            tensors = shard.trajectories()
+            if "log_probs" in tensors:
+                log_probs.append(tensors["log_probs"])
+            yield tensors["latents"]
+
+    tensors = {"latents": stack_on_disk(latents(), len(rows))}
+    if log_probs:
+        tensors["log_probs"] = torch.cat(log_probs)
     return _Drawn([row.sample_id for row in rows], [row.prompt for row in rows], tensors)

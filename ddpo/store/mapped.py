@@ -1,0 +1,59 @@
+"""Tensors that are too large for memory, in temporary files that are mapped into it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_logger = logging.getLogger(__name__)
+
+
+def stack_on_disk(parts: Iterable[Tensor], rows: int) -> Tensor:
+    """Stack tensors along their first dimension, in a file that ends with the tensor.
+
+    The kernel drops the file's pages where memory is short, so this needs memory for one part at a
+    time. The file is in the folder for temporary files (TMPDIR); if that has no room, the tensor is
+    in memory.
+
+    Args:
+        parts: Tensors that differ in their first dimension alone, as they are needed.
+        rows: Sum of their first dimensions.
+
+    Returns:
+        What `torch.cat` returns, on the CPU.
+    """
+    whole, done = None, 0
+    for part in parts:
+        if whole is None:
+            whole = _mapped((rows, *part.shape[1:]), part)
+        whole[done : done + len(part)] = part
+        done += len(part)
+    if whole is None or done != rows:
+        raise ValueError(f"the parts have {done} rows, expected {rows}")
+    return whole
+
+
+def _mapped(shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """Return an uninitialised tensor in a file; in memory if there is no room for the file."""
+    import torch
+
+    count = torch.Size(shape).numel()
+    with tempfile.NamedTemporaryFile(prefix="ddpo-") as file:
+        try:
+            # All of it now: a page that finds no room later would end the process.
+            os.posix_fallocate(file.fileno(), 0, max(count * like.element_size(), 1))
+        except OSError as error:
+            _logger.warning(
+                "an epoch's trajectories stay in memory: %s has no room for them (%s)",
+                tempfile.gettempdir(),
+                error.strerror,
+            )
+            return torch.empty(shape, dtype=like.dtype)
+        flat = torch.from_file(file.name, shared=True, size=count, dtype=like.dtype)
+    return flat.view(shape)
