@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ParamSpec, Protocol, TypeVar
 
-from ddpo.errors import DdpoError
+from ddpo.errors import ConfigError, DdpoError
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -39,6 +39,23 @@ class Seat:
 
 ALONE = Seat(0, 1, "")
 """The place of a process that computes by itself."""
+
+
+def check_number(workers: int | None, device: str) -> None:
+    """Check that the number of workers is given where it has no default.
+
+    Args:
+        workers: The config's `engine.workers`.
+        device: The run's kind of device.
+
+    Raises:
+        ConfigError: It is not.
+    """
+    if workers is None and device != "cuda":
+        raise ConfigError(
+            f"engine.workers is missing: by default there is one worker per GPU, but the run "
+            f"computes on {device}. Set it, such as --set engine.workers=2"
+        )
 
 
 class Engine(Protocol):

@@ -19,7 +19,7 @@ from typing import Any
 from ddpo.config import ProcessesEngine
 from ddpo.errors import ConfigError
 from ddpo_workflow.tasks.engines import remote
-from ddpo_workflow.tasks.engines.base import WorkerLost
+from ddpo_workflow.tasks.engines.base import WorkerLost, check_number
 from ddpo_workflow.tasks.engines.pool import Pool
 
 _EVENTS_S = 0.2
@@ -39,13 +39,10 @@ def process_pool(config: ProcessesEngine, device: str, trusted: tuple[str, ...])
     Raises:
         ConfigError: More are asked for than there are GPUs, or no number where there is none.
     """
+    check_number(config.workers, device)
     workers = config.workers
     if device != "cuda":
-        if workers is None:
-            raise ConfigError(
-                f"engine.workers is missing: the run computes on {device}, where the number of "
-                "processes has no default. Set it, such as --set engine.workers=2"
-            )
+        assert workers is not None
         return Pool([ProcessWorker(number, trusted) for number in range(workers)], _meeting)
     gpus = _visible_gpus()
     if workers is not None and workers > len(gpus):

@@ -15,7 +15,7 @@ from typing import Any
 from ddpo.config import RayEngine
 from ddpo.errors import ConfigError, DdpoError
 from ddpo_workflow.tasks.engines import remote
-from ddpo_workflow.tasks.engines.base import WorkerLost
+from ddpo_workflow.tasks.engines.base import WorkerLost, check_number
 from ddpo_workflow.tasks.engines.pool import Pool
 
 _PLACED_S = 300.0
@@ -133,11 +133,7 @@ def check_ray(config: RayEngine, device: str) -> None:
         raise ConfigError(
             "engine: ray needs Ray; install it by: pip install 'ddpo[ray]'"
         ) from error
-    if config.workers is None and device != "cuda":
-        raise ConfigError(
-            f"engine.workers is missing: the run computes on {device}, where the number of actors "
-            "has no default. Set it, such as --set engine.workers=2"
-        )
+    check_number(config.workers, device)
 
 
 def ray_pool(config: RayEngine, device: str, trusted: tuple[str, ...]) -> RayPool:

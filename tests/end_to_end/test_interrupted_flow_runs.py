@@ -17,10 +17,13 @@ import yaml
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.client.schemas.schedules import IntervalSchedule
+from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from ddpo.store import keys
 from ddpo.store.objects import Store
+from ddpo_workflow.flows.automations import mark_dead_flow_runs
 from ddpo_workflow.flows.server.deploy import deploy
+from tests.end_to_end.test_dead_flow_runs import BEAT_S, HELD_REWARD, SILENCE_S
 from tests.end_to_end.test_deployment import Operator, check_whole, process
 from tests.servers import free_port
 from tests.tiny import tiny_config
@@ -28,19 +31,6 @@ from tests.tiny import tiny_config
 LIMIT_S = 400.0
 TRAIN = "ddpo-train/train"
 RUN = "night"
-
-HELD_REWARD = """
-import pathlib, time
-from prefect.runtime import task_run
-
-here = pathlib.Path(__file__).parent
-
-def score(images, prompts):
-    if task_run.get_id() and (here / "hold").exists():
-        (here / "held").touch()
-        time.sleep(600)
-    return [float(image.convert("L").getextrema()[1]) for image in images]
-"""
 
 
 class Night:
@@ -124,6 +114,7 @@ def night(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         "PREFECT_HOME": str(folder / "prefect"),
         "PREFECT_API_URL": f"{address}/api",
         "PREFECT_WORKER_QUERY_SECONDS": "1",
+        "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(BEAT_S),
         "HF_HUB_OFFLINE": "1",
         "PYTHONPATH": os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")]),
     }
@@ -131,6 +122,8 @@ def night(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     server = ("server", "start", "--host", "127.0.0.1", "--port", str(port))
     with process(operator, folder, "server", *server, url=f"{address}/api/health"):
         deploy(f"{address}/api", tracking=None)
+        with temporary_settings({PREFECT_API_URL: f"{address}/api"}):
+            mark_dead_flow_runs(SILENCE_S)
         made = Night(operator, tiny_model, folder)
         with worker(operator, folder):
             assert made.ended(made.start("whole")).state.is_completed(), operator.tails()
@@ -175,7 +168,9 @@ def test_a_run_whose_worker_is_killed_is_taken_over(night: Night) -> None:
     assert night.store("killed").exists(keys.lease_key(RUN))
     night.let_go()
     with worker(night.operator, night.folder):
+        # The pool has room for one run: the dead one is marked as crashed first.
         assert night.ended(night.start("killed")).state.is_completed(), night.operator.tails()
+    assert night.client.read_flow_run(flow_run).state.is_crashed()
     assert night.content("killed") == night.content("whole")
     check_whole(night.store("killed"), night.uri("killed"), RUN, epochs=2)
 
