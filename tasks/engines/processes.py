@@ -8,7 +8,8 @@ import signal
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+import uuid
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
@@ -28,7 +29,7 @@ _VISIBLE = "CUDA_VISIBLE_DEVICES"
 _LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
 
 
-def process_pool(config: ProcessesEngine, device: str, trusted: tuple[str, ...]) -> Pool:
+def process_pool(config: ProcessesEngine, device: str, trusted: tuple[str, ...]) -> ProcessPool:
     """Return an engine of processes, which start when they are first needed.
 
     Args:
@@ -43,22 +44,40 @@ def process_pool(config: ProcessesEngine, device: str, trusted: tuple[str, ...])
     workers = config.workers
     if device != "cuda":
         assert workers is not None
-        return Pool([ProcessWorker(number, trusted) for number in range(workers)], _meeting)
+        return ProcessPool([ProcessWorker(number, trusted) for number in range(workers)])
     gpus = _visible_gpus()
     if workers is not None and workers > len(gpus):
         raise ConfigError(
             f"engine.workers is {workers}, but this machine shows {len(gpus)} GPUs; set it to at "
             "most that, or leave it out"
         )
-    return Pool(
-        [ProcessWorker(number, trusted, gpu) for number, gpu in enumerate(gpus[:workers])], _meeting
+    return ProcessPool(
+        [ProcessWorker(number, trusted, gpu) for number, gpu in enumerate(gpus[:workers])]
     )
 
 
-@contextmanager
-def _meeting() -> Iterator[str]:
-    with tempfile.TemporaryDirectory() as folder:
-        yield f"file://{folder}/meeting"
+class ProcessPool(Pool):
+    """An engine of processes.
+
+    Args:
+        workers: The processes.
+    """
+
+    def __init__(self, workers: Sequence[ProcessWorker]) -> None:
+        super().__init__(workers, self._meet)
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+
+    @contextmanager
+    def _meet(self) -> Iterator[str]:
+        # Kept until the workers have ended: a rank that leaves late waits for a file that is gone.
+        self._folder = self._folder or tempfile.TemporaryDirectory(prefix="ddpo-")
+        yield f"file://{self._folder.name}/{uuid.uuid4().hex}"
+
+    def close(self) -> None:
+        """End all processes."""
+        super().close()
+        if self._folder is not None:
+            self._folder.cleanup()
 
 
 def _visible_gpus() -> list[str]:
