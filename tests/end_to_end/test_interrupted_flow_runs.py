@@ -19,6 +19,7 @@ from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.client.schemas.schedules import IntervalSchedule
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
+from ddpo.runs import open_run
 from ddpo.store import keys
 from ddpo.store.objects import Store
 from ddpo_workflow.flows.automations import mark_dead_flow_runs
@@ -177,7 +178,7 @@ def test_a_run_whose_worker_is_killed_is_taken_over(night: Night) -> None:
 
 def test_a_schedule_starts_a_run_with_the_date_as_its_seed(night: Night) -> None:
     deployment = night.client.read_deployment_by_name(TRAIN)
-    first = datetime.now(UTC) + timedelta(seconds=20)
+    first = datetime.now(UTC) + timedelta(seconds=90)  # the server looks for work once a minute
     created = night.client._client.post(
         f"/deployments/{deployment.id}/schedules",
         json=[
@@ -201,5 +202,5 @@ def test_a_schedule_starts_a_run_with_the_date_as_its_seed(night: Night) -> None
         (flow_run,) = scheduled()
         ended = night.ended(flow_run.id)
         assert ended.state.is_completed(), night.operator.tails()
-    (record,) = night.store("scheduled").list("runs/")[:1]
-    assert ended.name in record
+    run = open_run(night.store("scheduled"), ended.name)
+    assert run.config.seed == int(f"{first:%Y%m%d}")
