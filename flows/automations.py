@@ -62,5 +62,5 @@ def mark_dead_flow_runs(silence_s: float = SILENCE_S) -> None:
         if not existing:
             client.create_automation(wanted)
         for automation in existing:
-            changed = wanted.model_copy(update={"enabled": automation.enabled})
+            changed = AutomationCore.model_validate({**dict(wanted), "enabled": automation.enabled})
             client.update_automation(automation.id, changed)

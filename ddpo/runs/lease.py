@@ -162,7 +162,7 @@ def _renew_until(left: threading.Event, store: Store, run_id: str, record: Lease
     """Renew a lease until its context is left, or until another process holds it."""
     key = keys.lease_key(run_id)
     while not left.wait(BEAT_S):
-        record = record.model_copy(update={"beat": record.beat + 1})
+        record = LeaseRecord.model_validate({**dict(record), "beat": record.beat + 1})
         try:
             found = _read(store, key)
             owner = None if found is None else _parsed(key, found)

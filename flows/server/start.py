@@ -304,7 +304,7 @@ class _Start:
         self._update(shown=self._running.shown | {name: text})
 
     def _update(self, **changes: object) -> None:
-        self._running = self._running.model_copy(update=changes)
+        self._running = Running.model_validate({**dict(self._running), **changes})
         self._folder.write(self._running)
 
 

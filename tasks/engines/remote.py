@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import pickle
 import traceback
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -96,10 +95,20 @@ class _Reporter:
 
 
 def _sendable(error: Exception) -> Exception:
-    """Return an error that survives pickling, with its traceback as a note."""
-    error.add_note(f"In a worker:\n{''.join(traceback.format_exception(error))}")
-    try:
-        pickle.loads(pickle.dumps(error))
-    except Exception:
-        return DdpoError(f"{type(error).__name__}: {error}")
+    """Return an error that can be sent to the flow, with its traceback as a note."""
+    note = f"In a worker:\n{''.join(traceback.format_exception(error))}"
+    if not isinstance(error, DdpoError) and not _is_plain(error):
+        error = RuntimeError(f"{type(error).__name__}: {error}")
+    error.add_note(note)
     return error
+
+
+def _is_plain(error: Exception) -> bool:
+    """Return whether an error is made again from its arguments, which are plain values."""
+    if vars(error) or not all(isinstance(each, str | int | float) for each in error.args):
+        return False
+    try:
+        type(error)(*error.args)
+    except Exception:
+        return False
+    return True

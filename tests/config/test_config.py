@@ -244,18 +244,24 @@ def test_a_config_is_identity_operation_and_numerics_and_nothing_twice() -> None
     config = parse()
     identity, operation = config.identity(), config.operation()
     # What is off is not written down.
-    assert {*operation, "evaluation"} == set(OPERATION_FIELDS)
-    assert "evaluation" not in operation
+    assert {*operation, "evaluation", "engine"} == set(OPERATION_FIELDS)
+    assert not {"evaluation", "engine"} & set(operation)
     assert not set(identity) & set(operation)
     # A run that branches off none says nothing of it.
-    assert {*identity, *operation, "numerics", "fork", "evaluation"} == set(RunConfig.model_fields)
+    unsaid = {"fork", "evaluation", "engine"}
+    assert {*identity, *operation, "numerics", *unsaid} == set(RunConfig.model_fields)
     assert "fork" not in identity
 
 
 def test_operation_changes_no_identity_and_everything_else_does() -> None:
     before = parse().identity()
     operated = parse(
-        epochs=7, storage={"root": "x"}, tracking={"experiment": "y"}, outputs="z", evaluation={}
+        epochs=7,
+        engine="processes",
+        storage={"root": "x"},
+        tracking={"experiment": "y"},
+        outputs="z",
+        evaluation={},
     )
     assert operated.identity() == before
     for change in (

@@ -37,7 +37,7 @@ STARTER = "configs/starter.yaml"
 COMMANDS = [
     "train", "resume", "sample", "runs", "show", "watch", "diff", "evaluate", "rescore", "fork",
     "compare", "query", "export", "export-lora", "verify", "gc", "delete", "doctor", "ui",
-    "report", "serve-reward", "rewards", "score",
+    "report", "serve-reward", "rewards", "score", "server",
 ]  # fmt: skip
 
 

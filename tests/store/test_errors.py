@@ -23,6 +23,7 @@ EXAMPLES = [
     errors.RunIdentityMismatch("R", [Difference("x", "1", "2")]),
     errors.RunNotFound("R", "file:///a", ["S"]),
     errors.RunBeingDeleted("R", "file:///a"),
+    errors.RunBeingTrained("R", "process 7 on host"),
     errors.RunNotStarted("R", "file:///a"),
     errors.RunHasForks("R", ["S"]),
     errors.InvalidRetention(0, None),
