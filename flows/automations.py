@@ -5,6 +5,7 @@ from __future__ import annotations
 from datetime import timedelta
 
 from prefect.automations import (
+    Automation,
     AutomationCore,
     ChangeFlowRunState,
     EventTrigger,
@@ -32,8 +33,19 @@ def mark_dead_flow_runs(silence_s: float = SILENCE_S) -> None:
     Args:
         silence_s: How long after its last heartbeat a flow run is marked.
     """
-    wanted = AutomationCore(
+    with get_client(sync_client=True) as client:
+        existing: list[Automation] = client.read_automations_by_name(NAME)
+        if not existing:
+            client.create_automation(_automation(silence_s))
+        for automation in existing:
+            assert automation.id is not None
+            client.update_automation(automation.id, _automation(silence_s, automation.enabled))
+
+
+def _automation(silence_s: float, enabled: bool = True) -> AutomationCore:
+    return AutomationCore(
         name=NAME,
+        enabled=enabled,
         description="The process or the machine is gone. Committed work is kept: resume the run.",
         trigger=EventTrigger(
             after={_HEARTBEAT},
@@ -57,10 +69,3 @@ def mark_dead_flow_runs(silence_s: float = SILENCE_S) -> None:
             )
         ],
     )
-    with get_client(sync_client=True) as client:
-        existing = client.read_automations_by_name(NAME)
-        if not existing:
-            client.create_automation(wanted)
-        for automation in existing:
-            changed = AutomationCore.model_validate({**dict(wanted), "enabled": automation.enabled})
-            client.update_automation(automation.id, changed)
