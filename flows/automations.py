@@ -5,7 +5,6 @@ from __future__ import annotations
 from datetime import timedelta
 
 from prefect.automations import (
-    Automation,
     AutomationCore,
     ChangeFlowRunState,
     EventTrigger,
@@ -34,7 +33,7 @@ def mark_dead_flow_runs(silence_s: float = SILENCE_S) -> None:
         silence_s: How long after its last heartbeat a flow run is marked.
     """
     with get_client(sync_client=True) as client:
-        existing: list[Automation] = client.read_automations_by_name(NAME)
+        existing = client.read_automations_by_name(NAME)
         if not existing:
             client.create_automation(_automation(silence_s))
         for automation in existing:
