@@ -79,7 +79,7 @@ def open_engine(run: Run) -> Iterator[Engine]:
         The engine, whose workers end with the context.
 
     Raises:
-        ConfigError: The engine cannot be had as the config asks for it.
+        ConfigError: This machine or the cluster lacks what the config asks for.
     """
     engine = _made(run)
     token = _engine.set(engine)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -32,6 +34,16 @@ from tests.tiny import tiny_config
 pytestmark = pytest.mark.slow
 
 RUN = "night"
+KILLED_FLOW = """
+import time
+from ddpo.config import ProcessesEngine
+from ddpo_workflow.tasks.engines.processes import process_pool
+from tests.calls import where
+
+pool = process_pool(ProcessesEngine(type="processes", workers=1), "cpu", ())
+print(pool.call(where)[0], flush=True)
+time.sleep(600)
+"""
 ENGINES: dict[str, Any] = {
     "local": "local",
     "processes": {"type": "processes", "workers": 2},
@@ -260,7 +272,21 @@ def test_workers_end_with_their_pool() -> None:
         pool.call(where)
 
 
-def test_a_number_of_workers_that_cannot_be_had_is_refused() -> None:
+def test_workers_end_with_a_flow_that_is_killed() -> None:
+    flow = subprocess.Popen([sys.executable, "-c", KILLED_FLOW], stdout=subprocess.PIPE, text=True)
+    try:
+        assert flow.stdout is not None
+        pid = int(flow.stdout.readline())
+        assert psutil.pid_exists(pid)
+    finally:
+        flow.kill()
+        flow.wait()
+    with suppress(psutil.NoSuchProcess):
+        psutil.Process(pid).wait(timeout=60)
+    assert not psutil.pid_exists(pid)
+
+
+def test_a_number_of_workers_that_is_missing_or_too_high_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"engine.workers=2"):
         process_pool(ProcessesEngine(type="processes"), "cpu", ())
     with pytest.raises(ConfigError, match=r"engine.workers=2"):
