@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import ArtifactCollectionFilter, ArtifactCollectionFilterKey
 
 from ddpo_workflow.flows.train import train
 from tests.tiny import tiny_config
@@ -31,7 +32,11 @@ def test_runs_whose_names_look_alike_to_prefect_keep_their_own_artifacts(
         (tmp_path / "config.yaml").write_text(config.model_dump_json())
         train(str(tmp_path / "config.yaml"), run_id=name)
     with get_client(sync_client=True) as client:
-        latest = client.read_latest_artifacts()
+        latest = client.read_latest_artifacts(
+            artifact_filter=ArtifactCollectionFilter(
+                key=ArtifactCollectionFilterKey(like_="look-alike-")
+            )
+        )
     own = [a for a in latest if str(a.key).startswith("look-alike-")]  # the server has others
     leading = [str(a.data) for a in own if str(a.key).endswith("-mlflow")]
     assert len(leading) == 4
