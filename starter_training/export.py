@@ -9,11 +9,13 @@ from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 
+from starter_training import flow_networks
 from starter_training.loop import console, load_ema, write_json
 from starter_training.measure import measure
 from starter_training.networks import Denoiser, assemble
+from starter_training.stages.flow_generator import shipped_vae
 from starter_training.trained import trained_judge, trained_vae
-from starter_training.work import Recipe, WorkFolder, WorkFolderError
+from starter_training.work import FlowRecipe, Recipe, WorkFolder, WorkFolderError
 
 
 @contextmanager
@@ -57,10 +59,7 @@ def export(work: WorkFolder, recipe: Recipe, pipeline_folder: Path, judge_folder
         WorkFolderError: The last stage has no checkpoint yet.
     """
     if not work.unet.exists():
-        raise WorkFolderError(
-            f"{work.unet} does not exist: resume training until the generator stage has saved its "
-            "first checkpoint, then export"
-        )
+        raise _without_checkpoint(work.unet)
     denoiser = Denoiser()
     step = load_ema(denoiser, work.unet)
     # Measure what ships: weights rounded to float16.
@@ -86,3 +85,41 @@ def export(work: WorkFolder, recipe: Recipe, pipeline_folder: Path, judge_folder
         judge.save(fresh)
         write_json(fresh / "training.json", record)
     console.log(f"exported step {step} of the generator to {pipeline_folder}")
+
+
+def export_flow(work: WorkFolder, recipe: FlowRecipe, folder: Path) -> None:
+    """Write the averaged weights of the flow starter's latest checkpoint, replacing the old folder.
+
+    Autoencoder and velocity predictor are stored in float16, as the starter's are.
+
+    Args:
+        work: A training run with at least the first checkpoint of its last stage.
+        recipe: The run's recipe, stored beside the weights with the journal of its stages.
+        folder: Destination of the pipeline.
+
+    Raises:
+        WorkFolderError: The last stage has no checkpoint yet.
+    """
+    if not work.flow.exists():
+        raise _without_checkpoint(work.flow)
+    denoiser = flow_networks.FlowDenoiser()
+    step = load_ema(denoiser, work.flow)
+    record = {
+        "command": recipe.command,
+        "recipe": recipe.as_json(),
+        "stages": work.read_journal(),
+        "flow_pictures_seen": step * recipe.flow.batch,
+    }
+    pipeline = flow_networks.assemble(shipped_vae().half(), denoiser)
+    denoiser.transformer.half()
+    with _replacing_folder(folder) as fresh:
+        pipeline.save_pretrained(fresh, safe_serialization=True)
+        write_json(fresh / "training.json", record)
+    console.log(f"exported step {step} of the flow generator to {folder}")
+
+
+def _without_checkpoint(file: Path) -> WorkFolderError:
+    return WorkFolderError(
+        f"{file} does not exist: resume training until the generator stage has saved its first "
+        "checkpoint, then export"
+    )

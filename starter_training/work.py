@@ -47,6 +47,30 @@ class Recipe:
         )
 
 
+@dataclass(frozen=True)
+class FlowRecipe:
+    """All that decides the bytes of the flow starter's weights, on one machine."""
+
+    seed: int
+    """Seed of all randomness."""
+    cached_pictures: int
+    """Number of distinct images."""
+    flow: Budget
+    """Of velocity predictor and text encoders."""
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the recipe as nested dictionaries."""
+        return asdict(self)
+
+    @property
+    def command(self) -> str:
+        """The command that reproduces the weights; learning rate and batch are fixed."""
+        return (
+            f"python -m starter_training.train --flow --seed {self.seed} "
+            f"--cached-pictures {self.cached_pictures} --flow-pictures {self.flow.pictures}"
+        )
+
+
 class WorkFolder(NamedTuple):
     """The files of a training run."""
 
@@ -92,7 +116,12 @@ class WorkFolder(NamedTuple):
         """Checkpoint of noise predictor and text encoder."""
         return self.root / "unet.safetensors"
 
-    def claim(self, recipe: Recipe, resume: bool) -> None:
+    @property
+    def flow(self) -> Path:
+        """Checkpoint of velocity predictor and text encoders."""
+        return self.root / "flow.safetensors"
+
+    def claim(self, recipe: Recipe | FlowRecipe, resume: bool) -> None:
         """Claim the folder for a run.
 
         Args:
@@ -120,7 +149,7 @@ class WorkFolder(NamedTuple):
                 "resume it with its own options, or choose another --work"
             )
 
-    def read_recipe(self) -> Recipe:
+    def read_recipe(self) -> Recipe | FlowRecipe:
         """Read the recipe of the run in the folder.
 
         Raises:
@@ -129,8 +158,10 @@ class WorkFolder(NamedTuple):
         if not self.recipe.exists():
             raise WorkFolderError(f"{self.root} contains no run; train one there first")
         stored = json.loads(self.recipe.read_text())
-        budgets = {name: Budget(**stored[name]) for name in ("vae", "judge", "unet")}
-        return Recipe(**{**stored, **budgets})
+        kind, names = (
+            (FlowRecipe, ("flow",)) if "flow" in stored else (Recipe, ("vae", "judge", "unet"))
+        )
+        return kind(**{**stored, **{name: Budget(**stored[name]) for name in names}})
 
     def read_journal(self) -> dict[str, Any]:
         """Read the journal: what is known about each stage, by its name."""

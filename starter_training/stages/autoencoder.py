@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
+from diffusers import AutoencoderKL
 from rich.progress import track
 from safetensors.torch import save_file
 from torch import Tensor
@@ -37,15 +40,17 @@ def train_vae(work: WorkFolder, recipe: Recipe) -> None:
     fit("autoencoder", vae, loss_of_shard, recipe.vae, work.vae)
 
 
-@torch.no_grad()
-def encode_latents(work: WorkFolder, recipe: Recipe) -> None:
-    """Encode all images once, and whiten the latents channel by channel."""
-    del recipe
-    if work.latents.exists():
-        return
-    vae = build_vae()
-    load_ema(vae, work.vae)
-    pictures = read_pictures(work.pictures)
+def encode_all(vae: AutoencoderKL, file: Path) -> Tensor:
+    """Encode all rendered images, in bfloat16.
+
+    Args:
+        vae: The autoencoder.
+        file: N images.
+
+    Returns:
+        [N, 16, 8, 8] float32.
+    """
+    pictures = read_pictures(file)
 
     @torch.no_grad()
     def encode_from(start: int) -> Tensor:
@@ -56,7 +61,18 @@ def encode_latents(work: WorkFolder, recipe: Recipe) -> None:
     starts = range(0, len(pictures), ENCODED_AT_ONCE)
     with one_core_each() as pool:
         parts = track(pool.map(encode_from, starts), "latents", len(starts), console=console)
-        latents = torch.cat(list(parts))
+        return torch.cat(list(parts))
+
+
+def encode_latents(work: WorkFolder, recipe: Recipe) -> None:
+    """Encode all images once, and whiten the latents channel by channel."""
+    del recipe
+    if work.latents.exists():
+        return
+    vae = build_vae()
+    load_ema(vae, work.vae)
+    latents = encode_all(vae, work.pictures)
+    with one_core_each():
         mean, std = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
     latents = (latents - mean[:, None, None]) / std[:, None, None]
     with replacing(work.latents) as temporary:

@@ -12,7 +12,7 @@ from ddpo.basics.randomness import derive_seed
 from ddpo.starter.render import Pixels, draw_many
 from ddpo.starter.scenes import SCENE_NUMBERS, Scene
 from starter_training.loop import console, replacing
-from starter_training.work import Recipe, WorkFolder
+from starter_training.work import FlowRecipe, Recipe, WorkFolder
 
 
 def judge_seed(recipe: Recipe) -> int:
@@ -20,12 +20,18 @@ def judge_seed(recipe: Recipe) -> int:
     return derive_seed(recipe.seed, "judge pictures")
 
 
-def draw_pictures(work: WorkFolder, recipe: Recipe) -> None:
-    """Render the generator's images and, from another seed, the judge's, in two processes."""
+def draw_generator_pictures(work: WorkFolder, recipe: Recipe | FlowRecipe) -> None:
+    """Render the generator's images, in two processes."""
     count = recipe.cached_pictures
     if not work.pictures.exists():
         console.log(f"rendering {count} images for the generator")
         _write(work.pictures, draw_many(recipe.seed, count, workers=2))
+
+
+def draw_pictures(work: WorkFolder, recipe: Recipe) -> None:
+    """Render the generator's images and, from another seed, the judge's, in two processes."""
+    draw_generator_pictures(work, recipe)
+    count = recipe.cached_pictures
     if not work.judge_pictures.exists():
         console.log(f"rendering {count} images for the judge")
         pixels = draw_many(judge_seed(recipe), count, workers=2, all_pairs=True)
