@@ -42,8 +42,9 @@ class RunSettings:
 
     samples_per_epoch: int
     samples_per_prompt: int
-    stochastic: bool
-    """Whether sampling draws noise, so that steps have log-probs."""
+    deterministic_because: str | None
+    """Why sampling draws no noise, so that steps have no log-probs, with the way out; None if it
+    draws some."""
     final_latents_only: bool
     """Whether the config says to store nothing but final latents."""
     keeps_base_model: bool

@@ -40,8 +40,8 @@ class Gaussian(Protocol):
         ...
 
     @property
-    def std(self) -> Tensor:
-        """[N, 1, ...], broadcast against the mean."""
+    def divergence_std(self) -> Tensor:
+        """[N, 1, ...], broadcast against the mean: what KL penalties divide by."""
         ...
 
 
@@ -64,7 +64,7 @@ class PairBatch:
     def kl_to_base(self) -> Tensor:
         """[N], the KL divergence of the step from the base model's, with a gradient."""
         assert self.base is not None, "the algorithm does not list base among the policies it needs"
-        return gaussian_kl(self.current.mean, self.base.mean, self.current.std)
+        return gaussian_kl(self.current.mean, self.base.mean, self.current.divergence_std)
 
 
 class PolicyGradient(Algorithm):
@@ -129,11 +129,8 @@ class PolicyGradient(Algorithm):
             "samples_per_epoch",
             run.samples_per_epoch,
         )
-        if not run.stochastic:
-            raise ValueError(
-                "sampler.eta is 0: every step is then deterministic, has no log-prob and no "
-                "gradient; set it above 0 (the paper uses 1.0)"
-            )
+        if run.deterministic_because is not None:
+            raise ValueError(run.deterministic_because)
         if run.final_latents_only:
             raise ValueError(
                 f"rollouts.store_trajectories is final, but {self.type} trains on every "

@@ -59,6 +59,16 @@ def is_off(value: Any) -> bool:
     return value is None or value == 0
 
 
+def is_on(value: Any) -> bool:
+    """Return whether a setting is true, the option's default, for ``exclude_if``."""
+    return value is True
+
+
+def is_unset(value: Any) -> bool:
+    """Return whether a number is not given, for ``exclude_if`` where 0 is a choice."""
+    return value is None
+
+
 def is_auto(value: Any) -> bool:
     """Return whether a setting is left to the rest of the config, for ``exclude_if``."""
     return value == "auto"

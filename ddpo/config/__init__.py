@@ -26,7 +26,15 @@ from ddpo.config.run import (
     RolloutsConfig,
     RunConfig,
 )
-from ddpo.config.sampler import SAMPLERS, AnySampler, DdimSampler, SamplerConfig, WindowConfig
+from ddpo.config.sampler import (
+    SAMPLERS,
+    AnySampler,
+    DdimSampler,
+    FlowSampler,
+    OdeSampler,
+    SamplerConfig,
+    WindowConfig,
+)
 
 __all__ = [
     "OPERATION_FIELDS",
@@ -36,6 +44,7 @@ __all__ = [
     "CompareConfig",
     "DdimSampler",
     "EvaluationConfig",
+    "FlowSampler",
     "ForkConfig",
     "FullConfig",
     "GateConfig",
@@ -45,6 +54,7 @@ __all__ = [
     "ModelConfig",
     "NamedConfig",
     "NumericsConfig",
+    "OdeSampler",
     "OptimizerConfig",
     "PicturesConfig",
     "ProcessesEngine",

@@ -30,7 +30,7 @@ class EvaluationConfig(Part):
     guidance_scale: float | None = Field(default=None, ge=1.0, exclude_if=is_off)
     """Classifier-free guidance; by default that of the run's sampler."""
     eta: float = Field(default=0.0, ge=0.0, le=1.0)
-    """Share of DDPM's noise; 0, which users sample with, is deterministic."""
+    """Share of DDPM's noise; 0, which users sample with, is deterministic. Flows have none."""
     resolution: Resolution = Field(default=None, exclude_if=is_off)
     """Image size in pixels: one number for a square, or `[width, height]`. That of the run's
     samples by default."""
@@ -51,8 +51,8 @@ class EvaluationConfig(Part):
 
     def sampler_of(self, own: SamplerConfig) -> SamplerConfig:
         """Return a run's sampler at these settings, which are those of inference."""
-        changes: dict[str, Any] = {"window": None, "eta": self.eta}
+        changes: dict[str, Any] = {}
         for name in ("steps", "guidance_scale"):
             if (value := getattr(self, name)) is not None:
                 changes[name] = value
-        return own.changed(**changes)
+        return own.at_inference(self.eta).changed(**changes)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt
+from pydantic import AfterValidator, Field, NonNegativeInt, PositiveFloat, PositiveInt
 
-from ddpo.basics.part import Part
+from ddpo.basics.part import Part, is_off, is_on, is_unset
 
 Size = tuple[PositiveInt, PositiveInt]
 """Width and height in pixels."""
@@ -27,16 +27,27 @@ def size_of(resolution: int | Size | None) -> Size | None:
 
 
 class ModelConfig(Part):
-    """The diffusion pipeline to fine-tune: Stable Diffusion 1.x or 2.x, or the starter."""
+    """The pipeline to fine-tune: Stable Diffusion 1.x, 2.x, XL or 3.x, FLUX.1-dev, or a starter."""
 
     path: str
-    """`starter`, a folder that contains `model_index.json`, a Hub id such as `owner/name`, or a
-    single `.safetensors` file, which is converted to such a folder once."""
+    """`starter`, `starter_flow`, a folder that contains `model_index.json`, a Hub id such as
+    `owner/name`, or a single `.safetensors` file, which is converted to such a folder once."""
     revision: str | None = None
     """Commit of a Hub model. Pin it: a branch may move while a run is going on."""
     resolution: Resolution = None
     """Image size in pixels: one number for a square, or `[width, height]`. The model's own size by
     default."""
+
+    vae: str | None = Field(default=None, exclude_if=is_off)
+    """Another autoencoder: a folder or Hub id as `AutoencoderKL.save_pretrained` writes it."""
+    vae_revision: str | None = Field(default=None, exclude_if=is_off)
+    """Commit of an autoencoder on the Hub. Pin it."""
+    t5: bool = Field(default=True, exclude_if=is_on)
+    """Load T5, the third and largest text encoder of Stable Diffusion 3.x. Without it, its part of
+    every prompt is zeros, as in diffusers."""
+    t5_tokens: NonNegativeInt | None = Field(default=None, exclude_if=is_unset)
+    """How many tokens of a prompt T5 reads, padding included; by default as many as the pipeline
+    does: 256 for Stable Diffusion 3.x, 512 for FLUX."""
 
     @property
     def size(self) -> Size | None:

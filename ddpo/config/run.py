@@ -152,7 +152,7 @@ class RunConfig(Part):
             RunSettings(
                 samples_per_epoch=self.rollouts.samples_per_epoch,
                 samples_per_prompt=self.rollouts.samples_per_prompt,
-                stochastic=self.sampler.stochastic,
+                deterministic_because=self.sampler.deterministic_because,
                 final_latents_only=self.rollouts.store_trajectories == "final",
                 keeps_base_model=isinstance(self.trainable, LoraConfig),
                 off_policy=self.fork is not None and self.fork.off_policy,

@@ -6,9 +6,19 @@
 from collections.abc import Mapping
 
 from ddpo.diffusion.base import Process, Transition
+from ddpo.diffusion.dance_sde import DanceSde
 from ddpo.diffusion.ddim import Ddim
+from ddpo.diffusion.flow_cps import FlowCps
+from ddpo.diffusion.flow_ode import FlowOde
+from ddpo.diffusion.flow_sde import FlowSde
 
-PROCESSES: Mapping[str, type[Process]] = {"ddim": Ddim}
+PROCESSES: Mapping[str, type[Process]] = {
+    "ddim": Ddim,
+    "flow_sde": FlowSde,
+    "flow_cps": FlowCps,
+    "dance_sde": DanceSde,
+    "ode": FlowOde,
+}
 """The registry: the process of a sampler's `type`, whose settings are in `ddpo.config.sampler`."""
 
 __all__ = ["PROCESSES", "Process", "Transition"]

@@ -11,14 +11,14 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from pydantic import JsonValue
 from torch import Tensor
 
 from ddpo.basics.tensors import mean_per_row
-from ddpo.models.schedule import NoiseSchedule
+from ddpo.models.schedule import Schedule
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,16 @@ class Transition:
     """[B, ...]."""
     std: Tensor
     """[B, 1, ...]; 0 where a step is deterministic."""
+    divergence_scale: Tensor | None = None
+    """[B, 1, ...], what stands for the standard deviation in KL penalties where a process publishes
+    another than its own."""
+    normalized: bool = True
+    """Whether log-probs are log-densities. Some processes publish the squared distance alone."""
+
+    @property
+    def divergence_std(self) -> Tensor:
+        """[B, 1, ...], the standard deviation that KL penalties divide by."""
+        return self.std if self.divergence_scale is None else self.divergence_scale
 
     def draw(self, noise: Tensor) -> Tensor:
         """Return x_{t-1} [B, ...] for standard normal ``noise`` of the same shape."""
@@ -36,6 +46,8 @@ class Transition:
 
     def log_prob(self, next_latents: Tensor) -> Tensor:
         """Return the log-density of ``next_latents``, averaged over latent dimensions.
+
+        Without variance and constants where the process leaves them out.
 
         Averaged, not summed, as in every published implementation: the clip range of 1e-4 is made
         for it.
@@ -47,25 +59,27 @@ class Transition:
             [B]; 0 where the step is deterministic.
         """
         deterministic = self.std == 0
-        std = torch.where(deterministic, torch.ones_like(self.std), self.std)
-        density = (
-            -((next_latents.detach() - self.mean) ** 2) / (2 * std**2)
-            - torch.log(std)
-            - math.log(math.sqrt(2 * math.pi))
-        )
+        distance = (next_latents.detach() - self.mean) ** 2
+        if self.normalized:
+            std = torch.where(deterministic, torch.ones_like(self.std), self.std)
+            density = -distance / (2 * std**2) - torch.log(std) - math.log(math.sqrt(2 * math.pi))
+        else:
+            density = -distance
         return mean_per_row(density).masked_fill(deterministic.flatten(), 0.0)
 
 
 class Process(ABC):
-    """A denoising process on a model's noise schedule.
+    """A denoising process on a model's schedule.
 
     Args:
-        schedule: The model's.
+        schedule: The model's, of the process's own class.
         sampler: Settings, of the process's own class.
         device: Where it computes.
         noisy: Steps that may draw noise; all others are deterministic. All steps by default.
     """
 
+    schedule_type: ClassVar[type[Schedule]]
+    """The class of schedules that it runs on."""
     times: Tensor
     """[T] float32, from noisy to clean: the time that the model is given at each step."""
     time_scale: float
@@ -76,7 +90,7 @@ class Process(ABC):
     @abstractmethod
     def __init__(
         self,
-        schedule: NoiseSchedule,
+        schedule: Any,
         sampler: Any,
         device: torch.device,
         noisy: range | None = None,

@@ -36,6 +36,7 @@ class Ddim(Process):
         ModelError: The model predicts noise at a step whose input is pure noise.
     """
 
+    schedule_type = NoiseSchedule
     initial_noise_scale = 1.0
 
     def __init__(

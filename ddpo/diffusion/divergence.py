@@ -48,5 +48,5 @@ def kl_to_base(
                 output = policy.predict(before, times, conditioning, sampler.guidance_scale)
                 means.append(process.transition(steps, output, before))
         current, base = means
-        result[number] = gaussian_kl(current.mean, base.mean, current.std).mean().cpu()
+        result[number] = gaussian_kl(current.mean, base.mean, current.divergence_std).mean().cpu()
     return result

@@ -70,7 +70,7 @@ def sample(
         NonFiniteError: A log-prob or latent is NaN or infinite.
     """
     process = process_of(policy, sampler)
-    policy.keep_prompts(prompts)
+    policy.prepare_prompts(prompts)
     size = policy.numerics.sample_batch_size
     batches: list[Trajectories] = []
     for start in range(0, len(prompts), size):

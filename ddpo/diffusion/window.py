@@ -9,15 +9,15 @@ from ddpo.config import RunConfig, SamplerConfig
 from ddpo.diffusion import PROCESSES, Process
 from ddpo.errors import ConfigError
 from ddpo.models import Policy
-from ddpo.models.schedule import NoiseSchedule
+from ddpo.models.schedule import Schedule
 
 
 def sampler_of_epoch(policy: Policy, config: RunConfig, epoch: int) -> SamplerConfig:
     """Resolve where the window of an epoch lies, which depends on run seed and epoch alone.
 
-    A random window is one of those that contain a step to train on, all with equal chance, whatever
-    the algorithm: samples may be trained on by another one. An algorithm that trains final latents
-    takes any window.
+    A random or moving window is one of those that contain a step to train on, whatever the
+    algorithm: samples may be trained on by another one. Random ones have equal chances, a moving
+    one takes them in turn. An algorithm that trains final latents takes any window.
 
     Args:
         policy: Its noise schedule says which steps draw noise.
@@ -33,7 +33,7 @@ def sampler_of_epoch(policy: Policy, config: RunConfig, epoch: int) -> SamplerCo
     return _of_epoch(policy.schedule, policy.device, config, epoch)
 
 
-def check_sampler(schedule: NoiseSchedule, config: RunConfig) -> None:
+def check_sampler(schedule: Schedule, config: RunConfig) -> None:
     """Check that a model can be denoised as the config says, before the model is loaded.
 
     Args:
@@ -48,7 +48,7 @@ def check_sampler(schedule: NoiseSchedule, config: RunConfig) -> None:
     _of_epoch(schedule, torch.device("cpu"), config, 0)
 
 
-def check_steps(schedule: NoiseSchedule, sampler: SamplerConfig) -> None:
+def check_steps(schedule: Schedule, sampler: SamplerConfig) -> None:
     """Check that a model can be denoised in as many steps, before it is loaded.
 
     Args:
@@ -62,21 +62,28 @@ def check_steps(schedule: NoiseSchedule, sampler: SamplerConfig) -> None:
 
 
 def _of_epoch(
-    schedule: NoiseSchedule, device: torch.device, config: RunConfig, epoch: int
+    schedule: Schedule, device: torch.device, config: RunConfig, epoch: int
 ) -> SamplerConfig:
     window = config.sampler.window
     if window is None:
         return config.sampler
     process = _process(schedule, config.sampler.changed(window=None), device)
     stochastic = process.stochastic()
-    every = range(process.steps - window.steps + 1)
+    every = range((window.before or process.steps) - window.steps + 1)
     positions = [first for first in every if stochastic[first : first + window.steps].any()]
     steps_are_trained = config.algorithm.needs.data == "trajectories"
-    if not steps_are_trained and (window.position != "random" or not positions):
+    if not steps_are_trained and (isinstance(window.position, int) or not positions):
         positions = list(every)
     position = window.position
+    if not positions:
+        raise ConfigError(
+            f"no window of {window.steps} steps before step {window.before} contains a step that "
+            "draws noise, so nothing would be trained; raise sampler.window.before"
+        )
     if position == "random":
         position = positions[derive_seed(config.seed, "window", epoch) % len(positions)]
+    elif position == "moving":
+        position = positions[epoch // window.move_every % len(positions)]
     elif position not in positions:
         raise ConfigError(
             f"sampler.window contains no step to train on: at position {position} there is only "
@@ -97,10 +104,19 @@ def process_of(policy: Policy, sampler: SamplerConfig) -> Process:
     return _process(policy.schedule, sampler, policy.device)
 
 
-def _process(schedule: NoiseSchedule, sampler: SamplerConfig, device: torch.device) -> Process:
+def _process(schedule: Schedule, sampler: SamplerConfig, device: torch.device) -> Process:
+    process = PROCESSES[sampler.type]
+    if not isinstance(schedule, process.schedule_type):
+        fitting = [
+            name for name, each in PROCESSES.items() if isinstance(schedule, each.schedule_type)
+        ]
+        raise ConfigError(
+            f"sampler.type is {sampler.type!r}, which needs a {process.schedule_type.kind}, but "
+            f"the model is a {schedule.kind}; set it to {' or '.join(fitting)}"
+        )
     window = sampler.window
     noisy = window_steps(sampler) if window is not None and window.noise_only_there else None
-    return PROCESSES[sampler.type](schedule, sampler, device, noisy)
+    return process(schedule, sampler, device, noisy)
 
 
 def whole_process(policy: Policy, sampler: SamplerConfig) -> Process:
@@ -115,13 +131,13 @@ def window_steps(sampler: SamplerConfig) -> range:
         sampler: As :func:`sampler_of_epoch` resolved it.
 
     Raises:
-        ValueError: The window is random and has no position yet.
+        ValueError: The window has no position yet.
     """
     if sampler.window is None:
         return range(sampler.steps)
     first = sampler.window.position
-    if first == "random":
+    if isinstance(first, str):
         raise ValueError(
-            "a random window has a position within an epoch only; call `sampler_of_epoch` first"
+            f"a {first} window has a position within an epoch only; call `sampler_of_epoch` first"
         )
     return range(first, first + sampler.window.steps)

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 FAMILIES: Mapping[str, str] = {
     "StableDiffusionPipeline": "ddpo.models.stable_diffusion:StableDiffusion",
+    "StableDiffusionXLPipeline": "ddpo.models.stable_diffusion_xl:StableDiffusionXL",
+    "StableDiffusion3Pipeline": "ddpo.models.stable_diffusion_3:StableDiffusion3",
+    "FluxPipeline": "ddpo.models.flux:Flux",
 }
 """The registry: the family of a pipeline's class, as ``model_index.json`` names it."""
 
@@ -86,7 +89,7 @@ def check_model(
     from ddpo.models import hub
 
     family = _family(config)
-    files = hub.find_model(config, family.parts)
+    files = hub.find_model(config, family.parts_of(config))
     return family.inspect(files, config, trainable or LoraConfig())
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from PIL import Image
@@ -26,7 +26,7 @@ from ddpo.models.files import ModelFiles
 from ddpo.models.full import FullWeights
 from ddpo.models.lora import LoraWeights
 from ddpo.models.numerics import Numerics
-from ddpo.models.schedule import NoiseSchedule
+from ddpo.models.schedule import Schedule
 from ddpo.models.weights import Network, Weights
 
 _logger = logging.getLogger(__name__)
@@ -36,8 +36,8 @@ _logger = logging.getLogger(__name__)
 class ModelFacts:
     """What a model's small files say of it, before it is loaded."""
 
-    schedule: NoiseSchedule
-    """What the model was trained to denoise; all that a denoising process knows of it."""
+    schedule: Schedule
+    """How its training mixed images with noise; all that a denoising process knows of it."""
     size: tuple[int, int]
     """Width and height of an image in pixels."""
     latent_shape: tuple[int, ...]
@@ -117,19 +117,28 @@ class Policy(ABC):
         ModelError: The model cannot be downloaded, loaded or trained.
     """
 
-    parts: ClassVar[Sequence[str]]
-    """Subfolders of the pipeline that the family loads."""
+    parts: Sequence[str]
+    """Subfolders of the pipeline that are loaded: of the family, and then of the model."""
+    optional_parts: ClassVar[Sequence[str]] = ()
+    """Those that a model may lack, or that a config may leave out (``model.t5``)."""
 
+    own_settings: ClassVar[Sequence[str]] = ()
+    """Settings of ``model`` that not all families have."""
+
+    model: ModelConfig
+    """Path or Hub id, and the size of its images."""
     numerics: Numerics
     """Device, dtype, batch sizes."""
     folder: Path
     """Where the base model was loaded from."""
+    vae_folder: Path | None
+    """Where another autoencoder than the base model's was loaded from."""
     base_digest: str
     """sha256 of the base model's files."""
     weights: Weights
     """The trained weights, in and out."""
-    schedule: NoiseSchedule
-    """What the model was trained to denoise; all that a denoising process knows of it."""
+    schedule: Schedule
+    """How its training mixed images with noise; all that a denoising process knows of it."""
     size: tuple[int, int]
     """Width and height of an image in pixels."""
     latent_shape: tuple[int, ...]
@@ -144,15 +153,18 @@ class Policy(ABC):
         seed: int,
     ) -> None:
         numerics.apply()
-        self.numerics = numerics
+        self.numerics, self.model = numerics, model
+        self.parts = self.parts_of(model)
         files = hub.fetch_model(model, self.parts)
         facts = self.inspect(files, model, trainable)
         self.schedule, self.size = facts.schedule, facts.size
         self.latent_shape = facts.latent_shape
-        self.folder = files.folder
-        self._files = hub.file_states(self.folder, self.parts)
-        self.base_digest = hub.base_digest(self.folder, self.parts)
-        network = self._load(files)
+        self.folder, self.vae_folder = files.folder, hub.fetch_vae(model)
+        self._files = hub.file_states(self.folder, self.parts, self.vae_folder)
+        self.base_digest = hub.base_digest(self.folder, self.parts, self.vae_folder)
+        whole = isinstance(trainable, FullConfig)
+        # Adapters leave the network's own weights alone: they pass through no wider dtype.
+        network = self._load(files, torch.float32 if whole else numerics.torch_dtype)
         if isinstance(trainable, FullConfig):
             self.weights = FullWeights(network)
         else:
@@ -172,9 +184,9 @@ class Policy(ABC):
         Raises:
             ModelError: One has changed.
         """
-        now = hub.file_states(self.folder, self.parts)
+        now = hub.file_states(self.folder, self.parts, self.vae_folder)
         changed = sorted(
-            str(file.relative_to(self.folder))
+            str(file.relative_to(self.folder) if file.is_relative_to(self.folder) else file)
             for file in {*now, *self._files}
             if now.get(file) != self._files.get(file)
         )
@@ -196,7 +208,7 @@ class Policy(ABC):
         return policy_digest(self.base_digest, self.weights.state())
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
-        """Encode prompts, each distinct one by itself and once until :meth:`keep_prompts`.
+        """Encode prompts, each distinct one by itself and once until :meth:`prepare_prompts`.
 
         Args:
             prompts: B prompts.
@@ -204,20 +216,26 @@ class Policy(ABC):
         Returns:
             B rows, float32 on the device.
         """
-        for prompt in dict.fromkeys(prompts):
-            if prompt not in self._encoded:
-                with torch.no_grad():
-                    self._encoded[prompt] = self._encode(prompt)
+        self._encode_new(prompts)
         return Conditioning.cat([self._encoded[prompt] for prompt in prompts])
 
-    def keep_prompts(self, prompts: Iterable[str]) -> None:
-        """Forget all encoded prompts but these and the empty one.
+    def prepare_prompts(self, prompts: Iterable[str]) -> None:
+        """Encode these prompts and the empty one, and forget all others.
 
         One of Stable Diffusion 1.x takes 236 kB on the device. Sampling and an epoch's updates call
-        it with their own prompts, so that a large prompt set does not fill the device.
+        it with their own prompts, so that a large prompt set does not fill the device, and text
+        encoders are on it only once.
         """
-        kept = {"", *prompts}
+        kept = dict.fromkeys(["", *prompts])
         self._encoded = {text: row for text, row in self._encoded.items() if text in kept}
+        self._encode_new(kept)
+
+    def _encode_new(self, prompts: Iterable[str]) -> None:
+        new = [text for text in dict.fromkeys(prompts) if text not in self._encoded]
+        if new:
+            with torch.no_grad(), self._encoding():
+                for text in new:
+                    self._encoded[text] = self._encode(text)
 
     @contextmanager
     def sized(self, size: tuple[int, int] | None) -> Iterator[None]:
@@ -230,11 +248,39 @@ class Policy(ABC):
             ConfigError: They are not multiples of the pixels along one side of a latent pixel.
         """
         before = self.size, self.latent_shape
+        schedule = self.schedule
         self.size, self.latent_shape = resized(*before, size or self.size)
+        self.schedule = schedule.at(self.latent_shape)
         try:
             yield
         finally:
-            self.size, self.latent_shape = before
+            (self.size, self.latent_shape), self.schedule = before, schedule
+
+    @classmethod
+    def parts_of(cls, model: ModelConfig) -> tuple[str, ...]:
+        """Return the parts of a model that are loaded.
+
+        Args:
+            model: Path or Hub id, and what to leave out.
+
+        Raises:
+            ConfigError: It has a setting that means nothing for the family.
+            ModelError: The model is neither on disk nor reachable.
+        """
+        for name in ("t5", "t5_tokens"):
+            changed = getattr(model, name) != ModelConfig.model_fields[name].default
+            if changed and name not in cls.own_settings:
+                raise ConfigError(
+                    f"model.{name} means nothing for {model.path!r}, a {cls.__name__}; remove it"
+                )
+        present = hub.find_model(model).present(cls.optional_parts)
+        wanted = present if model.t5 else ()
+        return tuple(p for p in cls.parts if p not in cls.optional_parts or p in wanted)
+
+    @property
+    def pipeline_arguments(self) -> dict[str, Any]:
+        """What the diffusers pipeline takes to encode prompts likewise, beside a sampler's."""
+        return {}
 
     def warn_of_cut(self, prompts: Iterable[str]) -> None:
         """Log how many of the prompts are longer than what the model reads, if any are."""
@@ -329,19 +375,25 @@ class Policy(ABC):
         """
 
     @abstractmethod
-    def _load(self, files: ModelFiles) -> Network:
+    def _load(self, files: ModelFiles, dtype: torch.dtype) -> Network:
         """Load the pipeline on the CPU.
 
         Args:
             files: The pipeline's, all of them here.
+            dtype: What the denoising network's weights are kept in.
 
         Returns:
-            The denoising network: frozen, float32.
+            The denoising network, frozen.
         """
 
     @abstractmethod
     def _move(self, device: torch.device) -> None:
         """Move the pipeline to a device."""
+
+    @contextmanager
+    def _encoding(self) -> Iterator[None]:
+        """Keep what encodes prompts on the device inside the block."""
+        yield
 
     @abstractmethod
     def _encode(self, prompt: str) -> Conditioning:

@@ -122,6 +122,11 @@ class ModelFiles:
                 shapes |= self._header(name)
         return shapes
 
+    def present(self, parts: Sequence[str]) -> list[str]:
+        """Return those of some parts that the index says the model has."""
+        index = self.json(INDEX)
+        return [part for part in parts if index.get(part) not in (None, [None, None])]
+
     def problem(self, what: str) -> ModelError:
         """Return the error of files that do not make a pipeline of their class."""
         return ModelError(

@@ -6,7 +6,7 @@ A family's *parts* are the subfolders of the pipeline that it loads.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from httpx import HTTPError
@@ -22,12 +22,18 @@ from ddpo.config import ModelConfig
 from ddpo.errors import ModelError
 from ddpo.models.files import INDEX, ModelFiles
 from ddpo.models.single_file import converted
-from ddpo.starter import STARTER_PATH
+from ddpo.starter import FLOW_STARTER_PATH, STARTER_PATH
+
+STARTERS: Mapping[str, Path] = {"starter": STARTER_PATH, "starter_flow": FLOW_STARTER_PATH}
+"""The models that ship with the package, by the path that a config gives them."""
+
+_VAE_FILES = ("config.json", "diffusion_pytorch_model.safetensors")
+"""An autoencoder by itself."""
 
 
 def on_hub(config: ModelConfig) -> bool:
     """Return whether a model is the Hub's: neither the starter, nor a folder or a file here."""
-    return config.path != "starter" and not Path(expand(config.path)).exists()
+    return config.path not in STARTERS and not Path(expand(config.path)).exists()
 
 
 def find_model(config: ModelConfig, parts: Sequence[str] = ()) -> ModelFiles:
@@ -76,33 +82,71 @@ def local_files(folder: Path, parts: Sequence[str]) -> ModelFiles:
     return ModelFiles(str(folder), folder, _names(folder), parts)
 
 
-def file_states(folder: Path, parts: Sequence[str]) -> dict[Path, tuple[int, int, int]]:
+def fetch_vae(config: ModelConfig) -> Path | None:
+    """Return the folder of another autoencoder than the model's own, downloading it if needed.
+
+    Args:
+        config: Its path or Hub id, if it names one.
+
+    Raises:
+        ModelError: It is neither on disk nor reachable, or no autoencoder.
+    """
+    if config.vae is None:
+        return None
+    folder = Path(expand(config.vae)).absolute()
+    if not folder.is_dir():
+        try:
+            folder = Path(
+                snapshot_download(
+                    config.vae, revision=config.vae_revision, allow_patterns=list(_VAE_FILES)
+                )
+            )
+        except (HFValidationError, HTTPError, OSError) as error:
+            raise ModelError(
+                f"model.vae {config.vae!r} is neither a folder here nor downloadable from the Hub: "
+                f"{str(error).splitlines()[0]}"
+            ) from error
+    missing = [name for name in _VAE_FILES if not (folder / name).is_file()]
+    if missing:
+        raise ModelError(
+            f"model.vae {config.vae!r} has no {missing[0]}; expected an autoencoder as "
+            "AutoencoderKL.save_pretrained writes it"
+        )
+    return folder
+
+
+def file_states(
+    folder: Path, parts: Sequence[str], vae: Path | None = None
+) -> dict[Path, tuple[int, int, int]]:
     """Return number, size in bytes and time of the last change, in ns, of each file that is loaded.
 
     Raises:
         ModelError: A file cannot be read.
     """
     try:
-        files = (folder / name for name in local_files(folder, parts).loaded())
+        files = [folder / name for name in local_files(folder, parts).loaded()]
+        files += [vae / name for name in _VAE_FILES] if vae else []
         found = ((file, file.stat()) for file in files)
         return {file: (s.st_ino, s.st_size, s.st_mtime_ns) for file, s in found}
     except OSError as error:
         raise ModelError(f"cannot read the model in {folder}: {error}") from error
 
 
-def base_digest(folder: Path, parts: Sequence[str]) -> str:
+def base_digest(folder: Path, parts: Sequence[str], vae: Path | None = None) -> str:
     """Digest the files that make up a base model.
 
     Args:
         folder: A pipeline's folder.
-        parts: The family's.
+        parts: Those that are loaded.
+        vae: Folder of another autoencoder.
 
     Returns:
         sha256 over names and contents, whatever the folder is called.
     """
     digest = hashlib.sha256()
-    for name in local_files(folder, parts).loaded():
-        file = folder / name
+    files = [(name, folder / name) for name in local_files(folder, parts).loaded()]
+    files += [(f"model.vae/{name}", vae / name) for name in _VAE_FILES] if vae else []
+    for name, file in files:
         digest.update(f"{name}\0{file.stat().st_size}\0".encode())
         with file.open("rb") as stream:
             while chunk := stream.read(1 << 22):
@@ -140,8 +184,8 @@ def _model_index(config: ModelConfig) -> Path:
 
 
 def _local_folder(config: ModelConfig) -> Path | None:
-    if config.path == "starter":
-        return STARTER_PATH
+    if config.path in STARTERS:
+        return STARTERS[config.path]
     path = Path(expand(config.path)).absolute()
     if path.is_file():
         return converted(path)

@@ -20,7 +20,7 @@ class LoraWeights(Weights):
     """A trained adapter (peft) on a network whose own weights are frozen.
 
     Args:
-        network: Frozen, float32; gets the adapter, and is cast to ``dtype``.
+        network: Frozen; gets the adapter, and is cast to ``dtype``.
         config: Rank, alpha and layers of the adapter.
         seed: Seed of the adapter's initial weights.
         dtype: What the frozen weights are kept in.
@@ -39,7 +39,8 @@ class LoraWeights(Weights):
     ) -> None:
         super().__init__(network)
         self.config = config
-        network.to(dtype=dtype)  # pyright: ignore[reportCallIssue]  # diffusers wraps it untyped
+        if network.dtype != dtype:
+            network.to(dtype=dtype)  # pyright: ignore[reportCallIssue]  # diffusers wraps it untyped
         adapter = peft.LoraConfig(
             r=config.rank,
             lora_alpha=config.alpha,  # pyright: ignore[reportArgumentType]  # peft takes floats

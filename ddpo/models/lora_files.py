@@ -12,12 +12,16 @@ from torch import Tensor
 from ddpo.config import LoraConfig
 from ddpo.models.exports import save_tensors
 
-_BASES = {768: "sd_v1", 1024: "sd_v2"}
+_BASES = {768: "sd_v1", 1024: "sd_v2", 2048: "sdxl_base_v1-0"}
 """kohya's name of a base model, by the width of the text features that its UNet attends to."""
 
 
 def write_diffusers(
-    file: Path, adapter: Mapping[str, Tensor], config: LoraConfig, notes: Mapping[str, str]
+    file: Path,
+    part: str,
+    adapter: Mapping[str, Tensor],
+    config: LoraConfig,
+    notes: Mapping[str, str],
 ) -> None:
     """Write diffusers' file, with rank and alpha in its header.
 
@@ -27,17 +31,18 @@ def write_diffusers(
 
     Args:
         file: Created or replaced.
+        part: The pipeline's part that the adapter is for, `unet` or `transformer`.
         adapter: By peft's names, with alpha / rank multiplied into lora_B.
         config: The adapter's settings.
         notes: Further entries of the header.
     """
     settings = {
-        "unet.r": config.rank,
-        "unet.lora_alpha": config.rank,
-        "unet.target_modules": list(config.target_modules),
+        f"{part}.r": config.rank,
+        f"{part}.lora_alpha": config.rank,
+        f"{part}.target_modules": list(config.target_modules),
     }
     header = {"format": "pt", "lora_adapter_metadata": json.dumps(settings), **notes}
-    save_tensors({f"unet.{name}": value for name, value in adapter.items()}, file, header)
+    save_tensors({f"{part}.{name}": value for name, value in adapter.items()}, file, header)
 
 
 def write_kohya(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, ClassVar, Literal, Self, cast
 
 import torch
 from diffusers import DDIMScheduler  # pyright: ignore[reportPrivateImportUsage]
@@ -28,12 +29,35 @@ _SETTINGS = (
 """What a schedule is made from. A scheduler's file has more, for other processes than ours."""
 
 
+class Schedule(ABC):
+    """How a model's training mixed images with noise."""
+
+    kind: ClassVar[str]
+    """What such a model is called, for messages."""
+
+    @property
+    @abstractmethod
+    def training_timesteps(self) -> int:
+        """N, the number of timesteps that the model was trained with."""
+
+    def at(self, latent_shape: Sequence[int]) -> Self:
+        """Return the schedule for images of another size, on which it may depend.
+
+        Args:
+            latent_shape: Shape of one image's latents, [C, h, w].
+        """
+        del latent_shape
+        return self
+
+
 @dataclass(frozen=True)
-class NoiseSchedule:
+class NoiseSchedule(Schedule):
     """The variance-preserving diffusion that a model was trained to undo.
 
     x_t = sqrt(alpha_t) x_0 + sqrt(1 - alpha_t) eps at training timesteps t = 0 ... N - 1.
     """
+
+    kind = "diffusion model"
 
     alphas_cumprod: Tensor
     """[N] float32 on the CPU: alpha_t, the signal's share of variance."""

@@ -8,10 +8,14 @@ from contextlib import contextmanager
 from typing import Literal
 
 import torch
-from diffusers import UNet2DConditionModel  # pyright: ignore[reportPrivateImportUsage]
+from diffusers import (
+    FluxTransformer2DModel,  # pyright: ignore[reportPrivateImportUsage]
+    SD3Transformer2DModel,  # pyright: ignore[reportPrivateImportUsage]
+    UNet2DConditionModel,  # pyright: ignore[reportPrivateImportUsage]
+)
 from torch import Tensor
 
-Network = UNet2DConditionModel
+Network = UNet2DConditionModel | SD3Transformer2DModel | FluxTransformer2DModel
 """The denoising networks of all families."""
 
 WeightSet = Literal["trained", "average", "base"]

@@ -82,7 +82,7 @@ def update(
     algorithm, ranks = config.algorithm, ranks or Alone()
     updates = algorithm.updates(credit, run_seed=config.seed, epoch=state.epoch)
     parameters = policy.weights.parameters()
-    policy.keep_prompts(samples.prompts)
+    policy.prepare_prompts(samples.prompts)
     ema = Ema.of(policy, state, config.optimizer)
     adamw = make_adamw(parameters, config.optimizer, state.optimizer)
     make_objective = OBJECTIVES[algorithm.needs.data]

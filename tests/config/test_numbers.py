@@ -14,7 +14,7 @@ from pydantic import BaseModel
 from ddpo.algorithms import ALGORITHMS
 from ddpo.algorithms.advantages import ADVANTAGES
 from ddpo.basics.part import Part
-from ddpo.config import FullConfig, LoraConfig, RunConfig
+from ddpo.config import SAMPLERS, FullConfig, LoraConfig, RunConfig
 from ddpo.config.files import parse_comparison, parse_config, parse_reward, read_config
 from ddpo.errors import ConfigError
 from tests.configs import MINIMAL, parse, written
@@ -44,9 +44,14 @@ def cases() -> list[tuple[dict[str, Any], str]]:
     """Return what a config has around a float, as its key is told in a message, and its place."""
     found: list[tuple[str, dict[str, Any], bool]] = []
     for key, many in float_settings(RunConfig):
-        if key[0] not in ("algorithm", "trainable"):
+        if key[0] not in ("algorithm", "trainable", "sampler"):
             found.append((".".join(key), {}, many))
-    for section, kinds in (("algorithm", ALGORITHMS), ("trainable", (LoraConfig, FullConfig))):
+    unions = (
+        ("algorithm", ALGORITHMS),
+        ("trainable", (LoraConfig, FullConfig)),
+        ("sampler", SAMPLERS),
+    )
+    for section, kinds in unions:
         for kind in kinds:
             (tag,) = get_args(kind.model_fields["type"].annotation)
             for key, many in float_settings(kind):

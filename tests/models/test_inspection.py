@@ -113,11 +113,11 @@ def with_other_headers(folder: Path) -> None:
 UNFIT: Mapping[str, tuple[Change, str]] = {
     "SDXL pipeline": (
         edit("model_index.json", _class_name="StableDiffusionXLPipeline"),
-        "is a StableDiffusionXLPipeline, which is not supported",
+        "cannot be loaded as a StableDiffusionXLPipeline: text_encoder_2/config.json",
     ),
     "SDXL UNet": (
         edit("unet/config.json", addition_embed_type="text_time"),
-        "it is a Stable Diffusion XL",
+        "like Stable Diffusion XL's",
     ),
     "inpainting": (unet(in_channels=9), "an inpainting model: its UNet takes 9 channels"),
     "InstructPix2Pix": (unet(in_channels=8), "InstructPix2Pix: its UNet takes 8 channels"),
@@ -174,7 +174,7 @@ def test_a_model_that_cannot_be_trained_is_refused_before_its_run_has_a_name(
     def load(*_: object, **__: object) -> None:
         raise AssertionError("the model was loaded")
 
-    monkeypatch.setattr("ddpo.models.stable_diffusion.load_pipeline", load)
+    monkeypatch.setattr("ddpo.models.pipeline_policy.PipelinePolicy._loaded", load)
     root = f"memory://{uuid.uuid4().hex}"
     config = tiny_config(copy, storage={"root": root}, outputs=str(tmp_path / "outputs"))
     with pytest.raises(ModelError, match=message) as refused:

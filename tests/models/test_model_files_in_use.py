@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from ddpo.errors import ModelError
-from ddpo.models import stable_diffusion
 from ddpo.models.files import ModelFiles
+from ddpo.models.pipeline_policy import PipelinePolicy
 from tests.tiny import load_policy, tiny_config
 
 PARTS = ("unet", "vae", "text_encoder")
@@ -45,15 +46,15 @@ def test_a_loaded_model_does_not_follow_its_files(model: Path) -> None:
 def test_a_model_that_changes_while_it_is_loaded_is_refused(
     model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    load = stable_diffusion.load_pipeline
+    load = PipelinePolicy._loaded
 
-    def changing(files: ModelFiles) -> object:
-        pipeline = load(files)
+    def changing(policy: PipelinePolicy, files: ModelFiles, *rest: Any) -> object:
+        pipeline = load(policy, files, *rest)
         file = files.folder / "scheduler" / "scheduler_config.json"
         file.write_text(json.dumps(json.loads(file.read_text()) | {"beta_end": 0.02}))
         return pipeline
 
-    monkeypatch.setattr(stable_diffusion, "load_pipeline", changing)
+    monkeypatch.setattr(PipelinePolicy, "_loaded", changing)
     with pytest.raises(ModelError, match=r"changed while it was in use \(scheduler/scheduler_c"):
         load_policy(tiny_config(model))
 

@@ -361,8 +361,10 @@ def test_a_pipeline_of_another_family_is_refused_before_it_is_loaded(
     copy = tmp_path / "copy"
     shutil.copytree(tiny_model, copy)
     index = json.loads((copy / "model_index.json").read_text())
-    (copy / "model_index.json").write_text(json.dumps({**index, "_class_name": "FluxPipeline"}))
-    message = r"is a FluxPipeline, which is not supported; expected.*StableDiffusionPipeline"
+    (copy / "model_index.json").write_text(
+        json.dumps({**index, "_class_name": "PixArtAlphaPipeline"})
+    )
+    message = r"is a PixArtAlphaPipeline, which is not supported; expected.*StableDiffusionPipeline"
     with pytest.raises(ModelError, match=message):
         check_model(ModelConfig(path=str(copy)))
     with pytest.raises(ModelError, match=message):

@@ -1,0 +1,143 @@
+"""The schedule of flow-matching models: straight lines from images to noise."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Self, cast
+
+import numpy as np
+from diffusers import FlowMatchEulerDiscreteScheduler  # pyright: ignore[reportPrivateImportUsage]
+from pydantic import JsonValue
+from torch import Tensor
+
+from ddpo.errors import ConfigError, ModelError
+from ddpo.models.schedule import Schedule
+
+_SETTINGS = (
+    "num_train_timesteps",
+    "shift",
+    "use_dynamic_shifting",
+    "base_shift",
+    "max_shift",
+    "base_image_seq_len",
+    "max_image_seq_len",
+    "shift_terminal",
+    "use_karras_sigmas",
+    "use_exponential_sigmas",
+    "use_beta_sigmas",
+    "time_shift_type",
+)
+"""What sigmas are made from. A scheduler's file has more, for other processes than ours."""
+
+
+@dataclass(frozen=True)
+class FlowSchedule(Schedule):
+    """The rectified flow that a model was trained on (arXiv 2209.03003, 2403.03206).
+
+    x_sigma = (1 - sigma) x_0 + sigma eps for sigma in [0, 1]; the model predicts the velocity
+    eps - x_0. Its time axis is N sigma.
+    """
+
+    kind = "flow-matching model"
+
+    settings: Mapping[str, JsonValue]
+    """Those of the model's scheduler, for digests."""
+    patch: int
+    """Latent pixels along one side of a token."""
+    tokens: int
+    """Tokens of an image; a dynamic shift depends on it."""
+    from_one: bool = False
+    """Whether steps are spaced from sigma 1 to 1/T before the shift, as FLUX's pipeline does it,
+    and not over the scheduler's own range."""
+
+    @classmethod
+    def from_scheduler(
+        cls,
+        config: Mapping[str, Any],
+        patch: int,
+        latent_shape: Sequence[int],
+        *,
+        from_one: bool = False,
+    ) -> FlowSchedule:
+        """Read the config of diffusers' scheduler for flow matching.
+
+        Args:
+            config: As ``scheduler_config.json`` holds it.
+            patch: Latent pixels along one side of a token.
+            latent_shape: Shape of one image's latents, [C, h, w].
+            from_one: See the field.
+
+        Raises:
+            ModelError: Its steps are stochastic, or its sigmas inverted.
+        """
+        settings: Any = flow_scheduler(config).config
+        for name in ("stochastic_sampling", "invert_sigmas"):
+            if settings.get(name):
+                raise ModelError(
+                    f"the model's scheduler sets {name}; expected the deterministic flow from "
+                    "sigma 1 to 0 that Stable Diffusion 3 and FLUX have"
+                )
+        known = {name: settings.get(name) for name in _SETTINGS}
+        return cls(known, patch, _tokens(latent_shape, patch), from_one)
+
+    @property
+    def training_timesteps(self) -> int:
+        """N, the length of the model's time axis."""
+        return int(cast(int, self.settings["num_train_timesteps"]))
+
+    @property
+    def shift(self) -> float:
+        """The scheduler's static shift; 1 where it depends on the image's size."""
+        dynamic = self.settings["use_dynamic_shifting"]
+        return 1.0 if dynamic else float(cast(float, self.settings["shift"]))
+
+    def at(self, latent_shape: Sequence[int]) -> Self:
+        """Return the schedule for latents of another size."""
+        return replace(self, tokens=_tokens(latent_shape, self.patch))
+
+    def sigmas(self, steps: int) -> Tensor:
+        """Place denoising steps as diffusers' pipelines do.
+
+        Args:
+            steps: T.
+
+        Returns:
+            [T+1] float32 on the CPU, from 1 or a little less to 0.
+
+        Raises:
+            ConfigError: There are more steps than training timesteps.
+        """
+        if steps > self.training_timesteps:
+            raise ConfigError(
+                f"sampler.steps is {steps}, more than the model's {self.training_timesteps} "
+                f"training timesteps; set it to at most {self.training_timesteps}"
+            )
+        scheduler = flow_scheduler(self.settings)
+        arguments: dict[str, Any] = {}
+        if self.from_one:
+            arguments["sigmas"] = np.linspace(1.0, 1 / steps, steps)
+        if self.settings["use_dynamic_shifting"]:
+            arguments["mu"] = self._mu()
+        scheduler.set_timesteps(steps, device="cpu", **arguments)
+        return cast(Tensor, scheduler.sigmas)
+
+    def _mu(self) -> float:
+        """Return the logarithm of the shift at this size, linear in the number of tokens."""
+        fewest, most, low, high = (
+            float(cast(float, self.settings[name]))
+            for name in ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
+        )
+        slope = (high - low) / (most - fewest)
+        return self.tokens * slope + (low - slope * fewest)
+
+
+def flow_scheduler(config: Mapping[str, Any]) -> FlowMatchEulerDiscreteScheduler:
+    """Return diffusers' scheduler with a config's settings."""
+    made = FlowMatchEulerDiscreteScheduler.from_config(dict(config))
+    return cast(FlowMatchEulerDiscreteScheduler, made)
+
+
+def _tokens(latent_shape: Sequence[int], patch: int) -> int:
+    return math.prod(length // patch for length in latent_shape[1:])
