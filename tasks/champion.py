@@ -13,7 +13,7 @@ from ddpo.analysis.evaluation.plan import evaluation_set
 from ddpo.analysis.evaluation.proof import Job, prove
 from ddpo.basics.digests import canonical_json, json_digest
 from ddpo.basics.images import decode_image
-from ddpo.config import EvaluationConfig, FullConfig
+from ddpo.config import DdimSampler, EvaluationConfig, FullConfig
 from ddpo.models import hub
 from ddpo.runs import Run
 from ddpo.store import artefacts
@@ -90,12 +90,18 @@ def _proved(run: Run, config: EvaluationConfig, best: Candidate, candidates: int
                 prompts=[row.prompt for row in rows],
                 seeds=[row.seed for row in rows],
                 arguments={
-                    "num_inference_steps": images.sampler.steps,
-                    "guidance_scale": images.sampler.guidance_scale,
-                    "eta": config.eta,
+                    **images.sampler.pipeline_arguments,
+                    **policy.pipeline_arguments,
                     "width": width,
                     "height": height,
                 },
+                ddim=isinstance(images.sampler, DdimSampler),
+                vae=None if whole or policy.vae_folder is None else str(policy.vae_folder),
+                without=(
+                    "safety_checker",
+                    "feature_extractor",
+                    *(part for part in policy.optional_parts if part not in policy.parts),
+                ),
             )
         expected = [decode_image(row.image_png) for row in rows]
         difference = prove(job, expected, Path(scratch), dtype=run.numerics.dtype)

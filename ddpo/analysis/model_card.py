@@ -15,7 +15,7 @@ import yaml
 from ddpo.analysis.lora_plan import CARD, DIFFUSERS_FILE, IMAGES_FOLDER, LoraExport
 from ddpo.analysis.report import checkpoint_pictures, save_curve
 from ddpo.analysis.rewards import EpochRewards, reward_curve
-from ddpo.config import RunConfig
+from ddpo.config import DdimSampler, RunConfig
 from ddpo.models import hub
 from ddpo.store.kinds import IMAGES
 from ddpo.store.tables import RolloutRow
@@ -40,19 +40,18 @@ There is no trigger word: it acts on every prompt.
 ### diffusers
 
 ```python
-from diffusers import DDIMScheduler, StableDiffusionPipeline
+from diffusers import {classes}
 {base_model}
 pipeline.load_lora_weights({place}, weight_name="{diffusers_file}")
-pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
-image = pipeline({prompt}, {arguments}).images[0]
+{scheduler}image = pipeline({prompt}, {arguments}).images[0]
 ```
 
 ### ComfyUI and AUTOMATIC1111
 
 {programs}
 
-Both files hold the same weights in float32, with alpha / rank already multiplied in, so that the
-alpha that a reader applies is the rank.
+Weights are in float32, with alpha / rank already multiplied in, so that the alpha that a reader
+applies is the rank.
 
 ## Reward
 
@@ -70,6 +69,8 @@ alpha that a reader applies is the rank.
 This card makes no statement of its own about the terms of these weights.
 """
 
+_DDIM = "pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)\n"
+
 _PROGRAMS = """\
 - ComfyUI: copy `{file}` to `ComfyUI/models/loras`, and put the node *Load LoRA* between the
   checkpoint and the sampler. Only `strength_model` has an effect; 1 is what was trained.
@@ -78,9 +79,13 @@ _PROGRAMS = """\
 
 Use a checkpoint of the base model, or of one that was derived from it."""
 
+_DIFFUSERS_PROGRAMS = """\
+ComfyUI reads diffusers' names of this transformer: copy `{file}` to `ComfyUI/models/loras` under a
+name of your choice. It was not tried."""
+
 _NO_PROGRAMS = """\
-`{file}` has the layout that they read. They know Stable Diffusion 1.x and 2.x, and this base model
-is neither."""
+`{file}` has the layout that they read. They know Stable Diffusion 1.x, 2.x and XL, and this base
+model is none of them."""
 
 
 def write_card(export: LoraExport, folder: Path, *, other_programs: bool) -> None:
@@ -102,8 +107,11 @@ def write_card(export: LoraExport, folder: Path, *, other_programs: bool) -> Non
     if curve:
         save_curve(curve, config.reward.name, folder / IMAGES_FOLDER / "reward.png")
         rewards = _reward_table(curve)
-    programs = _PROGRAMS if other_programs else _NO_PROGRAMS
-    name = export.kohya_file.removesuffix(".safetensors")
+    file, programs = export.kohya_file, _PROGRAMS if other_programs else _NO_PROGRAMS
+    if not (folder / file).exists():
+        file, programs = DIFFUSERS_FILE, _DIFFUSERS_PROGRAMS
+    kind = hub.find_model(config.model).pipeline_class
+    ddim = isinstance(config.sampler, DdimSampler)
     header = yaml.safe_dump(_header(export, after), sort_keys=False, allow_unicode=True)
     card = _CARD.format(
         header=header,
@@ -111,12 +119,14 @@ def write_card(export: LoraExport, folder: Path, *, other_programs: bool) -> Non
         base=export.base_model,
         reward=config.reward.name,
         images=_image_table(export, before, after),
-        base_model=_loading(export),
+        classes=f"DDIMScheduler, {kind}" if ddim else kind,
+        scheduler=_DDIM if ddim else "",
+        base_model=_loading(export, kind),
         place=json.dumps(export.repository or "."),
         diffusers_file=DIFFUSERS_FILE,
         prompt=json.dumps(after[0].prompt if after else "a cat"),
         arguments=", ".join(f"{name}={value}" for name, value in _arguments(config).items()),
-        programs=programs.format(file=export.kohya_file, name=name),
+        programs=programs.format(file=file, name=file.removesuffix(".safetensors")),
         rewards=rewards,
         settings="\n".join(f"| {k} | {v} |" for k, v in _settings(export).items()),
         licence=_licence(export),
@@ -229,13 +239,19 @@ def _cell(text: str) -> str:
     return escape(text).replace("|", "&#124;")
 
 
-def _loading(export: LoraExport) -> str:
-    """Return how the base model is loaded, in Python."""
+def _loading(export: LoraExport, kind: str) -> str:
+    """Return how the base model is loaded, in Python.
+
+    Args:
+        export: What is exported.
+        kind: The pipeline's class.
+    """
     model, name = export.run.config.model, export.base_model
-    pipeline = "pipeline = StableDiffusionPipeline"
-    if model.path == "starter":
-        source = "from ddpo.starter import STARTER_PATH"
-        return f"{source}\n\n{pipeline}.from_pretrained(STARTER_PATH)"
+    pipeline = f"pipeline = {kind}"
+    if model.path in hub.STARTERS:
+        path = "STARTER_PATH" if model.path == "starter" else "FLOW_STARTER_PATH"
+        source = f"from ddpo.starter import {path}"
+        return f"{source}\n\n{pipeline}.from_pretrained({path})"
     revision = f", revision={json.dumps(model.revision)}" if model.revision else ""
     if hub.on_hub(model):
         return f"\n{pipeline}.from_pretrained({json.dumps(name)}{revision})"
@@ -245,17 +261,18 @@ def _loading(export: LoraExport) -> str:
 
 def _arguments(config: RunConfig) -> dict[str, float]:
     """Return what a user passes to the pipeline to sample as in training."""
-    sampler, size = config.sampler, config.model.size
+    sampler, size, tokens = config.sampler, config.model.size, config.model.t5_tokens
+    steps = {name: value for name, value in sampler.pipeline_arguments.items() if name != "eta"}
     return {
-        "num_inference_steps": sampler.steps,
-        "guidance_scale": sampler.guidance_scale,
+        **steps,
+        **({} if tokens is None else {"max_sequence_length": tokens}),
         **({"width": size[0], "height": size[1]} if size else {}),
     }
 
 
 def _licence(export: LoraExport) -> str:
     model = export.run.config.model
-    if model.path == "starter":
+    if model.path in hub.STARTERS:
         return "The base model ships with ddpo under the Apache License 2.0."
     if hub.on_hub(model):
         page = f"https://huggingface.co/{model.path}"

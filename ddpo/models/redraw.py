@@ -21,6 +21,7 @@ def main(job_file: Path) -> None:
     """
     import torch
     from diffusers import (
+        AutoencoderKL,  # pyright: ignore[reportPrivateImportUsage]
         DDIMScheduler,  # pyright: ignore[reportPrivateImportUsage]
         DiffusionPipeline,  # pyright: ignore[reportPrivateImportUsage]
     )
@@ -34,10 +35,15 @@ def main(job_file: Path) -> None:
         use_safetensors=True,
         local_files_only=True,
         **{part: None for part in job["without"]},
+        **({"vae": AutoencoderKL.from_pretrained(job["vae"])} if job["vae"] else {}),
     )
     if job["lora"]:
         pipeline.load_lora_weights(job["lora"])
-    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+    if job["ddim"]:
+        settings = pipeline.scheduler.config
+        pipeline.scheduler = DDIMScheduler.from_config(
+            settings, clip_sample=settings.get("clip_sample", False)
+        )
     pipeline.set_progress_bar_config(disable=True)
     pipeline.to(job["device"])
     for number, (prompt, seed) in enumerate(zip(job["prompts"], job["seeds"], strict=True)):

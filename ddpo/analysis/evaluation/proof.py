@@ -43,6 +43,10 @@ class Job:
     """The noise seed of each."""
     arguments: dict[str, Any]
     """Further arguments of the pipeline's call."""
+    ddim: bool = True
+    """Whether to sample with DDIM, and not with the pipeline's own scheduler."""
+    vae: str | None = None
+    """Folder of another autoencoder than the pipeline's."""
     dtype: str = "float32"
     """Weights and arithmetic."""
     without: Sequence[str] = ("safety_checker", "feature_extractor")
