@@ -8,6 +8,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,19 +22,27 @@ from ddpo_workflow.tasks.tracking import backlog
 from ddpo_workflow.tasks.tracking.catch_up import track_missing
 from ddpo_workflow.tasks.tracking.connection import TrackingUnavailable
 from ddpo_workflow.tasks.tracking.page import open_page
+from tests.faults.away import (
+    ENGINES,
+    EPOCHS,
+    MANY_SHARDS,
+    SHARDS,
+    has_samples,
+    wait_for_samples,
+)
 from tests.faults.crashes import RUN, Night
 from tests.faults.processes import LIMIT_S, Command, kill
 from tests.fold import as_in_a_new_process, run_epoch
 from tests.servers import free_port, mlflow_server
 
-EPOCHS = 3
+AWAY_S = 60.0
 
 
 @pytest.fixture
-def plan(tiny_model: Path, tmp_path: Path, mlflow_database: Path) -> Callable[[str], Night]:
+def plan(tiny_model: Path, tmp_path: Path, mlflow_database: Path) -> Callable[..., Night]:
     """Plans a run of three epochs that is shown at an address."""
 
-    def of(uri: str) -> Night:
+    def of(uri: str, **changes: Any) -> Night:
         folder = tmp_path / "night"
         tracking = {"uri": uri, "pictures": {"prompts": ["a cat"], "seeds": [0]}}
         return Night.plan(
@@ -42,8 +51,8 @@ def plan(tiny_model: Path, tmp_path: Path, mlflow_database: Path) -> Callable[[s
             folder,
             mlflow_database,
             tracking=tracking,
-            epochs=EPOCHS,
             outputs=str(folder / "outputs"),
+            **({"epochs": EPOCHS} | changes),
         )
 
     return of
@@ -75,7 +84,7 @@ def committed(night: Night) -> list[int]:
 
 
 def test_the_run_goes_on_says_so_and_catches_up(
-    plan: Callable[[str], Night],
+    plan: Callable[..., Night],
     served: Path,
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
@@ -102,7 +111,7 @@ def test_the_run_goes_on_says_so_and_catches_up(
 
 
 def test_what_a_process_could_not_log_is_logged_from_the_store_by_the_next(
-    plan: Callable[[str], Night], served: Path, monkeypatch: pytest.MonkeyPatch
+    plan: Callable[..., Night], served: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(backlog, "PATIENCE_S", 1.0)
     port = free_port()
@@ -126,16 +135,23 @@ def test_what_a_process_could_not_log_is_logged_from_the_store_by_the_next(
             check_all_is_shown(night)
 
 
+@pytest.mark.parametrize("engine", ENGINES)
 def test_a_command_whose_server_is_killed_and_comes_back_ends_well(
-    plan: Callable[[str], Night], served: Path
+    engine: str, plan: Callable[..., Night], served: Path, undisturbed: dict[str, bytes]
 ) -> None:
     port = free_port()
-    night = plan(f"http://127.0.0.1:{port}")
+    night = plan(f"http://127.0.0.1:{port}", **MANY_SHARDS, engine=ENGINES[engine])
     command = Command(night, served.parent, {})
     with mlflow_server(served, port):
         process = command.start()
-        wait_for_epoch(night, 0, process)
+        try:
+            wait_for_samples(command, process)
+        except BaseException:
+            kill(process)
+            raise
     try:
+        assert not has_samples(command, SHARDS - 1)
+        time.sleep(AWAY_S)
         wait_for_epoch(night, EPOCHS - 1, process)
         assert process.poll() is None, command.log.read_text()
         with mlflow_server(served, port):
@@ -146,6 +162,7 @@ def test_a_command_whose_server_is_killed_and_comes_back_ends_well(
     screen = " ".join(command.log.read_text().split())
     assert f"MLflow at http://127.0.0.1:{port} is unavailable (" in screen
     assert f"MLflow at http://127.0.0.1:{port} answers again" in screen
+    assert night.content() == undisturbed
 
 
 def wait_for_epoch(night: Night, epoch: int, process: subprocess.Popen[bytes]) -> None:

@@ -14,13 +14,12 @@ from pathlib import Path
 
 import pytest
 
-from ddpo.store.keys import Partition
-from ddpo.store.kinds import EPOCH, ROLLOUTS
-from tests.faults.crashes import RUN, Night
+from tests.faults.away import ENGINES, MANY_SHARDS, SHARDS, has_samples, wait_for_samples
+from tests.faults.crashes import Night
 from tests.faults.processes import LIMIT_S, Command, kill
 from tests.servers import free_port
 
-AWAY_S = 12.0
+AWAY_S = 20.0
 
 
 @contextmanager
@@ -53,8 +52,13 @@ def prefect_server(folder: Path, port: int) -> Iterator[None]:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("engine", ENGINES)
 def test_a_run_outlives_an_outage_of_prefects_server(
-    tiny_model: Path, tmp_path: Path, mlflow_database: Path
+    engine: str,
+    tiny_model: Path,
+    tmp_path: Path,
+    mlflow_database: Path,
+    undisturbed: dict[str, bytes],
 ) -> None:
     port = free_port()
     night = Night.plan(
@@ -62,17 +66,20 @@ def test_a_run_outlives_an_outage_of_prefects_server(
         str(tmp_path / "night" / "store"),
         tmp_path / "night",
         mlflow_database,
+        **MANY_SHARDS,
+        engine=ENGINES[engine],
         outputs=str(tmp_path / "outputs"),
-        epochs=3,
     )
     command = Command(night, tmp_path, {"PREFECT_API_URL": f"http://127.0.0.1:{port}/api"})
     with prefect_server(tmp_path, port):
         process = command.start()
-        deadline = time.monotonic() + LIMIT_S
-        while not night.store.exists(ROLLOUTS.key(Partition(RUN, 1, 0))):
-            assert process.poll() is None and time.monotonic() < deadline, command.log.read_text()
-            time.sleep(0.02)
+        try:
+            wait_for_samples(command, process)
+        except BaseException:
+            kill(process)
+            raise
     try:
+        assert not has_samples(command, SHARDS - 1)
         time.sleep(AWAY_S)
         assert process.poll() is None, command.log.read_text()
         with prefect_server(tmp_path, port):
@@ -81,4 +88,4 @@ def test_a_run_outlives_an_outage_of_prefects_server(
         kill(process)
     screen = " ".join(command.log.read_text().split())
     assert f"Prefect's server at http://127.0.0.1:{port}/api is unavailable (" in screen
-    assert all(EPOCH.exists(night.store, Partition(RUN, epoch)) for epoch in range(3))
+    assert night.content() == undisturbed
