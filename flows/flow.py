@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
-from prefect import Flow, flow
+from prefect import Flow, State, flow
+from prefect.client.schemas.objects import FlowRun
 from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
 
 from ddpo.basics.loopback import never_proxy_loopback
@@ -21,8 +22,6 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 _THREADS = 4
-
-log_to_flow_runs()  # also of a flow that another program calls
 
 
 def ddpo_flow(
@@ -38,10 +37,16 @@ def ddpo_flow(
         name=name,
         flow_run_name=run_name,
         task_runner=WorkerThreads(max_workers=_THREADS),  # pyright: ignore[reportArgumentType]
-        on_running=[remember_flow_run],
+        on_running=[_begin],
         on_crashed=[mark_cancelled],
         on_failure=[mark_cancelled],
     )
+
+
+def _begin(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:
+    """Prepare this process for a flow run; a hook for ``on_running``."""
+    log_to_flow_runs()  # now: an import of MLflow replaces the handlers of its logger
+    remember_flow_run(flow, flow_run, state)
 
 
 @contextmanager

@@ -23,7 +23,7 @@ _latest: dict[str, UUID] = {}
 
 
 def remember_flow_run(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:
-    """Remember a flow run that starts; a hook for ``on_running``."""
+    """Remember a flow run that starts; for ``on_running``."""
     _latest[flow.name] = flow_run.id
 
 

@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,19 @@ def speak() -> None:
     """Log a warning, and report progress."""
     logging.getLogger("ddpo.test").warning("half of %s", "it")
     report("sample", 1, 2)
+
+
+def warn_of_everything() -> None:
+    """Log as this project and as libraries do, and let Python warn."""
+    logging.getLogger("ddpo.rewards.anything").warning("this project's")
+    logging.getLogger("ddpo.store.anything").info("not said")
+    logging.getLogger("peft.anything").warning("a library's")
+    logging.getLogger("peft.anything").info("not said")
+    # Importing them was more than this is about; their loggers hand nothing to the root logger.
+    for name in ("diffusers", "mlflow", "transformers"):
+        logging.getLogger(name).propagate = False
+        logging.getLogger(f"{name}.anything").error("that of %s", name)  # see `cli/quiet.py`
+    warnings.warn("Python's", stacklevel=1)
 
 
 def where() -> tuple[int, str | None]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from ddpo.basics.trust import trust_in_process
 from ddpo.errors import DdpoError
-from ddpo_workflow.tasks import progress
+from ddpo_workflow.tasks import logs, progress
 
 Event = logging.LogRecord | tuple[str, float, float]
 """A log record, or the progress of a stage: its name, units done, and units in all."""
@@ -52,9 +52,7 @@ def begin(send: Send, trusted: Iterable[str]) -> None:
     """
     for digest in trusted:
         trust_in_process(digest)
-    logging.getLogger(progress.LOGGER).setLevel(logging.INFO)
-    for name in progress.OWN_LOGGERS:
-        logging.getLogger(name).addHandler(_Sender(send))
+    logs.listen(_Sender(send))
     progress.show_by(_Reporter(send))
 
 
