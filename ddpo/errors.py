@@ -206,6 +206,20 @@ class RunBeingTrained(StoreError):
         )
 
 
+class GpuInUse(DdpoError):
+    """Another run trains on a GPU that a run would train on."""
+
+    def __init__(self, gpu: str, owner: str, engine: str) -> None:
+        self.gpu = gpu
+        self.owner = owner
+        super().__init__(
+            f"the GPU {gpu} is in use by {owner}. Two runs on one GPU slow each other down, and "
+            "may run out of memory. Wait until that one has ended, give this one another GPU "
+            "(CUDA_VISIBLE_DEVICES=1), or let it share: "
+            f"--set 'engine={{type: {engine}, share_gpu: true}}'"
+        )
+
+
 class RunNotStarted(StoreError):
     """A run whose first start was stopped before it recorded how it is operated."""
 

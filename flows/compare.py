@@ -29,6 +29,7 @@ from ddpo_workflow.flows.run_requests import CompareRequest, ComparisonPlan
 from ddpo_workflow.flows.train import train_run
 from ddpo_workflow.tasks.commit import commit_epoch
 from ddpo_workflow.tasks.credit import credit_of
+from ddpo_workflow.tasks.engines import held_gpus
 from ddpo_workflow.tasks.evaluated import is_evaluated
 from ddpo_workflow.tasks.progress import as_part, finished_epoch, logged, note
 from ddpo_workflow.tasks.start import start
@@ -81,7 +82,8 @@ def compare(
     command = store_command(plan.store, *words)
     with open_comparison_page(comparison, first, command) as page:
         link_page(page, key, comparison.name)
-        _run_members(plan, first, command)
+        with held_gpus(first.config.engine, first.numerics.device, comparison.name):
+            _run_members(plan, first, command)
         result = read_result(comparison, plan.store)
         folder = own_outputs_folder(first.config, comparison.name, first.uid)
         files = write_report(comparison, result, folder)

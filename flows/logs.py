@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+
 from prefect.context import FlowRunContext, TaskRunContext
 from prefect.logging.handlers import APILogHandler
 

@@ -432,14 +432,15 @@ def _check_start(config: RunConfig, run_id: str) -> RunPlan:
 
 
 def _check_surroundings(plans: Sequence[RunPlan]) -> None:
-    """Check each run's engine and lease, MLflow, and the model they share, which is loaded last."""
+    """Check each run's engine, GPUs and lease, MLflow, and their model, which is loaded last."""
     from ddpo.runs.lease import wait_until_free
-    from ddpo_workflow.tasks.engines import check_engine
+    from ddpo_workflow.tasks.engines import check_engine, check_gpus
     from ddpo_workflow.tasks.tracking.connection import connect
     from ddpo_workflow.tasks.worker import check_model
 
     for plan in plans:
         check_engine(plan.config.engine, plan.numerics.device)
+        check_gpus(plan.config.engine, plan.numerics.device)
         wait_until_free(plan.store, plan.run_id)
     connect(plans[0].config.tracking.uri)
     check_model(plans)

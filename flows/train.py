@@ -39,7 +39,7 @@ from ddpo_workflow.flows.prefect_server import show, watched_server
 from ddpo_workflow.flows.report import write_run_page
 from ddpo_workflow.flows.run_requests import ResumeRequest, TrainRequest, run_name_stem
 from ddpo_workflow.flows.start import first_checkpoint
-from ddpo_workflow.tasks.engines import open_engine
+from ddpo_workflow.tasks.engines import held_gpus, open_engine
 from ddpo_workflow.tasks.export_weights import export_weights
 from ddpo_workflow.tasks.pictures import draw_pictures, picture_set
 from ddpo_workflow.tasks.progress import begin_stage, finished_epoch, logged
@@ -131,8 +131,10 @@ def start_and_train(plan: RunPlan) -> str:
 
     Raises:
         RunBeingTrained: Another process trains it; this start is not recorded.
+        GpuInUse: Another run trains on its GPU; this start is not recorded.
     """
-    with held_lease(plan.store, plan.run_id):
+    gpus = held_gpus(plan.config.engine, plan.numerics.device, plan.run_id)
+    with held_lease(plan.store, plan.run_id), gpus:
         return train_run(plan.start())
 
 

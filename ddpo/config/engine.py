@@ -13,6 +13,8 @@ class LocalEngine(Part):
     """Sampling and updates take turns in the flow's process, on its device."""
 
     type: Literal["local"] = "local"
+    share_gpu: bool = False
+    """Whether a GPU may be used that another run trains on; by default the run is refused."""
 
 
 class ProcessesEngine(Part):
@@ -21,6 +23,8 @@ class ProcessesEngine(Part):
     type: Literal["processes"]
     workers: PositiveInt | None = None
     """Number of processes. By default one per GPU; required on the CPU."""
+    share_gpu: bool = False
+    """Whether a GPU may be used that another run trains on; by default the run is refused."""
 
 
 class RayEngine(Part):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from rich.table import Table
 
-from ddpo.errors import RunBeingTrained
+from ddpo.errors import GpuInUse, RunBeingTrained
 from ddpo_workflow.flows.cli import early_stop
 from ddpo_workflow.flows.cli.quiet import hide_loading_bars
 from ddpo_workflow.flows.cli.screen import console, say, show, show_places
@@ -85,7 +85,7 @@ def running(what: str, advice: Callable[[], str]) -> Iterator[None]:
         with StopHandler(show_stopped), without_heartbeats():
             start_server()
             yield
-    except RunBeingTrained:
+    except (GpuInUse, RunBeingTrained):
         raise  # this command has begun nothing that could be resumed
     except Exception as error:
         say(f"{what} failed: {type(error).__name__}", style="bold red")

@@ -17,9 +17,7 @@ def undisturbed(
     folder = tmp_path_factory.mktemp("undisturbed") / "run"
     outputs = str(folder / "outputs")
     store = str(folder / "store")
-    night = Night.plan(
-        tiny_model, store, folder, mlflow_database, **MANY_SHARDS, outputs=outputs
-    )
+    night = Night.plan(tiny_model, store, folder, mlflow_database, **MANY_SHARDS, outputs=outputs)
     command = Command(night, folder, {})
     assert command.run() == 0, command.log.read_text()
     return night.content()
