@@ -1,4 +1,4 @@
-"""Environment defaults that keep the output of libraries off the screen."""
+"""Environment defaults: what libraries and servers need, and what keeps them off the screen."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ _DEFAULTS = {
     # to 6 s. In batches, once a second, the delay is 0.2 s.
     "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_BATCH_SIZE": "100",
     "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_FLUSH_INTERVAL": "1",
+    # Its pages look for its API on port 4200, whichever port it listens on.
+    "PREFECT_UI_API_URL": "/api",
     # A server that is restarted is waited for, 8 minutes in all; Prefect's 5 tries take 1 minute.
     "PREFECT_CLIENT_MAX_RETRIES": "8",
     # In its jobs, MLflow's server judges applications of language models; they are eight processes
