@@ -29,8 +29,6 @@ import requests
 from mlflow.tracking import MlflowClient
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 from playwright.sync_api import BrowserContext, Page, expect, sync_playwright
-from prefect.client.orchestration import SyncPrefectClient
-from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterName
 
 from ddpo.config import TrackingConfig
 from ddpo_workflow.tasks.tracking.connection import RUN_ID_TAG, connect
@@ -275,24 +273,6 @@ def visit_rescored(context: BrowserContext, address: str, run: TrackedRun) -> Pa
     return page
 
 
-def visit_form(context: BrowserContext, address: str, deployment: str) -> Page:
-    """Prefect's form that starts a deployment, once its fields are there."""
-    with SyncPrefectClient(f"{address}/api") as client:
-        found = client.read_deployment_by_name(deployment)
-    page = context.new_page()
-    page.goto(f"{address}/deployments/deployment/{found.id}/run", wait_until="domcontentloaded")
-    page.get_by_text("Parameters", exact=True).first.wait_for()
-    return page
-
-
-def visit_flow_run(context: BrowserContext, address: str, flow_run_id: str) -> Page:
-    """A flow run's artifacts in Prefect."""
-    page = context.new_page()
-    page.goto(f"{address}/runs/flow-run/{flow_run_id}", wait_until="domcontentloaded")
-    page.get_by_text("Artifacts", exact=True).last.click()
-    return page
-
-
 def _run_path(run: TrackedRun) -> str:
     return f"experiments/{run.experiment_id}/runs/{run.mlflow_run_id}"
 
@@ -332,7 +312,6 @@ def main() -> None:
     parser.add_argument("--tracking-uri", default=default, help="the MLflow database")
     parser.add_argument("--run-id", help="the run to show; by default the newest that finished")
     parser.add_argument("--out", type=Path, default=Path("docs/images"), help="their folder")
-    parser.add_argument("--prefect", help="address of a Prefect server that has the run, to show")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     client = connect(arguments.tracking_uri)
@@ -352,21 +331,6 @@ def main() -> None:
             page.wait_for_timeout(1500)  # charts grow into place
             page.screenshot(path=arguments.out / name)
             print(arguments.out / name)
-        if arguments.prefect:
-            _show_prefect(context, arguments.prefect, run.run_id, arguments.out)
-
-
-def _show_prefect(context: BrowserContext, address: str, run_id: str, out: Path) -> None:
-    with SyncPrefectClient(f"{address}/api") as client:
-        by_name = FlowRunFilter(name=FlowRunFilterName(any_=[run_id]))
-        (found, *_) = client.read_flow_runs(flow_run_filter=by_name)
-    for name, page in (
-        ("prefect_form.png", visit_form(context, address, "ddpo-train/train")),
-        ("prefect_run.png", visit_flow_run(context, address, str(found.id))),
-    ):
-        page.wait_for_timeout(3000)
-        page.screenshot(path=out / name)
-        print(out / name)
 
 
 if __name__ == "__main__":

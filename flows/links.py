@@ -23,11 +23,8 @@ def link_page(page: RunTracker, key: str, name: str) -> None:
     handle, key, description = page.handle, f"{key}-mlflow", f"{name} in MLflow"
     if is_server(handle.uri):
         address = page_address(handle.uri, handle.experiment_id, handle.mlflow_run_id)
-        show(
-            lambda: create_link_artifact(
-                address, link_text=description, key=key, description=description
-            )
-        )
+        link = f"[{description}]({address})"  # Prefect's lists show the description, and no more
+        show(lambda: create_link_artifact(address, link_text=name, key=key, description=link))
         return
     # A file: whoever serves it, and where, is not known.
     address = page_address("", handle.experiment_id, handle.mlflow_run_id)

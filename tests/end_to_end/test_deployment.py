@@ -176,39 +176,6 @@ def test_a_run_from_the_form_is_whole_and_resume_goes_on_with_it(
     assert check_whole(store, uri, run_id, epochs=3) == whole
 
 
-@pytest.mark.slow
-def test_a_person_finds_form_run_and_artifacts_in_prefects_pages(
-    operator: Operator, tiny_model: Path, tmp_path: Path
-) -> None:
-    pytest.importorskip("playwright", reason="playwright is not installed")
-    from playwright.sync_api import expect
-
-    from bench import screenshots
-
-    if screenshots.find_browser() is None:
-        pytest.skip("no Chromium on the PATH")
-    uri, file = f"sqlite:///{tmp_path}/mlflow.db", tmp_path / "shown_run.yaml"
-    settings = tiny_config(tiny_model, outputs=str(tmp_path / "outputs")).model_dump(mode="json")
-    file.write_text(yaml.safe_dump(settings))
-    filled = {
-        "config_file": str(file),
-        "epochs": 2,
-        "storage": str(tmp_path / "store"),
-        "tracking": uri,
-        "overrides": ["sampler.steps=2"],
-    }
-    ended = operator.run_to_the_end("ddpo-train/train", filled)
-    with screenshots.open_browser() as context:
-        form = screenshots.visit_form(context, operator.address, "ddpo-train/train")
-        for text in ("config_file", "Number of rounds of sampling and training", "learning_rate"):
-            expect(form.get_by_text(text).first).to_be_visible()
-        run = screenshots.visit_flow_run(context, operator.address, str(ended.id))
-        expect(run.get_by_text(ended.name).first).to_be_visible()
-        expect(run.get_by_text("Completed").first).to_be_visible()
-        for text in (f"{ended.name}: 2 epochs", f"{ended.name} in MLflow", "Mean reward: "):
-            expect(run.get_by_text(text).first).to_be_visible()
-
-
 @dataclass(frozen=True)
 class Saved:
     """A run of two epochs that is in a store, and where MLflow is to show what becomes of it."""

@@ -177,6 +177,44 @@ def test_one_command_starts_all_that_a_run_needs_and_another_ends_it(
     assert not (folder / "client.env").exists()
 
 
+def test_a_person_starts_a_run_by_the_form_and_opens_its_page_in_mlflow(
+    folder: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("playwright", reason="playwright is not installed")
+    from playwright.sync_api import expect
+
+    from bench import prefect_walk, screenshots
+
+    if screenshots.find_browser() is None:
+        pytest.skip("no Chromium on the PATH")
+    started = start(folder)
+    assert started.returncode == 0, started.stdout + started.stderr
+    place = exported(folder)
+    short = [
+        "rollouts.samples_per_epoch=16",
+        "rollouts.shard_size=8",
+        "numerics.sample_batch_size=8",
+        "numerics.micro_batch_size=8",
+        f"outputs={tmp_path}/outputs",
+    ]
+    with screenshots.open_browser() as context:
+        page = prefect_walk.find_form(context, place["PREFECT_API_URL"][: -len("/api")], "train")
+        fields = {"run_id": "mine", "epochs": "2", "storage": str(tmp_path / "store")}
+        prefect_walk.fill_in(page, fields, short)
+        prefect_walk.submit(page)
+        prefect_walk.follow(page)
+        for text in ("mine: 2 epochs", "Mean reward: "):
+            expect(page.get_by_text(text).first).to_be_visible()
+        page.get_by_role("tab", name="Logs").click()
+        expect(page.get_by_text("epoch 2 of 2: mean reward").first).to_be_visible()
+        page.get_by_role("tab", name="Artifacts").click()
+        prefect_walk.open_mlflow(page, "mine")
+        assert page.url.startswith(place["MLFLOW_TRACKING_URI"])
+        expect(page.get_by_text("Finished: 2 of 2 epochs done").first).to_be_visible()
+    store = Store.open(str(tmp_path / "store"))
+    assert EPOCH.commit_of(store, Partition("mine", 1)) is not None
+
+
 def test_a_start_that_fails_leaves_nothing_behind_and_shows_the_log(folder: Path) -> None:
     (folder / "mlflow").mkdir()
     (folder / "mlflow" / "mlflow.db").write_bytes(b"this is not a database, " * 100)
