@@ -231,7 +231,8 @@ def train_run(run: Run) -> str:
         report = write_report(run, pictures.pictures_id, outputs / "report.png")
         page.backlog.log(lambda: page.log_file(report))
         _write_page(run, page, outputs / "report.html")
-        description = f"Mean reward: {_mean(rows[0])} at first, {_mean(rows[-1])} at the end"
+        # Short: Prefect's cards cut it off.
+        description = f"Mean reward: {_mean(rows[0])} → {_mean(rows[-1])}"
         show(lambda: create_table_artifact(rows, key=f"{key}-epochs", description=description))
     return run.run_id
 
