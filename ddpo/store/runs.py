@@ -177,6 +177,18 @@ def list_starts(store: Store, run_id: str) -> list[StartRecord]:
     return [_read_start(store, run_id, number) for number in numbers]
 
 
+def list_ends(store: Store, run_id: str) -> dict[int, EndRecord]:
+    """Return how the starts of a run ended, by their numbers; killed ones are missing.
+
+    Raises:
+        CorruptObject: A record is damaged.
+        UnreadableData: Likewise.
+    """
+    found = store.list(keys.starts_prefix(run_id))
+    ended = {start[1]: key for key in found if (start := keys.start_of_record(key)) and start[2]}
+    return {number: EndRecord.from_bytes(key, store.read(key)) for number, key in ended.items()}
+
+
 def read_starts(store: Store, run_id: str, found: Iterable[str] | None = None) -> Starts:
     """Return the first and the last start of a run, and how the last one ended.
 

@@ -28,6 +28,7 @@ from ddpo.analysis.page.content import (
     Step,
     read_content,
 )
+from ddpo.analysis.page.device_time import DeviceTime
 from ddpo.analysis.page.render import Command, render, write_page
 from ddpo.analysis.page.thumbnails import even, thumbnail_uri, within
 from ddpo.analysis.rewards import EpochRewards, reward_curve
@@ -126,6 +127,7 @@ def long_run(epochs: int = 500, side: int = 256) -> Content:
             ),
         ),
         epoch_s=31.5,
+        device=DeviceTime(15_750.0, whole=False),
         stored={"rollouts": 3 * 10**9, "checkpoints": 4 * 10**8},
         facts={"Model": "starter", "Seed": "0"},
         identity={"seed": 0},
@@ -170,6 +172,7 @@ def test_a_page_says_what_its_run_did(recorded: Any, tmp_path: Path) -> None:
     assert "clip fraction" in found.text and "seed: " in found.text and "ddpo x" in found.text
     assert f"{EPOCHS * SAMPLES:,}" in found.text
     assert "rollouts" in found.text and "trajectories" in found.text
+    assert " device seconds (" in found.text
 
     steps = slides(page)
     assert [step["label"] for step in steps] == ["before training", f"after {EPOCHS} epochs"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from datetime import datetime
 from functools import partial
 from itertools import pairwise
 from statistics import median
@@ -14,6 +15,7 @@ from pydantic import JsonValue
 from ddpo.analysis.evaluation.alarms import alarms
 from ddpo.analysis.evaluation.champion import champion_text, gate_reason
 from ddpo.analysis.evaluation.summary import labels_in
+from ddpo.analysis.page.device_time import DeviceTime, device_time
 from ddpo.analysis.page.thumbnails import even, thumbnail_uri, within
 from ddpo.analysis.rewards import EpochRewards, rewards_of
 from ddpo.config import EvaluationConfig
@@ -125,6 +127,8 @@ class Content:
     """Which checkpoint is the champion."""
     epoch_s: float | None
     """Median of the seconds between the commits of two epochs."""
+    device: DeviceTime | None
+    """How long the run has had its devices."""
     stored: Mapping[str, int]
     """Bytes by folder of the store."""
     facts: Mapping[str, str]
@@ -163,6 +167,7 @@ def read_content(run: Run) -> Content:
     with ThreadPoolExecutor(_READERS, "report") as pool:
         epochs = list(pool.map(partial(_read_epoch, run), numbers))
     kept = [each.epoch for each in epochs if each.kept]
+    commits = _commits(run, numbers)
     return Content(
         run_id=run_id,
         reward=run.config.reward.name,
@@ -175,7 +180,8 @@ def read_content(run: Run) -> Content:
         evaluations=_evaluations(run),
         gate=gate_reason(run),
         champion=champion_text(run),
-        epoch_s=_epoch_s(run, numbers),
+        epoch_s=_epoch_s(commits),
+        device=device_time(run, [at for _, at in commits]),
         stored=stored_bytes(store, run_id),
         facts=_facts(run),
         identity=run.config.identity(),
@@ -313,17 +319,21 @@ def _weights_of(run: Run, where: Partition) -> str:
     return "trained" if row.policy_digest == trained else "averaged"
 
 
-def _epoch_s(run: Run, numbers: Sequence[int]) -> float | None:
-    """Return the median time between two commits: breaks between two starts hardly count."""
+def _commits(run: Run, numbers: Sequence[int]) -> list[tuple[int, datetime]]:
+    """Return when epochs were committed; of many, those of some."""
     wheres = [Partition(run.run_id, number) for number in even(numbers, _MOST_STEPS)]
     try:
         times = [run.store.modified(EPOCH.key(where)) for where in wheres]
     except StoreError:
-        return None  # a filesystem that does not report times
-    ends = [(where.epoch, at) for where, at in zip(wheres, times, strict=True) if at]
+        return []  # a filesystem that does not report times
+    return [(where.epoch, at) for where, at in zip(wheres, times, strict=True) if at]
+
+
+def _epoch_s(commits: Sequence[tuple[int, datetime]]) -> float | None:
+    """Return the median time between two commits: breaks between two starts hardly count."""
     took = [
         (later - earlier).total_seconds() / (number - before)
-        for (before, earlier), (number, later) in pairwise(ends)
+        for (before, earlier), (number, later) in pairwise(commits)
     ]
     return median(took) if took else None
 

@@ -260,6 +260,13 @@ def _cost(content: Content) -> dict[str, str]:
         cost["Time an epoch"] = f"{format_duration(content.epoch_s)} (median between commits)"
         whole = format_duration(content.epoch_s * len(content.curve))
         cost[f"Time of {len(content.curve)} epochs"] = f"about {whole}"
+    if content.device is not None:
+        more = "" if content.device.whole else "at least "
+        seconds = content.device.seconds
+        cost["Device time"] = (
+            f"{more}{seconds:,.0f} device seconds ({format_duration(seconds)}), "
+            "from the start of each process to its end or last commit"
+        )
     folders = sorted(content.stored.items(), key=lambda item: -item[1])
     parts = ", ".join(f"{name} {format_bytes(size)}" for name, size in folders)
     cost["In the store"] = f"{format_bytes(sum(content.stored.values()))} ({parts})"
