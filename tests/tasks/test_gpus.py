@@ -121,7 +121,7 @@ def test_training_is_refused_before_anything_is_written(
     file.write_text(config.model_dump_json())
     request = TrainRequest(config_file=str(file), run_id="mine")
     plan = request.resolve()
-    store = Store.open(config.storage.root)
+    store = Store.open(str(tmp_path / "store"))
     with another_run_on("GPU-1"):
         with pytest.raises(GpuInUse):
             request.resolve()
