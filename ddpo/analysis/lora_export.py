@@ -43,7 +43,7 @@ def write_export(export: LoraExport) -> None:
             base = policy.export_lora(
                 made / DIFFUSERS_FILE, made / export.kohya_file, notes=export.notes
             )
-            write_card(export, made, other_programs=base is not None)
+            write_card(export, made, pipeline=policy.pipeline_name, other_programs=base is not None)
             _move(made, folder)
 
 

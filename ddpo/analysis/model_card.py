@@ -88,12 +88,13 @@ _NO_PROGRAMS = """\
 model is none of them."""
 
 
-def write_card(export: LoraExport, folder: Path, *, other_programs: bool) -> None:
+def write_card(export: LoraExport, folder: Path, *, pipeline: str, other_programs: bool) -> None:
     """Write the model card and its images.
 
     Args:
         export: What is exported.
-        folder: The folder that receives them.
+        folder: The folder that receives them, and has the weights.
+        pipeline: The class of the base model's pipeline in diffusers.
         other_programs: Whether ComfyUI and AUTOMATIC1111 know the base model.
     """
     run, config = export.run, export.run.config
@@ -110,7 +111,6 @@ def write_card(export: LoraExport, folder: Path, *, other_programs: bool) -> Non
     file, programs = export.kohya_file, _PROGRAMS if other_programs else _NO_PROGRAMS
     if not (folder / file).exists():
         file, programs = DIFFUSERS_FILE, _DIFFUSERS_PROGRAMS
-    kind = hub.find_model(config.model).pipeline_class
     ddim = isinstance(config.sampler, DdimSampler)
     header = yaml.safe_dump(_header(export, after), sort_keys=False, allow_unicode=True)
     card = _CARD.format(
@@ -119,9 +119,9 @@ def write_card(export: LoraExport, folder: Path, *, other_programs: bool) -> Non
         base=export.base_model,
         reward=config.reward.name,
         images=_image_table(export, before, after),
-        classes=f"DDIMScheduler, {kind}" if ddim else kind,
+        classes=f"DDIMScheduler, {pipeline}" if ddim else pipeline,
         scheduler=_DDIM if ddim else "",
-        base_model=_loading(export, kind),
+        base_model=_loading(export, pipeline),
         place=json.dumps(export.repository or "."),
         diffusers_file=DIFFUSERS_FILE,
         prompt=json.dumps(after[0].prompt if after else "a cat"),
@@ -239,24 +239,24 @@ def _cell(text: str) -> str:
     return escape(text).replace("|", "&#124;")
 
 
-def _loading(export: LoraExport, kind: str) -> str:
+def _loading(export: LoraExport, pipeline: str) -> str:
     """Return how the base model is loaded, in Python.
 
     Args:
         export: What is exported.
-        kind: The pipeline's class.
+        pipeline: The pipeline's class.
     """
     model, name = export.run.config.model, export.base_model
-    pipeline = f"pipeline = {kind}"
+    made = f"pipeline = {pipeline}"
     if model.path in hub.STARTERS:
         path = "STARTER_PATH" if model.path == "starter" else "FLOW_STARTER_PATH"
         source = f"from ddpo.starter import {path}"
-        return f"{source}\n\n{pipeline}.from_pretrained({path})"
+        return f"{source}\n\n{made}.from_pretrained({path})"
     revision = f", revision={json.dumps(model.revision)}" if model.revision else ""
     if hub.on_hub(model):
-        return f"\n{pipeline}.from_pretrained({json.dumps(name)}{revision})"
+        return f"\n{made}.from_pretrained({json.dumps(name)}{revision})"
     way = "single_file" if name.endswith(".safetensors") else "pretrained"
-    return f"\n{pipeline}.from_{way}({json.dumps(f'path/to/{name}')})"
+    return f"\n{made}.from_{way}({json.dumps(f'path/to/{name}')})"
 
 
 def _arguments(config: RunConfig) -> dict[str, float]:

@@ -296,6 +296,11 @@ class Policy(ABC):
 
     @property
     @abstractmethod
+    def pipeline_name(self) -> str:
+        """The pipeline's class in diffusers."""
+
+    @property
+    @abstractmethod
     def most_tokens(self) -> int:
         """How many tokens of a prompt the model reads."""
 
@@ -346,7 +351,7 @@ class Policy(ABC):
 
         Args:
             diffusers_file: Created or replaced.
-            kohya_file: Created or replaced.
+            kohya_file: Created or replaced, unless those programs read diffusers' file.
             notes: Entries of the headers of both.
 
         Returns:

@@ -45,6 +45,11 @@ class PipelinePolicy(Policy):
     pipeline: Any
 
     @property
+    def pipeline_name(self) -> str:
+        """The pipeline's class in diffusers."""
+        return self.pipeline_class.__name__
+
+    @property
     def most_tokens(self) -> int:
         """How many tokens of a prompt the text encoder reads."""
         return self._tokenizer.model_max_length
@@ -105,7 +110,7 @@ class PipelinePolicy(Policy):
     def export_lora(
         self, diffusers_file: Path, kohya_file: Path, notes: Mapping[str, str]
     ) -> str | None:
-        """Write the adapter in use for diffusers, and for other programs where they read another.
+        """Write the adapter in use for diffusers, and a UNet's for other programs too.
 
         Returns:
             The base model as kohya's trainer calls it; None for one that readers of its layout do

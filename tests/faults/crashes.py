@@ -105,7 +105,7 @@ class Night:
     store: Store
 
     @classmethod
-    def plan(cls, model: Path, root: str, folder: Path, database: Path, **changes: Any) -> Night:
+    def plan(cls, model: Path, root: str, folder: Path, database: Path, /, **changes: Any) -> Night:
         """Plan a run.
 
         Args:

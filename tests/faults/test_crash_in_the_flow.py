@@ -27,7 +27,7 @@ class InFlow:
     folder: Path
 
     @classmethod
-    def plan(cls, model: Path, folder: Path, database: Path, **changes: Any) -> InFlow:
+    def plan(cls, model: Path, folder: Path, database: Path, /, **changes: Any) -> InFlow:
         root, outputs = str(folder / "store"), str(folder / "outputs")
         night = Night.plan(model, root, folder, database, outputs=outputs, **changes)
         # What is exported after every epoch is read from a checkpoint that retention may not take.
@@ -60,8 +60,11 @@ class InFlow:
 
 def check_crashes(
     plan: Callable[[str], InFlow], points: Callable[[list[str]], list[tuple[int, Moment]]]
-) -> None:
-    """Crash a run at some of the writes that a whole one makes; it ends as the whole one did."""
+) -> InFlow:
+    """Crash a run at some of the writes that a whole one makes; it ends as the whole one did.
+
+    Returns the whole one.
+    """
     whole = plan("whole")
     with watched(Writes()) as writes:
         whole.go()
@@ -80,6 +83,7 @@ def check_crashes(
                 assert crashed.night.metrics()[name] == values, (where, name)
         assert crashed.adapter() == adapter, where
         assert crashed.champions() == champions, where
+    return whole
 
 
 @pytest.mark.slow

@@ -149,7 +149,7 @@ def test_the_card_shows_reward_images_and_how_to_load(
     assert str(Path(recorded.config.model.path).parent) not in card.content  # private
     assert str(tmp_path) not in card.content
     assert DIFFUSERS in card.text
-    assert "1.x and 2.x, and this base model\nis neither" in card.text
+    assert "1.x, 2.x and XL, and this base\nmodel is none of them" in card.text
     linked = set(re.findall(r"images/[\w.-]+", card.content))
     assert linked == {f"images/{path.name}" for path in (out / "images").iterdir()}
     assert Image.open(out / "images" / "reward.png").size[0] <= 800
@@ -173,7 +173,7 @@ def test_a_base_model_of_the_hub_is_linked(recorded: Run, tmp_path: Path) -> Non
     model = ModelConfig(path="owner/stable", revision="abc")
     run = replace(recorded, config=recorded.config.model_copy(update={"model": model}))
     export = plan_export(run, tmp_path / "lora", repository="me/mine")
-    write_card(export, tmp_path, other_programs=True)
+    write_card(export, tmp_path, pipeline="StableDiffusionPipeline", other_programs=True)
     card = ModelCard.load(tmp_path / "README.md")
     assert card.data.base_model == "owner/stable"
     assert "see <https://huggingface.co/owner/stable>" in card.text
@@ -188,7 +188,12 @@ def test_a_base_model_in_one_file_is_called_by_its_name(recorded: Run, tmp_path:
     file.touch()
     config = recorded.config.model_copy(update={"model": ModelConfig(path=str(file))})
     run = replace(recorded, config=config)
-    write_card(plan_export(run, tmp_path / "lora"), tmp_path, other_programs=True)
+    write_card(
+        plan_export(run, tmp_path / "lora"),
+        tmp_path,
+        pipeline="StableDiffusionPipeline",
+        other_programs=True,
+    )
     card = (tmp_path / "README.md").read_text()
     assert 'from_single_file("path/to/sd.safetensors")' in card
     assert "base_model" not in card and "private" not in card
