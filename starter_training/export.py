@@ -110,7 +110,9 @@ def export_flow(work: WorkFolder, recipe: FlowRecipe, folder: Path) -> None:
         "stages": work.read_journal(),
         "flow_pictures_seen": step * recipe.flow.batch,
     }
-    pipeline = flow_networks.assemble(shipped_vae().half(), denoiser)
+    vae = shipped_vae().half()
+    vae.register_to_config(shift_factor=0.0)  # which diffusers adds, whether it is there or not
+    pipeline = flow_networks.assemble(vae, denoiser)
     denoiser.transformer.half()
     with _replacing_folder(folder) as fresh:
         pipeline.save_pretrained(fresh, safe_serialization=True)

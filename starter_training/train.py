@@ -1,6 +1,6 @@
 """Train the starter model and its judge: `python -m starter_training.train`.
 
-With `--flow`, train the flow-matching starter on the shipped starter's autoencoder.
+With `--flow`, train a flow-matching one on the shipped starter's autoencoder, which does not ship.
 
 If it is killed, the same command with `--resume` continues, and ends in the same bytes as a run
 that was never killed.
@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from ddpo.starter import FLOW_STARTER_PATH, JUDGE_PATH, STARTER_PATH
+from ddpo.starter import JUDGE_PATH, STARTER_PATH
 from starter_training.export import export, export_flow
 from starter_training.loop import Budget, console, saved_step
 from starter_training.report import write_report
@@ -159,7 +159,8 @@ def run_stages(work: WorkFolder, recipe: Recipe | FlowRecipe, resume: bool) -> N
 def main(
     work: Annotated[Path, typer.Option(help="Caches and checkpoints.")] = Path(".starter-work"),
     out: Annotated[
-        Path | None, typer.Option(help="The pipeline's folder; by default where it ships.")
+        Path | None,
+        typer.Option(help="The pipeline's folder; by default where it ships, if it does."),
     ] = None,
     judge_out: Annotated[Path, typer.Option(help="The judge's folder.")] = JUDGE_PATH,
     seed: Annotated[int, typer.Option(help="Seed of all randomness.")] = 0,
@@ -170,7 +171,8 @@ def main(
         int, typer.Option(help="Images seen by the noise predictor.")
     ] = 600_000,
     flow: Annotated[
-        bool, typer.Option("--flow", help="Train the flow-matching starter instead.")
+        bool,
+        typer.Option("--flow", help="Train a flow-matching starter instead, which does not ship."),
     ] = False,
     flow_pictures: Annotated[
         int, typer.Option(help="Images seen by the velocity predictor.")
@@ -199,7 +201,7 @@ def main(
         if isinstance(recipe, FlowRecipe):
             if not export_only:
                 run_stages(folder, recipe, resume)
-            export_flow(folder, recipe, out or FLOW_STARTER_PATH)
+            export_flow(folder, recipe, out or work / "pipeline")
         elif export_only:
             export(folder, recipe, out or STARTER_PATH, judge_out)
         else:

@@ -249,9 +249,8 @@ def _loading(export: LoraExport, pipeline: str) -> str:
     model, name = export.run.config.model, export.base_model
     made = f"pipeline = {pipeline}"
     if model.path in hub.STARTERS:
-        path = "STARTER_PATH" if model.path == "starter" else "FLOW_STARTER_PATH"
-        source = f"from ddpo.starter import {path}"
-        return f"{source}\n\n{made}.from_pretrained({path})"
+        source = "from ddpo.starter import STARTER_PATH"
+        return f"{source}\n\n{made}.from_pretrained(STARTER_PATH)"
     revision = f", revision={json.dumps(model.revision)}" if model.revision else ""
     if hub.on_hub(model):
         return f"\n{made}.from_pretrained({json.dumps(name)}{revision})"

@@ -27,11 +27,11 @@ def size_of(resolution: int | Size | None) -> Size | None:
 
 
 class ModelConfig(Part):
-    """The pipeline to fine-tune: Stable Diffusion 1.x, 2.x, XL or 3.x, FLUX.1-dev, or a starter."""
+    """The pipeline to fine-tune: Stable Diffusion 1.x, 2.x, XL, 3.x, FLUX.1-dev, or the starter."""
 
     path: str
-    """`starter`, `starter_flow`, a folder that contains `model_index.json`, a Hub id such as
-    `owner/name`, or a single `.safetensors` file, which is converted to such a folder once."""
+    """`starter`, a folder that contains `model_index.json`, a Hub id such as `owner/name`, or a
+    single `.safetensors` file, which is converted to such a folder once."""
     revision: str | None = None
     """Commit of a Hub model. Pin it: a branch may move while a run is going on."""
     resolution: Resolution = None

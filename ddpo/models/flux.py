@@ -73,7 +73,7 @@ class Flux(PipelinePolicy):
         batch, _, height, width = latents.shape
         guidance = torch.full((batch,), guidance_scale, device=latents.device)
         with self.numerics.autocast():
-            output: Tensor = self.pipeline.transformer(
+            output: Tensor = self.weights.network(
                 hidden_states=packed(latents),
                 timestep=times / self.schedule.training_timesteps,
                 guidance=guidance,

@@ -22,9 +22,9 @@ from ddpo.config import ModelConfig
 from ddpo.errors import ModelError
 from ddpo.models.files import INDEX, ModelFiles
 from ddpo.models.single_file import converted
-from ddpo.starter import FLOW_STARTER_PATH, STARTER_PATH
+from ddpo.starter import STARTER_PATH
 
-STARTERS: Mapping[str, Path] = {"starter": STARTER_PATH, "starter_flow": FLOW_STARTER_PATH}
+STARTERS: Mapping[str, Path] = {"starter": STARTER_PATH}
 """The models that ship with the package, by the path that a config gives them."""
 
 _VAE_FILES = ("config.json", "diffusion_pytorch_model.safetensors")

@@ -63,7 +63,7 @@ class StableDiffusion(PipelinePolicy):
 
     def _forward(self, latents: Tensor, times: Tensor, conditioning: Conditioning) -> Tensor:
         with self.numerics.autocast():
-            output: Tensor = self.pipeline.unet(
+            output: Tensor = self.weights.network(
                 latents, times, conditioning["text"], return_dict=False
             )[0]
         return output.to(torch.float32) if self.numerics.low_precision else output

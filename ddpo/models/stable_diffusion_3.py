@@ -85,7 +85,7 @@ class StableDiffusion3(PipelinePolicy):
 
     def _forward(self, latents: Tensor, times: Tensor, conditioning: Conditioning) -> Tensor:
         with self.numerics.autocast():
-            output: Tensor = self.pipeline.transformer(
+            output: Tensor = self.weights.network(
                 latents,
                 conditioning["text"],
                 conditioning["pooled"],

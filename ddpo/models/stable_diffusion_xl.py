@@ -79,7 +79,7 @@ class StableDiffusionXL(PipelinePolicy):
             "time_ids": time_ids.expand(len(latents), -1),
         }
         with self.numerics.autocast():
-            output: Tensor = self.pipeline.unet(
+            output: Tensor = self.weights.network(
                 latents,
                 times,
                 conditioning["text"],

@@ -360,3 +360,24 @@ def test_windows_that_do_not_fit_are_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         windowed(tiny_model, **window)
+
+
+def test_a_moving_window_moves_on_with_the_epochs_and_begins_again(tiny_model: Path) -> None:
+    config = windowed(tiny_model, steps=2, position="moving", move_every=3)
+    policy = load_policy(config)
+    resolved = [sampler_of_epoch(policy, config, epoch) for epoch in range(12)]
+    starts = [window_steps(sampler).start for sampler in resolved]
+    assert starts == [0, 0, 0, 1, 1, 1, 2, 2, 2, 0, 0, 0]
+    with pytest.raises(ValueError, match="a moving window has a position within an epoch only"):
+        window_steps(config.sampler)
+
+
+@pytest.mark.parametrize("position", ["random", "moving"])
+def test_a_window_may_be_kept_among_the_noisier_steps(tiny_model: Path, position: str) -> None:
+    config = windowed(tiny_model, steps=2, position=position, move_every=1, before=3)
+    policy = load_policy(config)
+    resolved = [sampler_of_epoch(policy, config, epoch) for epoch in range(12)]
+    assert {window_steps(sampler).stop for sampler in resolved} == {2, 3}
+    for before in (1, 5):
+        with pytest.raises(ConfigError, match=r"window\.before is .; expected 2 to 4"):
+            windowed(tiny_model, steps=2, before=before)

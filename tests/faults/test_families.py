@@ -52,7 +52,8 @@ def test_a_run_of_any_family_survives_crashes_and_can_be_forked_rescored_and_exp
     whole = check_crashes(plan, points)
     root = whole.night.store.root
     assert rescore(RUN, "colorfulness", storage=root).startswith("colorfulness-")
-    fork(RUN, 1, reward="colorfulness", fork_id="other", epochs=2, storage=root)
+    words: dict[str, Any] = {"fork_id": "other", "epochs": 2, "storage": root}
+    fork(RUN, 1, reward="colorfulness", statistics="reset", **words)
     run = open_run(whole.night.store, RUN)
     export = plan_export(run, tmp_path / "lora")
     write_export(export)
