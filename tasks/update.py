@@ -10,7 +10,7 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 from torch import Tensor
 
-from ddpo.config import LoraConfig
+from ddpo.config import FullConfig
 from ddpo.errors import PolicyMismatch
 from ddpo.models import policy_digest
 from ddpo.runs import Run
@@ -23,8 +23,8 @@ from ddpo.store.mapped import stack_on_disk
 from ddpo.store.tables import AdvantageRow
 from ddpo.training.loop import update
 from ddpo.training.samples import samples_of
-from ddpo_workflow.tasks.engines import on_all_devices, on_device
-from ddpo_workflow.tasks.engines.base import ALONE, Seat
+from ddpo_workflow.tasks.engines import on_all_devices
+from ddpo_workflow.tasks.engines.base import Seat
 from ddpo_workflow.tasks.engines.seats import seated
 from ddpo_workflow.tasks.progress import report
 from ddpo_workflow.tasks.retries import STORAGE
@@ -55,12 +55,7 @@ def update_policy(
         PolicyMismatch: The rollouts come from another policy or sampler.
         NonFiniteError: A loss, log-prob or gradient is NaN or infinite; nothing was committed.
     """
-    run = opened(handle)
-    words = (handle, checkpoint, list(rollouts), advantages, epoch)
-    if isinstance(run.config.trainable, LoraConfig):
-        return on_all_devices(_updated, *words)
-    # All gradients of a whole model are too much to exchange for every micro-batch.
-    return on_device(_updated, ALONE, *words)
+    return on_all_devices(_updated, handle, checkpoint, list(rollouts), advantages, epoch)
 
 
 def _updated(
@@ -72,7 +67,7 @@ def _updated(
     epoch: int,
 ) -> Ref[Checkpoint]:
     run = opened(handle)
-    where = Partition(run.run_id, epoch + 1)
+    where, whole = Partition(run.run_id, epoch + 1), isinstance(run.config.trainable, FullConfig)
     inputs = {"checkpoint": checkpoint, "rollouts": list(rollouts), "advantages": advantages}
     if found := CHECKPOINT.find(run.store, where, inputs):
         return found
@@ -83,7 +78,7 @@ def _updated(
     report("update", 0.0, 1.0)
     with (
         policy_at(run, checkpoint, training=True) as lease,
-        seated(seat, lease.policy.device) as ranks,
+        seated(seat, lease.policy.device, split=whole) as ranks,
     ):
         state, metrics = update(
             lease.policy,

@@ -7,24 +7,35 @@ import os
 import signal
 import time
 import warnings
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 
+from ddpo.algorithms.policy_gradient import PolicyGradient
 from ddpo.basics.digests import tensors_digest
+from ddpo.config import FullConfig
 from ddpo.config.files import parse_config
-from ddpo.errors import MissingObject
+from ddpo.errors import MissingObject, NonFiniteError
 from ddpo.training.loop import initial_state, update
+from ddpo.training.optimizer import copies, make_adamw, take_step
+from ddpo.training.trajectories import TrajectoryGradient
 from ddpo_workflow.tasks.engines.base import Seat
 from ddpo_workflow.tasks.engines.seats import seated
 from ddpo_workflow.tasks.progress import report
 from tests.tiny import (
     alternating_advantages,
     as_credit,
+    as_float64,
     draw,
+    flat,
     grow_adapter,
     load_policy,
+    make_float64,
     rollouts_of,
 )
 
@@ -95,10 +106,14 @@ def epochs_by_rank(seat: Seat, raw: dict[str, Any], broken: bool = False) -> dic
     policy = load_policy(config)
     grow_adapter(policy)
     state, metrics = initial_state(policy), {}
-    credit = {**as_credit(alternating_advantages(8)), "weight": torch.linspace(0.1, 1.0, 8)}
+    count = config.rollouts.samples_per_epoch
+    credit = as_credit(alternating_advantages(count))
+    credit["weight"] = torch.linspace(0.1, 1.0, count)
     for epoch in range(2):
         rollouts = rollouts_of(draw(policy, config, first_seed=1000 * epoch))
-        with seated(seat, policy.device) as ranks:
+        split = isinstance(config.trainable, FullConfig)
+        anew = replace(seat, meeting=f"{seat.meeting}-{epoch}")
+        with seated(anew, policy.device, split=split) as ranks:
             state, metrics = update(policy, state, rollouts, credit, {}, config, ranks=ranks)
             if broken and seat.rank == 1:
                 with torch.no_grad():
@@ -106,8 +121,71 @@ def epochs_by_rank(seat: Seat, raw: dict[str, Any], broken: bool = False) -> dic
     return {
         "weights": tensors_digest(state.weights),
         "optimizer": tensors_digest(state.optimizer),
+        "ema": tensors_digest(state.ema),
+        "value": tensors_digest(state.value),
         "metrics": metrics,
     }
+
+
+def whole_gradient_by_rank(seat: Seat, raw: dict[str, Any]) -> dict[str, Any]:
+    """Compute the gradient of a whole network in float64 and take a step, as one of several ranks.
+
+    Args:
+        seat: This rank's place.
+        raw: The config, as JSON.
+
+    Returns:
+        The gradient and its norm, a digest of the weights after the step on each rank, and how many
+        of the numbers that are trained this rank holds itself.
+    """
+    config = parse_config(raw, "a test's config")
+    torch.set_num_threads(1)
+    policy = load_policy(config)
+    exact = as_float64(rollouts_of(draw(policy, config)))
+    make_float64(policy)
+    state = initial_state(policy)
+    policy.weights.keep("base", {name: 1.01 * value for name, value in state.weights.items()})
+    old = exact.log_probs + 1e-5
+    advantages = alternating_advantages(len(old)).double()
+    with (
+        seated(seat, policy.device, split=True) as ranks,
+        ranks.sharing(policy, state.weights),
+    ):
+        # Which a config refuses with a whole network: here, the policy keeps a base to swap with.
+        algorithm = config.algorithm.model_copy(update={"kl_weight": 0.1})
+        gradient = TrajectoryGradient(
+            policy, config.sampler, cast(PolicyGradient, algorithm), ranks
+        )
+        adamw = make_adamw(gradient.parameters, config.optimizer, {})
+        done = gradient.accumulate(exact, advantages, range(len(old)), old)
+        found = copies(
+            {name: p.grad for name, p in gradient.parameters.items() if p.grad is not None}
+        )
+        norm = take_step(adamw, gradient.parameters, config.optimizer)
+        held = [p.to_local() if isinstance(p, DTensor) else p for p in gradient.parameters.values()]
+        digests = [tensors_digest(copies(policy.weights.state()))] * seat.size
+        if seat.size > 1:
+            dist.all_gather_object(digests, digests[0])
+    return {
+        "gradient": flat(found).numpy(),
+        "norm": norm,
+        "kl": done.kl_to_base,
+        "digests": digests,
+        "held": sum(each.numel() for each in held),
+        "left": tensors_digest(policy.weights.state()),
+    }
+
+
+def fail_in_an_update(seat: Seat, raw: dict[str, Any]) -> tuple[str, str]:
+    """Run an update that fails on all ranks; return digests of the weights before and after it."""
+    config = parse_config(raw, "a test's config")
+    policy = load_policy(config)
+    rollouts, state = rollouts_of(draw(policy, config)), initial_state(policy)
+    credit = as_credit(torch.full((len(rollouts.prompts),), torch.nan))
+    with seated(seat, policy.device, split=True) as ranks, suppress(NonFiniteError):
+        update(policy, state, rollouts, credit, {}, config, ranks=ranks)
+        raise AssertionError("the update should fail")
+    return tensors_digest(state.weights), tensors_digest(policy.weights.state())
 
 
 def fail_on_rank_1(seat: Seat, how: str) -> int:

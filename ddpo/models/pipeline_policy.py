@@ -210,7 +210,11 @@ class PipelinePolicy(Policy):
 
     @abstractmethod
     def _forward(self, latents: Tensor, times: Tensor, conditioning: Conditioning) -> Tensor:
-        """Run the network: [B, C, h, w], at least float32."""
+        """Run ``self.weights.network``, which is not the pipeline's while it is split over processes.
+
+        Returns:
+            [B, C, h, w], at least float32.
+        """
 
     def _loaded(self, files: ModelFiles, dtype: torch.dtype, vae: Path | None = None) -> Any:
         """Load a pipeline.

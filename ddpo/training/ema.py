@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ddpo.config import OptimizerConfig
 from ddpo.models import Policy
+from ddpo.models.sharded import held_like
 from ddpo.training.state import TrainState
 
 
@@ -18,13 +19,15 @@ class Ema:
     Args:
         start: The average so far, or the weights if there is none yet; copied.
         decay: In (0, 1).
-        device: Where the weights are.
+        weights: The weights; the average is held like them.
     """
 
-    def __init__(self, start: Mapping[str, Tensor], decay: float, device: torch.device) -> None:
+    def __init__(
+        self, start: Mapping[str, Tensor], decay: float, weights: Mapping[str, Tensor]
+    ) -> None:
         self.decay = decay
         self.average = {
-            name: value.detach().to(device, torch.float32, copy=True)
+            name: held_like(value, weights[name]).to(torch.float32, copy=True)
             for name, value in start.items()
         }
         """Float32, by the weights' names."""
@@ -34,7 +37,7 @@ class Ema:
         """Continue a state's average, or start one at its weights; None if none is kept."""
         if settings.ema_decay is None:
             return None
-        return cls(state.shown_weights, settings.ema_decay, policy.device)
+        return cls(state.shown_weights, settings.ema_decay, policy.weights.state())
 
     @torch.no_grad()
     def follow(self, weights: Mapping[str, Tensor]) -> None:

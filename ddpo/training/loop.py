@@ -79,7 +79,22 @@ def update(
         NonFiniteError: A loss or log-prob is NaN or infinite, or a gradient that no smaller loss
             scale can help; the policy has the weights of ``state`` again.
     """
-    algorithm, ranks = config.algorithm, ranks or Alone()
+    ranks = ranks or Alone()
+    with ranks.sharing(policy, state.weights):
+        return _updated(policy, state, samples, credit, statistics, config, ranks, on_progress)
+
+
+def _updated(
+    policy: Policy,
+    state: TrainState,
+    samples: Samples,
+    credit: Mapping[str, Tensor],
+    statistics: PromptStatistics,
+    config: RunConfig,
+    ranks: Ranks,
+    on_progress: Callable[[float], None],
+) -> tuple[TrainState, dict[str, Any]]:
+    algorithm = config.algorithm
     updates = algorithm.updates(credit, run_seed=config.seed, epoch=state.epoch)
     parameters = policy.weights.parameters()
     policy.prepare_prompts(samples.prompts)
@@ -109,13 +124,14 @@ def update(
             if ema is not None:
                 ema.follow(policy.weights.state())
         objective.finish()
-        ranks.check_equal(policy.weights.state())
     except NonFiniteError:
         # Earlier updates of this epoch have already taken their steps.
         policy.weights.load(state.weights)
         raise
+    weights = copies(policy.weights.state())
+    ranks.check_equal(weights)
     after = TrainState(
-        weights=copies(policy.weights.state()),
+        weights=weights,
         optimizer=copies(optimizer_state(adamw, parameters)),
         statistics=statistics,
         epoch=state.epoch + 1,

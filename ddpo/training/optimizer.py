@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from ddpo.config import OptimizerConfig
+from ddpo.models.sharded import held_like, whole
 
 
 def make_adamw(
@@ -38,8 +40,8 @@ def make_adamw(
         moment, name = key.split("/", 1)
         parameter = parameters[name]
         # torch keeps the step count on the CPU, moments beside their parameter.
-        device = "cpu" if moment == "step" else parameter.device
-        adamw.state[parameter][moment] = value.clone().to(device)
+        held = value if moment == "step" else held_like(value, parameter)
+        adamw.state[parameter][moment] = held.clone()
     return adamw
 
 
@@ -70,7 +72,8 @@ def take_step(
         The gradient's norm before clipping; if it is NaN or infinite, no step was taken.
     """
     largest = math.inf if settings.max_grad_norm is None else settings.max_grad_norm
-    norm = torch.nn.utils.clip_grad_norm_(parameters.values(), largest)
+    norm = _norm([p.grad for p in parameters.values() if p.grad is not None])
+    torch.nn.utils.clip_grads_with_norm_(parameters.values(), largest, norm)
     if torch.isfinite(norm):
         adamw.step()
     adamw.zero_grad(set_to_none=True)
@@ -78,5 +81,13 @@ def take_step(
 
 
 def copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return copies on the CPU, which later steps do not change."""
-    return {name: value.detach().to("cpu", copy=True) for name, value in tensors.items()}
+    """Return copies on the CPU, whole ones, which later steps do not change."""
+    return {name: whole(value.detach()).to("cpu", copy=True) for name, value in tensors.items()}
+
+
+def _norm(gradients: Sequence[Tensor]) -> Tensor:
+    """Return the norm of all gradients together, of split ones as one process rounds it."""
+    norm = torch.nn.utils.get_total_norm
+    if any(isinstance(gradient, DTensor) for gradient in gradients):
+        gradients = [norm([whole(gradient)]) for gradient in gradients]  # whole one at a time
+    return norm(gradients)

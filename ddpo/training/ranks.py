@@ -7,7 +7,8 @@ them. So any number of ranks takes the same steps, to the bit where the devices 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from ddpo.basics.digests import tensors_digest
 from ddpo.errors import DdpoError
+from ddpo.models import Policy
 
 Batch = TypeVar("Batch")
 Parameters = Mapping[str, torch.nn.Parameter]
@@ -34,6 +36,18 @@ class Ranks(ABC):
     """How many there are."""
 
     @abstractmethod
+    @contextmanager
+    def sharing(self, policy: Policy, weights: Mapping[str, Tensor]) -> Iterator[None]:
+        """Let all ranks train one policy inside the block.
+
+        Args:
+            policy: This process's.
+            weights: What it holds, by name, the same on all ranks; it has them again if the block
+                fails.
+        """
+        yield
+
+    @abstractmethod
     def add_up(
         self, parameters: Parameters, batches: Sequence[Batch], backward: Backward[Batch]
     ) -> list[tuple[float, ...]]:
@@ -50,11 +64,17 @@ class Ranks(ABC):
 
     @abstractmethod
     def mine(self, batches: Sequence[Batch]) -> Sequence[Batch]:
-        """Return the batches that this rank computes, for :meth:`merged`."""
+        """Return the batches that this rank computes, for :meth:`merged`.
+
+        Where all ranks have to compute equally often, some are computed twice.
+        """
 
     @abstractmethod
     def merged(self, tensor: Tensor) -> Tensor:
-        """Return a tensor whose entries are NaN except on the rank that computed them."""
+        """Return a tensor whose entries are NaN except on the ranks that computed them.
+
+        All ranks return the same one, with the entries of the first rank that has them.
+        """
 
     @abstractmethod
     def check_equal(self, weights: Mapping[str, Tensor]) -> None:
@@ -69,6 +89,11 @@ class Alone(Ranks):
     """A process that runs its updates by itself."""
 
     size = 1
+
+    @contextmanager
+    def sharing(self, policy: Policy, weights: Mapping[str, Tensor]) -> Iterator[None]:
+        """Leave the policy as it is; see `Ranks.sharing`."""
+        yield
 
     def add_up(
         self, parameters: Parameters, batches: Sequence[Batch], backward: Backward[Batch]
@@ -100,16 +125,21 @@ class Group(Ranks):
         self._rank = dist.get_rank()
         self._device = device
 
+    @contextmanager
+    def sharing(self, policy: Policy, weights: Mapping[str, Tensor]) -> Iterator[None]:
+        """Leave the policy as it is: every rank holds all weights; see `Ranks.sharing`."""
+        yield
+
     def add_up(
         self, parameters: Parameters, batches: Sequence[Batch], backward: Backward[Batch]
     ) -> list[tuple[float, ...]]:
         """Run this rank's micro-batches, of which one is in each round; see `Ranks.add_up`."""
-        sums, values = _taken(parameters), []
+        sums, values = taken(parameters), []
         names, width = list(parameters), 0
         for start in range(0, len(batches), self.size):
             turn = batches[start : start + self.size]
             mine = backward(turn[self._rank]) if self._rank < len(turn) else ()
-            gradients = _taken(parameters)
+            gradients = taken(parameters)
             if start == 0:  # rank 0 always has one
                 names, width = self._told((list(gradients), len(mine)))
             row = torch.tensor(mine or [0.0] * width, dtype=torch.float64, device=self._device)
@@ -133,7 +163,7 @@ class Group(Ranks):
 
     def merged(self, tensor: Tensor) -> Tensor:
         """Combine what all ranks computed; see `Ranks.merged`."""
-        whole = tensor
+        whole = torch.full_like(tensor, torch.nan)
         for each in self._gathered(tensor.to(self._device)):
             whole = torch.where(torch.isnan(whole), each.to(tensor), whole)
         return whole
@@ -162,8 +192,8 @@ class Group(Ranks):
         return found
 
 
-def _taken(parameters: Parameters) -> dict[str, Tensor]:
-    """Take the parameters' gradients from them."""
+def taken(parameters: Parameters) -> dict[str, Tensor]:
+    """Take the parameters' gradients from them, and return them by name."""
     found = {}
     for name, parameter in parameters.items():
         if parameter.grad is not None:

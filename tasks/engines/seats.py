@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -10,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from ddpo.training.ranks import Alone, Group, Ranks
+from ddpo.training.sharded import Sharded
 from ddpo_workflow.tasks.engines.base import Seat
 
 _PATIENCE = timedelta(minutes=30)
@@ -18,12 +20,13 @@ _TCP = "tcp://"
 
 
 @contextmanager
-def seated(seat: Seat, device: torch.device) -> Iterator[Ranks]:
+def seated(seat: Seat, device: torch.device, *, split: bool = False) -> Iterator[Ranks]:
     """Compute together with the other ranks within this context.
 
     Args:
         seat: This process's place.
         device: The device that this process computes on.
+        split: Whether each rank trains a part of the weights, as in full fine-tuning.
 
     Yields:
         All ranks, as seen by this one.
@@ -44,6 +47,8 @@ def seated(seat: Seat, device: torch.device) -> Iterator[Ranks]:
         timeout=_PATIENCE,
     )
     try:
-        yield Group(device if device.type == "cuda" else torch.device("cpu"))
+        group = Sharded if split else Group
+        yield group(device if device.type == "cuda" else torch.device("cpu"))
     finally:
+        gc.collect()  # modules of FSDP refer to themselves, and hold memory and connections
         dist.destroy_process_group()

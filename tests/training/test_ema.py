@@ -70,7 +70,7 @@ def averaged(model: Path, root: Path | None = None, **optimizer: float) -> RunCo
 def test_the_average_is_its_formula() -> None:
     source = torch.Generator().manual_seed(0)
     start, *steps = torch.randn((6, 3, 2), generator=source, dtype=torch.float64)
-    ema = Ema({"a": start.float()}, DECAY, torch.device("cpu"))
+    ema = Ema({"a": start.float()}, DECAY, {"a": start})
     expected = start
     for weights in steps:
         ema.follow({"a": weights.float()})
