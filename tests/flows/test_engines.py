@@ -51,7 +51,9 @@ ENGINES: dict[str, Any] = {
 }
 
 
-def train_by(engine: Any, model: Path, database: Path, folder: Path, *, epochs: int = 2) -> Store:
+def train_by(
+    engine: Any, model: Path, database: Path, folder: Path, *, epochs: int = 2, **changes: Any
+) -> Store:
     """Train a run with epochs of four shards each; returns its store."""
     if not folder.exists():
         folder.mkdir()
@@ -70,6 +72,7 @@ def train_by(engine: Any, model: Path, database: Path, folder: Path, *, epochs: 
         },
         outputs=str(folder / "outputs"),
         epochs=epochs,
+        **changes,
     )
     file = folder / "config.yaml"
     file.write_text(config.model_dump_json())

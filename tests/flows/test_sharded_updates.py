@@ -1,0 +1,67 @@
+"""Full fine-tuning by several processes: the bytes of one, also after a kill or a resume."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from ddpo.store.objects import Store
+from ddpo_workflow.tasks.progress import shown_by
+from tests.flows.test_engines import content, killing, train_by
+
+pytestmark = pytest.mark.slow
+
+TWO = {"type": "processes", "workers": 2}
+THREE = {"type": "processes", "workers": 3}
+
+
+class Updates:
+    """Knows whether an update is under way."""
+
+    def __init__(self) -> None:
+        self.runs = False
+
+    def stage(self, name: str, done: float, total: float) -> None:
+        if name == "update":
+            self.runs = 0 < done < total
+
+    def epoch(self, done: int, total: int, metrics: Mapping[str, float]) -> None: ...
+
+
+@pytest.fixture(scope="module")
+def undisturbed(
+    tiny_model: Path, mlflow_database: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, bytes]:
+    """What one process leaves."""
+    return content(trained("local", tiny_model, mlflow_database, tmp_path_factory.mktemp("local")))
+
+
+def trained(engine: object, model: Path, database: Path, folder: Path, *, epochs: int = 2) -> Store:
+    whole = {"type": "full"}
+    return train_by(engine, model, database, folder / "run", epochs=epochs, trainable=whole)
+
+
+def test_a_rank_that_is_killed_in_an_update_changes_no_byte(
+    tiny_model: Path, mlflow_database: Path, tmp_path: Path, undisturbed: dict[str, bytes]
+) -> None:
+    updates = Updates()
+    with shown_by(updates), killing(lambda: updates.runs) as killed:
+        store = trained(TWO, tiny_model, mlflow_database, tmp_path)
+    assert killed
+    assert content(store) == undisturbed
+
+
+def test_a_run_resumes_on_another_number_of_processes(
+    tiny_model: Path, mlflow_database: Path, tmp_path: Path, undisturbed: dict[str, bytes]
+) -> None:
+    for folder, first, then in (
+        ("many", TWO, THREE),
+        ("one", "local", TWO),
+        ("back", TWO, "local"),
+    ):
+        (tmp_path / folder).mkdir()
+        trained(first, tiny_model, mlflow_database, tmp_path / folder, epochs=1)
+        store = trained(then, tiny_model, mlflow_database, tmp_path / folder)
+        assert content(store) == undisturbed
