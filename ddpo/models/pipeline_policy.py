@@ -210,7 +210,7 @@ class PipelinePolicy(Policy):
 
     @abstractmethod
     def _forward(self, latents: Tensor, times: Tensor, conditioning: Conditioning) -> Tensor:
-        """Run ``self.weights.network``, which is not the pipeline's while it is split over processes.
+        """Run ``self.weights.network``, which is not the pipeline's while it is split.
 
         Returns:
             [B, C, h, w], at least float32.
