@@ -110,6 +110,9 @@ def epochs_by_rank(seat: Seat, raw: dict[str, Any], broken: bool = False) -> dic
     credit = as_credit(alternating_advantages(count))
     credit["weight"] = torch.linspace(0.1, 1.0, count)
     for epoch in range(2):
+        if seat.rank == 1:  # a rank that has read its state has it in another order
+            backwards = dict(reversed(state.optimizer.items()))
+            state = replace(state, optimizer=backwards, ema=dict(reversed(state.ema.items())))
         rollouts = rollouts_of(draw(policy, config, first_seed=1000 * epoch))
         split = isinstance(config.trainable, FullConfig)
         anew = replace(seat, meeting=f"{seat.meeting}-{epoch}")

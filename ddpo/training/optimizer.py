@@ -82,7 +82,9 @@ def take_step(
 
 def copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return copies on the CPU, whole ones, which later steps do not change."""
-    return {name: whole(value.detach()).to("cpu", copy=True) for name, value in tensors.items()}
+    # All ranks have to gather in one order; that of a state depends on where it was read.
+    found = {name: whole(tensors[name].detach()).to("cpu", copy=True) for name in sorted(tensors)}
+    return {name: found[name] for name in tensors}
 
 
 def _norm(gradients: Sequence[Tensor]) -> Tensor:
