@@ -108,7 +108,7 @@ def inherit_checkpoint(run: Run, policy: Policy, scores: Sequence[Ref[Scores]]) 
     state = parent.state()
     digests = _digests(run, policy)
     digests["policy_digest"] = policy_digest(policy.base_digest, state.weights)
-    tensors = {role: parent.objects[role] for role in TENSOR_ROLES if role in parent.objects}
+    tensors = {role: files for role in TENSOR_ROLES if (files := parent.files(role))}
     ema = {}
     if run.config.optimizer.ema_decay is not None:
         # An average that the parent did not keep starts at its weights.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
@@ -22,7 +23,7 @@ from ddpo.store.kinds import CHECKPOINT, ROLLOUTS, committed
 from ddpo.store.manifests import Ref
 from ddpo.store.objects import Objects
 from ddpo.store.tables import RolloutRow, encode_rollouts, encode_samples
-from ddpo.store.tensors import encode_tensors
+from ddpo.store.tensors import write_tensors
 from ddpo_workflow.tasks.engines import on_device
 from ddpo_workflow.tasks.inherit import inherit_shard
 from ddpo_workflow.tasks.progress import report
@@ -96,7 +97,7 @@ def _sampled(run: Run, checkpoint: Ref[Checkpoint], epoch: int, shard: int) -> O
     return {
         "rollouts": encode_rollouts(rows),
         "samples": encode_samples(rows),
-        "trajectories": encode_tensors(_tensors(run, sampled)),
+        "trajectories": partial(write_tensors, _tensors(run, sampled)),
     }
 
 

@@ -146,7 +146,7 @@ def _read_rollouts(
         for shard in shards:
             tensors = shard.trajectories()
             if "log_probs" in tensors:
-                log_probs.append(tensors["log_probs"])
+                log_probs.append(tensors["log_probs"].clone())  # not the whole file with it
             yield tensors["latents"]
 
     tensors = {"latents": stack_on_disk(latents(), len(rows))}

@@ -8,11 +8,12 @@ a conditional put.
 from __future__ import annotations
 
 import os
+import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -30,12 +31,33 @@ CONFLICT_WAITS_S = (0.1, 0.2, 0.4, 0.8, None)
 """Seconds before each retry while an object store is busy with another put of the same key."""
 
 
+UPLOAD_PART_BYTES = 16 * 2**20
+"""Part size of a file's upload to S3, whose limit of 10,000 parts allows for 160 GB."""
+
+UPLOADED_AT_ONCE = 4
+"""Parts of a file that are uploaded, and so in memory, at the same time."""
+
 WRITER = "ddpo-writer"
 """Name of the metadata entry that identifies which put wrote an object on S3."""
 
 
+Maker = Callable[[Path], object]
+"""Writes an object's bytes to an empty file, or replaces the file."""
+
+
 class Backend(Protocol):
     """Writes on one kind of filesystem. Paths are absolute, in that filesystem's notation."""
+
+    def made(self, path: str, make: Maker) -> AbstractContextManager[Path]:
+        """Make a local file, to be written with `write_file` to the folder of `path`.
+
+        It is deleted when the context is left.
+        """
+        ...
+
+    def write_file(self, path: str, file: Path) -> None:
+        """Write an object from such a file atomically; replace an existing one."""
+        ...
 
     def write(self, path: str, data: bytes) -> None:
         """Write an object atomically; replace an existing one."""
@@ -53,39 +75,46 @@ class LocalBackend:
         self._above_root = Path(root).parent
         self._durable_folders: set[Path] = set()
 
+    @contextmanager
+    def made(self, path: str, make: Maker) -> Iterator[Path]:
+        """Make a file beside `path`, whose folder is made durable when the context is left."""
+        folder = Path(path).parent
+        self._make_folder(folder)
+        temporary = folder / f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}"
+        try:
+            temporary.touch(exist_ok=False)
+            make(temporary)
+            yield temporary
+        finally:
+            temporary.unlink(missing_ok=True)
+        _fsync(folder)
+
+    def write_file(self, path: str, file: Path) -> None:
+        """Rename the file to `path` once it is durable."""
+        _fsync(file)
+        file.replace(path)
+
     def write(self, path: str, data: bytes) -> None:
         """Replace the file at `path` atomically and durably."""
-        with self._temporary_beside(Path(path), data) as temporary:
+        with self.made(path, lambda file: file.write_bytes(data)) as temporary:
+            _fsync(temporary)
             temporary.replace(path)
 
     def create(self, path: str, data: bytes) -> bool:
         """Hard-link a finished file to `path`: the kernel lets exactly one caller succeed."""
-        with self._temporary_beside(Path(path), data) as temporary:
+        with self.made(path, lambda file: file.write_bytes(data)) as temporary:
+            _fsync(temporary)
             try:
                 Path(path).hardlink_to(temporary)
             except FileExistsError:
                 return False
         return True
 
-    @contextmanager
-    def _temporary_beside(self, path: Path, data: bytes) -> Iterator[Path]:
-        self._make_folder(path.parent)
-        temporary = path.with_name(TEMPORARY_PREFIX + uuid.uuid4().hex)
-        try:
-            with temporary.open("xb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            yield temporary
-        finally:
-            temporary.unlink(missing_ok=True)
-        _fsync_folder(path.parent)
-
     def _make_folder(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         # The folder's entry in its parent must be durable too, whoever made it. Once per process.
         while folder != self._above_root and folder not in self._durable_folders:
-            _fsync_folder(folder.parent)
+            _fsync(folder.parent)
             self._durable_folders.add(folder)
             folder = folder.parent
 
@@ -97,6 +126,15 @@ class MemoryBackend:
 
     def __init__(self, fs: MemoryFileSystem) -> None:
         self._fs = fs
+
+    def made(self, path: str, make: Maker) -> AbstractContextManager[Path]:
+        """Make a file in the folder for temporary files."""
+        return _made_without_name(make)
+
+    def write_file(self, path: str, file: Path) -> None:
+        """Replace the object."""
+        with self._lock:
+            self._fs.pipe_file(path, file.read_bytes())
 
     def write(self, path: str, data: bytes) -> None:
         """Replace the object."""
@@ -117,6 +155,14 @@ class ConditionalPutBackend:
 
     def __init__(self, fs: AbstractFileSystem) -> None:
         self._fs = fs
+
+    def made(self, path: str, make: Maker) -> AbstractContextManager[Path]:
+        """Make a file in the folder for temporary files."""
+        return _made_without_name(make)
+
+    def write_file(self, path: str, file: Path) -> None:
+        """Put the object, as the filesystem uploads files."""
+        self._fs.put_file(str(file), path)
 
     def write(self, path: str, data: bytes) -> None:
         """Put the object."""
@@ -139,14 +185,20 @@ class S3Backend(ConditionalPutBackend):
     put carries a unique mark, and the mark on the stored object shows who wrote it.
     """
 
+    def write_file(self, path: str, file: Path) -> None:
+        """Upload the file, in parts if it is large; a failed upload is aborted."""
+        _twice_if_forgotten(
+            lambda: self._fs.put_file(
+                str(file),
+                path,
+                chunksize=UPLOAD_PART_BYTES,
+                max_concurrency=UPLOADED_AT_ONCE,
+            )
+        )
+
     def write(self, path: str, data: bytes) -> None:
         """Put the object, in parts if it is large."""
-        try:
-            super().write(path, data)
-        except FileNotFoundError:
-            # A server forgets a multipart upload once it is complete: if that response was lost,
-            # the client's retry gets a 404. If the bucket itself is missing, this fails again.
-            super().write(path, data)
+        _twice_if_forgotten(lambda: super(S3Backend, self).write(path, data))
 
     def create(self, path: str, data: bytes) -> bool:
         """Put the object if there is none; True even if the first response was lost."""
@@ -179,6 +231,31 @@ class S3Backend(ConditionalPutBackend):
         return found.get(WRITER, "")
 
 
+def _twice_if_forgotten(put: Callable[[], None]) -> None:
+    """Put, and once more if the server knows no such multipart upload.
+
+    It forgets an upload that is complete: if that response was lost, the client's retry gets a 404.
+    If the bucket itself is missing, the second put fails too.
+    """
+    try:
+        put()
+    except FileNotFoundError:
+        put()
+
+
+@contextmanager
+def _made_without_name(make: Maker) -> Iterator[Path]:
+    """Make a file in the folder for temporary files, and take its name away.
+
+    A process that is killed during an upload then leaves nothing there.
+    """
+    with tempfile.NamedTemporaryFile(prefix="ddpo-") as named:
+        make(Path(named.name))
+        file = Path(named.name).open("rb")  # noqa: SIM115  # closed below
+    with file:
+        yield Path(f"/proc/self/fd/{file.fileno()}")
+
+
 def _is_busy(error: Exception) -> bool:
     """Return whether to try again later: AWS answers 409 to the later of two racing puts.
 
@@ -201,8 +278,8 @@ def backend_for(fs: AbstractFileSystem, root: str) -> Backend:
     return ConditionalPutBackend(fs)
 
 
-def _fsync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

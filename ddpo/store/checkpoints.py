@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
-from typing import Any
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Any
 
 from ddpo.basics.digests import canonical_json
+from ddpo.store import keys
+from ddpo.store.backends import Maker
 from ddpo.store.manifests import Artefact
 from ddpo.store.objects import Objects, StoredObject
 from ddpo.store.statistics import statistics_from, statistics_to_json
-from ddpo.store.tensors import decode_tensors, encode_tensors
+from ddpo.store.tensors import read_tensors, write_tensors
 from ddpo.training.loss_scale import LossScale
 from ddpo.training.state import PromptStatistics, TrainState
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 TENSOR_ROLES = ("weights", "optimizer", "ema", "value")
 """Roles of a checkpoint's tensors, fields of `TrainState`; the last two may be absent."""
+
+FILE_BYTES = 2 * 10**9
+"""Tensors of a role that take more are in several files, of so many bytes at most unless a single
+tensor takes more."""
 
 
 @dataclass(frozen=True)
@@ -48,29 +57,31 @@ class Checkpoint(Artefact):
         return statistics_from(self._progress["statistics"])
 
     def state(self) -> TrainState:
-        """Return the state, tensors on the CPU.
+        """Return the state, tensors on the CPU and mapped from temporary files.
 
         Raises:
             RetiredObject: Retention deleted its tensors.
             MissingObject: An object is missing.
             CorruptObject: An object is damaged.
         """
-        tensors = {
-            role: decode_tensors(self.store.get(self.objects[role]))[0]
-            for role in TENSOR_ROLES
-            if role in self.objects
-        }
         return TrainState(
-            weights=tensors["weights"],
-            optimizer=tensors["optimizer"],
+            weights=self._tensors("weights"),
+            optimizer=self._tensors("optimizer"),
             statistics=self.statistics(),
             epoch=self._progress["epoch"],
             updates=self.updates,
             samples=self.samples,
-            ema=tensors.get("ema", {}),
-            value=tensors.get("value", {}),
+            ema=self._tensors("ema"),
+            value=self._tensors("value"),
             loss_scale=LossScale(**scale) if (scale := self._progress.get("loss_scale")) else None,
         )
+
+    def _tensors(self, role: str) -> dict[str, Tensor]:
+        tensors: dict[str, Tensor] = {}
+        for stored in self.files(role):
+            with self.store.fetch(stored) as file:
+                tensors |= read_tensors(file)[0]
+        return tensors
 
     @cached_property
     def _progress(self) -> dict[str, Any]:
@@ -82,7 +93,7 @@ def checkpoint_objects(
     digests: Mapping[str, str],
     metrics: Mapping[str, Any] | None = None,
     *,
-    inherited: Mapping[str, StoredObject] | None = None,
+    inherited: Mapping[str, Sequence[StoredObject]] | None = None,
 ) -> Objects:
     """Return the objects of a checkpoint by role, as `Kind.commit` stores them.
 
@@ -90,7 +101,7 @@ def checkpoint_objects(
         state: The state.
         digests: See `Checkpoint.digests`.
         metrics: Metrics of the update; None for a first checkpoint.
-        inherited: Objects of another run's checkpoint, by role, that already hold this state's
+        inherited: Files of another run's checkpoint, by role, that already hold this state's
             tensors: they are listed instead of written again.
     """
     progress = {
@@ -100,7 +111,7 @@ def checkpoint_objects(
         "statistics": statistics_to_json(state.statistics),
         **({"loss_scale": asdict(state.loss_scale)} if state.loss_scale else {}),
     }
-    objects: dict[str, bytes | StoredObject] = {
+    objects: dict[str, bytes | Maker | StoredObject] = {
         "progress": canonical_json(progress),
         "digests": canonical_json(digests),
     }
@@ -109,6 +120,23 @@ def checkpoint_objects(
     for role in TENSOR_ROLES:
         tensors = getattr(state, role)
         if tensors or role in ("weights", "optimizer"):
-            known = (inherited or {}).get(role)
-            objects[role] = known or encode_tensors(tensors)
+            files = (inherited or {}).get(role) or [
+                partial(write_tensors, part) for part in _split(tensors)
+            ]
+            for number, file in enumerate(files, 1):
+                objects[keys.part_role(role, number, len(files))] = file
     return objects
+
+
+def _split(tensors: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
+    """Divide tensors among files, in the order of names."""
+    from huggingface_hub import split_state_dict_into_shards_factory  # slow to import
+
+    split = split_state_dict_into_shards_factory(
+        {name: tensors[name] for name in sorted(tensors)},
+        get_storage_size=lambda tensor: tensor.nbytes,
+        filename_pattern="file{suffix}",
+        max_shard_size=FILE_BYTES,
+    )
+    parts = split.filename_to_tensors.values()
+    return [{name: tensors[name] for name in names} for names in parts] or [{}]

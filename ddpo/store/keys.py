@@ -37,6 +37,7 @@ _PARTITION = (
 )
 _MANIFEST = re.compile(MANIFESTS + "/" + _PARTITION + r"(?:/shard-(?P<shard>\d{5}))?\.json")
 _OBJECT = re.compile(_PARTITION + r"/(?:shard-(?P<shard>\d{5})-)?.+")
+_PART = re.compile(r"-\d{5}-of-\d{5}\Z")
 _RETIRED_WITH: dict[str, RetiredPart] = {
     "trajectories": "trajectories",
     **dict.fromkeys(("rollouts", "samples", "rewards", "statistics"), "samples"),
@@ -263,6 +264,22 @@ def manifest_folder(
 def is_manifest(key: str) -> bool:
     """Return whether a key is below the folder of manifests."""
     return key.startswith(f"{MANIFESTS}/")
+
+
+def part_role(role: str, number: int, count: int) -> str:
+    """Return the role of one of the files that make up an object: 'weights-00001-of-00003'.
+
+    Args:
+        role: The object's role, which a single file has too.
+        number: The file, from 1.
+        count: Number of files.
+    """
+    return role if count == 1 else f"{role}-{number:05d}-of-{count:05d}"
+
+
+def whole_role(role: str) -> str:
+    """Return the role of the object that a role of `part_role` belongs to."""
+    return _PART.sub("", role)
 
 
 def object_stem(tree: str, where: Partition, name: str) -> str:

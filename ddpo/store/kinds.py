@@ -81,8 +81,8 @@ class Kind(Generic[T]):
 
     def stem(self, role: str, where: Partition) -> str:
         """Return the stem of one of its objects."""
-        described = self.roles[role]
-        return keys.object_stem(described.folder, self._checked(where), described.name)
+        described, part = self._described(role)
+        return keys.object_stem(described.folder, self._checked(where), described.name + part)
 
     def data_folder(self, role: str, run_id: str) -> str:
         """Return the folder of a run's objects of a role; only for kinds without a reward."""
@@ -177,7 +177,7 @@ class Kind(Generic[T]):
     def commit(
         self, store: Store, where: Partition, inputs: Mapping[str, Any], objects: Objects
     ) -> Committed[T]:
-        """Write the objects that are given as bytes, then commit all objects.
+        """Write the objects that are not stored yet, then commit all objects.
 
         Args:
             store: The store.
@@ -194,12 +194,17 @@ class Kind(Generic[T]):
         stored = {
             role: data
             if isinstance(data, StoredObject)
-            else store.put(self.stem(role, where), self.roles[role].suffix, data)
+            else store.put(self.stem(role, where), self._described(role)[0].suffix, data)
             for role, data in objects.items()
         }
         return manifests.commit(
             store, self.key(where), kind=self.name, inputs=inputs, objects=stored
         )
+
+    def _described(self, role: str) -> tuple[Role, str]:
+        """Return an object's role, and what sets this file of it apart from the others."""
+        whole = keys.whole_role(role)
+        return self.roles[whole], role.removeprefix(whole)
 
     def _check(self, key: str, manifest: Manifest) -> None:
         if manifest.kind != self.name:

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, JsonValue
 
 from ddpo.basics.digests import canonical_json, sha256_bytes
 from ddpo.errors import ConflictingCommit, CorruptObject, MissingObject
+from ddpo.store import keys
 from ddpo.store.documents import Difference, Sealed, differences
 from ddpo.store.objects import Key, Sha256, Store, StoredObject
 
@@ -76,6 +77,11 @@ class Artefact:
     def inputs(self) -> dict[str, Any]:
         """Identity of what it was made from."""
         return self.manifest.inputs
+
+    def files(self, role: str) -> list[StoredObject]:
+        """Return the files that make up one of the objects, in order; none if it has none."""
+        roles = sorted(name for name in self.objects if keys.whole_role(name) == role)
+        return [self.objects[name] for name in roles]
 
     def document(self, role: str) -> dict[str, Any]:
         """Return one of the JSON objects."""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
-from typing import Annotated, Any, TypeVar
+from pathlib import Path
+from typing import IO, Annotated, Any, TypeVar
 
 from fsspec import AbstractFileSystem
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
@@ -23,7 +25,7 @@ from ddpo.errors import (
     StoreUnavailable,
 )
 from ddpo.store import keys
-from ddpo.store.backends import backend_for
+from ddpo.store.backends import Maker, backend_for
 from ddpo.store.fs_errors import named_call, read_on, read_whole
 from ddpo.store.fs_listing import files_below, folders_in, written_at
 from ddpo.store.fs_open import open_filesystem
@@ -62,8 +64,8 @@ class StoredObject(BaseModel):
     """Digest of the bytes."""
 
 
-Objects = Mapping[str, bytes | StoredObject]
-"""Objects of an artefact by role: bytes to write, or objects that are already stored."""
+Objects = Mapping[str, bytes | Maker | StoredObject]
+"""Objects of an artefact by role: bytes, what makes a file, or what is already stored."""
 
 
 class Store:
@@ -125,7 +127,7 @@ class Store:
         """Return the full URL of a key."""
         return f"{self.root}/{keys.check_key(key)}"
 
-    def put(self, stem: str, suffix: str, data: bytes) -> StoredObject:
+    def put(self, stem: str, suffix: str, data: bytes | Maker) -> StoredObject:
         """Write an object under a key that contains its digest.
 
         Nothing is written if the object exists in its full size and was written within the last
@@ -134,17 +136,34 @@ class Store:
         Args:
             stem: Key without digest and suffix.
             suffix: File suffix with its dot, such as '.parquet'.
-            data: The bytes.
+            data: The bytes; or what writes them to a local file, if memory may not hold them.
 
         Raises:
             InvalidKey: The stem or suffix is outside the whitelist.
         """
-        digest = sha256_bytes(data)
-        stored = StoredObject(
-            key=keys.check_key(f"{stem}-{digest[:12]}{suffix}"), size=len(data), sha256=digest
-        )
+        if not isinstance(data, bytes):
+            return self._put_file(stem, suffix, data)
+        stored = _stored(stem, suffix, len(data), sha256_bytes(data))
         if not self._is_fresh(stored):
             self.replace(stored.key, data)
+        return stored
+
+    def _put_file(self, stem: str, suffix: str, make: Maker) -> StoredObject:
+        def named(file: Path) -> None:
+            with named_call("write", stem, str(file.parent), writes=True):
+                make(file)
+
+        with (
+            named_call("write", stem, self.root, writes=True),
+            self._backend.made(self._full(stem), named) as file,
+        ):
+            with file.open("rb") as opened:
+                digest = hashlib.file_digest(opened, "sha256").hexdigest()
+            stored = _stored(stem, suffix, file.stat().st_size, digest)
+            key, full = stored.key, self._full(stored.key)
+            if not self._is_fresh(stored):
+                write = self._backend.write_file
+                self._call("write", key, lambda: write(full, file), writes=True)
         return stored
 
     def replace(self, key: str, data: bytes) -> None:
@@ -164,15 +183,30 @@ class Store:
             MissingObject: It is missing (RetiredObject: it was deleted on purpose).
             CorruptObject: Its bytes do not match the digest.
         """
-        size = self._size(stored.key)
-        if size is not None and size != stored.size:
-            # Hashed block by block: the wrong object may be too large for memory.
-            raise CorruptObject(stored.key, stored.sha256, self.digest(stored.key))
+        self._check_size(stored)
         data = self.read(stored.key)
         found = sha256_bytes(data)
         if found != stored.sha256:
             raise CorruptObject(stored.key, stored.sha256, found)
         return data
+
+    @contextmanager
+    def fetch(self, stored: StoredObject) -> Iterator[Path]:
+        """Copy an object block by block to a local file, verified, until the context is left.
+
+        The file is in the folder for temporary files (TMPDIR) and has no name, so that nothing is
+        left of it, even if the process is killed. What is mapped of it remains readable.
+
+        Raises:
+            MissingObject: As `get`.
+            CorruptObject: As `get`.
+        """
+        self._check_size(stored)
+        with tempfile.TemporaryFile(prefix="ddpo-") as copy:
+            found = self._copied(stored.key, copy)
+            if found != stored.sha256:
+                raise CorruptObject(stored.key, stored.sha256, found)
+            yield Path(f"/proc/self/fd/{copy.fileno()}")
 
     def digest(self, key: str) -> str:
         """Return the sha256 of the object under a key, 64 hex digits, computed block by block.
@@ -180,14 +214,25 @@ class Store:
         Raises:
             MissingObject: As `get`.
         """
+        return self._copied(key, None)
+
+    def _copied(self, key: str, copy: IO[bytes] | None) -> str:
+        """Return the digest of an object, and copy it to a file, if there is one."""
         full = self._full(key)
 
         def hashed() -> str:
             digest = hashlib.sha256()
+            if copy is not None:
+                copy.seek(0)  # a second try begins anew
+                copy.truncate()
             file: Any  # typed as text or bytes
             with self._fs.open(full, "rb", block_size=BLOCK_BYTES) as file:
                 while block := read_on(file, BLOCK_BYTES):
                     digest.update(block)
+                    if copy is not None:
+                        with named_call("read", key, tempfile.gettempdir(), writes=True):
+                            copy.write(block)
+                            copy.flush()
             return digest.hexdigest()
 
         try:
@@ -324,11 +369,22 @@ class Store:
             return None
         return info["size"] if info["type"] == "file" else None
 
+    def _check_size(self, stored: StoredObject) -> None:
+        size = self._size(stored.key)
+        if size is not None and size != stored.size:
+            # Hashed block by block: the wrong object may be too large for memory.
+            raise CorruptObject(stored.key, stored.sha256, self.digest(stored.key))
+
     def _missing(self, key: str) -> MissingObject:
         retired_key = keys.retirement_of(key)
         if retired_key is not None and self.exists(retired_key):
             return RetiredObject(key, self.root, retired_key)
         return MissingObject(key, self.root)
+
+
+def _stored(stem: str, suffix: str, size: int, digest: str) -> StoredObject:
+    key = keys.check_key(f"{stem}-{digest[:12]}{suffix}")
+    return StoredObject(key=key, size=size, sha256=digest)
 
 
 def now() -> datetime:

@@ -1,9 +1,12 @@
-"""Tensors as safetensors bytes, the same bytes in every process."""
+"""Tensors as safetensors files, the same bytes in every process."""
 
 from __future__ import annotations
 
 import json
+import os
+import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pydantic import JsonValue
@@ -23,14 +26,21 @@ METADATA_KEY = "ddpo"
 """The one metadata key: with several, the order in the header differs from process to process."""
 
 
-def encode_tensors(tensors: Mapping[str, torch.Tensor], metadata: JsonValue | None = None) -> bytes:
-    """Return named tensors as a safetensors file; equal inputs give equal bytes.
+def write_tensors(
+    tensors: Mapping[str, torch.Tensor], file: Path, metadata: JsonValue | None = None
+) -> None:
+    """Write named tensors to a safetensors file; equal inputs give equal bytes.
 
     Args:
-        tensors: Dense tensors of any shape, dtype and device.
+        tensors: Dense tensors of any shape, dtype and device. Those on the CPU are not copied,
+            unless they are strided or share memory.
+        file: An existing file, which is replaced.
         metadata: A JSON value to store in the header.
+
+    Raises:
+        OSError: The file cannot be written.
     """
-    from safetensors.torch import save  # here: commands that only list need no torch
+    from safetensors.torch import save_file  # here: commands that only list need no torch
 
     plain: dict[str, torch.Tensor] = {}
     storages: set[int] = set()
@@ -41,27 +51,40 @@ def encode_tensors(tensors: Mapping[str, torch.Tensor], metadata: JsonValue | No
         plain[name] = tensor.clone() if storage in storages else tensor
         storages.add(storage)
     header = None if metadata is None else {METADATA_KEY: canonical_json(metadata).decode()}
-    return save(plain, metadata=header)
+    mode = file.stat().st_mode
+    try:
+        save_file(plain, file, metadata=header)
+    except SafetensorError as error:
+        # It tells the system's errors as text.
+        if found := re.search(r"os error (\d+)", str(error)):
+            raise OSError(int(found[1]), os.strerror(int(found[1]))) from error
+        raise
+    file.chmod(mode)  # it renames a file of its own, which only its owner can read
 
 
-def decode_tensors(data: bytes) -> tuple[dict[str, torch.Tensor], JsonValue]:
+def read_tensors(file: Path) -> tuple[dict[str, torch.Tensor], JsonValue]:
     """Return the tensors of a safetensors file, on the CPU and by name, and its metadata.
 
-    The metadata is what `encode_tensors` was given, None if nothing.
+    The tensors are mapped into memory: the kernel reads what is used, and drops it again where
+    memory is short. Changing one does not change the file.
+    The metadata is what `write_tensors` was given, None if nothing.
 
     Raises:
-        UnreadableData: The bytes are not a safetensors file.
+        UnreadableData: It is not a safetensors file.
     """
-    from safetensors.torch import load
+    from safetensors.torch import load_file
 
     try:
-        header_size = int.from_bytes(data[:8], "little")
-        if header_size > HEADER_LIMIT_BYTES:
-            raise ValueError(f"its header claims {header_size} bytes, {HEADER_LIMIT_BYTES} at most")
-        header = json.loads(data[8 : 8 + header_size])
+        with file.open("rb") as opened:
+            header_size = int.from_bytes(opened.read(8), "little")
+            if header_size > HEADER_LIMIT_BYTES:
+                raise ValueError(
+                    f"its header claims {header_size} bytes, {HEADER_LIMIT_BYTES} at most"
+                )
+            header = json.loads(opened.read(header_size))
         if len(header) > TENSOR_LIMIT:
             raise ValueError(f"it lists {len(header)} tensors, {TENSOR_LIMIT} at most")
-        tensors = load(data)
+        tensors = load_file(file)
         text = header.get("__metadata__", {}).get(METADATA_KEY)
         return tensors, None if text is None else json.loads(text)
     except (SafetensorError, ValueError, KeyError, AttributeError) as error:

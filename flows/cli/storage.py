@@ -101,7 +101,9 @@ def gc(
     """Delete objects of a run that no manifest lists, left behind by killed tasks."""
     from datetime import timedelta
 
+    from ddpo.errors import StoreCallFailed
     from ddpo.store.upkeep.sweep import find_unreferenced, sweep
+    from ddpo.store.upkeep.uploads import abort_uploads
 
     run = saved_run(run_id, root)
     grace = timedelta(hours=older_than)
@@ -111,6 +113,11 @@ def gc(
     verb = "would be deleted" if dry_run else "deleted"
     megabytes = sum(found.values()) / 1e6
     say(f"{len(found)} objects, {megabytes:.1f} MB {verb}")
+    try:
+        for key in abort_uploads(run.store, run_id, grace=grace, dry_run=dry_run):
+            say(f"unfinished upload {verb}: {key}")
+    except StoreCallFailed as error:  # the right to list them is one of its own
+        say(f"unfinished uploads were left alone: {error.reason}")
 
 
 @app.command()

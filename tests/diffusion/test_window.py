@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load
 from torch.distributions import Normal
 
 from ddpo.algorithms import Rwr
@@ -22,7 +23,6 @@ from ddpo.runs.forks.plan import fork_config
 from ddpo.store import manifests
 from ddpo.store.kinds import CHECKPOINT
 from ddpo.store.tables import decode_rollouts
-from ddpo.store.tensors import decode_tensors
 from ddpo.training.loop import initial_state, update
 from ddpo.training.samples import Rollouts
 from ddpo.training.trajectories import TrajectoryGradient
@@ -254,7 +254,7 @@ def test_a_runs_samples_and_updates_have_noise_in_the_same_window_in_every_epoch
     checkpoint = start.fn(handle)
     for epoch, first in enumerate(MOVING_STARTS):
         shard = manifests.load(run.store, sample_shard.fn(handle, checkpoint, epoch, 0))
-        tensors, _ = decode_tensors(run.store.get(shard.objects["trajectories"]))
+        tensors = load(run.store.get(shard.objects["trajectories"]))
         noisy = (tensors["log_probs"] != 0).all(dim=0).nonzero().flatten().tolist()
         assert noisy == [first, first + 1], epoch
         checkpoint = run_epoch(run, checkpoint, epoch)

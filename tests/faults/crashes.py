@@ -34,10 +34,13 @@ Moment = Literal["before", "after"]
 WRITES: tuple[tuple[type, str], ...] = (
     (LocalBackend, "write"),
     (LocalBackend, "create"),
+    (LocalBackend, "write_file"),
     (MemoryBackend, "write"),
     (MemoryBackend, "create"),
+    (MemoryBackend, "write_file"),
     (S3Backend, "write"),
     (S3Backend, "create"),
+    (S3Backend, "write_file"),
     (Store, "delete"),
     (RunTracker, "log_metrics"),
     (RunTracker, "log_image"),

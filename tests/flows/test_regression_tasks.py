@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load
 
 from ddpo.errors import ConfigError
 from ddpo.runs import Run, RunHandle, check_run, start_run
@@ -16,7 +17,6 @@ from ddpo.store.keys import Partition
 from ddpo.store.kinds import ADVANTAGES, CHECKPOINT, ROLLOUTS
 from ddpo.store.manifests import Ref
 from ddpo.store.tables import decode_advantages, decode_rollouts
-from ddpo.store.tensors import decode_tensors
 from ddpo.store.upkeep.verify import verify_run
 from ddpo_workflow.tasks.credit import credit_of
 from ddpo_workflow.tasks.repair import repair
@@ -115,7 +115,7 @@ def test_shards_hold_the_final_latents_alone_and_train_as_whole_trajectories_do(
         )
         run_epochs(run, 1)
         data = manifest_objects(run, ROLLOUTS.key(Partition("r", 0, 1)))["trajectories"]
-        shards[store_trajectories] = decode_tensors(data)[0]
+        shards[store_trajectories] = load(data)
         states[store_trajectories] = last_state(run, 1)
     final, full = shards["auto"], shards["full"]
     assert set(final) == {"latents"} and final["latents"].shape == (4, 1, 4, 8, 8)

@@ -21,7 +21,7 @@ from ddpo.rewards import load_reward
 from ddpo.rewards.service.serving import serve
 from ddpo.store import runs
 from ddpo.store.objects import Store, StoredObject
-from ddpo.store.tensors import decode_tensors
+from ddpo.store.tensors import read_tensors
 from ddpo_workflow.flows.cli import ui
 from ddpo_workflow.tasks.tracking.connection import TrackingError, connect
 from tests.recorded import record_run
@@ -42,7 +42,7 @@ def test_models(tiny_model: Path, tmp_path: Path) -> None:
         load_policy(tiny_config(folder))
 
 
-def test_nothing_is_unpickled() -> None:
+def test_nothing_is_unpickled(tmp_path: Path) -> None:
     """Nothing is ever unpickled: what is stored and loaded is safetensors, Parquet, PNG, JSON and
     YAML's plain values.
     """
@@ -51,8 +51,9 @@ def test_nothing_is_unpickled() -> None:
         def __reduce__(self):
             return sys.exit, ("unpickled",)
 
+    (tmp_path / "tensors").write_bytes(pickle.dumps(Planted()))
     with pytest.raises(UnreadableData):
-        decode_tensors(pickle.dumps(Planted()))
+        read_tensors(tmp_path / "tensors")
     loads = re.compile(
         r"^\s*(import pickle\b|from pickle\b)|(?<!safetensors\.)torch\.load\(|np\.load\(|joblib"
         r"|yaml\.(load|unsafe_load|full_load)\(|(?<![.\w])(eval|exec)\(",

@@ -6,6 +6,7 @@ import io
 import json
 import struct
 import zlib
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -18,7 +19,7 @@ from ddpo.errors import CorruptObject, UnreadableData
 from ddpo.store import tables, tensors
 from ddpo.store.objects import Store
 from ddpo.store.tables import RewardRow, decode_rewards, encode_rewards
-from ddpo.store.tensors import decode_tensors
+from ddpo.store.tensors import read_tensors
 
 
 def test_an_object_of_another_size_is_never_read_whole(
@@ -71,8 +72,13 @@ def test_a_jpeg_is_refused_though_pillow_could_read_it() -> None:
 
 
 def test_tensors_in_numbers_or_headers_beyond_ours_are_refused(
+    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    def decode_tensors(data: bytes) -> None:
+        (tmp_path / "tensors").write_bytes(data)
+        read_tensors(tmp_path / "tensors")
+
     monkeypatch.setattr(tensors, "TENSOR_LIMIT", 3)
     listed = {f"t{i}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for i in range(4)}
     header = json.dumps(listed).encode()

@@ -145,7 +145,7 @@ from ddpo.store.objects import Store
 
 def die_half_way(descriptor):
     if stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.ftruncate(descriptor, 2)
+        os.truncate(f"/proc/self/fd/{descriptor}", 2)
         os.kill(os.getpid(), 9)
 
 os.fsync = die_half_way

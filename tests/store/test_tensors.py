@@ -1,18 +1,25 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
 from ddpo.errors import UnreadableData
-from ddpo.store.tensors import decode_tensors, encode_tensors
-from tests.store.store_samples import state
+from ddpo.store.tensors import read_tensors
+from tests.store.store_samples import encode_tensors, state
 
 
-def test_tensors_and_metadata_come_back_bit_for_bit() -> None:
+def decoded(folder: Path, data: bytes) -> tuple[dict[str, torch.Tensor], object]:
+    file = folder / "tensors"
+    file.write_bytes(data)
+    return read_tensors(file)
+
+
+def test_tensors_and_metadata_come_back_bit_for_bit(tmp_path: Path) -> None:
     metadata = {"b": [1, 2.5, None], "a": "ü"}
-    tensors, found = decode_tensors(encode_tensors(state(), metadata))
+    tensors, found = decoded(tmp_path, encode_tensors(state(), metadata))
     assert found == metadata
     expected = state()
     assert tensors.keys() == expected.keys()
@@ -21,10 +28,10 @@ def test_tensors_and_metadata_come_back_bit_for_bit() -> None:
         assert torch.equal(tensors[name], tensor)
 
 
-def test_views_of_one_batch_are_written_apart() -> None:
+def test_views_of_one_batch_are_written_apart(tmp_path: Path) -> None:
     batch = torch.arange(6.0)
     views = {"first": batch[:3], "second": batch[3:], "all": batch, "grad": batch.requires_grad_()}
-    tensors, metadata = decode_tensors(encode_tensors(views))
+    tensors, metadata = decoded(tmp_path, encode_tensors(views))
     assert metadata is None
     assert all(torch.equal(tensors[name], view) for name, view in views.items())
 
@@ -44,6 +51,6 @@ def test_the_header_has_one_metadata_key_of_canonical_json() -> None:
 
 
 @pytest.mark.parametrize("cut", [0, 4, 100, -1])
-def test_bytes_that_are_no_safetensors_are_named(cut: int) -> None:
+def test_bytes_that_are_no_safetensors_are_named(tmp_path: Path, cut: int) -> None:
     with pytest.raises(UnreadableData, match="safetensors"):
-        decode_tensors(encode_tensors(state())[:cut])
+        decoded(tmp_path, encode_tensors(state())[:cut])

@@ -72,6 +72,10 @@ def path_of(run: Run, key: str) -> Path:
     return Path(run.store.url(key).removeprefix("file://"))
 
 
+def round_otherwise(tensors: object, file: Path) -> None:
+    file.write_bytes(b"rounded otherwise")
+
+
 def flip(path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
@@ -178,7 +182,7 @@ def test_what_comes_out_otherwise_is_said_and_nothing_is_touched(
     before = content(run)
     damages = verify_run(run.store, "r").damages
     monkeypatch.setattr(
-        "ddpo_workflow.tasks.sample.encode_tensors", lambda tensors: b"rounded otherwise"
+        "ddpo_workflow.tasks.sample.write_tensors", round_otherwise
     )
     (mended,) = repair(run, damages)
     assert not mended.done and "differ from the committed" in mended.reason
@@ -200,7 +204,7 @@ def test_no_manifest_is_made_again_that_would_list_what_nobody_wrote(
     assert [damage.key for damage in damages] == [manifest]
     with monkeypatch.context() as another_device:
         another_device.setattr(
-            "ddpo_workflow.tasks.sample.encode_tensors", lambda tensors: b"rounded otherwise"
+            "ddpo_workflow.tasks.sample.write_tensors", round_otherwise
         )
         (mended,) = repair(run, damages)
     assert not mended.done and "differ from the committed" in mended.reason

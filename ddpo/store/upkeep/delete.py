@@ -8,16 +8,19 @@ killed is completed by the next one.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from ddpo.errors import RunHasForks, RunNotFound, StoreError
+from ddpo.errors import RunHasForks, RunNotFound, StoreCallFailed, StoreError
 from ddpo.store import keys, runs
 from ddpo.store.documents import Sealed
 from ddpo.store.objects import Store
 from ddpo.store.runs import StartRecord
+from ddpo.store.upkeep.uploads import abort_uploads
 
 
 class TrackedAt(BaseModel):
@@ -103,7 +106,8 @@ def begin_deletion(deletion: Deletion) -> None:
 def finish_deletion(deletion: Deletion, on_key: Callable[[str], None] = lambda key: None) -> None:
     """Delete all that belongs to the run; manifests first, so that they list only what exists.
 
-    That includes what was written since the deletion was planned.
+    That includes what was written since the deletion was planned, and unfinished uploads if the
+    bucket permits that.
 
     Args:
         deletion: The deletion, which has begun.
@@ -114,6 +118,8 @@ def finish_deletion(deletion: Deletion, on_key: Callable[[str], None] = lambda k
         for key in rest:
             on_key(key)
             store.delete(key)
+    with suppress(StoreCallFailed):
+        abort_uploads(store, run_id, grace=timedelta(0))
     last = keys.deletion_key(run_id)
     on_key(last)
     store.delete(last)

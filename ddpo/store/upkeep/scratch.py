@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Collection
+from pathlib import Path
+from typing import IO
 
 from ddpo.basics.digests import sha256_bytes
 from ddpo.store import keys
+from ddpo.store.backends import Maker
 from ddpo.store.objects import Store, StoredObject
 
 
@@ -18,8 +22,12 @@ class ScratchStore(Store):
         self.written: dict[str, bytes] = {}
         """What was written, by key."""
 
-    def put(self, stem: str, suffix: str, data: bytes) -> StoredObject:
+    def put(self, stem: str, suffix: str, data: bytes | Maker) -> StoredObject:
         """Keep an object under a key that contains its digest."""
+        if not isinstance(data, bytes):
+            with tempfile.NamedTemporaryFile(prefix="ddpo-") as file:
+                data(Path(file.name))
+                data = Path(file.name).read_bytes()
         digest = sha256_bytes(data)
         key = keys.check_key(f"{stem}-{digest[:12]}{suffix}")
         self.written[key] = data
@@ -39,6 +47,15 @@ class ScratchStore(Store):
         if key in self._hidden:
             raise self._missing(key)
         return super().read(key)
+
+    def _copied(self, key: str, copy: IO[bytes] | None) -> str:
+        if key not in self.written and key not in self._hidden:
+            return super()._copied(key, copy)
+        data = self.read(key)
+        if copy is not None:
+            copy.write(data)
+            copy.flush()
+        return sha256_bytes(data)
 
     def _size(self, key: str) -> int | None:
         if key in self.written:
