@@ -35,9 +35,10 @@ from ddpo_workflow.tasks.score import score_shard
 from ddpo_workflow.tasks.start import start
 from ddpo_workflow.tasks.update import update_policy
 
-SHARD_SIZE = 16
-LATENT_BYTES = 4 * 128 * 128 * 4
-"""Of the starter at 512 pixels, as of SDXL at 1024."""
+SHARD_SIZE = 4
+RESOLUTION = 2048
+LATENT_BYTES = 4 * 512 * 512 * 4
+"""Of the starter at this resolution: few samples and steps make many gigabytes."""
 
 
 class AnonymousMemory:
@@ -91,11 +92,11 @@ def measure_epoch(gigabytes: float, steps: int, root: str) -> None:
     """
     shards = round(gigabytes * 1e9 / ((steps + 1) * LATENT_BYTES * SHARD_SIZE))
     settings = (
-        "model={path: starter, resolution: 512}",
+        f"model={{path: starter, resolution: {RESOLUTION}}}",
         f"rollouts={{samples_per_epoch: {shards * SHARD_SIZE}, shard_size: {SHARD_SIZE}}}",
         f"sampler={{steps: {steps}, window: null}}",
         "algorithm.updates_per_epoch=1",
-        "numerics={device: cpu, sample_batch_size: 8, micro_batch_size: 8}",
+        "numerics={device: cpu, sample_batch_size: 2, micro_batch_size: 2, threads: 1}",
     )
     run = start_run(read_config("configs/starter.yaml", settings, {"storage.root": root}), "memory")
     shrink_compute()
@@ -145,7 +146,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("what", choices=["epoch", "checkpoint"])
     parser.add_argument("--gigabytes", type=float, default=4.0)
-    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--root", help="the store; by default a temporary folder")
     given = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder:

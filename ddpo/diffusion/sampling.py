@@ -6,7 +6,7 @@ Shapes: B samples, T denoising steps, C latent channels, h x w latent pixels.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from PIL import Image
@@ -73,14 +73,18 @@ def sample(
     policy.prepare_prompts(prompts)
     size = policy.numerics.sample_batch_size
     batches: list[Trajectories] = []
+    latents = torch.empty(0)
     for start in range(0, len(prompts), size):
         batch = slice(start, start + size)
         drawn = _sample_batch(policy, prompts[batch], seeds[batch], process, sampler.guidance_scale)
         _check_finite(drawn, prompts[batch], policy, updates)
-        batches.append(drawn)
+        if start == 0:  # once for all: joining them at the end would take the room twice
+            latents = drawn.latents.new_empty(len(prompts), *drawn.latents.shape[1:])
+        latents[batch] = drawn.latents
+        batches.append(replace(drawn, latents=latents[batch]))
         on_images(len(batches[-1].images))
     return Trajectories(
-        latents=torch.cat([b.latents for b in batches]),
+        latents=latents,
         log_probs=torch.cat([b.log_probs for b in batches]),
         times=batches[0].times,
         images=[image for b in batches for image in b.images],

@@ -31,8 +31,8 @@ CONFLICT_WAITS_S = (0.1, 0.2, 0.4, 0.8, None)
 """Seconds before each retry while an object store is busy with another put of the same key."""
 
 
-UPLOAD_PART_BYTES = 16 * 2**20
-"""Part size of a file's upload to S3, whose limit of 10,000 parts allows for 160 GB."""
+UPLOAD_PART_BYTES = 8 * 2**20
+"""Part size of a file's upload to S3, whose limit of 10,000 parts allows for 80 GB."""
 
 UPLOADED_AT_ONCE = 4
 """Parts of a file that are uploaded, and so in memory, at the same time."""
