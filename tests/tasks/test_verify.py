@@ -12,6 +12,7 @@ from ddpo.runs import Run, start_run
 from ddpo.store import keys
 from ddpo.store.keys import Partition
 from ddpo.store.kinds import CHECKPOINT, ROLLOUTS
+from ddpo.store.runs import append_operation, record_end
 from ddpo.store.upkeep.verify import NOTHING, Damage, repairable_part, verify_run
 from ddpo_workflow.tasks.repair import repair
 from tests.fold import run_epochs
@@ -271,3 +272,12 @@ def test_a_gap_in_the_commits_is_seen(run: Run, kind: str) -> None:
 def test_a_flipped_record_is_named(run: Run) -> None:
     flip(path_of(run, keys.run_key("r")))
     assert [damage.key for damage in verify_run(run.store, "r").damages] == [keys.run_key("r")]
+
+
+def test_a_run_whose_starts_have_ended_is_whole(run: Run) -> None:
+    """The records of the ends are no starts."""
+    record_end(run.store, "r", 1, "stopped")
+    record_end(run.store, "r", append_operation(run.store, "r", {}), "finished")
+    assert verify_run(run.store, "r").damages == ()
+    run.store.delete(keys.start_key("r", 1))
+    assert keys.start_key("r", 1) in {damage.key for damage in verify_run(run.store, "r").damages}

@@ -160,7 +160,9 @@ class _Verifier:
             for epoch in range(first, max(checkpoints, default=-1))
         ]
         starts = self.store.list(keys.starts_prefix(self.run_id))
-        wanted += [keys.start_key(self.run_id, number) for number in range(1, len(starts) + 1)]
+        found = [start[1] for key in starts if (start := keys.start_of_record(key))]
+        last = max(found, default=0)
+        wanted += [keys.start_key(self.run_id, number) for number in range(1, last + 1)]
         for key in sorted({*wanted} - {*present} - {*starts}):
             self.unreadable.append(Damage(key, key, "a readable document", NOTHING))
 
