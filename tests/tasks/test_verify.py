@@ -182,9 +182,7 @@ def test_what_comes_out_otherwise_is_said_and_nothing_is_touched(
     flip(path_of(run, objects(run, TRAJECTORIES)[0]))
     before = content(run)
     damages = verify_run(run.store, "r").damages
-    monkeypatch.setattr(
-        "ddpo_workflow.tasks.sample.write_tensors", round_otherwise
-    )
+    monkeypatch.setattr("ddpo_workflow.tasks.sample.write_tensors", round_otherwise)
     (mended,) = repair(run, damages)
     assert not mended.done and "differ from the committed" in mended.reason
     assert content(run) == before
@@ -204,9 +202,7 @@ def test_no_manifest_is_made_again_that_would_list_what_nobody_wrote(
     damages = verify_run(run.store, "r").damages
     assert [damage.key for damage in damages] == [manifest]
     with monkeypatch.context() as another_device:
-        another_device.setattr(
-            "ddpo_workflow.tasks.sample.write_tensors", round_otherwise
-        )
+        another_device.setattr("ddpo_workflow.tasks.sample.write_tensors", round_otherwise)
         (mended,) = repair(run, damages)
     assert not mended.done and "differ from the committed" in mended.reason
     assert content(run) == before
