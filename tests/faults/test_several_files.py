@@ -118,7 +118,7 @@ def test_a_run_killed_between_two_files_of_a_checkpoint_goes_on_and_can_be_used(
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
-    ddpo("fork", RUN, "--run-id", "fork", "--epoch", "1", "--epochs", "2")
+    ddpo("fork", RUN, "--run-id", "fork", "--epoch", "1", "--epochs", "2", "--reset-statistics")
     ours, theirs = (CHECKPOINT.require(store, Partition(run, 1)) for run in ("fork", RUN))
     assert ours.files("optimizer") == theirs.files("optimizer")
     ddpo("export-lora", RUN, "--out", str(tmp_path / "lora"))
