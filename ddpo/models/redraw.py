@@ -28,6 +28,14 @@ def main(job_file: Path) -> None:
 
     job: dict[str, Any] = json.loads(job_file.read_text())
     torch.set_num_threads(job["threads"])
+    given: dict[str, Any] = {}
+    if job["vae"]:
+        given["vae"] = AutoencoderKL.from_pretrained(
+            job["vae"],
+            torch_dtype=getattr(torch, job["dtype"]),
+            use_safetensors=True,
+            local_files_only=True,
+        )
     pipeline: Any = DiffusionPipeline.from_pretrained(
         job["pipeline"],
         torch_dtype=getattr(torch, job["dtype"]),
@@ -35,7 +43,7 @@ def main(job_file: Path) -> None:
         use_safetensors=True,
         local_files_only=True,
         **{part: None for part in job["without"]},
-        **({"vae": AutoencoderKL.from_pretrained(job["vae"])} if job["vae"] else {}),
+        **given,
     )
     if job["lora"]:
         pipeline.load_lora_weights(job["lora"])

@@ -21,7 +21,7 @@ def ddpo(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tm
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr("ddpo.models.stable_diffusion.load_pipeline", refuse)
+    monkeypatch.setattr("ddpo.models.pipeline_policy.PipelinePolicy._loaded", refuse)
 
     def run(*words: str) -> tuple[int, str]:
         monkeypatch.setattr(sys, "argv", ["ddpo", *words])
