@@ -16,6 +16,7 @@ from ddpo.store.objects import Store
 from ddpo_workflow.flows.cli import app as cli
 from tests.rewards.tiny_models import head_tensors, save_clip, save_tensors
 from tests.rewards.tiny_vlm import save_deberta, save_llava
+from tests.tiny_families import FAMILIES, SETTINGS
 
 COMPARISONS = sorted(Path("configs").glob("*_compare.yaml"))
 CONFIGS = [path for path in sorted(Path("configs").glob("*.yaml")) if path not in COMPARISONS]
@@ -91,8 +92,38 @@ def tiny_rewards(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str
     caption = {"model": str(llava), "dtype": "float32", "max_new_tokens": 4}
     return {
         "laion_aesthetic": {"model": str(clip), "head": head},
+        "pickscore": {"model": str(clip), "processor": str(clip)},
         "vlm_alignment": {**caption, "bert_model": str(deberta), "bert_layer": 3},
     }
+
+
+def tiny_family(path: Path, folder: Path) -> dict[str, object]:
+    """Settings that put a tiny model of a config's family in the place of the published one."""
+    name = {"sd35": "sd3"}.get(path.stem.split("_")[0], path.stem.split("_")[0])
+    if name not in FAMILIES:
+        return {}
+    model = {
+        **SETTINGS[name].get("model", {}),
+        "path": str(FAMILIES[name](folder)),
+        "resolution": 16,
+    }
+    settings: dict[str, object] = {
+        "model": json.dumps(model),
+        "sampler.window.steps": 2,
+        "rollouts.samples_per_prompt": 2,
+        "evaluation.steps": 2,
+        "evaluation.count": 2,
+    }
+    config = read_config(path)
+    if config.sampler.window is None:
+        del settings["sampler.window.steps"]
+    elif config.sampler.window.before is not None:
+        settings["sampler.window.before"] = 3
+    if config.evaluation is None:
+        del settings["evaluation.steps"], settings["evaluation.count"]
+    if config.rollouts.samples_per_prompt == 1:
+        del settings["rollouts.samples_per_prompt"]
+    return settings
 
 
 @pytest.mark.slow
@@ -105,6 +136,7 @@ def test_every_shipped_config_runs_one_tiny_epoch_by_the_command(
         "model": f"{{path: {tiny_model}}}",
         "tracking.uri": tracking_uri,
         "outputs": tmp_path / "outputs",
+        **tiny_family(path, tmp_path / "model"),
     }
     reward = read_config(path).reward.name
     if reward in tiny_rewards:

@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import FluxTransformer2DModel, UNet2DConditionModel
 from PIL import Image
 from safetensors import safe_open
 
-from ddpo.config import ModelConfig, RunConfig
+from ddpo.config import LoraConfig, ModelConfig, RunConfig
 from ddpo.diffusion.sampling import sample
 from ddpo.errors import ConfigError, ModelError
 from ddpo.models import check_model
@@ -266,3 +267,63 @@ def test_another_autoencoder_decodes_and_is_part_of_the_base_digest(
     assert np.array_equal(expected, found)
     with pytest.raises(ModelError, match=r"model\.vae .* neither a folder here nor"):
         load_policy(family_config(tiny_families, "sdxl", model={"vae": "/nowhere/at/all"}))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_full_fine_tuning_exports_a_pipeline_that_diffusers_loads(
+    tiny_families: Mapping[str, Path], tmp_path: Path, name: str
+) -> None:
+    own = load_policy(family_config(tiny_families, "sdxl"))
+    own.pipeline.vae.save_pretrained(tmp_path / "vae")
+    changes: dict[str, Any] = {"trainable": {"type": "full"}}
+    if name == "sdxl":
+        changes["model"] = {"vae": str(tmp_path / "vae")}
+    policy = load_policy(family_config(tiny_families, name, **changes))
+    with torch.no_grad():
+        for parameter in policy.weights.parameters().values():
+            parameter.mul_(1.1)
+    policy.export(tmp_path / "out")
+    exported = load_policy(tiny_config(tmp_path / "out", **SETTINGS[name]))
+    still = policy_sampler(name)
+    ours, theirs = (
+        sample(each, ["a cat"], [1], still).latents[:, -1] for each in (policy, exported)
+    )
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+
+
+def policy_sampler(name: str) -> Any:
+    return tiny_config("model", **SETTINGS[name]).sampler.at_inference(0.0)
+
+
+PUBLISHED = {
+    # As their config.json on the Hub; parameters as counted there.
+    "SDXL base": (
+        UNet2DConditionModel,
+        {
+            "sample_size": 128,
+            "block_out_channels": (320, 640, 1280),
+            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            "transformer_layers_per_block": (1, 2, 10),
+            "attention_head_dim": (5, 10, 20),
+            "cross_attention_dim": 2048,
+            "use_linear_projection": True,
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 256,
+            "projection_class_embeddings_input_dim": 2816,
+        },
+        2_567_463_684,
+    ),
+    "FLUX.1-dev": (FluxTransformer2DModel, {"guidance_embeds": True}, 11_901_408_320),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_sizes_are_those_of_the_classes_and_adapters_find_their_layers(name: str) -> None:
+    kind, settings, parameters = PUBLISHED[name]
+    with torch.device("meta"):
+        network: Any = kind(**settings)
+    assert sum(p.numel() for p in network.parameters()) == parameters
+    layers = [each for each, _ in network.named_modules()]
+    for target in LoraConfig().target_modules:
+        assert any(layer.endswith(f".{target}") for layer in layers)
