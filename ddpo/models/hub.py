@@ -6,17 +6,20 @@ A family's *parts* are the subfolders of the pipeline that it loads.
 from __future__ import annotations
 
 import hashlib
+import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from httpx import HTTPError
-from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
     HFValidationError,
     LocalEntryNotFoundError,
 )
 
+from ddpo.basics.digests import json_digest
 from ddpo.basics.paths import expand
 from ddpo.config import ModelConfig
 from ddpo.errors import ModelError
@@ -26,6 +29,9 @@ from ddpo.starter import STARTER_PATH
 
 STARTERS: Mapping[str, Path] = {"starter": STARTER_PATH}
 """The models that ship with the package, by the path that a config gives them."""
+
+REMEMBERED_FROM_BYTES = 2**28
+"""Reading a smaller model takes less than a second."""
 
 _VAE_FILES = ("config.json", "diffusion_pytorch_model.safetensors")
 """An autoencoder by itself."""
@@ -141,11 +147,30 @@ def base_digest(folder: Path, parts: Sequence[str], vae: Path | None = None) -> 
         vae: Folder of another autoencoder.
 
     Returns:
-        sha256 over names and contents, whatever the folder is called.
+        sha256 over names and contents, whatever the folder is called. That of a large model is
+        remembered in a cache beside the Hub's while no file changes its size, time or place.
     """
-    digest = hashlib.sha256()
     files = [(name, folder / name) for name in local_files(folder, parts).loaded()]
     files += [(f"model.vae/{name}", vae / name) for name in _VAE_FILES] if vae else []
+    states = [(str(file), file.stat()) for _, file in files]
+    if sum(state.st_size for _, state in states) < REMEMBERED_FROM_BYTES:
+        return _digested(files)
+    known = json_digest([[name, s.st_size, s.st_mtime_ns, s.st_ino] for name, s in states])
+    note = Path(constants.HF_HOME) / "ddpo" / "digests" / known
+    with suppress(OSError):
+        if len(text := note.read_text()) == hashlib.sha256().digest_size * 2:
+            return text
+    digest = _digested(files)
+    with suppress(OSError):  # a cache that cannot be written costs time only
+        note.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=note.parent, delete=False) as file:
+            file.write(digest)
+        Path(file.name).replace(note)
+    return digest
+
+
+def _digested(files: Sequence[tuple[str, Path]]) -> str:
+    digest = hashlib.sha256()
     for name, file in files:
         digest.update(f"{name}\0{file.stat().st_size}\0".encode())
         with file.open("rb") as stream:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from httpx import HTTPError
 from huggingface_hub import constants
+from safetensors import SafetensorError, safe_open
 
 from ddpo.basics.digests import json_digest
 from ddpo.errors import ModelError
@@ -39,10 +40,13 @@ def converted(file: Path) -> Path:
 
 
 def _convert(file: Path, folder: Path) -> None:
-    from diffusers import StableDiffusionPipeline  # pyright: ignore[reportPrivateImportUsage]
+    import diffusers
 
+    name = _pipeline_class(file)
+    # Of a checker that blackens images, which Stable Diffusion XL has none of.
+    without = {"safety_checker": None} if name == "StableDiffusionPipeline" else {}
     try:
-        pipeline = StableDiffusionPipeline.from_single_file(str(file), safety_checker=None)
+        pipeline = getattr(diffusers, name).from_single_file(str(file), **without)
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, HTTPError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ModelError(
@@ -61,10 +65,21 @@ def _convert(file: Path, folder: Path) -> None:
                 raise
 
 
+def _pipeline_class(file: Path) -> str:
+    """Return the class of a single file's pipeline: XL has a second text encoder."""
+    try:
+        with safe_open(file, "np") as opened:
+            names = list(opened.keys())
+    except (SafetensorError, OSError):
+        names = []  # the message comes from loading it
+    xl = any(name.startswith("conditioner.embedders.1.") for name in names)
+    return "StableDiffusionXLPipeline" if xl else "StableDiffusionPipeline"
+
+
 def _way_out(file: Path) -> str:
     return (
         "To convert it where it can be loaded: "
-        'python -c "from diffusers import StableDiffusionPipeline as P; '
+        f'python -c "from diffusers import {_pipeline_class(file)} as P; '
         f"P.from_single_file('{file}').save_pretrained('NEW_FOLDER')\", "
         "then set model.path to the new folder"
     )

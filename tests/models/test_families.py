@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import FluxTransformer2DModel, UNet2DConditionModel
+from diffusers import FluxTransformer2DModel, StableDiffusionXLPipeline, UNet2DConditionModel
 from PIL import Image
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 from ddpo.config import LoraConfig, ModelConfig, RunConfig
 from ddpo.diffusion.sampling import sample
@@ -327,3 +328,15 @@ def test_published_sizes_are_those_of_the_classes_and_adapters_find_their_layers
     layers = [each for each, _ in network.named_modules()]
     for target in LoraConfig().target_modules:
         assert any(layer.endswith(f".{target}") for layer in layers)
+
+
+def test_a_single_file_of_xl_is_converted_as_one(
+    tiny_families: Mapping[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Conversion itself needs configs from the Hub; stands for what it returns."""
+    monkeypatch.setattr("ddpo.models.single_file.constants.HF_HOME", str(tmp_path / "home"))
+    made = StableDiffusionXLPipeline.from_pretrained(tiny_families["sdxl"])
+    monkeypatch.setattr(StableDiffusionXLPipeline, "from_single_file", lambda _: made)
+    file = tmp_path / "xl.safetensors"
+    save_file({"conditioner.embedders.1.model.ln_final.weight": torch.zeros(1)}, file)
+    assert check_model(ModelConfig(path=str(file))).latent_shape == (4, 8, 8)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -135,6 +136,29 @@ def test_base_digest_sees_one_bit_of_every_file(
     data[-1] ^= 1
     (copy / file).write_bytes(data)
     assert digest_of(copy) != digest_of(tiny_model)
+
+
+def test_the_digest_of_a_large_model_is_computed_once(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub, "REMEMBERED_FROM_BYTES", 1)
+    monkeypatch.setattr(hub.constants, "HF_HOME", str(tmp_path / "home"))
+    copy = tmp_path / "copy"
+    shutil.copytree(tiny_model, copy)
+    first = digest_of(copy)
+    assert first == digest_of(tiny_model)
+    file = copy / "unet" / "diffusion_pytorch_model.safetensors"
+    before = file.stat()
+    with file.open("r+b") as stream:
+        stream.seek(-1, 2)
+        stream.write(b"!")
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert digest_of(copy) == first  # read once
+    os.utime(file)
+    assert digest_of(copy) != first
+    for note in (tmp_path / "home/ddpo/digests").iterdir():
+        note.write_text("half")  # as a full disk leaves it
+    assert digest_of(tiny_model) == first
 
 
 def test_policy_digest_is_of_base_and_trained_weights(tiny_model: Path) -> None:
