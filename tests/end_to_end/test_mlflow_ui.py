@@ -13,6 +13,7 @@ pytest.importorskip("playwright", reason="playwright is not installed (pip insta
 from playwright.sync_api import expect
 
 from bench import screenshots
+from ddpo_workflow.flows.train import train
 from ddpo_workflow.tasks.tracking.connection import connect
 from ddpo_workflow.tasks.tracking.tracker import RunTracker
 
@@ -96,3 +97,56 @@ def test_a_person_finds_runs_curves_pictures_and_the_adapter(uri: str):
         rescored = screenshots.visit_rescored(context, address, run)
         for section in ("agreement", "disagreement"):
             expect(rescored.get_by_text(section, exact=True)).to_be_visible()
+
+
+EPOCHS = 2
+
+
+@pytest.fixture
+def trained(tmp_path: Path) -> str:
+    """A store with a run of the starter, small but real."""
+    address = f"sqlite:///{tmp_path}/mlflow.db"
+    train(
+        "configs/starter.yaml",
+        run_id="night-2",
+        epochs=EPOCHS,
+        storage=str(tmp_path / "store"),
+        tracking=address,
+        overrides=[
+            f"outputs={tmp_path / 'outputs'}",
+            "rollouts.samples_per_epoch=16",
+            "rollouts.shard_size=8",
+            "numerics.sample_batch_size=8",
+            "numerics.micro_batch_size=8",
+            "evaluation={every: 1, count: 2, seeds: [0]}",
+        ],
+    )
+    return address
+
+
+def test_a_run_of_the_starter_is_found_read_and_looked_at(trained: str):
+    run = screenshots.find_run(connect(trained), "night-2")
+    with screenshots.serve_ui(trained) as address, screenshots.open_browser() as context:
+        runs = screenshots.visit_runs(context, address, run)
+        column = runs.locator("[col-id='metrics.`reward/mean`']")
+        expect(column).to_contain_text(["reward/mean", "-"])  # minus the size in kilobytes
+
+        overview = screenshots.visit_overview(context, address, run)
+        expect(overview.get_by_text(f"Finished: {EPOCHS} of {EPOCHS} epochs").first).to_be_visible()
+        expect(overview.get_by_text("resume night-2").first).to_be_visible()
+        expect(overview.get_by_role("link", name="adapter").first).to_be_visible()
+
+        curves = screenshots.visit_curves(context, address, run)
+        for section in ("reward", "update"):
+            expect(curves.get_by_text(section, exact=True)).to_be_visible()
+        assert curves.locator("path.js-line").count() > 0
+
+        pictures = screenshots.visit_pictures(context, address, run)
+        slider = pictures.get_by_role("slider").first
+        expect(slider).to_have_attribute("aria-valuemax", str(EPOCHS))  # checkpoint 0 is the start
+        image = pictures.locator("img.rc-image-img").first
+        assert image.evaluate("image => image.naturalWidth") >= 64  # it was loaded
+
+        adapter = screenshots.visit_adapter(context, address, run)
+        expect(adapter.get_by_role("heading", name="adapter")).to_be_visible()
+        expect(adapter.get_by_role("link", name="night-2").first).to_be_visible()
