@@ -340,3 +340,23 @@ def test_a_single_file_of_xl_is_converted_as_one(
     file = tmp_path / "xl.safetensors"
     save_file({"conditioner.embedders.1.model.ln_final.weight": torch.zeros(1)}, file)
     assert check_model(ModelConfig(path=str(file))).latent_shape == (4, 8, 8)
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux"])
+def test_regression_trains_a_flow_on_samples_without_noise(
+    tiny_families: Mapping[str, Path], name: str
+) -> None:
+    config = family_config(
+        tiny_families,
+        name,
+        sampler={"type": "ode"},
+        algorithm={"type": "rwr", "updates_per_epoch": 5},
+        optimizer={"learning_rate": 1e-3},
+    )
+    policy = load_policy(config)
+    drawn = draw(policy, config)
+    before = {key: value.clone() for key, value in policy.weights.state().items()}
+    credit = {"reward": torch.zeros(8), "weight": torch.linspace(0.1, 2.0, 8)}
+    after, metrics = update(policy, initial_state(policy), rollouts_of(drawn), credit, {}, config)
+    assert 0 < metrics["loss"] < 100
+    assert any(not torch.equal(after.weights[key], value) for key, value in before.items())
