@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args
 from pydantic import Discriminator, Field, NonNegativeInt, PositiveInt, Tag, model_validator
 
 from ddpo.basics.part import Part, is_off
+from ddpo.errors import ConfigError
 
 _MOVE_EVERY = 25
 
@@ -62,7 +63,10 @@ class SamplerConfig(Part, ABC):
         """Return the sampler that users of the model sample with, at the same steps and guidance.
 
         Args:
-            eta: Share of DDPM's noise; of no effect on a flow, which is sampled without noise.
+            eta: Share of DDPM's noise.
+
+        Raises:
+            ConfigError: It is above 0 and the model's process has no such setting.
         """
 
     @property
@@ -152,7 +156,11 @@ class FlowSampler(SamplerConfig, ABC):
 
     def at_inference(self, eta: float) -> OdeSampler:
         """Return the flow without noise."""
-        del eta
+        if eta:
+            raise ConfigError(
+                f"eta is {eta:g}, which models of flow matching do not have: they are "
+                "evaluated without noise; remove it"
+            )
         return OdeSampler(steps=self.steps, guidance_scale=self.guidance_scale)
 
     @property

@@ -45,7 +45,7 @@ class ModelFacts:
 
 
 def resized(
-    own: tuple[int, int], latent_shape: tuple[int, ...], size: tuple[int, int]
+    own: tuple[int, int], latent_shape: tuple[int, ...], size: tuple[int, int], patch: int
 ) -> tuple[tuple[int, int], tuple[int, ...]]:
     """Return another size of a model's images, and the shape of their latents.
 
@@ -53,16 +53,17 @@ def resized(
         own: The model's own width and height in pixels.
         latent_shape: Shape of the latents of such an image, [C, h, w].
         size: Width and height in pixels.
+        patch: Latent pixels along one side of what the network takes together.
 
     Raises:
-        ConfigError: They are not multiples of the pixels along one side of a latent pixel.
+        ConfigError: The network does not take such images.
     """
     channels, height, _ = latent_shape
     scale = own[1] // height
-    if any(pixels % scale for pixels in size):
+    if any(pixels % (scale * patch) for pixels in size):
         raise ConfigError(
-            f"resolution {size[0]}x{size[1]} is not a multiple of {scale}, the pixels along one "
-            "side of a latent pixel"
+            f"resolution {size[0]}x{size[1]} is not a multiple of {scale * patch}, the pixels "
+            "along one side of what the network takes together"
         )
     return size, (channels, size[1] // scale, size[0] // scale)
 
@@ -245,11 +246,11 @@ class Policy(ABC):
             size: Width and height in pixels; None changes nothing.
 
         Raises:
-            ConfigError: They are not multiples of the pixels along one side of a latent pixel.
+            ConfigError: The network does not take such images.
         """
         before = self.size, self.latent_shape
         schedule = self.schedule
-        self.size, self.latent_shape = resized(*before, size or self.size)
+        self.size, self.latent_shape = resized(*before, size or self.size, self.schedule.patch)
         self.schedule = schedule.at(self.latent_shape)
         try:
             yield

@@ -35,6 +35,9 @@ class Schedule(ABC):
     kind: ClassVar[str]
     """What such a model is called, for messages."""
 
+    patch: int
+    """Latent pixels along one side of what the network takes together."""
+
     @property
     @abstractmethod
     def training_timesteps(self) -> int:
@@ -58,6 +61,7 @@ class NoiseSchedule(Schedule):
     """
 
     kind = "diffusion model"
+    patch = 1
 
     alphas_cumprod: Tensor
     """[N] float32 on the CPU: alpha_t, the signal's share of variance."""

@@ -219,7 +219,7 @@ def check_denoising(config: RunConfig) -> ModelFacts:
         try:
             check_steps(facts.schedule, config.evaluation.sampler_of(config.sampler))
             size = size_of(config.evaluation.resolution)
-            resized(facts.size, facts.latent_shape, size or facts.size)
+            resized(facts.size, facts.latent_shape, size or facts.size, facts.schedule.patch)
         except ConfigError as error:
             raise ConfigError(f"evaluation: {error}") from None
     return facts

@@ -22,6 +22,7 @@ from ddpo.diffusion.sampling import sample
 from ddpo.errors import ConfigError, ModelError
 from ddpo.models import check_model
 from ddpo.models.flow_schedule import FlowSchedule
+from ddpo.runs.start import check_denoising
 from ddpo.training.loop import initial_state, update
 from tests.tiny import (
     alternating_advantages,
@@ -204,18 +205,22 @@ def test_a_dynamic_shift_follows_the_size_of_the_images(tmp_path: Path) -> None:
     [
         ("sd3", {"sampler": {"type": "ddim"}}, "needs a diffusion model.*is a flow-matching model"),
         ("sdxl", {"sampler": {"type": "flow_sde"}}, "needs a flow-matching model.*set it to ddim"),
+        ("sd3", {"evaluation": {"eta": 0.5}}, r"evaluation: eta is 0\.5, which models of flow"),
         ("sdxl", {"model": {"t5": False}}, r"model\.t5 means nothing"),
+        (
+            "sd3",
+            {"evaluation": {"resolution": 18}},
+            "evaluation: resolution 18x18 .* of 4, ",
+        ),
         ("flux", {"model": {"resolution": 18}}, "not a multiple of 4, .* token of 2 latent pixels"),
     ],
 )
 def test_what_does_not_fit_the_family_is_refused_before_loading(
     tiny_families: Mapping[str, Path], name: str, changes: dict[str, Any], message: str
 ) -> None:
-    from ddpo.diffusion.window import check_sampler
-
     config = family_config(tiny_families, name, **changes)
     with pytest.raises(ConfigError, match=message):
-        check_sampler(check_model(config.model, config.trainable).schedule, config)
+        check_denoising(config)
 
 
 def changed(folder: Path, copy: Path, part: str, **changes: Any) -> ModelConfig:
