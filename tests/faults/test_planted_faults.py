@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable, Mapping
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ import pytest
 import ddpo_workflow.tasks.sample
 from ddpo.errors import MissingObject
 from ddpo.store import manifests
+from ddpo.store.backends import Maker
 from ddpo.store.manifests import Committed
 from ddpo.store.objects import Store, StoredObject
 from tests.faults.crashes import Night, Writes, watched
@@ -41,7 +44,8 @@ def check_a_crash_before_each_rollout_write(plan: Plan) -> None:
         at
         for at, name in enumerate(writes.made, 1)
         if re.search(
-            r"^(write|create) .*(rollouts|samples|trajectories)/.*epoch=00000/shard-00000", name
+            r"^(write|write_file|create) .*(rollouts|samples|trajectories)/.*epoch=00000/shard-00000",
+            name,
         )
     ]
     assert len(shard) == 4  # three objects and their manifest
@@ -74,13 +78,17 @@ def check_damage_is_named(plan: Plan) -> None:
 
 def manifest_first(monkeypatch: pytest.MonkeyPatch) -> None:
     """Write objects only when their manifest is committed."""
-    waiting: list[tuple[Store, str, str, bytes]] = []
+    waiting: list[tuple[Store, str, str, bytes | Maker]] = []
     put, commit = Store.put, manifests.commit
 
-    def later(self: Store, stem: str, suffix: str, data: bytes) -> StoredObject:
+    def later(self: Store, stem: str, suffix: str, data: bytes | Maker) -> StoredObject:
         if not stem.startswith(("rollouts", "samples", "trajectories")):
             return put(self, stem, suffix, data)
         waiting.append((self, stem, suffix, data))
+        if not isinstance(data, bytes):
+            with tempfile.NamedTemporaryFile() as file:
+                data(Path(file.name))
+                data = Path(file.name).read_bytes()
         digest = manifests.sha256_bytes(data)
         return StoredObject(
             key=f"{stem}-{digest[:12]}{suffix}", size=len(data), sha256=digest
@@ -102,6 +110,14 @@ def manifest_first(monkeypatch: pytest.MonkeyPatch) -> None:
 def trust_what_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     """Read objects without comparing digests."""
     monkeypatch.setattr(Store, "get", lambda self, stored: self.read(stored.key))
+    monkeypatch.setattr(Store, "fetch", _unverified)
+
+
+@contextmanager
+def _unverified(self: Store, stored: StoredObject) -> Iterator[Path]:
+    with tempfile.NamedTemporaryFile() as file:
+        Path(file.name).write_bytes(self.read(stored.key))
+        yield Path(file.name)
 
 
 def draw_noise_from_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
