@@ -43,10 +43,8 @@ def check_a_crash_before_each_rollout_write(plan: Plan) -> None:
     shard = [
         at
         for at, name in enumerate(writes.made, 1)
-        if re.search(
-            r"^(write|write_file|create) .*(rollouts|samples|trajectories)/.*epoch=00000/shard-00000",
-            name,
-        )
+        if re.search(r"^(write|write_file|create) .*=00000/shard-00000", name)
+        and re.search("(rollouts|samples|trajectories)/", name)
     ]
     assert len(shard) == 4  # three objects and their manifest
     for at, moment in itertools.product(shard, ("before", "after")):
