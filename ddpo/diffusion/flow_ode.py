@@ -19,5 +19,6 @@ class FlowOde(FlowProcess):
         return torch.zeros(len(steps), device=self.sigmas.device)
 
     def noisy_transition(self, steps: Tensor, velocity: Tensor, latents: Tensor) -> Transition:
-        """Never used, because no step draws noise."""
-        raise NotImplementedError
+        """Return Euler's step, which draws none."""
+        sigma, after = self.around(steps, latents)
+        return Transition(latents + (after - sigma) * velocity, torch.zeros_like(sigma))

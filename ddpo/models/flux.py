@@ -19,9 +19,6 @@ from ddpo.models.files import ModelFiles
 from ddpo.models.flow_inspection import inspect_flux
 from ddpo.models.pipeline_policy import PipelinePolicy
 
-T5_TOKENS = 512
-"""Tokens of a prompt that T5 reads, padding included: the pipeline's default."""
-
 
 class Flux(PipelinePolicy):
     """A FLUX.1-dev pipeline; its transformer holds the trained weights."""
@@ -42,6 +39,7 @@ class Flux(PipelinePolicy):
         "text_encoder": CLIPTextModel,
         "text_encoder_2": T5EncoderModel,
     }
+    t5_tokens = 512
     tokenizers = ("tokenizer", "tokenizer_2")
     expected = "FLUX.1-dev"
 
@@ -51,15 +49,6 @@ class Flux(PipelinePolicy):
     ) -> ModelFacts:
         """Check transformer, scheduler, size and files."""
         return inspect_flux(files, model, trainable)
-
-    @property
-    def pipeline_arguments(self) -> dict[str, Any]:
-        """How many tokens T5 reads."""
-        return {"max_sequence_length": self._t5_tokens}
-
-    @property
-    def _t5_tokens(self) -> int:
-        return T5_TOKENS if self.model.t5_tokens is None else self.model.t5_tokens
 
     @property
     def most_tokens(self) -> int:

@@ -33,7 +33,7 @@ STARTERS: Mapping[str, Path] = {"starter": STARTER_PATH}
 REMEMBERED_FROM_BYTES = 2**28
 """Reading a smaller model takes less than a second."""
 
-_VAE_FILES = ("config.json", "diffusion_pytorch_model.safetensors")
+VAE_FILES = ("config.json", "diffusion_pytorch_model.safetensors")
 """An autoencoder by itself."""
 
 
@@ -104,7 +104,7 @@ def fetch_vae(config: ModelConfig) -> Path | None:
         try:
             folder = Path(
                 snapshot_download(
-                    config.vae, revision=config.vae_revision, allow_patterns=list(_VAE_FILES)
+                    config.vae, revision=config.vae_revision, allow_patterns=list(VAE_FILES)
                 )
             )
         except (HFValidationError, HTTPError, OSError) as error:
@@ -112,7 +112,7 @@ def fetch_vae(config: ModelConfig) -> Path | None:
                 f"model.vae {config.vae!r} is neither a folder here nor downloadable from the Hub: "
                 f"{str(error).splitlines()[0]}"
             ) from error
-    missing = [name for name in _VAE_FILES if not (folder / name).is_file()]
+    missing = [name for name in VAE_FILES if not (folder / name).is_file()]
     if missing:
         raise ModelError(
             f"model.vae {config.vae!r} has no {missing[0]}; expected an autoencoder as "
@@ -131,7 +131,7 @@ def file_states(
     """
     try:
         files = [folder / name for name in local_files(folder, parts).loaded()]
-        files += [vae / name for name in _VAE_FILES] if vae else []
+        files += [vae / name for name in VAE_FILES] if vae else []
         found = ((file, file.stat()) for file in files)
         return {file: (s.st_ino, s.st_size, s.st_mtime_ns) for file, s in found}
     except OSError as error:
@@ -151,7 +151,7 @@ def base_digest(folder: Path, parts: Sequence[str], vae: Path | None = None) -> 
         remembered in a cache beside the Hub's while no file changes its size, time or place.
     """
     files = [(name, folder / name) for name in local_files(folder, parts).loaded()]
-    files += [(f"model.vae/{name}", vae / name) for name in _VAE_FILES] if vae else []
+    files += [(f"model.vae/{name}", vae / name) for name in VAE_FILES] if vae else []
     states = [(str(file), file.stat()) for _, file in files]
     if sum(state.st_size for _, state in states) < REMEMBERED_FROM_BYTES:
         return _digested(files)

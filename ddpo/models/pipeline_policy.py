@@ -42,12 +42,28 @@ class PipelinePolicy(Policy):
     tokenizers: ClassVar[Sequence[str]]
     """The parts that cut prompts into tokens, the one that reads most of a prompt last."""
 
+    t5_tokens: ClassVar[int | None] = None
+    """Tokens of a prompt that the family's T5 reads, padding included: the pipeline's default. None
+    without T5."""
+    expected: ClassVar[str]
+    """What the family's models are called, for messages."""
+
     pipeline: Any
 
     @property
     def pipeline_name(self) -> str:
         """The pipeline's class in diffusers."""
         return self.pipeline_class.__name__
+
+    @property
+    def pipeline_arguments(self) -> dict[str, Any]:
+        """How many tokens T5 reads, if there is one."""
+        return {} if self.t5_tokens is None else {"max_sequence_length": self._t5_tokens}
+
+    @property
+    def _t5_tokens(self) -> int:
+        own = self.model.t5_tokens
+        return (self.t5_tokens or 0) if own is None else own
 
     @property
     def most_tokens(self) -> int:
@@ -156,7 +172,9 @@ class PipelinePolicy(Policy):
         )
         if self.vae_folder is not None:
             shutil.rmtree(folder / "vae")
-            shutil.copytree(self.vae_folder, folder / "vae")
+            (folder / "vae").mkdir()
+            for name in hub.VAE_FILES:  # a repository may hold others, as large
+                shutil.copyfile(self.vae_folder / name, folder / "vae" / name)
         reader = self._loaded(hub.local_files(folder, self.parts), torch.float32)
         for part in (self.network_part, "vae", *self._present_text_encoders()):
             written, found = (getattr(each, part).state_dict() for each in (self.pipeline, reader))
@@ -271,9 +289,6 @@ class PipelinePolicy(Policy):
                 module.requires_grad_(False).eval()
                 _check_finite(module, files.folder / part)
         return pipeline
-
-    expected: ClassVar[str]
-    """What the family's models are called, for messages."""
 
     def _without(self) -> dict[str, Any]:
         """Return arguments of loading that leave parts out."""

@@ -16,9 +16,6 @@ from ddpo.models.files import ModelFiles
 from ddpo.models.flow_inspection import inspect_stable_diffusion_3
 from ddpo.models.pipeline_policy import PipelinePolicy
 
-T5_TOKENS = 256
-"""Tokens of a prompt that T5 reads, padding included: the pipeline's default."""
-
 
 class StableDiffusion3(PipelinePolicy):
     """A Stable Diffusion 3 or 3.5 pipeline; its transformer holds the trained weights."""
@@ -43,6 +40,7 @@ class StableDiffusion3(PipelinePolicy):
         "text_encoder_2": CLIPTextModelWithProjection,
         "text_encoder_3": T5EncoderModel,
     }
+    t5_tokens = 256
     tokenizers = ("tokenizer", "tokenizer_2", "tokenizer_3")
     expected = "Stable Diffusion 3 or 3.5"
 
@@ -52,15 +50,6 @@ class StableDiffusion3(PipelinePolicy):
     ) -> ModelFacts:
         """Check transformer, scheduler, size and files."""
         return inspect_stable_diffusion_3(files, model, trainable)
-
-    @property
-    def pipeline_arguments(self) -> dict[str, Any]:
-        """How many tokens T5 reads."""
-        return {"max_sequence_length": self._t5_tokens}
-
-    @property
-    def _t5_tokens(self) -> int:
-        return T5_TOKENS if self.model.t5_tokens is None else self.model.t5_tokens
 
     @property
     def most_tokens(self) -> int:
