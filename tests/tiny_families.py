@@ -13,8 +13,11 @@ from typing import Any
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLFlux2,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
     SD3Transformer2DModel,
@@ -22,10 +25,14 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from tokenizers.pre_tokenizers import ByteLevel
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
+    Qwen2TokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
     T5Config,
     T5EncoderModel,
     T5TokenizerFast,
@@ -128,22 +135,75 @@ def build_tiny_flux(folder: Path) -> Path:
     return _saved(pipeline, folder)
 
 
+def build_tiny_flux2(folder: Path) -> Path:
+    """Write a pipeline with a language model and normalised latents, as FLUX.2-klein-base has."""
+    tokenizer = chat_tokenizer()
+    with _seeded():
+        transformer = Flux2Transformer2DModel(
+            in_channels=8 * 4,
+            num_layers=1,
+            num_single_layers=2,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=3 * 16,
+            timestep_guidance_channels=16,
+            axes_dims_rope=(4, 4, 4, 4),
+            guidance_embeds=False,
+        )
+        vae = AutoencoderKLFlux2(
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            block_out_channels=(8, 16),
+            layers_per_block=1,
+            latent_channels=8,
+            norm_num_groups=4,
+            sample_size=16,
+        )
+        vae.bn.running_mean.normal_(std=0.1)
+        vae.bn.running_var.uniform_(0.5, 2.0)
+        text_encoder = Qwen3ForCausalLM(
+            Qwen3Config(
+                vocab_size=len(tokenizer),
+                hidden_size=16,
+                intermediate_size=32,
+                num_hidden_layers=28,  # the pipeline reads those after the 9th, 18th and 27th
+                num_attention_heads=2,
+                num_key_value_heads=1,
+                head_dim=8,
+                tie_word_embeddings=True,
+            )
+        )
+        pipeline = Flux2KleinPipeline(
+            transformer=transformer,
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+            vae=vae,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+        )
+    return _saved(pipeline, folder)
+
+
 FAMILIES: Mapping[str, Callable[[Path], Path]] = {
     "sdxl": build_tiny_sdxl,
     "sd3": build_tiny_sd3,
     "flux": build_tiny_flux,
+    "flux2": build_tiny_flux2,
 }
 """How each family's model is written."""
 
 SETTINGS: Mapping[str, dict[str, Any]] = {
     "sdxl": {"sampler": {"type": "ddim", "steps": 4, "guidance_scale": 3.0}},
     "sd3": {
-        "model": {"t5_tokens": T5_TOKENS},
+        "model": {"text_tokens": T5_TOKENS},
         "sampler": {"type": "flow_sde", "steps": 4, "guidance_scale": 3.0},
     },
     "flux": {
-        "model": {"t5_tokens": T5_TOKENS, "resolution": 16},
+        "model": {"text_tokens": T5_TOKENS, "resolution": 16},
         "sampler": {"type": "flow_sde", "steps": 4, "guidance_scale": 3.5},
+    },
+    "flux2": {
+        "model": {"text_tokens": 24, "resolution": 16},
+        "sampler": {"type": "flow_sde", "steps": 4, "guidance_scale": 3.0},
     },
 }
 """What a family's config has beside `tests.tiny.tiny_config`."""
@@ -154,6 +214,21 @@ def t5_tokenizer() -> T5TokenizerFast:
     words = ["<pad>", "</s>", "<unk>", "▁a", "▁cat", "▁dog", "▁two", "▁cats", "▁"]
     words += [*"abcdefghijklmnopqrstuvwxyz"]
     return T5TokenizerFast(vocab=[(word, -float(i)) for i, word in enumerate(words)], extra_ids=0)
+
+
+def chat_tokenizer() -> Qwen2TokenizerFast:
+    """Return a tokenizer of single bytes with a chat template, which needs no file."""
+    letters = sorted(ByteLevel.alphabet())
+    tokenizer = Qwen2TokenizerFast(
+        vocab={letter: number for number, letter in enumerate(letters)},
+        merges=[],
+        pad_token="<|endoftext|>",
+        additional_special_tokens=["<|im_start|>", "<|im_end|>"],
+    )
+    tokenizer.chat_template = (
+        "{% for message in messages %}<|im_start|>{{ message.content }}<|im_end|>{% endfor %}"
+    )
+    return tokenizer
 
 
 def _t5(width: int) -> T5EncoderModel:

@@ -260,7 +260,7 @@ def _loading(export: LoraExport, pipeline: str) -> str:
 
 def _arguments(config: RunConfig) -> dict[str, float]:
     """Return what a user passes to the pipeline to sample as in training."""
-    sampler, size, tokens = config.sampler, config.model.size, config.model.t5_tokens
+    sampler, size, tokens = config.sampler, config.model.size, config.model.text_tokens
     steps = {name: value for name, value in sampler.pipeline_arguments.items() if name != "eta"}
     return {
         **steps,

@@ -27,7 +27,7 @@ def size_of(resolution: int | Size | None) -> Size | None:
 
 
 class ModelConfig(Part):
-    """The pipeline to fine-tune: Stable Diffusion 1.x, 2.x, XL, 3.x, FLUX.1-dev, or the starter."""
+    """The pipeline to fine-tune: Stable Diffusion 1.x, 2.x, XL, 3.x, FLUX, or the starter."""
 
     path: str
     """`starter`, a folder that contains `model_index.json`, a Hub id such as `owner/name`, or a
@@ -45,9 +45,9 @@ class ModelConfig(Part):
     t5: bool = Field(default=True, exclude_if=is_on)
     """Load T5, the third and largest text encoder of Stable Diffusion 3.x. Without it, its part of
     every prompt is zeros, as in diffusers."""
-    t5_tokens: NonNegativeInt | None = Field(default=None, exclude_if=is_unset)
-    """How many tokens of a prompt T5 reads, padding included; by default as many as the pipeline
-    does: 256 for Stable Diffusion 3.x, 512 for FLUX."""
+    text_tokens: NonNegativeInt | None = Field(default=None, exclude_if=is_unset)
+    """How many tokens of a prompt the large text encoder (T5, Qwen3) reads, padding included; by
+    default as many as the pipeline does: 256 for Stable Diffusion 3.x, 512 for FLUX."""
 
     @property
     def size(self) -> Size | None:

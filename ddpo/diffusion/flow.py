@@ -123,6 +123,7 @@ class FlowProcess(Process):
             "type": self.name,
             "schedule": dict(self.schedule.settings),
             "from_one": self.schedule.from_one,
+            "empirical_shift": self.schedule.empirical_shift,
             "tokens": self.schedule.tokens,
             "steps": self.steps,
             "noise_level": self.noise_level,

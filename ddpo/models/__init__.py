@@ -24,6 +24,7 @@ FAMILIES: Mapping[str, str] = {
     "StableDiffusionXLPipeline": "ddpo.models.stable_diffusion_xl:StableDiffusionXL",
     "StableDiffusion3Pipeline": "ddpo.models.stable_diffusion_3:StableDiffusion3",
     "FluxPipeline": "ddpo.models.flux:Flux",
+    "Flux2KleinPipeline": "ddpo.models.flux_2:Flux2",
 }
 """The registry: the family of a pipeline's class, as ``model_index.json`` names it."""
 

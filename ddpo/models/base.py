@@ -268,7 +268,7 @@ class Policy(ABC):
             ConfigError: It has a setting that means nothing for the family.
             ModelError: The model is neither on disk nor reachable.
         """
-        for name in ("t5", "t5_tokens"):
+        for name in ("t5", "text_tokens"):
             changed = getattr(model, name) != ModelConfig.model_fields[name].default
             if changed and name not in cls.own_settings:
                 raise ConfigError(

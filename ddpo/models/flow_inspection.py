@@ -88,6 +88,36 @@ def inspect_flux(
     return _facts(files, size, channels, scale, _FLUX_PATCH, from_one=True)
 
 
+def inspect_flux_2(
+    files: ModelFiles, model: ModelConfig, trainable: LoraConfig | FullConfig
+) -> ModelFacts:
+    """Check that a FLUX.2 klein can be trained, and return what its files say of it.
+
+    Args:
+        files: The pipeline's; weights of the Hub that are not here are taken on trust.
+        model: Gives the size of its images.
+        trainable: Weights to train.
+
+    Raises:
+        ConfigError: Size or trainable weights do not fit the model.
+        ModelError: The model is of another kind, or its files are incomplete or damaged.
+    """
+    transformer = _transformer(files, "Flux2Transformer2DModel")
+    if files.json(INDEX).get("is_distilled", False):
+        raise other_model(
+            files,
+            "it is distilled to a few steps, like FLUX.2-klein-4B: guidance means nothing to it; "
+            "expected a base model, such as FLUX.2-klein-base-4B",
+        )
+    if transformer.get("guidance_embeds", True):
+        raise other_model(files, "its transformer has guidance as an input, as in FLUX.2-dev")
+    channels = int(transformer.get("in_channels", 128))
+    vae = _check_parts(files, trainable, channels // _FLUX_PATCH**2, ["text_encoder"])
+    scale = pixels_per_latent(vae) * _FLUX_PATCH
+    size = size_of_model(files, model, "transformer", _FLUX_SAMPLE // _FLUX_PATCH, scale)
+    return _facts(files, size, channels, scale, 1, from_one=True, empirical_shift=True)
+
+
 def _transformer(files: ModelFiles, expected: str) -> Config:
     config = files.json("transformer/config.json")
     name = config.get("_class_name", expected)
@@ -133,6 +163,7 @@ def _facts(
     patch: int,
     *,
     from_one: bool = False,
+    empirical_shift: bool = False,
 ) -> ModelFacts:
     width, height = (pixels // scale for pixels in size)
     shape = (channels, height, width)
@@ -145,7 +176,9 @@ def _facts(
             "FlowMatchEulerDiscreteScheduler, which published models of this kind have"
         )
     try:
-        schedule = FlowSchedule.from_scheduler(config, patch, shape, from_one=from_one)
+        schedule = FlowSchedule.from_scheduler(
+            config, patch, shape, from_one=from_one, empirical_shift=empirical_shift
+        )
     except (ModelError, ValueError, TypeError) as error:
         raise ModelError(f"model.path {files.path!r} cannot be trained: {error}") from error
     return ModelFacts(schedule, size, shape)

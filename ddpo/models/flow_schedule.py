@@ -51,6 +51,8 @@ class FlowSchedule(Schedule):
     from_one: bool = False
     """Whether steps are spaced from sigma 1 to 1/T before the shift, as FLUX's pipeline does it,
     and not over the scheduler's own range."""
+    empirical_shift: bool = False
+    """Whether a dynamic shift depends on the number of steps too, as in FLUX.2's pipeline."""
 
     @classmethod
     def from_scheduler(
@@ -60,6 +62,7 @@ class FlowSchedule(Schedule):
         latent_shape: Sequence[int],
         *,
         from_one: bool = False,
+        empirical_shift: bool = False,
     ) -> FlowSchedule:
         """Read the config of diffusers' scheduler for flow matching.
 
@@ -68,6 +71,7 @@ class FlowSchedule(Schedule):
             patch: Latent pixels along one side of a token.
             latent_shape: Shape of one image's latents, [C, h, w].
             from_one: See the field.
+            empirical_shift: See the field.
 
         Raises:
             ModelError: Its steps are stochastic, or its sigmas inverted.
@@ -80,7 +84,7 @@ class FlowSchedule(Schedule):
                     "sigma 1 to 0 that Stable Diffusion 3 and FLUX have"
                 )
         known = {name: settings.get(name) for name in _SETTINGS}
-        return cls(known, patch, _tokens(latent_shape, patch), from_one)
+        return cls(known, patch, _tokens(latent_shape, patch), from_one, empirical_shift)
 
     @property
     def training_timesteps(self) -> int:
@@ -119,12 +123,16 @@ class FlowSchedule(Schedule):
         if self.from_one:
             arguments["sigmas"] = np.linspace(1.0, 1 / steps, steps)
         if self.settings["use_dynamic_shifting"]:
-            arguments["mu"] = self._mu()
+            arguments["mu"] = self._mu(steps)
         scheduler.set_timesteps(steps, device="cpu", **arguments)
         return cast(Tensor, scheduler.sigmas)
 
-    def _mu(self) -> float:
+    def _mu(self, steps: int) -> float:
         """Return the logarithm of the shift at this size, linear in the number of tokens."""
+        if self.empirical_shift:
+            from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
+
+            return compute_empirical_mu(self.tokens, steps)
         fewest, most, low, high = (
             float(cast(float, self.settings[name]))
             for name in ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")

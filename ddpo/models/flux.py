@@ -34,12 +34,12 @@ class Flux(PipelinePolicy):
     )
     pipeline_class = FluxPipeline
     network_part = "transformer"
-    own_settings = ("t5_tokens",)
+    own_settings = ("text_tokens",)
     text_encoders: ClassVar[Mapping[str, type[PreTrainedModel]]] = {
         "text_encoder": CLIPTextModel,
         "text_encoder_2": T5EncoderModel,
     }
-    t5_tokens = 512
+    text_tokens = 512
     tokenizers = ("tokenizer", "tokenizer_2")
     expected = "FLUX.1-dev"
 
@@ -53,7 +53,7 @@ class Flux(PipelinePolicy):
     @property
     def most_tokens(self) -> int:
         """How many tokens of a prompt T5 reads."""
-        return self._t5_tokens
+        return self._text_tokens
 
     def predict(
         self, latents: Tensor, times: Tensor, conditioning: Conditioning, guidance_scale: float
@@ -80,7 +80,7 @@ class Flux(PipelinePolicy):
 
     def _encode(self, prompt: str) -> Conditioning:
         text, pooled, _ = self.pipeline.encode_prompt(
-            prompt, prompt, device=self.device, max_sequence_length=self._t5_tokens
+            prompt, prompt, device=self.device, max_sequence_length=self._text_tokens
         )
         return Conditioning({"text": text.float(), "pooled": pooled.float()})
 

@@ -20,7 +20,7 @@ def other_model(files: ModelFiles, what: str) -> ModelError:
     """Return the error of a model that is of another kind."""
     return ModelError(
         f"model.path {files.path!r} cannot be trained: {what}. Expected a text-to-image model like "
-        "Stable Diffusion 1.x, 2.x, XL base or 3.x, or FLUX.1-dev"
+        "Stable Diffusion 1.x, 2.x, XL base or 3.x, FLUX.1-dev, or FLUX.2-klein-base"
     )
 
 

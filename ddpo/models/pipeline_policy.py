@@ -13,13 +13,17 @@ from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline  # pyright: ignore[reportPrivateImportUsage]
+from diffusers import (
+    AutoencoderKL,
+    DiffusionPipeline,  # pyright: ignore[reportPrivateImportUsage]
+    ModelMixin,
+)
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from diffusers.utils import logging
 from peft.utils import get_peft_model_state_dict
 from PIL import Image
 from torch import Tensor, nn
-from transformers import PreTrainedModel, T5EncoderModel
+from transformers import PreTrainedModel, Qwen3ForCausalLM, T5EncoderModel
 
 from ddpo.basics.tensors import detach_from_files
 from ddpo.errors import ModelError
@@ -29,12 +33,16 @@ from ddpo.models.files import ModelFiles
 from ddpo.models.lora import LoraWeights
 from ddpo.models.weights import Network
 
+_LARGE_TEXT_ENCODERS = (T5EncoderModel, Qwen3ForCausalLM)
+
 
 class PipelinePolicy(Policy):
     """A diffusers pipeline as a policy; one of its parts holds the trained weights."""
 
     pipeline_class: ClassVar[type[DiffusionPipeline]]
     """The pipeline's class in diffusers."""
+    autoencoder_class: ClassVar[type[ModelMixin]] = AutoencoderKL
+    """The autoencoder's class in diffusers."""
     network_part: ClassVar[str]
     """The part that is trained."""
     text_encoders: ClassVar[Mapping[str, type[PreTrainedModel]]]
@@ -42,9 +50,9 @@ class PipelinePolicy(Policy):
     tokenizers: ClassVar[Sequence[str]]
     """The parts that cut prompts into tokens, the one that reads most of a prompt last."""
 
-    t5_tokens: ClassVar[int | None] = None
-    """Tokens of a prompt that the family's T5 reads, padding included: the pipeline's default. None
-    without T5."""
+    text_tokens: ClassVar[int | None] = None
+    """Tokens of a prompt that the family's large text encoder reads by default, padding included:
+    as many as in the pipeline. None without such an encoder."""
     expected: ClassVar[str]
     """What the family's models are called, for messages."""
 
@@ -57,13 +65,13 @@ class PipelinePolicy(Policy):
 
     @property
     def pipeline_arguments(self) -> dict[str, Any]:
-        """How many tokens T5 reads, if there is one."""
-        return {} if self.t5_tokens is None else {"max_sequence_length": self._t5_tokens}
+        """How many tokens a large text encoder reads, if there is one."""
+        return {} if self.text_tokens is None else {"max_sequence_length": self._text_tokens}
 
     @property
-    def _t5_tokens(self) -> int:
-        own = self.model.t5_tokens
-        return (self.t5_tokens or 0) if own is None else own
+    def _text_tokens(self) -> int:
+        own = self.model.text_tokens
+        return (self.text_tokens or 0) if own is None else own
 
     @property
     def most_tokens(self) -> int:
@@ -100,10 +108,7 @@ class PipelinePolicy(Policy):
         process's, and rewards that compute beside it must not see it change.
         """
         vae = self.pipeline.vae
-        latents = latents / vae.config.scaling_factor
-        if shift := getattr(vae.config, "shift_factor", None):
-            latents = latents + shift
-        decoded = vae.decode(latents, return_dict=False)[0]
+        decoded = vae.decode(self._unscaled(latents), return_dict=False)[0]
         images = self.pipeline.image_processor.postprocess(decoded, output_type="pil")
         return cast(list[Image.Image], images)
 
@@ -222,6 +227,13 @@ class PipelinePolicy(Policy):
     def _present_text_encoders(self) -> dict[str, nn.Module]:
         return {name: each for name, each in self._modules().items() if name in self.text_encoders}
 
+    def _unscaled(self, latents: Tensor) -> Tensor:
+        """Return what the autoencoder decodes."""
+        config = self.pipeline.vae.config
+        latents = latents / config.scaling_factor
+        shift = getattr(config, "shift_factor", None)
+        return latents + shift if shift else latents
+
     def _unconditional(self) -> Conditioning:
         """Return the one row that guidance leads away from: the empty prompt's."""
         return self.encode([""])
@@ -242,8 +254,8 @@ class PipelinePolicy(Policy):
 
         Args:
             files: The pipeline's, all of them here.
-            dtype: What the network's weights are kept in; a T5's are kept in the dtype of the
-                arithmetic, and all others in float32.
+            dtype: What the network's weights are kept in; those of large text encoders are kept in
+                the dtype of the arithmetic, and all others in float32.
             vae: Folder of another autoencoder.
 
         Returns:
@@ -265,7 +277,7 @@ class PipelinePolicy(Policy):
         }
         try:
             if vae is not None:
-                given["vae"] = AutoencoderKL.from_pretrained(
+                given["vae"] = self.autoencoder_class.from_pretrained(
                     vae, use_safetensors=True, local_files_only=True
                 )
             pipeline: Any = self.pipeline_class.from_pretrained(
@@ -301,7 +313,7 @@ class PipelinePolicy(Policy):
         """Load a text encoder; raise ModelError if its files lack, or name otherwise, weights."""
         # Where diffusers fails, transformers initialises missing weights at random, with a warning.
         folder = files.folder / part
-        dtype = self.numerics.torch_dtype if kind is T5EncoderModel else torch.float32
+        dtype = self.numerics.torch_dtype if kind in _LARGE_TEXT_ENCODERS else torch.float32
         try:
             loaded: Any = kind.from_pretrained(
                 folder,

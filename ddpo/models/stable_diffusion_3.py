@@ -34,13 +34,13 @@ class StableDiffusion3(PipelinePolicy):
     optional_parts = ("text_encoder_3", "tokenizer_3")
     pipeline_class = StableDiffusion3Pipeline
     network_part = "transformer"
-    own_settings = ("t5", "t5_tokens")
+    own_settings = ("t5", "text_tokens")
     text_encoders: ClassVar[Mapping[str, type[PreTrainedModel]]] = {
         "text_encoder": CLIPTextModelWithProjection,
         "text_encoder_2": CLIPTextModelWithProjection,
         "text_encoder_3": T5EncoderModel,
     }
-    t5_tokens = 256
+    text_tokens = 256
     tokenizers = ("tokenizer", "tokenizer_2", "tokenizer_3")
     expected = "Stable Diffusion 3 or 3.5"
 
@@ -56,7 +56,7 @@ class StableDiffusion3(PipelinePolicy):
         """How many tokens of a prompt the encoder that reads most of it reads."""
         if self.pipeline.tokenizer_3 is None:
             return super().most_tokens
-        return self._t5_tokens
+        return self._text_tokens
 
     def _without(self) -> dict[str, Any]:
         return {"image_encoder": None, "feature_extractor": None}
@@ -68,7 +68,7 @@ class StableDiffusion3(PipelinePolicy):
             prompt,
             device=self.device,
             do_classifier_free_guidance=False,
-            max_sequence_length=self._t5_tokens,
+            max_sequence_length=self._text_tokens,
         )
         return Conditioning({"text": text.float(), "pooled": pooled.float()})
 

@@ -40,12 +40,14 @@ def train_vae(work: WorkFolder, recipe: Recipe) -> None:
     fit("autoencoder", vae, loss_of_shard, recipe.vae, work.vae)
 
 
-def encode_all(vae: AutoencoderKL, file: Path) -> Tensor:
-    """Encode all rendered images, in bfloat16.
+def encode_all(vae: AutoencoderKL, file: Path, dtype: torch.dtype) -> Tensor:
+    """Encode all rendered images.
 
     Args:
         vae: The autoencoder.
         file: N images.
+        dtype: Of the arithmetic. bfloat16 is a few times as fast as float32 on processors that have
+            it, and 30 times slower on others.
 
     Returns:
         [N, 16, 8, 8] float32.
@@ -54,7 +56,7 @@ def encode_all(vae: AutoencoderKL, file: Path) -> Tensor:
 
     @torch.no_grad()
     def encode_from(start: int) -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
             batch = to_model(pictures[start : start + ENCODED_AT_ONCE])
             return encode(vae, batch).mode().float()
 
@@ -71,7 +73,7 @@ def encode_latents(work: WorkFolder, recipe: Recipe) -> None:
         return
     vae = build_vae()
     load_ema(vae, work.vae)
-    latents = encode_all(vae, work.pictures)
+    latents = encode_all(vae, work.pictures, torch.bfloat16)
     with one_core_each():
         mean, std = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
     latents = (latents - mean[:, None, None]) / std[:, None, None]

@@ -27,7 +27,7 @@ def encode_by_shipped(work: WorkFolder, recipe: FlowRecipe) -> None:
     """Encode all images once by the shipped autoencoder, whose latents are white."""
     del recipe
     if not work.latents.exists():
-        latents = encode_all(shipped_vae(), work.pictures).half().contiguous()
+        latents = encode_all(shipped_vae(), work.pictures, torch.float32).half().contiguous()
         with replacing(work.latents) as temporary:
             save_file({"latents": latents}, temporary)
 

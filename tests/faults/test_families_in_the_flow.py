@@ -20,6 +20,12 @@ from tests.faults.test_crash_in_the_flow import InFlow, check_crashes
 from tests.tiny_families import FAMILIES, SETTINGS
 
 POINTS = 2
+PIPELINES = {
+    "sdxl": "StableDiffusionXLPipeline",
+    "sd3": "StableDiffusion3Pipeline",
+    "flux": "FluxPipeline",
+    "flux2": "Flux2KleinPipeline",
+}
 EVALUATION = {"every": 1, "count": 3, "seeds": [0, 1], "kl_samples": 1}
 
 
@@ -59,7 +65,5 @@ def test_a_run_of_any_family_survives_crashes_and_can_be_forked_rescored_and_exp
     write_export(export)
     card = ModelCard.load(tmp_path / "lora/README.md")
     assert "tags" in yaml.safe_load(card.content.split("---\n")[1])
-    kind = {"sdxl": "XL", "sd3": "3", "flux": ""}[name]
-    expected = f"StableDiffusion{kind}Pipeline" if kind else "FluxPipeline"
-    assert f"pipeline = {expected}.from_pretrained" in card.content
+    assert f"pipeline = {PIPELINES[name]}.from_pretrained" in card.content
     assert ("DDIMScheduler" in card.content) == (name == "sdxl")

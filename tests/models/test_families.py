@@ -39,6 +39,7 @@ PROCESSES = {
     "sdxl": ["ddim"],
     "sd3": ["flow_sde", "flow_cps", "dance_sde"],
     "flux": ["flow_sde", "flow_cps", "dance_sde"],
+    "flux2": ["flow_sde", "flow_cps", "dance_sde"],
 }
 
 
@@ -59,17 +60,27 @@ def plain_latents(policy: Any, config: RunConfig, prompt: str) -> torch.Tensor:
     """Return what the pipeline's own call makes of a prompt, [1, C, h, w]."""
     pipeline = policy.pipeline  # the very weights: in memory that is aligned otherwise, they round
     width, height = policy.size
-    latents = pipeline(
-        prompt,
+    seen = []
+
+    def note(_pipeline: Any, _step: int, _time: Any, given: dict[str, Any]) -> dict[str, Any]:
+        seen.append(given["latents"])
+        return given
+
+    pipeline(
+        prompt=prompt,
         output_type="latent",
+        callback_on_step_end=note,
         width=width,
         height=height,
         generator=torch.Generator().manual_seed(5),
         **config.sampler.at_inference(0.0).pipeline_arguments,
         **policy.pipeline_arguments,
-    ).images
-    if latents.ndim == 3:
+    )
+    latents = seen[-1]
+    if policy.pipeline_name == "FluxPipeline":
         latents = pipeline._unpack_latents(latents, height, width, pipeline.vae_scale_factor)
+    if policy.pipeline_name == "Flux2KleinPipeline":
+        latents = latents.transpose(1, 2).reshape(1, *policy.latent_shape)
     return latents
 
 
@@ -127,8 +138,9 @@ pipeline.load_lora_weights(lora)
 if hasattr(pipeline, "unet"):
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
 for seed in range(2):
+    generator = torch.Generator().manual_seed(seed)
     image = pipeline(
-        "a cat", height=16, width=16, generator=torch.Generator().manual_seed(seed), **arguments
+        prompt="a cat", height=16, width=16, generator=generator, **arguments
     ).images[0]
     image.save(f"{out}/{seed}.png")
 assert "ddpo" not in sys.modules
@@ -180,7 +192,7 @@ def test_zeros_stand_for_the_empty_prompt_where_sdxl_was_trained_so(
 @pytest.mark.parametrize("t5", [True, False])
 def test_t5_can_be_left_out_and_is_then_zeros(tmp_path: Path, t5: bool) -> None:
     folder = build_tiny_sd3(tmp_path / "model", t5=t5)
-    config = tiny_config(folder, **{**SETTINGS["sd3"], "model": {"t5": False, "t5_tokens": 3}})
+    config = tiny_config(folder, **{**SETTINGS["sd3"], "model": {"t5": False, "text_tokens": 3}})
     policy = load_policy(config)
     assert "text_encoder_3" not in policy.parts
     text = policy.encode(["a cat"])["text"]
@@ -223,6 +235,14 @@ def test_what_does_not_fit_the_family_is_refused_before_loading(
         check_denoising(config)
 
 
+def test_a_distilled_flux_2_is_refused(tiny_families: Mapping[str, Path], tmp_path: Path) -> None:
+    config = changed(tiny_families["flux2"], tmp_path / "copy", "transformer")
+    index = tmp_path / "copy/model_index.json"
+    index.write_text(json.dumps({**json.loads(index.read_text()), "is_distilled": True}))
+    with pytest.raises(ModelError, match=r"distilled to a few steps, like FLUX\.2-klein-4B"):
+        check_model(config)
+
+
 def changed(folder: Path, copy: Path, part: str, **changes: Any) -> ModelConfig:
     """Copy a model with another config of one part."""
     import shutil
@@ -243,6 +263,8 @@ def changed(folder: Path, copy: Path, part: str, **changes: Any) -> ModelConfig:
         ("sd3", "text_encoder_3", {"quantization_config": {}}, "text_encoder_3 is quantised"),
         ("sd3", "scheduler", {"stochastic_sampling": True}, "sets stochastic_sampling"),
         ("sdxl", "unet", {"projection_class_embeddings_input_dim": 44}, "the refiner reads five"),
+        ("flux2", "transformer", {"guidance_embeds": True}, "guidance as an input"),
+        ("flux2", "transformer", {"in_channels": 48}, "takes 12 channels, latents have 8"),
         ("sdxl", "unet", {"time_cond_proj_dim": 8}, "distilled for guidance"),
     ],
 )
@@ -347,7 +369,7 @@ def test_a_single_file_of_xl_is_converted_as_one(
     assert check_model(ModelConfig(path=str(file))).latent_shape == (4, 8, 8)
 
 
-@pytest.mark.parametrize("name", ["sd3", "flux"])
+@pytest.mark.parametrize("name", ["sd3", "flux", "flux2"])
 def test_regression_trains_a_flow_on_samples_without_noise(
     tiny_families: Mapping[str, Path], name: str
 ) -> None:

@@ -269,7 +269,9 @@ def test_a_flow_matching_starter_is_trained_and_resumed_to_the_same_bytes(
     assert straight == killed
     out = tmp_path / "straight-out"
     config = tiny_config(
-        out, model={"t5_tokens": 0}, sampler={"type": "flow_sde", "steps": 2, "guidance_scale": 2.0}
+        out,
+        model={"text_tokens": 0},
+        sampler={"type": "flow_sde", "steps": 2, "guidance_scale": 2.0},
     )
     assert check_model(config.model).latent_shape == (16, 8, 8)
     policy = load_policy(config)
