@@ -176,7 +176,7 @@ def main(
     ] = False,
     flow_pictures: Annotated[
         int, typer.Option(help="Images seen by the velocity predictor.")
-    ] = 320_000,
+    ] = 128_000,
     resume: Annotated[bool, typer.Option("--resume", help="Resume the run in --work.")] = False,
     export_only: Annotated[
         bool,
@@ -189,7 +189,7 @@ def main(
         if export_only:
             recipe = folder.read_recipe()
         elif flow:
-            recipe = FlowRecipe(seed, cached_pictures, Budget(flow_pictures, 64, lr=1e-3))
+            recipe = FlowRecipe(seed, cached_pictures, Budget(flow_pictures, 32, lr=1e-3))
         else:
             recipe = Recipe(
                 seed=seed,
