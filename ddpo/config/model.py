@@ -67,6 +67,9 @@ class LoraConfig(Part):
         default=("to_q", "to_k", "to_v", "to_out.0"), min_length=1
     )
     """Names of the layers that get an adapter, as peft matches them."""
+    text_encoders: bool = Field(default=False, exclude_if=is_off)
+    """Train adapters on the attention of the CLIP text encoders too: Stable Diffusion 1.x, 2.x and
+    XL. Every batch of an update then encodes its prompts again."""
 
 
 class FullConfig(Part):

@@ -36,7 +36,6 @@ def kl_to_base(
     """
     process = process_of(policy, sampler)
     latents = sample(policy, prompts, seeds, sampler).latents.to(policy.device)
-    conditioning = policy.encode(prompts)
     result = torch.full((process.steps,), torch.nan)
     for number in process.stochastic().nonzero().flatten().tolist():
         steps = torch.full((len(prompts),), number, device=policy.device)
@@ -45,6 +44,7 @@ def kl_to_base(
         for weights in ("trained", "base"):
             with policy.weights.use(weights):
                 times = process.times[steps]
+                conditioning = policy.encode(prompts)  # by text encoders that may be trained too
                 output = policy.predict(before, times, conditioning, sampler.guidance_scale)
                 means.append(process.transition(steps, output, before))
         current, base = means

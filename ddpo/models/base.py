@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import torch
 from PIL import Image
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from ddpo.basics.digests import json_digest, tensors_digest
 from ddpo.basics.randomness import derive_seed
@@ -171,7 +172,11 @@ class Policy(ABC):
         else:
             adapter_seed = derive_seed(seed, "adapter")
             self.weights = LoraWeights(
-                network, trainable, seed=adapter_seed, dtype=numerics.torch_dtype
+                network,
+                trainable,
+                seed=adapter_seed,
+                dtype=numerics.torch_dtype,
+                text_encoders=self._text_encoders_to_train() if trainable.text_encoders else {},
             )
         if numerics.gradient_checkpointing:
             network.enable_gradient_checkpointing()
@@ -211,12 +216,17 @@ class Policy(ABC):
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         """Encode prompts, each distinct one by itself and once until :meth:`prepare_prompts`.
 
+        Where text encoders are trained, once in every call, and with their gradients.
+
         Args:
             prompts: B prompts.
 
         Returns:
             B rows, float32 on the device.
         """
+        if self.weights.train_text:
+            encoded = {text: self._encode(text) for text in dict.fromkeys(prompts)}
+            return Conditioning.cat([encoded[prompt] for prompt in prompts])
         self._encode_new(prompts)
         return Conditioning.cat([self._encoded[prompt] for prompt in prompts])
 
@@ -225,8 +235,10 @@ class Policy(ABC):
 
         One of Stable Diffusion 1.x takes 236 kB on the device. Sampling and an epoch's updates call
         it with their own prompts, so that a large prompt set does not fill the device, and text
-        encoders are on it only once.
+        encoders are on it only once. Where text encoders are trained, nothing is kept.
         """
+        if self.weights.train_text:
+            return
         kept = dict.fromkeys(["", *prompts])
         self._encoded = {text: row for text, row in self._encoded.items() if text in kept}
         self._encode_new(kept)
@@ -391,6 +403,17 @@ class Policy(ABC):
         Returns:
             The denoising network, frozen.
         """
+
+    def _text_encoders_to_train(self) -> Mapping[str, PreTrainedModel]:
+        """Return the text encoders that can have an adapter, by part.
+
+        Raises:
+            ConfigError: There are none.
+        """
+        raise ConfigError(
+            f"trainable.text_encoders: those of a {type(self).__name__} cannot be trained here; "
+            "remove it"
+        )
 
     @abstractmethod
     def _move(self, device: torch.device) -> None:

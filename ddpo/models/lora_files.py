@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ddpo.config import LoraConfig
 from ddpo.models.exports import save_tensors
+from ddpo.models.lora import TEXT_TARGETS
 
 _BASES = {768: "sd_v1", 1024: "sd_v2", 2048: "sdxl_base_v1-0"}
 """kohya's name of a base model, by the width of the text features that its UNet attends to."""
@@ -18,8 +19,7 @@ _BASES = {768: "sd_v1", 1024: "sd_v2", 2048: "sdxl_base_v1-0"}
 
 def write_diffusers(
     file: Path,
-    part: str,
-    adapter: Mapping[str, Tensor],
+    adapter: Mapping[str, Mapping[str, Tensor]],
     config: LoraConfig,
     notes: Mapping[str, str],
 ) -> None:
@@ -31,23 +31,27 @@ def write_diffusers(
 
     Args:
         file: Created or replaced.
-        part: The pipeline's part that the adapter is for, `unet` or `transformer`.
-        adapter: By peft's names, with alpha / rank multiplied into lora_B.
+        adapter: By the pipeline's part that it is for, the network's first, and by peft's names;
+            with alpha / rank multiplied into lora_B.
         config: The adapter's settings.
         notes: Further entries of the header.
     """
-    settings = {
-        f"{part}.r": config.rank,
-        f"{part}.lora_alpha": config.rank,
-        f"{part}.target_modules": list(config.target_modules),
-    }
+    settings: dict[str, int | list[str]] = {}
+    for number, part in enumerate(adapter):
+        targets = TEXT_TARGETS if number else config.target_modules
+        settings |= {
+            f"{part}.r": config.rank,
+            f"{part}.lora_alpha": config.rank,
+            f"{part}.target_modules": list(targets),
+        }
     header = {"format": "pt", "lora_adapter_metadata": json.dumps(settings), **notes}
-    save_tensors({f"{part}.{name}": value for name, value in adapter.items()}, file, header)
+    tensors = {f"{p}.{name}": value for p, own in adapter.items() for name, value in own.items()}
+    save_tensors(tensors, file, header)
 
 
 def write_kohya(
     file: Path,
-    adapter: Mapping[str, Tensor],
+    adapter: Mapping[str, Mapping[str, Tensor]],
     config: LoraConfig,
     base: str | None,
     notes: Mapping[str, str],
@@ -73,23 +77,27 @@ def write_kohya(
     save_tensors(kohya_tensors(adapter, config.rank), file, header)
 
 
-def kohya_tensors(adapter: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:
+def kohya_tensors(adapter: Mapping[str, Mapping[str, Tensor]], rank: int) -> dict[str, Tensor]:
     """Name an adapter's tensors as kohya's trainer does; the tensors have the same shapes there.
 
-    A layer of the UNet is called ``lora_unet_`` and its path in diffusers with ``_`` for ``.``. It
+    A layer of the UNet is called ``lora_unet_`` and its path in diffusers with ``_`` for ``.``; one
+    of a text encoder ``lora_te_``, or ``lora_te1_`` and ``lora_te2_`` where there are two. It
     has ``.lora_down.weight`` ([r, in] or [r, in, kh, kw]), ``.lora_up.weight`` ([out, r] or
     [out, r, 1, 1]) and ``.alpha``, a number; readers add alpha / r times up @ down.
 
     Args:
-        adapter: By peft's names, with alpha / rank multiplied into lora_B.
+        adapter: As for `write_diffusers`.
         rank: r, which is therefore the alpha of every layer.
     """
     tensors: dict[str, Tensor] = {}
-    for name, value in adapter.items():
-        layer, _, side = name.removesuffix(".weight").rpartition(".")
-        prefix = f"lora_unet_{layer.replace('.', '_')}"
-        tensors[f"{prefix}.{'lora_down' if side == 'lora_A' else 'lora_up'}.weight"] = value
-        tensors[f"{prefix}.alpha"] = torch.tensor(float(rank))
+    both = "text_encoder_2" in adapter
+    called = {"text_encoder": "te1" if both else "te", "text_encoder_2": "te2"}
+    for part, own in adapter.items():
+        for name, value in own.items():
+            layer, _, side = name.removesuffix(".weight").rpartition(".")
+            prefix = f"lora_{called.get(part, part)}_{layer.replace('.', '_')}"
+            tensors[f"{prefix}.{'lora_down' if side == 'lora_A' else 'lora_up'}.weight"] = value
+            tensors[f"{prefix}.alpha"] = torch.tensor(float(rank))
     return tensors
 
 

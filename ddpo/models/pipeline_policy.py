@@ -30,7 +30,7 @@ from ddpo.errors import ModelError
 from ddpo.models import exports, hub, lora_files
 from ddpo.models.base import Conditioning, Policy
 from ddpo.models.files import ModelFiles
-from ddpo.models.lora import LoraWeights
+from ddpo.models.lora import LoraWeights, by_part, text_state
 from ddpo.models.weights import Network
 
 _LARGE_TEXT_ENCODERS = (T5EncoderModel, Qwen3ForCausalLM)
@@ -47,6 +47,8 @@ class PipelinePolicy(Policy):
     """The part that is trained."""
     text_encoders: ClassVar[Mapping[str, type[PreTrainedModel]]]
     """The class of each text encoder by its part; those that are not there are left out."""
+    trainable_text: ClassVar[Sequence[str]] = ()
+    """The text encoders that can have an adapter."""
     tokenizers: ClassVar[Sequence[str]]
     """The parts that cut prompts into tokens, the one that reads most of a prompt last."""
 
@@ -124,7 +126,9 @@ class PipelinePolicy(Policy):
         # Under peft's names, all of them: diffusers' own conversion renames attention layers alone,
         # and its loader then drops those. Without settings in the header: some readers do not look
         # there, and older ones refuse settings that are newer than they are.
-        layers: dict[str, Any] = {f"{self.network_part}_lora_layers": adapter}
+        layers: dict[str, Any] = {
+            f"{part}_lora_layers": tensors for part, tensors in self._by_part(adapter).items()
+        }
         self.pipeline.save_lora_weights(folder, save_function=exports.save_tensors, **layers)
         self._check_adapter(folder / LORA_WEIGHT_NAME_SAFE, adapter)
 
@@ -139,36 +143,48 @@ class PipelinePolicy(Policy):
         """
         weights = cast(LoraWeights, self.weights)
         adapter, config = weights.folded(), weights.config
-        lora_files.write_diffusers(diffusers_file, self.network_part, adapter, config, notes)
+        lora_files.write_diffusers(diffusers_file, self._by_part(adapter), config, notes)
         self._check_adapter(diffusers_file, adapter)
         base = self._kohya_base()
         if self.network_part == "unet":
-            lora_files.write_kohya(kohya_file, adapter, config, base, notes)
+            lora_files.write_kohya(kohya_file, self._by_part(adapter), config, base, notes)
         return base
+
+    def _by_part(self, adapter: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+        """Split an adapter by the parts of the pipeline that it is for, the network's first."""
+        parts = by_part(adapter, cast(LoraWeights, self.weights).text_encoders)
+        return {self.network_part: parts.pop(""), **parts}
 
     def _kohya_base(self) -> str | None:
         """Return the base model's name in kohya's layout; None if readers do not know it."""
         return None
 
     def _check_adapter(self, file: Path, adapter: Mapping[str, Tensor]) -> None:
-        kind = type(self.network)
+        parts = self._by_part(adapter)
         with torch.device("meta"):
-            network: Any = kind.from_config(self.network.config)
-        network.to_empty(device="cpu")  # without values, which loading an adapter does not need
-        reader = self._reader(network)
+            empty: dict[str, Any] = {
+                self.network_part: type(self.network).from_config(self.network.config)
+            }
+            for part in parts.keys() - empty.keys():
+                own = getattr(self.pipeline, part)
+                empty[part] = type(own)(own.config)
+        for module in empty.values():
+            module.to_empty(device="cpu")  # without values, which loading an adapter does not need
+        reader = self._reader(empty)
         reader.load_lora_weights(
             str(file.parent),
             weight_name=file.name,
             adapter_name="default",
             local_files_only=True,
         )
-        exports.check_read_back("adapter", get_peft_model_state_dict(network), adapter)
+        for part, written in parts.items():
+            read = get_peft_model_state_dict if part == self.network_part else text_state
+            exports.check_read_back(f"{part}'s adapter", read(empty[part]), written)
 
-    def _reader(self, network: Network) -> Any:
-        """Return a pipeline that holds a network and nothing else."""
+    def _reader(self, parts: Mapping[str, Any]) -> Any:
+        """Return a pipeline that holds some parts and nothing else."""
         kind: Any = self.pipeline_class
-        absent = dict.fromkeys(self.pipeline.components, None)
-        return kind(**{**absent, self.network_part: network})
+        return kind(**{**dict.fromkeys(self.pipeline.components, None), **parts})
 
     def _export_pipeline(self, folder: Path) -> None:
         self.check_files()
@@ -202,8 +218,8 @@ class PipelinePolicy(Policy):
     def _move(self, device: torch.device) -> None:
         modules = self._modules()
         for part, module in modules.items():
-            if part not in self.text_encoders:
-                module.to(device)  # text encoders are there while they encode
+            if part not in self.text_encoders or self.weights.train_text:
+                module.to(device)  # frozen text encoders are there while they encode
         for module in modules.values():
             detach_from_files(module)
 
@@ -223,6 +239,11 @@ class PipelinePolicy(Policy):
         """Return the parts that have weights."""
         components: Mapping[str, Any] = self.pipeline.components
         return {name: each for name, each in components.items() if isinstance(each, nn.Module)}
+
+    def _text_encoders_to_train(self) -> Mapping[str, PreTrainedModel]:
+        if not self.trainable_text:
+            return super()._text_encoders_to_train()
+        return {part: getattr(self.pipeline, part) for part in self.trainable_text}
 
     def _present_text_encoders(self) -> dict[str, nn.Module]:
         return {name: each for name, each in self._modules().items() if name in self.text_encoders}

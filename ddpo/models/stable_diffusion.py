@@ -26,6 +26,7 @@ class StableDiffusion(PipelinePolicy):
     pipeline_class = StableDiffusionPipeline
     network_part = "unet"
     text_encoders: ClassVar[Mapping[str, type[PreTrainedModel]]] = {"text_encoder": CLIPTextModel}
+    trainable_text = ("text_encoder",)
     tokenizers = ("tokenizer",)
     expected = "Stable Diffusion 1.x or 2.x (or the starter)"
 
@@ -46,11 +47,8 @@ class StableDiffusion(PipelinePolicy):
             "requires_safety_checker": False,
         }
 
-    def _reader(self, network: Any) -> Any:
-        absent: Any = None
-        return StableDiffusionPipeline(
-            absent, absent, absent, network, absent, absent, absent, requires_safety_checker=False
-        )
+    def _reader(self, parts: Mapping[str, Any]) -> Any:
+        return super()._reader({**parts, "requires_safety_checker": False})
 
     def _finish(self, pipeline: Any) -> None:
         pipeline.scheduler = ddim_scheduler(pipeline.scheduler.config)

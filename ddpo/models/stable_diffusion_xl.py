@@ -37,6 +37,7 @@ class StableDiffusionXL(PipelinePolicy):
         "text_encoder": CLIPTextModel,
         "text_encoder_2": CLIPTextModelWithProjection,
     }
+    trainable_text = ("text_encoder", "text_encoder_2")
     tokenizers = ("tokenizer", "tokenizer_2")
     expected = "Stable Diffusion XL base"
 

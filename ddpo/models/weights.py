@@ -52,6 +52,11 @@ class Weights(ABC):
         """
         yield
 
+    @property
+    def train_text(self) -> bool:
+        """Whether what prompts are encoded to changes with the weights."""
+        return False
+
     def parameters(self) -> dict[str, torch.nn.Parameter]:
         """Return the trained parameters by their name in the network, in a fixed order."""
         return {name: p for name, p in self.network.named_parameters() if p.requires_grad}

@@ -53,7 +53,9 @@ class Critic:
         self.settings = settings
         texts = list(dict.fromkeys(prompts))
         self._rows = torch.tensor([texts.index(text) for text in prompts])
-        self._prompts = prompt_features(policy.encode(texts)["text"], policy.encode([""])["text"])
+        with torch.no_grad():
+            text, empty = policy.encode(texts)["text"], policy.encode([""])["text"]
+        self._prompts = prompt_features(text, empty)
         self._times = time_features(process.times, process.time_scale)
         self.network = ValueNetwork(self._prompts.shape[1], seed=derive_seed(seed, "value"))
         weights = {name: value for name, value in kept.items() if name.startswith(_WEIGHT)}

@@ -82,7 +82,7 @@ def test_names_and_shapes_are_kohyas_for_stable_diffusion_1_5() -> None:
     with torch.device("meta"):
         unet = UNet2DConditionModel(cross_attention_dim=768, attention_head_dim=8)
         unet.add_adapter(peft.LoraConfig(r=4, target_modules=layers))
-    found = kohya_tensors(get_peft_model_state_dict(unet), 4)
+    found = kohya_tensors({"unet": get_peft_model_state_dict(unet)}, 4)
     shapes = published(4)
     assert len(shapes) == 3 * 192
     assert {name: tuple(value.shape) for name, value in found.items()} == shapes
