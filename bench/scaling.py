@@ -2,15 +2,19 @@
 
 An epoch's shards are submitted, committed and scored through Prefect, the engine and a store on the
 local disk, as in any run; only the model is replaced, by a sampler that sleeps. So workers on a
-machine with few cores behave like GPUs that compute.
+machine with few cores behave like GPUs that compute. Wall times depend on what else the cores do;
+CPU times hardly do.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
+import os
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,7 +36,7 @@ from ddpo.store.tables import RolloutRow, encode_rollouts, encode_samples
 from ddpo_workflow.flows.cli.signals import start_server
 from ddpo_workflow.flows.epoch import submit_shards
 from ddpo_workflow.flows.flow import ddpo_flow, without_heartbeats
-from ddpo_workflow.tasks.engines import open_engine
+from ddpo_workflow.tasks.engines import open_engine, ray_actors
 from ddpo_workflow.tasks.start import start
 from ddpo_workflow.tasks.worker import opened
 
@@ -51,6 +55,12 @@ def sleeping_shard(
     """
     ddpo_workflow.tasks.sample._sampled = lambda *_: _slept(opened(handle), epoch, shard, seconds)
     return ddpo_workflow.tasks.sample.shard_of(opened(handle), checkpoint, epoch, shard)
+
+
+def _ready() -> None:
+    """Import what a shard needs; take long enough that each worker gets one of these calls."""
+    importlib.import_module("ddpo_workflow.tasks.sample")
+    time.sleep(1.0)
 
 
 def _slept(run: Run, epoch: int, shard: int, seconds: float) -> dict[str, bytes]:
@@ -89,6 +99,65 @@ def draw_epoch(run: RunHandle, checkpoint: Ref[Checkpoint], epoch: int) -> None:
         future.result()
 
 
+class SharedActor(ray_actors.RayWorker):
+    """A worker that is a thread of an actor's process, which several of them share.
+
+    Such a process takes half a gigabyte, and hardly any time of a CPU while its samplers sleep.
+
+    Args:
+        number: From 0.
+        gpus: How many GPUs it uses.
+        trusted: Digests of the settings that this process trusts.
+    """
+
+    threads = 1
+    """Number of workers per process."""
+
+    def __init__(self, number: int, gpus: int, trusted: tuple[str, ...]) -> None:
+        super().__init__(number, gpus, trusted)
+        self._process = f"workers {number // self.threads}"
+
+    def _start(self) -> Any:
+        import ray
+
+        shared: Any = ray.remote(num_cpus=self.threads, max_concurrency=self.threads)
+        options = {"name": self._process, "get_if_exists": True}
+        return shared(ray_actors._Actor).options(**options).remote(self._trusted)
+
+
+def start_cluster(cpus: int) -> None:
+    """Start a Ray cluster of this machine, which later runs of this process join.
+
+    Args:
+        cpus: How many CPUs it claims to have.
+    """
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    import ray
+
+    ray.init(
+        num_cpus=cpus,
+        include_dashboard=False,
+        configure_logging=False,
+        log_to_driver=False,
+        _node_ip_address="127.0.0.1",
+        _system_config={"prestart_worker_first_driver": False},  # would start a process per CPU
+    )
+
+
+def cpu_seconds() -> dict[str, float]:
+    """Return the CPU time so far: of this process, of Prefect's server, and of the workers.
+
+    The last two are those that this process has started; Ray's own processes count as workers.
+    """
+    spent = {"flow": time.process_time(), "server": 0.0, "workers": 0.0}
+    for child in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            used, command = child.cpu_times(), " ".join(child.cmdline())
+            where = "server" if "prefect.server" in command else "workers"
+            spent[where] += used.user + used.system
+    return spent
+
+
 def measure(engine: dict[str, Any] | str, shards: int, seconds: float, folder: Path) -> None:
     """Print what an epoch costs.
 
@@ -114,17 +183,20 @@ def measure(engine: dict[str, Any] | str, shards: int, seconds: float, folder: P
     ddpo_workflow.tasks.sample._shard_of = partial(sleeping_shard, seconds=seconds)
     me = psutil.Process()
     with open_engine(run) as workers, ThreadPoolExecutor(workers.workers) as threads:
-        list(threads.map(lambda _: workers.call(time.sleep, 1.0), range(workers.workers)))  # start
-        before, began = me.memory_info().rss, time.perf_counter()
+        list(threads.map(lambda _: workers.call(_ready), range(workers.workers)))
+        before, spent, began = me.memory_info().rss, cpu_seconds(), time.perf_counter()
         draw_epoch(run.handle, checkpoint, 0)
         passed = time.perf_counter() - began
+        cost = {who: 1000 * (now - spent[who]) / shards for who, now in cpu_seconds().items()}
     grown = (me.memory_info().rss - before) / 1e6
     database = (Path(str(PREFECT_HOME.value())) / "prefect.db").stat().st_size / 1e6
     where = f"{workers.workers} x {config.engine.type}"
+    busy = shards * seconds / (workers.workers * passed)
     print(
         f"{shards:5d} shards of {seconds:g} s, {where}: {passed:7.1f} s, "
-        f"{1000 * passed / shards:6.1f} ms a shard; memory of the flow +{grown:.0f} MB, Prefect's "
-        f"database {database:.0f} MB",
+        f"{shards / passed:5.2f} shards a second, workers busy {busy:.0%}; CPU ms a shard: "
+        f"{', '.join(f'{who} {spent:.0f}' for who, spent in cost.items())}; "
+        f"memory of the flow +{grown:.0f} MB, Prefect's database {database:.0f} MB",
         flush=True,
     )
 
@@ -136,13 +208,24 @@ def main() -> None:
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--shards", type=int, nargs="+", default=[32])
     parser.add_argument("--seconds", type=float, default=1.0)
+    parser.add_argument(
+        "--address", help="a Ray cluster, whose nodes find this TMPDIR; by default, one is started"
+    )
+    parser.add_argument("--cpus", type=int, help="CPUs that a Ray cluster started here claims")
+    parser.add_argument("--threads", type=int, default=1, help="workers per process on Ray")
     arguments = parser.parse_args()
+    SharedActor.threads = arguments.threads
+    ray_actors.RayWorker = SharedActor
+    if arguments.cpus:
+        start_cluster(arguments.cpus)
     with tempfile.TemporaryDirectory() as folder, without_heartbeats():
         start_server()
         for shards in arguments.shards:
             for workers in arguments.workers:
-                engine = {"type": arguments.engine, "workers": workers}
-                if arguments.engine == "local":
+                engine: dict[str, Any] | str = {"type": arguments.engine, "workers": workers}
+                if arguments.engine == "ray":
+                    engine = {"type": "ray", "workers": workers, "address": arguments.address}
+                elif arguments.engine == "local":
                     engine = "local"
                 measure(engine, shards, arguments.seconds, Path(folder))
 
