@@ -118,9 +118,7 @@ class SharedActor(ray_actors.RayWorker):
         self._process = f"workers {number // self.threads}"
 
     def _start(self) -> Any:
-        import ray
-
-        shared: Any = ray.remote(num_cpus=self.threads, max_concurrency=self.threads)
+        shared = ray_actors._ray().remote(num_cpus=self.threads, max_concurrency=self.threads)
         options = {"name": self._process, "get_if_exists": True}
         return shared(ray_actors._Actor).options(**options).remote(self._trusted)
 

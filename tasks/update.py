@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 
 import torch
 from prefect import task
@@ -20,9 +20,11 @@ from ddpo.store.keys import Partition
 from ddpo.store.kinds import ADVANTAGES, CHECKPOINT, ROLLOUTS
 from ddpo.store.manifests import Ref
 from ddpo.store.mapped import stack_on_disk
-from ddpo.store.tables import AdvantageRow
+from ddpo.store.tables import AdvantageRow, SampleRow
 from ddpo.training.loop import update
-from ddpo.training.samples import samples_of
+from ddpo.training.parts import rows_read
+from ddpo.training.ranks import Ranks
+from ddpo.training.samples import Samples, samples_of
 from ddpo_workflow.tasks.engines import on_all_devices
 from ddpo_workflow.tasks.engines.base import Seat
 from ddpo_workflow.tasks.engines.seats import seated
@@ -72,19 +74,23 @@ def _updated(
     if found := CHECKPOINT.find(run.store, where, inputs):
         return found
     digests = dict(CHECKPOINT.load(run.store, checkpoint).digests)
-    drawn = _read_rollouts(run, rollouts, digests, epoch)
+    shards = [ROLLOUTS.load(run.store, ref) for ref in rollouts]
+    rows = [shard.samples() for shard in shards]
+    _check_origin(run, list(chain(*rows)), digests, epoch)
     scored = ADVANTAGES.load(run.store, advantages)
-    rows, statistics = scored.rows(), scored.statistics()
+    credit = _credit_table(scored.rows(), [row.sample_id for row in chain(*rows)])
+    statistics = scored.statistics()
     report("update", 0.0, 1.0)
     with (
         policy_at(run, checkpoint, training=True) as lease,
         seated(seat, lease.policy.device, split=whole) as ranks,
     ):
+        needed = rows_read(lease.policy, credit, run.config, lease.state.epoch, ranks)
         state, metrics = update(
             lease.policy,
             lease.state,
-            samples_of(drawn.prompts, drawn.tensors),
-            _credit_table(rows, drawn.sample_ids),
+            _read_samples(shards, rows, needed, ranks),
+            credit,
             statistics,
             run.config,
             ranks=ranks,
@@ -102,15 +108,6 @@ def _updated(
     return done.ref
 
 
-@dataclass(frozen=True)
-class _Drawn:
-    """An epoch's samples, in the order of ``sample_id``, and the tensors of their trajectories."""
-
-    sample_ids: list[str]
-    prompts: list[str]
-    tensors: dict[str, Tensor]
-
-
 def _credit_table(rows: Sequence[AdvantageRow], sample_ids: Sequence[str]) -> dict[str, Tensor]:
     """Return the credit's columns, float32 each, in the order of the samples."""
     by_id = {row.sample_id: row for row in rows}
@@ -122,13 +119,11 @@ def _credit_table(rows: Sequence[AdvantageRow], sample_ids: Sequence[str]) -> di
     return {name: torch.tensor(values, dtype=torch.float32) for name, values in columns.items()}
 
 
-def _read_rollouts(
-    run: Run, refs: Sequence[Ref[RolloutShard]], digests: dict[str, str], epoch: int
-) -> _Drawn:
-    """Read the epoch's trajectories, and refuse those of another policy or sampler."""
+def _check_origin(
+    run: Run, rows: Sequence[SampleRow], digests: Mapping[str, str], epoch: int
+) -> None:
+    """Refuse samples of another policy or sampler."""
     off_policy = run.fork is not None and run.fork.is_off_policy(epoch)
-    shards = [ROLLOUTS.load(run.store, ref) for ref in refs]
-    rows = [row for shard in shards for row in shard.samples()]
     for row in rows:
         for name in ("policy_digest", "sampler_digest"):
             if name == "policy_digest" and off_policy:
@@ -140,16 +135,47 @@ def _read_rollouts(
                     "updated, so importance ratios would be wrong. A fork can train on samples of "
                     "another policy with fork.off_policy: true"
                 )
-    log_probs: list[Tensor] = []
+
+
+def _read_samples(
+    shards: Sequence[RolloutShard],
+    rows: Sequence[Sequence[SampleRow]],
+    needed: set[int],
+    ranks: Ranks,
+) -> Samples:
+    """Read the trajectories of those shards that have a sample this rank needs.
+
+    Args:
+        shards: The epoch's, in order.
+        rows: The samples of each.
+        needed: Rows of the epoch's samples.
+        ranks: All ranks give each other the log-probs that they have read.
+    """
+    count = sum(len(own) for own in rows)
+    places = torch.full((count,), -1)
+    read: list[tuple[int, RolloutShard]] = []
+    first = done = 0
+    for shard, own in zip(shards, rows, strict=True):
+        # A rank that computes nothing reads one as well, to know the shapes.
+        if not (needed or {0}).isdisjoint(range(first, first + len(own))):
+            read.append((first, shard))
+            places[first : first + len(own)] = torch.arange(done, done + len(own))
+            done += len(own)
+        first += len(own)
+    log_probs: list[tuple[int, Tensor]] = []
 
     def latents() -> Iterator[Tensor]:
-        for shard in shards:
+        for start, shard in read:
             tensors = shard.trajectories()
             if "log_probs" in tensors:
-                log_probs.append(tensors["log_probs"].clone())  # not the whole file with it
+                log_probs.append((start, tensors["log_probs"].clone()))  # not the file with it
             yield tensors["latents"]
 
-    tensors = {"latents": stack_on_disk(latents(), len(rows))}
+    tensors = {"latents": stack_on_disk(latents(), done)}
     if log_probs:
-        tensors["log_probs"] = torch.cat(log_probs)
-    return _Drawn([row.sample_id for row in rows], [row.prompt for row in rows], tensors)
+        whole = torch.full((count, log_probs[0][1].shape[1]), torch.nan)
+        for start, own in log_probs:
+            whole[start : start + len(own)] = own
+        tensors["log_probs"] = ranks.merged(whole)
+    prompts = [row.prompt for row in chain(*rows)]
+    return samples_of(prompts, tensors, None if done == count else places)

@@ -11,6 +11,7 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -21,12 +22,18 @@ from ddpo.basics.digests import tensors_digest
 from ddpo.config import FullConfig
 from ddpo.config.files import parse_config
 from ddpo.errors import MissingObject, NonFiniteError
+from ddpo.runs import RunHandle
+from ddpo.store.artefacts import AdvantageTable, RolloutShard
+from ddpo.store.checkpoints import Checkpoint
+from ddpo.store.manifests import Ref, StoredObject
+from ddpo.store.objects import Store
 from ddpo.training.loop import initial_state, update
 from ddpo.training.optimizer import copies, make_adamw, take_step
 from ddpo.training.trajectories import TrajectoryGradient
 from ddpo_workflow.tasks.engines.base import Seat
 from ddpo_workflow.tasks.engines.seats import seated
 from ddpo_workflow.tasks.progress import report
+from ddpo_workflow.tasks.update import _updated
 from tests.tiny import (
     alternating_advantages,
     as_credit,
@@ -189,6 +196,37 @@ def fail_in_an_update(seat: Seat, raw: dict[str, Any]) -> tuple[str, str]:
         update(policy, state, rollouts, credit, {}, config, ranks=ranks)
         raise AssertionError("the update should fail")
     return tensors_digest(state.weights), tensors_digest(policy.weights.state())
+
+
+def update_noting_reads(
+    seat: Seat,
+    folder: str,
+    handle: RunHandle,
+    checkpoint: Ref[Checkpoint],
+    rollouts: list[Ref[RolloutShard]],
+    advantages: Ref[AdvantageTable],
+) -> Ref[Checkpoint]:
+    """Run the update of epoch 0 as one of several ranks; each notes which trajectories it reads.
+
+    Args:
+        seat: This rank's place.
+        folder: Gets a file per rank, of a key a line.
+        handle: The run.
+        checkpoint: As for the task.
+        rollouts: As for the task.
+        advantages: As for the task.
+    """
+    fetch, read = Store.fetch, []
+
+    def noting(store: Store, stored: StoredObject) -> Any:
+        read.append(stored.key)
+        return fetch(store, stored)
+
+    with patch.object(Store, "fetch", noting):
+        done = _updated(seat, handle, checkpoint, rollouts, advantages, 0)
+    keys = [key for key in read if key.startswith("trajectories/")]
+    (Path(folder) / f"rank-{seat.rank}").write_text("\n".join(keys))
+    return done
 
 
 def fail_on_rank_1(seat: Seat, how: str) -> int:

@@ -8,7 +8,6 @@ a conditional put.
 from __future__ import annotations
 
 import os
-import tempfile
 import threading
 import time
 import uuid
@@ -22,6 +21,7 @@ from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
 from ddpo.store.fs_errors import call_errors
+from ddpo.store.nameless import made_file
 
 TEMPORARY_PREFIX = ".tmp-"
 """Prefix of the file names of unfinished writes, which pyarrow, globs and `Store.list` skip."""
@@ -129,7 +129,7 @@ class MemoryBackend:
 
     def made(self, path: str, make: Maker) -> AbstractContextManager[Path]:
         """Make a file in the folder for temporary files."""
-        return _made_without_name(make)
+        return made_file(make)
 
     def write_file(self, path: str, file: Path) -> None:
         """Replace the object."""
@@ -158,7 +158,7 @@ class ConditionalPutBackend:
 
     def made(self, path: str, make: Maker) -> AbstractContextManager[Path]:
         """Make a file in the folder for temporary files."""
-        return _made_without_name(make)
+        return made_file(make)
 
     def write_file(self, path: str, file: Path) -> None:
         """Put the object, as the filesystem uploads files."""
@@ -241,19 +241,6 @@ def _twice_if_forgotten(put: Callable[[], None]) -> None:
         put()
     except FileNotFoundError:
         put()
-
-
-@contextmanager
-def _made_without_name(make: Maker) -> Iterator[Path]:
-    """Make a file in the folder for temporary files, and take its name away.
-
-    A process that is killed during an upload then leaves nothing there.
-    """
-    with tempfile.NamedTemporaryFile(prefix="ddpo-") as named:
-        make(Path(named.name))
-        file = Path(named.name).open("rb")  # noqa: SIM115  # closed below
-    with file:
-        yield Path(f"/proc/self/fd/{file.fileno()}")
 
 
 def _is_busy(error: Exception) -> bool:

@@ -47,7 +47,7 @@ def _mapped(shape: tuple[int, ...], like: Tensor) -> Tensor:
     with tempfile.NamedTemporaryFile(prefix="ddpo-") as file:
         try:
             # All of it now: a page that finds no room later would end the process.
-            os.posix_fallocate(file.fileno(), 0, max(count * like.element_size(), 1))
+            _reserve(file.fileno(), max(count * like.element_size(), 1))
         except OSError as error:
             _logger.warning(
                 "an epoch's trajectories stay in memory: %s has no room for them (%s)",
@@ -57,3 +57,17 @@ def _mapped(shape: tuple[int, ...], like: Tensor) -> Tensor:
             return torch.empty(shape, dtype=like.dtype)
         flat = torch.from_file(file.name, shared=True, size=count, dtype=like.dtype)
     return flat.view(shape)
+
+
+def _reserve(descriptor: int, size: int) -> None:
+    """Give a file its size and its room on the disk.
+
+    Raises:
+        OSError: There is no room.
+    """
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(descriptor, 0, size)
+        return
+    block = bytes(1 << 20)  # macOS has no such call
+    for start in range(0, size, len(block)):
+        os.pwrite(descriptor, block[: size - start], start)

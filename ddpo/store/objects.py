@@ -29,6 +29,7 @@ from ddpo.store.backends import Maker, backend_for
 from ddpo.store.fs_errors import named_call, read_on, read_whole
 from ddpo.store.fs_listing import files_below, folders_in, written_at
 from ddpo.store.fs_open import open_filesystem
+from ddpo.store.nameless import empty_file
 
 REFRESH_AFTER = timedelta(hours=1)
 """An existing object that is older than this is rewritten before it is committed."""
@@ -194,19 +195,19 @@ class Store:
     def fetch(self, stored: StoredObject) -> Iterator[Path]:
         """Copy an object block by block to a local file, verified, until the context is left.
 
-        The file is in the folder for temporary files (TMPDIR) and has no name, so that nothing is
-        left of it, even if the process is killed. What is mapped of it remains readable.
+        It is an `empty_file`, in the folder for temporary files (TMPDIR). What is mapped of it
+        remains readable.
 
         Raises:
             MissingObject: As `get`.
             CorruptObject: As `get`.
         """
         self._check_size(stored)
-        with tempfile.TemporaryFile(prefix="ddpo-") as copy:
+        with empty_file() as (copy, path):
             found = self._copied(stored.key, copy)
             if found != stored.sha256:
                 raise CorruptObject(stored.key, stored.sha256, found)
-            yield Path(f"/proc/self/fd/{copy.fileno()}")
+            yield path
 
     def digest(self, key: str) -> str:
         """Return the sha256 of the object under a key, 64 hex digits, computed block by block.

@@ -65,9 +65,10 @@ class Sharded(Group):
         return values
 
     def mine(self, batches: Sequence[Batch]) -> Sequence[Batch]:
-        """Return every n-th, as many as other ranks have; see `Ranks.mine`."""
+        """Return every n-th, or the last round's first as `add_up` does; see `Ranks.mine`."""
         missing = -len(batches) % self.size
-        return [*batches, *[batches[0]] * missing][self._rank :: self.size]
+        first = batches[(len(batches) - 1) // self.size * self.size]
+        return [*batches, *[first] * missing][self._rank :: self.size]
 
 
 class _Sums(ReduceScatter):

@@ -107,7 +107,7 @@ class TrajectoryGradient:
             N Gaussians, with a gradient where gradients are on.
         """
         device = self.policy.device
-        latents = rollouts.latents[pairs.samples, pairs.steps].to(device)
+        latents = rollouts.latents_at(pairs.samples, pairs.steps).to(device)
         steps = pairs.steps.to(device)
         conditioning = self.policy.encode([rollouts.prompts[int(row)] for row in pairs.samples])
         times = self.process.times[steps]
@@ -221,7 +221,7 @@ class TrajectoryGradient:
             return self.transition(rollouts, pairs)
 
     def _next_latents(self, rollouts: Rollouts, pairs: Pairs) -> Tensor:
-        return rollouts.latents[pairs.samples, pairs.steps + 1].to(self.policy.device)
+        return rollouts.latents_at(pairs.samples, pairs.steps + 1).to(self.policy.device)
 
 
 class TrajectoryObjective(Objective):
@@ -340,19 +340,28 @@ class TrajectoryObjective(Objective):
         fraction of the cost of all.
         """
         stored, limit = self.rollouts.log_probs, self.algorithm.tolerated_deviation
-        if limit == float("inf"):
+        policy = self.gradient.policy
+        if limit == float("inf") or (limit > 0 and policy.numerics.exact):
             return stored
-        if limit > 0:
-            numerics = self.gradient.policy.numerics
-            if numerics.exact:
-                return stored
-            probe = range(min(numerics.sample_batch_size, len(self.rollouts.prompts)))
+        if probe := probe_rows(policy, self.algorithm, len(self.rollouts.prompts)):
             deviation = RatioDeviation.of(self.gradient.recompute(self.rollouts, probe), stored)
             if deviation.p99 <= limit:
                 return stored
         # In the groups that the updates will see: another batch rounds differently.
         recomputed = [self.gradient.recompute(self.rollouts, each.samples) for each in updates]
         return torch.stack(recomputed).nansum(0)
+
+
+def probe_rows(policy: Policy, algorithm: PolicyGradient, samples: int) -> range:
+    """Return the rows that show whether stored log-probs are accurate enough; none if it is known.
+
+    Args:
+        policy: The policy that is trained.
+        algorithm: Says what is accurate enough.
+        samples: Number of samples of the epoch.
+    """
+    known = algorithm.tolerated_deviation in (0.0, float("inf")) or policy.numerics.exact
+    return range(0 if known else min(policy.numerics.sample_batch_size, samples))
 
 
 def _check_finite(

@@ -164,13 +164,9 @@ def test_a_run_resumes_on_another_engine(
     assert content(store) == undisturbed
 
 
-@pytest.mark.parametrize(
-    ("name", "kind"),
-    [("processes", "rollouts"), ("processes", "checkpoints"), ("ray", "rollouts")],
-)
+@pytest.mark.parametrize("name", ["processes", "ray"])
 def test_a_worker_that_is_killed_changes_no_byte(
     name: str,
-    kind: str,
     tiny_model: Path,
     mlflow_database: Path,
     tmp_path: Path,
@@ -179,10 +175,33 @@ def test_a_worker_that_is_killed_changes_no_byte(
     manifests = tmp_path / name / "store" / "manifests"
 
     def first_is_committed() -> bool:
-        return any(kind in str(path) for path in manifests.rglob("*.json"))
+        return any("rollouts" in str(path) for path in manifests.rglob("*.json"))
 
     with killing(first_is_committed) as killed:
         store = train_by(ENGINES[name], tiny_model, mlflow_database, tmp_path / name)
+    assert killed
+    assert content(store) == undisturbed
+
+
+class Updates:
+    """Knows whether an update is under way."""
+
+    def __init__(self) -> None:
+        self.runs = False
+
+    def stage(self, name: str, done: float, total: float) -> None:
+        if name == "update":
+            self.runs = 0 < done < total
+
+    def epoch(self, done: int, total: int, metrics: Mapping[str, float]) -> None: ...
+
+
+def test_a_rank_that_is_killed_in_an_update_changes_no_byte(
+    tiny_model: Path, mlflow_database: Path, tmp_path: Path, undisturbed: dict[str, bytes]
+) -> None:
+    updates = Updates()
+    with shown_by(updates), killing(lambda: updates.runs) as killed:
+        store = train_by(ENGINES["processes"], tiny_model, mlflow_database, tmp_path / "run")
     assert killed
     assert content(store) == undisturbed
 

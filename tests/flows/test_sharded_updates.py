@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,25 +9,12 @@ import pytest
 
 from ddpo.store.objects import Store
 from ddpo_workflow.tasks.progress import shown_by
-from tests.flows.test_engines import content, killing, train_by
+from tests.flows.test_engines import Updates, content, killing, train_by
 
 pytestmark = pytest.mark.slow
 
 TWO = {"type": "processes", "workers": 2}
 THREE = {"type": "processes", "workers": 3}
-
-
-class Updates:
-    """Knows whether an update is under way."""
-
-    def __init__(self) -> None:
-        self.runs = False
-
-    def stage(self, name: str, done: float, total: float) -> None:
-        if name == "update":
-            self.runs = 0 < done < total
-
-    def epoch(self, done: int, total: int, metrics: Mapping[str, float]) -> None: ...
 
 
 @pytest.fixture(scope="module")
