@@ -215,6 +215,9 @@ def test_no_room_to_read_into_is_named(
         def write(self, *_: object) -> int:
             raise OSError(errno.ENOSPC, "No space left on device")
 
+        def fileno(self) -> int:
+            return 0
+
     stored = store.put(STEM, ".safetensors", make)
     monkeypatch.setattr(tempfile, "TemporaryFile", lambda **_: Full())
     expected = f"could not read {stored.key} in {temporary}: .*Free some space there"
