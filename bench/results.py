@@ -21,10 +21,11 @@ import numpy as np
 
 from bench.evaluate import SEEDS, Evaluation, Gain, evaluate
 from ddpo.basics.digests import json_digest, sha256_bytes
+from ddpo.models.hub import STARTERS
 from ddpo.prompts import Prompt
 from ddpo.prompts.sets import starter_scenes
 from ddpo.runs import open_run
-from ddpo.starter import JUDGE_PATH, STARTER_PATH
+from ddpo.starter import JUDGE_PATH
 from ddpo.store.objects import Store
 from ddpo_workflow.flows.cli.quiet import hide_loading_bars
 
@@ -51,6 +52,7 @@ HELD_OUT = starter_scenes(["activity"], held_out="only")
 
 TASKS = {
     "compressibility": Task("configs/starter.yaml", SEEDS),
+    "flow": Task("configs/starter_flow.yaml", SEEDS),
     "incompressibility": Task("configs/starter_incompressibility.yaml", SEEDS),
     "colorfulness": Task("configs/starter_colorfulness.yaml", SEEDS),
     # 27 prompts, 16 images each: 432 pairs.
@@ -139,7 +141,8 @@ def measure(
     """
     run = open_run(Store.open(str(folder / "store")), trial.run_id)
     found = []
-    weights = STARTER_PATH / "unet" / "diffusion_pytorch_model.safetensors"
+    part = "transformer" if trial.task == "flow" else "unet"
+    weights = STARTERS[run.config.model.path] / part / "diffusion_pytorch_model.safetensors"
     base = sha256_bytes(weights.read_bytes())[:8]
     # Of other weights or settings, or judged otherwise, it would be another evaluation.
     judge = sha256_bytes((JUDGE_PATH / "model.safetensors").read_bytes())[:8]

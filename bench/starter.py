@@ -1,8 +1,8 @@
-"""The starter's images, as its judge sees them: ``python -m bench.starter``.
+"""A starter's images, as the judge sees them: ``python -m bench.starter [--flow]``.
 
 Generates 45 animals x 20 seeds of singles, activities and counts, and the 24 other words x 5 seeds,
 with 20 steps, and asks the judge. Prints the figures of docs/starter.md and makes its images (`make
-starter-report`). Exits with status 1 if a share is below its target.
+starter-report`). Exits with status 1 if a share is below its target; the flow starter has none.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from ddpo.diffusion.sampling import sample
 from ddpo.models import Policy, load_policy
 from ddpo.models.numerics import resolve_numerics
 from ddpo.rewards.builtin.jpeg import jpeg_kb
-from ddpo.starter import JUDGE_PATH, STARTER_PATH
+from ddpo.starter import FLOW_STARTER_PATH, JUDGE_PATH, STARTER_PATH
 from ddpo.starter.glyphs import ACTIVITIES, ANIMALS
 from ddpo.starter.judge import Judge
 from ddpo.starter.scenes import COUNTS, Kind, Scene, scenes
@@ -38,6 +38,7 @@ from ddpo_workflow.flows.cli.quiet import hide_loading_bars
 from starter_training.report import grid
 
 CONFIG = Path("configs/starter.yaml")
+FLOW_CONFIG = Path("configs/starter_flow.yaml")
 STEPS = 20  # the demo takes fewer, to learn from more images; this is what the model can do
 SEEDS = 20
 BARS = {Kind.SINGLE: 0.90, Kind.ACTIVITY: 0.75, Kind.COUNT: 0.70}
@@ -71,16 +72,19 @@ def draw(policy: Policy, config: RunConfig, wanted: Sequence[Scene]) -> list[Ima
 
     Args:
         policy: The base model.
-        config: Gives the sampler.
+        config: Gives the sampler; a flow's draws no noise here, as evaluations.
         wanted: The scenes to generate.
 
     Returns:
         One image per scene.
     """
+    sampler = config.sampler
+    if sampler.type == "flow_sde":
+        sampler = sampler.at_inference(0.0)
     noise = [
         derive_seed(0, "starter report", scene.prompt, place) for place, scene in enumerate(wanted)
     ]
-    return sample(policy, [scene.prompt for scene in wanted], noise, config.sampler).images
+    return sample(policy, [scene.prompt for scene in wanted], noise, sampler).images
 
 
 def spread(images: Sequence[Image.Image], seeds: int) -> str:
@@ -139,6 +143,8 @@ def print_origin(model: Path) -> None:
     for name, stage in made["stages"].items():
         commits = ", ".join(commit[:12] for commit in stage["commits"])
         print(f"  {name}: commit {commits}, {stage['seconds'] / 60:.1f} min")
+    if "figures" not in made:  # the flow starter shares autoencoder and judge
+        return
     for name, figures in made["figures"]["judge"].items():
         shares = ", ".join(f"{kind} {share:.1%}" for kind, share in figures.items())
         print(f"judge on fresh {name}: {shares}")
@@ -156,6 +162,7 @@ class Job:
         model: Folder of the pipeline.
         judge: Folder of the judge.
         images: Folder that gets a sheet of the first seed's images.
+        flow: Whether the pipeline is the flow starter's.
     """
 
     kind: Kind
@@ -163,25 +170,29 @@ class Job:
     model: Path
     judge: Path
     images: Path
+    flow: bool
 
 
-def load(model: Path, threads: int) -> tuple[Policy, RunConfig]:
+def load(model: Path, threads: int, *, flow: bool) -> tuple[Policy, RunConfig]:
     """Load the base model with the demo's config.
 
     Args:
         model: Folder of the pipeline.
         threads: CPU threads of torch.
+        flow: Whether the pipeline is the flow starter's.
 
     Returns:
         The policy, and the config whose sampler draws.
     """
     settings = {
-        "model": model,
+        "model.path" if flow else "model": model,
         "sampler.steps": STEPS,
         "sampler.window": "null",
         "numerics.threads": threads,
     }
-    config = read_config(CONFIG, [f"{name}={value}" for name, value in settings.items()])
+    config = read_config(
+        FLOW_CONFIG if flow else CONFIG, [f"{name}={value}" for name, value in settings.items()]
+    )
     numerics = resolve_numerics(config.numerics)
     numerics.apply()
     return load_policy(config.model, config.trainable, numerics, seed=config.seed), config
@@ -212,18 +223,19 @@ def measure(job: Job) -> Measured:
         What was found.
     """
     hide_loading_bars()
-    policy, config = load(job.model, threads=1)
+    policy, config = load(job.model, threads=1, flow=job.flow)
     wanted = asked(job.kind, job.seeds)
     images = draw(policy, config, wanted)
     right = Judge.load(job.judge).look(images).right(wanted)
+    bars = {} if job.flow else BARS
     rows = []
     for name, chosen in groups(job.kind, wanted).items():
         share, count = float(right[chosen].mean()), int(chosen.sum())
-        bar = f"{BARS[job.kind]:.0%}" if job.kind in BARS and name == job.kind else ""
+        bar = f"{bars[job.kind]:.0%}" if job.kind in bars and name == job.kind else ""
         rows.append(f"| {name} | {count} | {share:.1%} | {error(share, count):.1%} | {bar} |")
     sheet = grid(images[:: job.seeds], 9, 2)
-    sheet.save(job.images / f"starter_{job.kind}.png", optimize=True)
-    share, wanted_share = float(right.mean()), BARS.get(job.kind, 0.0)
+    sheet.save(job.images / f"starter_{'flow_' * job.flow}{job.kind}.png", optimize=True)
+    share, wanted_share = float(right.mean()), bars.get(job.kind, 0.0)
     missed = [f"{job.kind}: {share:.1%} right, below {wanted_share:.0%}"]
     missed = missed if share < wanted_share else []
     if job.kind is not Kind.SINGLE:
@@ -247,19 +259,22 @@ def main() -> None:
         help="images per animal (a quarter of that per other word)",
     )
     parser.add_argument("--images", type=Path, default=Path("docs/images"))
-    parser.add_argument("--model", type=Path, default=STARTER_PATH)
+    parser.add_argument("--flow", action="store_true", help="measure the flow starter")
+    parser.add_argument("--model", type=Path, help="by default, the shipped one")
     parser.add_argument("--judge", type=Path, default=JUDGE_PATH)
     parser.add_argument("--jobs", type=int, default=2, help="processes, of one thread each")
     arguments = parser.parse_args()
     hide_loading_bars()
-    print_origin(arguments.model)
+    model = arguments.model or (FLOW_STARTER_PATH if arguments.flow else STARTER_PATH)
+    print_origin(model)
     jobs = [
         Job(
             kind=kind,
             seeds=arguments.seeds if kind is not Kind.OTHER else max(arguments.seeds // 4, 1),
-            model=arguments.model.absolute(),
+            model=model.absolute(),
             judge=arguments.judge.absolute(),
             images=arguments.images,
+            flow=arguments.flow,
         )
         for kind in Kind
     ]
@@ -272,7 +287,7 @@ def main() -> None:
             print("\n".join(found.rows), flush=True)
             notes += found.notes
             missed += found.missed
-    policy, config = load(arguments.model, threads=os.cpu_count() or 1)
+    policy, config = load(model, threads=os.cpu_count() or 1, flow=arguments.flow)
     wanted = asked(Kind.SINGLE, 1)
     draw(policy, config, wanted[:16])
     started = time.monotonic()

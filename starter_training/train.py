@@ -1,6 +1,6 @@
 """Train the starter model and its judge: `python -m starter_training.train`.
 
-With `--flow`, train a flow-matching one on the shipped starter's autoencoder, which does not ship.
+With `--flow`, train the flow-matching one on the shipped starter's autoencoder.
 
 If it is killed, the same command with `--resume` continues, and ends in the same bytes as a run
 that was never killed.
@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from ddpo.starter import JUDGE_PATH, STARTER_PATH
+from ddpo.starter import FLOW_STARTER_PATH, JUDGE_PATH, STARTER_PATH
 from starter_training.export import export, export_flow
 from starter_training.loop import Budget, console, saved_step
 from starter_training.report import write_report
@@ -160,7 +160,7 @@ def main(
     work: Annotated[Path, typer.Option(help="Caches and checkpoints.")] = Path(".starter-work"),
     out: Annotated[
         Path | None,
-        typer.Option(help="The pipeline's folder; by default where it ships, if it does."),
+        typer.Option(help="The pipeline's folder; by default where it ships."),
     ] = None,
     judge_out: Annotated[Path, typer.Option(help="The judge's folder.")] = JUDGE_PATH,
     seed: Annotated[int, typer.Option(help="Seed of all randomness.")] = 0,
@@ -172,7 +172,7 @@ def main(
     ] = 600_000,
     flow: Annotated[
         bool,
-        typer.Option("--flow", help="Train a flow-matching starter instead, which does not ship."),
+        typer.Option("--flow", help="Train the flow-matching starter instead."),
     ] = False,
     flow_pictures: Annotated[
         int, typer.Option(help="Images seen by the velocity predictor.")
@@ -201,7 +201,7 @@ def main(
         if isinstance(recipe, FlowRecipe):
             if not export_only:
                 run_stages(folder, recipe, resume)
-            export_flow(folder, recipe, out or work / "pipeline")
+            export_flow(folder, recipe, out or FLOW_STARTER_PATH)
         elif export_only:
             export(folder, recipe, out or STARTER_PATH, judge_out)
         else:

@@ -17,6 +17,7 @@ from ddpo.analysis.report import checkpoint_pictures, save_curve
 from ddpo.analysis.rewards import EpochRewards, reward_curve
 from ddpo.config import DdimSampler, RunConfig
 from ddpo.models import hub
+from ddpo.starter import FLOW_STARTER_PATH, STARTER_PATH
 from ddpo.store.kinds import IMAGES
 from ddpo.store.tables import RolloutRow
 
@@ -235,6 +236,10 @@ def _settings(export: LoraExport) -> dict[str, str]:
     }
 
 
+_STARTERS = {STARTER_PATH: "STARTER_PATH", FLOW_STARTER_PATH: "FLOW_STARTER_PATH"}
+"""What `ddpo.starter` calls the folders."""
+
+
 def _cell(text: str) -> str:
     return escape(text).replace("|", "&#124;")
 
@@ -248,14 +253,15 @@ def _loading(export: LoraExport, pipeline: str) -> str:
     """
     model, name = export.run.config.model, export.base_model
     made = f"pipeline = {pipeline}"
+    without = "" if model.t5 else ", text_encoder_3=None, tokenizer_3=None"
     if model.path in hub.STARTERS:
-        source = "from ddpo.starter import STARTER_PATH"
-        return f"{source}\n\n{made}.from_pretrained(STARTER_PATH)"
+        folder = _STARTERS[hub.STARTERS[model.path]]
+        return f"from ddpo.starter import {folder}\n\n{made}.from_pretrained({folder}{without})"
     revision = f", revision={json.dumps(model.revision)}" if model.revision else ""
     if hub.on_hub(model):
-        return f"\n{made}.from_pretrained({json.dumps(name)}{revision})"
+        return f"\n{made}.from_pretrained({json.dumps(name)}{revision}{without})"
     way = "single_file" if name.endswith(".safetensors") else "pretrained"
-    return f"\n{made}.from_{way}({json.dumps(f'path/to/{name}')})"
+    return f"\n{made}.from_{way}({json.dumps(f'path/to/{name}')}{without})"
 
 
 def _arguments(config: RunConfig) -> dict[str, float]:

@@ -30,8 +30,8 @@ class ModelConfig(Part):
     """The pipeline to fine-tune: Stable Diffusion 1.x, 2.x, XL, 3.x, FLUX, or the starter."""
 
     path: str
-    """`starter`, a folder that contains `model_index.json`, a Hub id such as `owner/name`, or a
-    single `.safetensors` file, which is converted to such a folder once."""
+    """`starter`, `starter_flow`, a folder that contains `model_index.json`, a Hub id such as
+    `owner/name`, or a single `.safetensors` file, which is converted to such a folder once."""
     revision: str | None = None
     """Commit of a Hub model. Pin it: a branch may move while a run is going on."""
     resolution: Resolution = None

@@ -25,9 +25,9 @@ from ddpo.config import ModelConfig
 from ddpo.errors import ModelError
 from ddpo.models.files import INDEX, ModelFiles
 from ddpo.models.single_file import converted
-from ddpo.starter import STARTER_PATH
+from ddpo.starter import FLOW_STARTER_PATH, STARTER_PATH
 
-STARTERS: Mapping[str, Path] = {"starter": STARTER_PATH}
+STARTERS: Mapping[str, Path] = {"starter": STARTER_PATH, "starter_flow": FLOW_STARTER_PATH}
 """The models that ship with the package, by the path that a config gives them."""
 
 REMEMBERED_FROM_BYTES = 2**28
@@ -38,7 +38,7 @@ VAE_FILES = ("config.json", "diffusion_pytorch_model.safetensors")
 
 
 def on_hub(config: ModelConfig) -> bool:
-    """Return whether a model is the Hub's: neither the starter, nor a folder or a file here."""
+    """Return whether a model is the Hub's: neither a starter, nor a folder or a file here."""
     return config.path not in STARTERS and not Path(expand(config.path)).exists()
 
 
@@ -193,7 +193,7 @@ def _model_index(config: ModelConfig) -> Path:
     except HFValidationError as error:
         raise ModelError(
             f"model.path {config.path!r} is neither a folder here nor a Hub id; expected "
-            f"`starter`, a folder that contains {INDEX}, or `owner/name`"
+            f"`starter`, `starter_flow`, a folder that contains {INDEX}, or `owner/name`"
         ) from error
     except LocalEntryNotFoundError as error:
         raise ModelError(
