@@ -33,6 +33,7 @@ LAYERS = (
     "ddpo.models",
     "ddpo.diffusion",
     "ddpo.training",
+    "ddpo.memory",
     "ddpo.store",
     "ddpo.runs",
     "ddpo.analysis",

@@ -89,7 +89,7 @@ def check_model(
     """
     from ddpo.models import hub
 
-    family = _family(config)
+    family = family_of(config)
     files = hub.find_model(config, family.parts_of(config))
     return family.inspect(files, config, trainable or LoraConfig())
 
@@ -114,10 +114,15 @@ def load_policy(
         ModelError: The model cannot be downloaded or loaded, or its family is not supported.
     """
     resolve_device(numerics.device)  # before minutes of loading
-    return _family(model)(model, trainable, numerics, seed=seed)
+    return family_of(model)(model, trainable, numerics, seed=seed)
 
 
-def _family(config: ModelConfig) -> type[Policy]:
+def family_of(config: ModelConfig) -> type[Policy]:
+    """Return the family of a model.
+
+    Raises:
+        ModelError: As `check_family`.
+    """
     module, _, family = check_family(config).partition(":")
     return getattr(importlib.import_module(module), family)
 
@@ -130,6 +135,7 @@ __all__ = [
     "WeightSet",
     "check_family",
     "check_model",
+    "family_of",
     "load_policy",
     "policy_digest",
 ]

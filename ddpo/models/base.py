@@ -155,15 +155,32 @@ class Policy(ABC):
         seed: int,
     ) -> None:
         numerics.apply()
-        self.numerics, self.model = numerics, model
         self.parts = self.parts_of(model)
         files = hub.fetch_model(model, self.parts)
+        self._describe(files, model, trainable, numerics)
+        self.vae_folder = hub.fetch_vae(model)
+        self._files = hub.file_states(self.folder, self.parts, self.vae_folder)
+        self.base_digest = hub.base_digest(self.folder, self.parts, self.vae_folder)
+        self._build(files, trainable, seed)
+        self.check_files()
+
+    def _describe(
+        self,
+        files: ModelFiles,
+        model: ModelConfig,
+        trainable: LoraConfig | FullConfig,
+        numerics: Numerics,
+    ) -> None:
+        """Take what is known before anything is loaded."""
+        self.numerics, self.model, self.folder = numerics, model, files.folder
         facts = self.inspect(files, model, trainable)
         self.schedule, self.size = facts.schedule, facts.size
         self.latent_shape = facts.latent_shape
-        self.folder, self.vae_folder = files.folder, hub.fetch_vae(model)
-        self._files = hub.file_states(self.folder, self.parts, self.vae_folder)
-        self.base_digest = hub.base_digest(self.folder, self.parts, self.vae_folder)
+        self._encoded: dict[str, Conditioning] = {}
+
+    def _build(self, files: ModelFiles, trainable: LoraConfig | FullConfig, seed: int) -> None:
+        """Load the pipeline, make weights trainable, and move it to the device."""
+        numerics = self.numerics
         whole = isinstance(trainable, FullConfig)
         # Adapters leave the network's own weights alone: they pass through no wider dtype.
         network = self._load(files, torch.float32 if whole else numerics.torch_dtype)
@@ -181,8 +198,6 @@ class Policy(ABC):
         if numerics.gradient_checkpointing:
             network.enable_gradient_checkpointing()
         self._move(numerics.torch_device)
-        self.check_files()
-        self._encoded: dict[str, Conditioning] = {}
 
     def check_files(self) -> None:
         """Check that the base model's files are still those that were digested and loaded.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,15 @@ class ModelFiles:
         common = set(needed[0]).intersection(*needed)
         known = [name for name in ("fp16", "bf16") if name in common]
         return next(iter([*known, *sorted(name for name in common if name)]), None)
+
+    def on_trust(self) -> ModelFiles:
+        """Return the files as if weights that are not here were still on the Hub.
+
+        What is then known of a model is what its small JSON files say.
+        """
+        absent = [part for part in self.parts if not self._variants(part)]
+        config = [part for part in absent if f"{part}/config.json" in self.names]
+        return replace(self, names=self.names | {f"{part}/model.safetensors" for part in config})
 
     def weights(self, part: str) -> list[str]:
         """Return the names of a part's weights that are loaded, with the index of their shards.

@@ -88,11 +88,12 @@ def local_files(folder: Path, parts: Sequence[str]) -> ModelFiles:
     return ModelFiles(str(folder), folder, _names(folder), parts)
 
 
-def fetch_vae(config: ModelConfig) -> Path | None:
+def fetch_vae(config: ModelConfig, names: Sequence[str] = VAE_FILES) -> Path | None:
     """Return the folder of another autoencoder than the model's own, downloading it if needed.
 
     Args:
         config: Its path or Hub id, if it names one.
+        names: The files that are needed.
 
     Raises:
         ModelError: It is neither on disk nor reachable, or no autoencoder.
@@ -104,7 +105,7 @@ def fetch_vae(config: ModelConfig) -> Path | None:
         try:
             folder = Path(
                 snapshot_download(
-                    config.vae, revision=config.vae_revision, allow_patterns=list(VAE_FILES)
+                    config.vae, revision=config.vae_revision, allow_patterns=list(names)
                 )
             )
         except (HFValidationError, HTTPError, OSError) as error:
@@ -112,7 +113,7 @@ def fetch_vae(config: ModelConfig) -> Path | None:
                 f"model.vae {config.vae!r} is neither a folder here nor downloadable from the Hub: "
                 f"{str(error).splitlines()[0]}"
             ) from error
-    missing = [name for name in VAE_FILES if not (folder / name).is_file()]
+    missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise ModelError(
             f"model.vae {config.vae!r} has no {missing[0]}; expected an autoencoder as "

@@ -315,11 +315,9 @@ class PipelinePolicy(Policy):
                 f"{files.folder} cannot be loaded as a {self.pipeline_class.__name__}: {error}. "
                 f"Expected {self.expected} in safetensors."
             ) from error
-        pipeline.set_progress_bar_config(disable=True)
         self._finish(pipeline)
         for part, module in pipeline.components.items():
             if isinstance(module, nn.Module):
-                module.requires_grad_(False).eval()
                 _check_finite(module, files.folder / part)
         return pipeline
 
@@ -328,7 +326,11 @@ class PipelinePolicy(Policy):
         return {}
 
     def _finish(self, pipeline: Any) -> None:
-        """Change what was just loaded."""
+        """Freeze what was just loaded, and change what the family has to."""
+        pipeline.set_progress_bar_config(disable=True)
+        for module in pipeline.components.values():
+            if isinstance(module, nn.Module):
+                module.requires_grad_(False).eval()
 
     def _text_encoder(self, files: ModelFiles, part: str, kind: Any) -> PreTrainedModel:
         """Load a text encoder; raise ModelError if its files lack, or name otherwise, weights."""

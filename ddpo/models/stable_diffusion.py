@@ -51,6 +51,7 @@ class StableDiffusion(PipelinePolicy):
         return super()._reader({**parts, "requires_safety_checker": False})
 
     def _finish(self, pipeline: Any) -> None:
+        super()._finish(pipeline)
         pipeline.scheduler = ddim_scheduler(pipeline.scheduler.config)
 
     def _encode(self, prompt: str) -> Conditioning:

@@ -55,6 +55,7 @@ class StableDiffusionXL(PipelinePolicy):
         return {"image_encoder": None, "feature_extractor": None, "add_watermarker": False}
 
     def _finish(self, pipeline: Any) -> None:
+        super()._finish(pipeline)
         pipeline.scheduler = ddim_scheduler(pipeline.scheduler.config)
 
     def _unconditional(self) -> Conditioning:

@@ -217,9 +217,9 @@ class DenoisingObjective(Objective):
 def _check_finite(
     rows: Sequence[int], prompts: Sequence[str], noising: Noising, losses: Tensor, advice: str
 ) -> None:
-    bad = ~torch.isfinite(losses)
-    if bad.any():
-        first = int(bad.nonzero()[0])
+    good = torch.isfinite(losses)
+    if not good.all():
+        first = int((~good).nonzero()[0])
         raise NonFiniteError(
             f"denoising loss {float(losses.detach()[first])} for sample {rows[first]} (prompt "
             f"{prompts[first]!r}) at time {float(noising.times[first]):g}; the weights were "

@@ -371,9 +371,9 @@ def _check_finite(
     log_probs: Tensor,
     losses: Tensor,
 ) -> None:
-    bad = ~(torch.isfinite(log_probs) & torch.isfinite(losses))
-    if bad.any():
-        first = int(bad.nonzero()[0])
+    good = torch.isfinite(log_probs) & torch.isfinite(losses)
+    if not good.all():
+        first = int((~good).nonzero()[0])
         row, step = int(pairs.samples[first]), int(pairs.steps[first])
         raise NonFiniteError(
             f"log-prob {float(log_probs.detach()[first])}, loss {float(losses.detach()[first])} "

@@ -1,0 +1,160 @@
+"""What a config's sampling and update need on the device, by running both on `meta`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ddpo.config import RunConfig
+from ddpo.diffusion.sampling import sample
+from ddpo.memory.counting import LiveBytes, Peaks, Phase
+from ddpo.memory.kernels import GpuKernels
+from ddpo.memory.outline import Outline, outline
+from ddpo.models.numerics import Numerics
+from ddpo.training.loop import initial_state, update
+from ddpo.training.samples import FinalLatents, Rollouts, Samples
+from ddpo.training.state import TrainState
+
+_STEPS = 2
+"""Denoising steps that are run: the second has the latents of the first beside it, and each further
+one adds its own, which are added up."""
+_PROMPT = "a prompt"
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes on the device: what lives all the time, and the peak of each phase with it."""
+
+    frozen: int
+    """Weights that are not trained, of network and autoencoder."""
+    trained: int
+    """Trained weights; during an update their gradient is as large, and AdamW's moments twice."""
+    text_encoders: int
+    """Weights of the text encoders; on a GPU only while they encode."""
+    peaks: Mapping[Phase, int]
+    """The most bytes that live at once in each phase that was run."""
+
+    @property
+    def peak(self) -> int:
+        """The most bytes that live at once."""
+        return max(self.peaks.values())
+
+    @property
+    def largest(self) -> Phase:
+        """The phase of the peak."""
+        return max(self.peaks, key=lambda phase: self.peaks[phase])
+
+
+def estimate(
+    config: RunConfig, numerics: Numerics, *, prompts: int | None = None
+) -> MemoryEstimate:
+    """Estimate what a config needs on its device, without weights and without computing.
+
+    The same code runs as in training, on the shapes that the model's JSON files describe. What
+    kernels need while they run, the CUDA context (about half a GB) and what an allocator keeps come
+    on top; so do the networks of rewards.
+
+    Args:
+        config: The run's.
+        numerics: Resolved, of the run's device, which need not be here.
+        prompts: Size of the prompt set; by default every sample may have a prompt of its own.
+
+    Returns:
+        Bytes. On a CPU, all memory of tensors is the device's.
+
+    Raises:
+        ConfigError: Size or trainable weights do not fit the model.
+        ModelError: The model is neither on disk nor reachable, or cannot be trained.
+    """
+    policy = outline(config.model, config.trainable, numerics)
+    on_cpu = numerics.device == "cpu"
+    counter = LiveBytes({"meta", "cpu"} if on_cpu else {"meta"})
+    peaks = Peaks(counter)
+    encoders = policy.encoder_bytes
+
+    @contextmanager
+    def in_phase(name: Phase) -> Iterator[None]:
+        passing = encoders if name == "encode" and not on_cpu else 0
+        with peaks.phase(name), counter.holding(passing):
+            yield
+
+    policy.in_phase = in_phase
+    counter.count(policy.resident)
+    with LiveBytes(()), GpuKernels():
+        state = _trained_state(policy, config)
+    with counter, counter.holding(encoders if on_cpu else 0), GpuKernels():
+        policy.prepare_prompts([_PROMPT])
+        row = sum(each.nbytes for each in policy.encode([_PROMPT]).tensors.values())
+        epoch = config.rollouts.samples_per_epoch
+        shard = config.rollouts.shard_size
+        with peaks.phase("sample"), counter.holding(_others(shard, prompts) * row):
+            _sample(policy, config, counter)
+        with peaks.phase("update"), counter.holding(_others(epoch, prompts) * row):
+            _update(policy, config, state)
+    parameters = [each for each in policy.resident if each.requires_grad]
+    trained = sum(each.nbytes for each in parameters)
+    return MemoryEstimate(
+        frozen=sum(each.nbytes for each in policy.resident) - trained,
+        trained=trained,
+        text_encoders=encoders,
+        peaks=peaks.found,
+    )
+
+
+def _others(samples: int, prompts: int | None) -> int:
+    """Return how many distinct prompts some samples have at most, beside the one that is run."""
+    return min(samples, prompts or samples) - 1
+
+
+def _sample(policy: Outline, config: RunConfig, counter: LiveBytes) -> None:
+    """Sample one batch, in fewer steps."""
+    batch, steps = policy.numerics.sample_batch_size, min(config.sampler.steps, _STEPS)
+    latents = torch.Size(policy.latent_shape).numel() * torch.float32.itemsize
+    with counter.holding((config.sampler.steps - steps) * batch * latents):
+        sampler = config.sampler.changed(steps=steps, window=None)
+        sample(policy, [_PROMPT] * batch, [*range(batch)], sampler)
+
+
+def _update(policy: Outline, config: RunConfig, state: TrainState) -> None:
+    """Take one optimizer step of two micro-batches: the second has the first's gradient beside."""
+    size = policy.numerics.micro_batch_size
+    changes = {"updates_per_epoch": 1, "inner_epochs": 1}
+    algorithm = config.algorithm.changed(
+        **{
+            name: one
+            for name, one in changes.items()
+            if name in type(config.algorithm).model_fields
+        }
+    )
+    sampler = config.sampler.changed(steps=_STEPS, window=None)
+    samples: Samples
+    if algorithm.needs.data == "trajectories":
+        count = size
+        latents = _zeros(count, _STEPS + 1, *policy.latent_shape)
+        samples = Rollouts([_PROMPT] * count, latents, torch.zeros(count, _STEPS))
+    else:
+        count = 2 * size
+        samples = FinalLatents([_PROMPT] * count, _zeros(count, *policy.latent_shape))
+    credit = {name: torch.ones(count) for name in ("reward", *algorithm.columns)}
+    shortened = config.changed(algorithm=algorithm, sampler=sampler, fork=None)
+    update(policy, state, samples, credit, {}, shortened)
+
+
+def _trained_state(policy: Outline, config: RunConfig) -> TrainState:
+    """Return a state after some epoch, with AdamW's moments."""
+    moments: dict[str, Tensor] = {}
+    for name, parameter in policy.weights.parameters().items():
+        moments[f"step/{name}"] = torch.tensor(1.0)
+        moments[f"exp_avg/{name}"] = _zeros(*parameter.shape)
+        moments[f"exp_avg_sq/{name}"] = _zeros(*parameter.shape)
+    start = initial_state(policy, ema=config.optimizer.ema_decay is not None)
+    return replace(start, optimizer=moments)
+
+
+def _zeros(*shape: int) -> Tensor:
+    """Return zeros that take no room."""
+    return torch.zeros(()).expand(shape)
