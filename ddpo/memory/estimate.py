@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ddpo.config import RunConfig
+from ddpo.config.model import size_of
 from ddpo.diffusion.sampling import sample
 from ddpo.memory.counting import LiveBytes, Peaks, Phase
 from ddpo.memory.kernels import GpuKernels
@@ -50,7 +51,11 @@ class MemoryEstimate:
 
 
 def estimate(
-    config: RunConfig, numerics: Numerics, *, prompts: int | None = None
+    config: RunConfig,
+    numerics: Numerics,
+    *,
+    prompts: int | None = None,
+    parts: Collection[Phase] = ("sample", "update"),
 ) -> MemoryEstimate:
     """Estimate what a config needs on its device, without weights and without computing.
 
@@ -62,6 +67,8 @@ def estimate(
         config: The run's.
         numerics: Resolved, of the run's device, which need not be here.
         prompts: Size of the prompt set; by default every sample may have a prompt of its own.
+        parts: What is run after the encoding of a prompt: ``sample``, with ``decode``, and
+            ``update``.
 
     Returns:
         Bytes. On a CPU, all memory of tensors is the device's.
@@ -89,12 +96,14 @@ def estimate(
     with counter, counter.holding(encoders if on_cpu else 0), GpuKernels():
         policy.prepare_prompts([_PROMPT])
         row = sum(each.nbytes for each in policy.encode([_PROMPT]).tensors.values())
-        epoch = config.rollouts.samples_per_epoch
-        shard = config.rollouts.shard_size
-        with peaks.phase("sample"), counter.holding(_others(shard, prompts) * row):
-            _sample(policy, config, counter)
-        with peaks.phase("update"), counter.holding(_others(epoch, prompts) * row):
-            _update(policy, config, state)
+        if "sample" in parts:
+            others = _others(config.rollouts.shard_size, prompts)
+            with peaks.phase("sample"), counter.holding(others * row):
+                _sample(policy, config, counter)
+        if "update" in parts:
+            others = _others(config.rollouts.samples_per_epoch, prompts)
+            with peaks.phase("update"), counter.holding(others * row):
+                _update(policy, config, state)
     parameters = [each for each in policy.resident if each.requires_grad]
     trained = sum(each.nbytes for each in parameters)
     return MemoryEstimate(
@@ -111,12 +120,19 @@ def _others(samples: int, prompts: int | None) -> int:
 
 
 def _sample(policy: Outline, config: RunConfig, counter: LiveBytes) -> None:
-    """Sample one batch, in fewer steps."""
-    batch, steps = policy.numerics.sample_batch_size, min(config.sampler.steps, _STEPS)
-    latents = torch.Size(policy.latent_shape).numel() * torch.float32.itemsize
-    with counter.holding((config.sampler.steps - steps) * batch * latents):
-        sampler = config.sampler.changed(steps=steps, window=None)
-        sample(policy, [_PROMPT] * batch, [*range(batch)], sampler)
+    """Sample one batch of an epoch in fewer steps, and one of an evaluation if there are any."""
+    samplers = [(config.sampler, None)]
+    if config.evaluation:
+        size = size_of(config.evaluation.resolution)
+        samplers.append((config.evaluation.sampler_of(config.sampler), size))
+    batch = policy.numerics.sample_batch_size
+    for sampler, size in samplers:
+        steps = min(sampler.steps, _STEPS)
+        with policy.sized(size):
+            latents = torch.Size(policy.latent_shape).numel() * torch.float32.itemsize
+            with counter.holding((sampler.steps - steps) * batch * latents):
+                shorter = sampler.changed(steps=steps, window=None)
+                sample(policy, [_PROMPT] * batch, [*range(batch)], shorter)
 
 
 def _update(policy: Outline, config: RunConfig, state: TrainState) -> None:

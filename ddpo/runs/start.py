@@ -188,11 +188,27 @@ def check_run(config: RunConfig, run_id: str, *, awaits_parent: bool = False) ->
             check_fork(fork)
         prompts = load_prompts(config.prompts.name, config.prompts.parameters)
         try_out(reward, prompts, config.model.size)
+        _warn_of_memory(config, numerics, len(prompts))
     patient = store.patient(PATIENCE_S)
     plan = RunPlan(patient, run_id, config, numerics, identity, reward, awaits_parent)
     if store.exists(keys.start_key(run_id, 1)):
         plan.begun.set()
     return plan
+
+
+def _warn_of_memory(config: RunConfig, numerics: Numerics, prompts: int) -> None:
+    """Log a warning if a GPU seems to have too little free memory for a run that computes here."""
+    if numerics.device != "cuda" or config.engine.type != "local":
+        return
+    from ddpo.memory.advice import check_fit, free_memory
+
+    try:
+        fit = check_fit(config, numerics, free_memory(numerics), prompts=prompts)
+    except Exception as error:  # an estimate that fails is no reason not to run
+        _logger.info("memory was not estimated: %s: %s", type(error).__name__, error)
+        return
+    if not fit.fits:
+        _logger.warning("memory: %s", fit.message)
 
 
 def check_denoising(config: RunConfig) -> ModelFacts:

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-import psutil
-import torch
 from prefect.client.orchestration import get_client
 from prefect.settings import get_current_settings
 
 from ddpo.basics.redaction import hide_credentials
 from ddpo.config import RunConfig
 from ddpo.errors import DdpoError
+from ddpo.memory.advice import check_fit, free_memory
 from ddpo.models.numerics import resolve_numerics
 from ddpo.prompts import load_prompts
 from ddpo.rewards import load_reward
@@ -23,8 +22,6 @@ from ddpo.store.objects import Store
 from ddpo.store.upkeep.probe import probe
 from ddpo_workflow.tasks.tracking.connection import connect
 from ddpo_workflow.tasks.tracking.experiment import find_or_create_experiment
-
-GIB = 2**30
 
 
 @dataclass(frozen=True)
@@ -58,6 +55,7 @@ def examine(config: RunConfig) -> Iterator[Finding]:
         "storage": _storage,
         "model": _model,
         "device": _device,
+        "memory": _memory,
         "MLflow": _mlflow,
         "Prefect": _prefect,
     }
@@ -98,12 +96,23 @@ def _model(config: RunConfig) -> str:
 
 def _device(config: RunConfig) -> str:
     numerics = resolve_numerics(config.numerics)
-    if numerics.device == "cuda":
-        free, total = torch.cuda.mem_get_info()
-        memory = f"{free / GIB:.1f} of {total / GIB:.1f} GiB free"
-    else:
-        memory = f"{psutil.virtual_memory().available / GIB:.1f} GiB of memory free"
-    return f"{numerics.device} ({numerics.device_name}), {numerics.dtype}, {memory}"
+    return f"{numerics.device} ({numerics.device_name}), {numerics.dtype}"
+
+
+def _memory(config: RunConfig) -> str:
+    numerics = resolve_numerics(config.numerics)
+    try:
+        prompts = len(load_prompts(config.prompts.name, config.prompts.parameters))
+    except DdpoError:  # which is another check's finding
+        prompts = None
+    try:
+        check_denoising(config)
+    except DdpoError:  # likewise
+        return "unknown, since the model cannot be used"
+    fit = check_fit(config, numerics, free_memory(numerics), prompts=prompts)
+    if not fit.fits:
+        raise SetupError(fit.message)
+    return fit.message
 
 
 def _mlflow(config: RunConfig) -> str:

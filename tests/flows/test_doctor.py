@@ -10,7 +10,7 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from ddpo_workflow.flows.cli import app as cli
 
-PARTS = ("prompts", "reward", "storage", "model", "device", "MLflow", "Prefect")
+PARTS = ("prompts", "reward", "storage", "model", "device", "memory", "MLflow", "Prefect")
 
 
 def doctor(monkeypatch: pytest.MonkeyPatch, *settings: str) -> int | str | None:
@@ -31,7 +31,8 @@ def test_a_good_set_up_is_ready(
     screen = capsys.readouterr().out
     assert screen.splitlines()[-1] == "ready"
     assert [line.split()[1] for line in screen.splitlines() if line.startswith("ok")] == [*PARTS]
-    assert "45 prompts" in screen and "creates exclusively" in screen and "GiB" in screen
+    assert "45 prompts" in screen and "creates exclusively" in screen and "GiB free" in screen
+    assert "needs about 0." in screen and "update 0." in screen
 
 
 def test_each_failure_is_named_and_none_hides_another(

@@ -1,0 +1,159 @@
+"""Whether a config fits into free memory, and with which settings it would."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import psutil
+import torch
+
+from ddpo.config import FullConfig, LoraConfig, RunConfig
+from ddpo.memory.counting import Phase
+from ddpo.memory.estimate import MemoryEstimate, estimate
+from ddpo.models import family_of
+from ddpo.models.numerics import Numerics
+
+_GIB = 2**30
+_NAMES: Mapping[Phase, str] = {
+    "encode": "encoding prompts",
+    "sample": "sampling",
+    "decode": "decoding",
+    "update": "update",
+}
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What a config needs, beside what is free."""
+
+    needs: MemoryEstimate
+    """Of the config as it is."""
+    free: int
+    """Bytes."""
+    settings: Mapping[str, Any]
+    """Settings to change, by their place in the config; empty if it fits as it is."""
+    then: MemoryEstimate
+    """With those settings; larger than what is free if nothing that was tried makes it fit."""
+
+    @property
+    def fits(self) -> bool:
+        """Whether the config fits as it is."""
+        return self.needs.peak <= self.free
+
+    @property
+    def message(self) -> str:
+        """What to tell a user."""
+        peaks = sorted(self.needs.peaks.items(), key=lambda item: -item[1])
+        phases = ", ".join(f"{_NAMES[phase]} {_gib(size)}" for phase, size in peaks)
+        text = f"needs about {_gib(self.needs.peak)} GiB ({phases}); {_gib(self.free)} GiB free"
+        if self.fits:
+            return text
+        change = " ".join(f"{name}={_shown(value)}" for name, value in self.settings.items())
+        if self.then.peak > self.free:
+            least = f"even with {change} it needs" if change else "it needs at least"
+            return f"{text}. It does not fit: {least} {_gib(self.then.peak)} GiB"
+        return f"{text}. It would fit with {change} ({_gib(self.then.peak)} GiB)"
+
+
+def check_fit(
+    config: RunConfig, numerics: Numerics, free: int, *, prompts: int | None = None
+) -> Fit:
+    """Estimate what a config needs and, if that is not free, look for settings that need less.
+
+    Settings that change no result but its rounding come first: smaller batches, then gradient
+    checkpointing. The others are a 16-bit dtype, an adapter in place of all weights, and no T5.
+
+    Args:
+        config: The run's.
+        numerics: Resolved.
+        free: Bytes that are free on the device.
+        prompts: Size of the prompt set, if it is known.
+
+    Raises:
+        ConfigError: As `estimate`.
+        ModelError: As `estimate`.
+    """
+    first = found = estimate(config, numerics, prompts=prompts)
+    settings: dict[str, Any] = {}
+    while found.peak > free and (change := _next(config, numerics, found, free)) is not None:
+        name, value = change
+        settings[name] = value
+        config, numerics = _with(config, numerics, name, value)
+        parts = _PARTS.get(name, ("sample", "update"))
+        again = estimate(config, numerics, prompts=prompts, parts=parts)
+        found = replace(again, peaks={**found.peaks, **again.peaks})
+    return Fit(first, free, settings, found)
+
+
+def free_memory(numerics: Numerics) -> int:
+    """Return the bytes that are free on a run's device: of a GPU's own memory, else of this machine.
+
+    Args:
+        numerics: Resolved here.
+    """
+    if numerics.device == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    return psutil.virtual_memory().available
+
+
+_PARTS: Mapping[str, tuple[Phase, ...]] = {
+    "numerics.sample_batch_size": ("sample",),
+    "numerics.micro_batch_size": ("update",),
+    "numerics.gradient_checkpointing": ("update",),
+}
+"""What a setting changes; any other changes all."""
+
+
+def _next(
+    config: RunConfig, numerics: Numerics, found: MemoryEstimate, free: int
+) -> tuple[str, Any] | None:
+    """Return the next setting to change, and its value; None if all have been."""
+    phase, whole = found.largest, isinstance(config.trainable, FullConfig)
+    if phase == "update":
+        fixed = found.frozen + 4 * found.trained
+        if whole and fixed > free:
+            return "trainable", LoraConfig()
+        if size := _smaller(numerics.micro_batch_size, found.peak, fixed, free):
+            return "numerics.micro_batch_size", size
+        if not numerics.gradient_checkpointing:
+            return "numerics.gradient_checkpointing", True
+    elif phase in ("sample", "decode"):
+        size = _smaller(numerics.sample_batch_size, found.peak, found.frozen + found.trained, free)
+        while size and config.rollouts.shard_size % size:
+            size -= 1
+        if size:
+            return "numerics.sample_batch_size", size
+    elif config.model.t5 and "t5" in family_of(config.model).own_settings:
+        return "model.t5", False
+    if not numerics.low_precision and phase != "decode" and numerics.device != "cpu":
+        return "numerics.dtype", "bfloat16"
+    return ("trainable", LoraConfig()) if whole else None
+
+
+def _smaller(size: int, peak: int, fixed: int, free: int) -> int:
+    """Return the batch size that seems to fit, at least 1; 0 if there is no smaller one."""
+    each = max(peak - fixed, 1) / size
+    return min(size - 1, max(int((free - fixed) / each), 1)) if size > 1 else 0
+
+
+def _with(
+    config: RunConfig, numerics: Numerics, name: str, value: Any
+) -> tuple[RunConfig, Numerics]:
+    part, _, key = name.partition(".")
+    if part == "numerics":
+        return config, numerics.model_copy(update={key: value})
+    if key:
+        value = getattr(config, part).changed(**{key: value})
+    return config.changed(**{part: value}), numerics
+
+
+def _gib(size: int) -> str:
+    return f"{size / _GIB:.1f}"
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, LoraConfig):
+        return "{type: lora}"
+    return str(value).lower()
