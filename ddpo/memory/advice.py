@@ -58,7 +58,12 @@ class Fit:
 
 
 def check_fit(
-    config: RunConfig, numerics: Numerics, free: int, *, prompts: int | None = None
+    config: RunConfig,
+    numerics: Numerics,
+    free: int,
+    *,
+    prompts: int | None = None,
+    needs: MemoryEstimate | None = None,
 ) -> Fit:
     """Estimate what a config needs and, if that is not free, look for settings that need less.
 
@@ -70,12 +75,13 @@ def check_fit(
         numerics: Resolved.
         free: Bytes that are free on the device.
         prompts: Size of the prompt set, if it is known.
+        needs: What the config needs, if it was estimated before.
 
     Raises:
         ConfigError: As `estimate`.
         ModelError: As `estimate`.
     """
-    first = found = estimate(config, numerics, prompts=prompts)
+    first = found = needs or estimate(config, numerics, prompts=prompts)
     settings: dict[str, Any] = {}
     while found.peak > free and (change := _next(config, numerics, found, free)) is not None:
         name, value = change
@@ -88,7 +94,7 @@ def check_fit(
 
 
 def free_memory(numerics: Numerics) -> int:
-    """Return the bytes that are free on a run's device: of a GPU's own memory, else of this machine.
+    """Return the bytes that are free: of a GPU's own memory, else of this machine's.
 
     Args:
         numerics: Resolved here.

@@ -17,11 +17,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 _ATEN = torch.ops.aten
-_BETWEEN_DEVICES = frozenset(
+_COPIES = frozenset({_ATEN._to_copy.default, _ATEN.copy_.default})
+"""Operations that take tensors of two devices."""
+_INDEXING = frozenset(
     {
-        _ATEN._to_copy.default,
-        _ATEN.copy_.default,
-        # Indices may be on the CPU, whatever they index.
         _ATEN.index.Tensor,
         _ATEN.index_put.default,
         _ATEN.index_put_.default,
@@ -29,8 +28,7 @@ _BETWEEN_DEVICES = frozenset(
         _ATEN._unsafe_index.Tensor,
     }
 )
-"""Operations that take tensors of more than one device, as they do with a GPU."""
-
+"""Operations whose second argument may be on the CPU, whatever they index."""
 
 Phase = Literal["encode", "sample", "decode", "update"]
 """The parts of an epoch: prompts to embeddings, noise to latents, latents to images, training."""
@@ -68,7 +66,7 @@ class LiveBytes(TorchDispatchMode):
         kwargs = kwargs or {}
         inputs = [each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
         if any(each.is_meta for each in inputs):
-            _check_devices(func, inputs)
+            _check_devices(func, args, kwargs)
             if func is _ATEN._local_scalar_dense.default:
                 return _value(inputs[0].dtype)
             if func is _ATEN._to_copy.default and _leaves_meta(kwargs):
@@ -164,9 +162,11 @@ def _leaves_meta(kwargs: dict[str, Any]) -> bool:
     return device is not None and torch.device(device).type != "meta"
 
 
-def _check_devices(func: Any, inputs: list[Tensor]) -> None:
-    if func in _BETWEEN_DEVICES:
+def _check_devices(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    if func in _COPIES:
         return
+    checked = (args[0], args[2:]) if func in _INDEXING else (args, kwargs)
+    inputs = [each for each in tree_leaves(checked) if isinstance(each, Tensor)]
     stray = [each for each in inputs if not each.is_meta and each.ndim]
     if stray:
         shapes = ", ".join(str(tuple(each.shape)) for each in stray)

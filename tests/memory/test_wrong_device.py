@@ -1,0 +1,132 @@
+"""A tensor left on the CPU is found without a GPU: with the model on `meta`, nothing may mix."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ddpo.diffusion import window
+from ddpo.diffusion.ddim import Ddim
+from ddpo.memory.counting import LiveBytes, WrongDevice
+from ddpo.memory.estimate import estimate
+from ddpo.models.base import Conditioning, Policy
+from ddpo.models.numerics import resolve_numerics
+from ddpo.training.trajectories import TrajectoryGradient
+from tests.tiny import tiny_config
+from tests.tiny_families import FAMILIES, SETTINGS
+
+ALGORITHMS: Mapping[str, dict[str, Any]] = {
+    "ddpo_is": {"type": "ddpo_is", "kl_weight": 0.1},
+    "ddpo_sf": {"type": "ddpo_sf"},
+    "rwr": {"type": "rwr"},
+    "value network": {"type": "ddpo_is", "advantages": {"type": "value_network"}},
+}
+
+
+def run_on_meta(models: Mapping[str, Path], name: str, algorithm: str) -> None:
+    config = tiny_config(
+        models[name], **SETTINGS.get(name, {}), optimizer={"ema_decay": 0.9}
+    ).changed(algorithm=ALGORITHMS[algorithm])
+    estimate(config, resolve_numerics(config.numerics))
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("name", ["sd", *FAMILIES])
+def test_sampling_and_updates_keep_to_one_device(
+    pipelines: Mapping[str, Path], name: str, algorithm: str
+) -> None:
+    run_on_meta(pipelines, name, algorithm)
+
+
+def _on_cpu(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def misplaced(*args: Any, **kwargs: Any) -> torch.Tensor:
+        return torch.zeros(function(*args, **kwargs).shape)
+
+    return misplaced
+
+
+def _plant_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ddpo.diffusion import sampling
+
+    monkeypatch.setattr(sampling, "_noise", _on_cpu(sampling._noise))
+
+
+def _plant_latents(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = TrajectoryGradient._next_latents
+    monkeypatch.setattr(TrajectoryGradient, "_next_latents", _on_cpu(own))
+
+
+def _plant_embeddings(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = Policy.encode
+
+    def misplaced(self: Policy, prompts: list[str]) -> Conditioning:
+        found = own(self, prompts)
+        return Conditioning({k: torch.zeros(v.shape) for k, v in found.tensors.items()})
+
+    monkeypatch.setattr(Policy, "encode", misplaced)
+
+
+def _plant_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = window._process
+
+    def misplaced(*args: Any) -> Any:
+        process = own(*args)
+        process.times = torch.zeros(process.times.shape)
+        return process
+
+    monkeypatch.setattr(window, "_process", misplaced)
+
+
+def _plant_noising(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = Ddim.noised
+
+    def misplaced(self: Ddim, clean: Any, noise: Any, times: Any) -> Any:
+        return own(self, clean, torch.zeros(noise.shape), times)
+
+    monkeypatch.setattr(Ddim, "noised", misplaced)
+
+
+def _plant_moments(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ddpo.training.optimizer.held_like", lambda tensor, other: tensor)
+
+
+def _plant_average(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ddpo.training.ema.held_like", lambda tensor, other: tensor)
+
+
+@pytest.mark.parametrize(
+    ("plant", "algorithm"),
+    [
+        (_plant_noise, "ddpo_is"),
+        (_plant_latents, "ddpo_is"),
+        (_plant_embeddings, "ddpo_is"),
+        (_plant_times, "ddpo_is"),
+        (_plant_moments, "ddpo_is"),
+        (_plant_average, "ddpo_is"),
+        (_plant_noising, "rwr"),
+    ],
+)
+def test_a_tensor_that_was_left_on_the_cpu_is_found(
+    pipelines: Mapping[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    plant: Callable[[pytest.MonkeyPatch], None],
+    algorithm: str,
+) -> None:
+    plant(monkeypatch)
+    with pytest.raises(WrongDevice):
+        run_on_meta(pipelines, "sd", algorithm)
+
+
+def test_what_a_gpu_accepts_of_the_cpu_is_accepted() -> None:
+    device, host = torch.zeros(4, 3, device="meta"), torch.zeros(4, 3)
+    with LiveBytes():
+        device + torch.tensor(1.0)  # a number
+        device[torch.tensor([0, 2])]
+        device.copy_(host)
+        for mixed in (lambda: device + host, lambda: host[torch.zeros(1, 3, device="meta").long()]):
+            with pytest.raises(WrongDevice):
+                mixed()
