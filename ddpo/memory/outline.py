@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import diffusers
 import torch
-from diffusers import AutoencoderKL  # pyright: ignore[reportPrivateImportUsage]
 from PIL import Image
 from torch import Tensor, nn
-from transformers import T5EncoderModel
 
 from ddpo.config import FullConfig, LoraConfig, ModelConfig
 from ddpo.memory.counting import Phase
 from ddpo.models import family_of, hub
 from ddpo.models.files import INDEX, ModelFiles
 from ddpo.models.numerics import Numerics
-from ddpo.models.pipeline_policy import PipelinePolicy
+from ddpo.models.pipeline_policy import LARGE_TEXT_ENCODERS, PipelinePolicy
 from ddpo.models.weights import Network
 
 if TYPE_CHECKING:
@@ -76,13 +73,18 @@ class Outline(_Base):
 
     @property
     def encoder_bytes(self) -> int:
-        """What the text encoders' weights take."""
+        """What the text encoders' weights take while they encode; none if they are there anyway."""
+        if self.weights.train_text:
+            return 0
         return sum(bytes_of(each) for each in self._present_text_encoders().values())
 
     @property
     def resident(self) -> list[Tensor]:
-        """What is on the device all the time: weights and buffers of network and autoencoder."""
-        modules = [m for part, m in self._modules().items() if part not in self.text_encoders]
+        """What is on the device all the time: network, autoencoder, text encoders in training."""
+        trained = self.weights.train_text
+        modules = [
+            m for part, m in self._modules().items() if trained or part not in self.text_encoders
+        ]
         return [tensor for each in modules for tensor in (*each.parameters(), *each.buffers())]
 
     @contextmanager
@@ -94,14 +96,14 @@ class Outline(_Base):
         index = files.json(INDEX)
         parts: dict[str, Any] = {
             self.network_part: nn.Module.to(_network(files, index, self.network_part), dtype),
-            "vae": AutoencoderKL.from_config(_vae_config(files, self.vae_folder)),
+            "vae": self.autoencoder_class.from_config(self._vae_config(files)),
         }
         with torch.device("cpu"):
             scheduler = getattr(diffusers, index["scheduler"][1])
             settings = files.json("scheduler/scheduler_config.json")
             parts["scheduler"] = scheduler.from_config(settings)
         for part, kind in self.text_encoders.items():
-            narrow = kind is T5EncoderModel
+            narrow = kind in LARGE_TEXT_ENCODERS
             parts[part] = None
             if part in files.parts:
                 config = kind.config_class.from_dict(files.json(f"{part}/config.json"))
@@ -115,6 +117,11 @@ class Outline(_Base):
         self.pipeline = kind(**{**settings, **self._without(), **parts})
         self._finish(self.pipeline)
         return self.network
+
+    def _vae_config(self, files: ModelFiles) -> Any:
+        if self.vae_folder is None:
+            return files.json("vae/config.json")
+        return self.autoencoder_class.load_config(self.vae_folder)
 
 
 def outline(model: ModelConfig, trainable: LoraConfig | FullConfig, numerics: Numerics) -> Outline:
@@ -150,6 +157,10 @@ class _Tokens:
         ids = torch.zeros(rows, max_length, dtype=torch.int64)
         return SimpleNamespace(input_ids=ids, attention_mask=torch.ones_like(ids))
 
+    def apply_chat_template(self, messages: Sequence[Mapping[str, str]], **_: Any) -> str:
+        """Return what is said, without what a template puts around it."""
+        return messages[0]["content"]
+
     def tokenize(self, text: str) -> list[str]:
         """Return no tokens: none is a textual inversion's."""
         return []
@@ -157,10 +168,3 @@ class _Tokens:
 
 def _network(files: ModelFiles, index: dict[str, Any], part: str) -> Any:
     return getattr(diffusers, index[part][1]).from_config(files.json(f"{part}/config.json"))
-
-
-def _vae_config(files: ModelFiles, other: Path | None) -> dict[str, Any]:
-    if other is None:
-        return files.json("vae/config.json")
-    found: Any = AutoencoderKL.load_config(other)
-    return found

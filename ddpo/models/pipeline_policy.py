@@ -33,7 +33,8 @@ from ddpo.models.files import ModelFiles
 from ddpo.models.lora import LoraWeights, by_part, text_state
 from ddpo.models.weights import Network
 
-_LARGE_TEXT_ENCODERS = (T5EncoderModel, Qwen3ForCausalLM)
+LARGE_TEXT_ENCODERS = (T5EncoderModel, Qwen3ForCausalLM)
+"""Those whose weights are kept in the dtype of the arithmetic."""
 
 
 class PipelinePolicy(Policy):
@@ -336,7 +337,7 @@ class PipelinePolicy(Policy):
         """Load a text encoder; raise ModelError if its files lack, or name otherwise, weights."""
         # Where diffusers fails, transformers initialises missing weights at random, with a warning.
         folder = files.folder / part
-        dtype = self.numerics.torch_dtype if kind in _LARGE_TEXT_ENCODERS else torch.float32
+        dtype = self.numerics.torch_dtype if kind in LARGE_TEXT_ENCODERS else torch.float32
         try:
             loaded: Any = kind.from_pretrained(
                 folder,
