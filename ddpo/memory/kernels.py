@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
+from torch.utils.checkpoint import checkpoint
 
 _NARROW = frozenset(
     {
@@ -73,9 +75,6 @@ class GpuKernels(TorchFunctionMode):
     ) -> Any:
         """Run a function of torch."""
         kwargs = kwargs or {}
-        if func is Tensor.backward:  # what gradient checkpointing recomputes inside counts alike
-            with self:
-                return torch.autograd.backward(args[0], kwargs.pop("gradient", None), **kwargs)
         name = getattr(func, "__name__", "")
         if torch.is_autocast_enabled("cpu"):
             dtype = torch.get_autocast_dtype("cpu")
@@ -102,6 +101,19 @@ class GpuKernels(TorchFunctionMode):
         if id(value) not in self._cast:
             self._cast[id(value)] = (value, value.to(dtype))
         return self._cast[id(value)][1]
+
+
+def checkpointed(module: Any, *args: Any) -> Any:
+    """Run a module, recomputing it in the backward, as diffusers does, by the same kernels.
+
+    Inside a backward, modes of functions are off.
+    """
+    return checkpoint(
+        module.__call__,
+        *args,
+        use_reentrant=False,
+        context_fn=lambda: (nullcontext(), GpuKernels()),
+    )
 
 
 class _Attention(torch.autograd.Function):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ddpo.config import FullConfig, LoraConfig, ModelConfig
 from ddpo.memory.counting import Phase
+from ddpo.memory.kernels import checkpointed
 from ddpo.models import family_of, hub
 from ddpo.models.files import INDEX, ModelFiles
 from ddpo.models.numerics import Numerics
@@ -65,6 +66,8 @@ class Outline(_Base):
         self.in_phase = lambda phase: nullcontext()
         with torch.device("meta"):
             self._build(files, trainable, 0)
+        if numerics.gradient_checkpointing:
+            self.network.enable_gradient_checkpointing(checkpointed)
 
     def decode(self, latents: Tensor) -> list[Image.Image]:
         """Turn clean latents into images, in a phase of its own."""
