@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ddpo.config import RunConfig
-from ddpo.config.model import size_of
+from ddpo.config.model import Size, size_of
+from ddpo.config.sampler import SamplerConfig
 from ddpo.diffusion.sampling import sample
 from ddpo.memory.counting import LiveBytes, Peaks, Phase
 from ddpo.memory.kernels import GpuKernels
@@ -121,7 +122,7 @@ def _others(samples: int, prompts: int | None) -> int:
 
 def _sample(policy: Outline, config: RunConfig, counter: LiveBytes) -> None:
     """Sample one batch of an epoch in fewer steps, and one of an evaluation if there are any."""
-    samplers = [(config.sampler, None)]
+    samplers: list[tuple[SamplerConfig, Size | None]] = [(config.sampler, None)]
     if config.evaluation:
         size = size_of(config.evaluation.resolution)
         samplers.append((config.evaluation.sampler_of(config.sampler), size))

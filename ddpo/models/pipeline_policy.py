@@ -15,8 +15,8 @@ from typing import Any, ClassVar, cast
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLFlux2,
     DiffusionPipeline,  # pyright: ignore[reportPrivateImportUsage]
-    ModelMixin,
 )
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from diffusers.utils import logging
@@ -42,7 +42,7 @@ class PipelinePolicy(Policy):
 
     pipeline_class: ClassVar[type[DiffusionPipeline]]
     """The pipeline's class in diffusers."""
-    autoencoder_class: ClassVar[type[ModelMixin]] = AutoencoderKL
+    autoencoder_class: ClassVar[type[AutoencoderKL | AutoencoderKLFlux2]] = AutoencoderKL
     """The autoencoder's class in diffusers."""
     network_part: ClassVar[str]
     """The part that is trained."""
