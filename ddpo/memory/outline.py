@@ -5,13 +5,13 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import diffusers
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from transformers import BatchEncoding
 
 from ddpo.config import FullConfig, LoraConfig, ModelConfig
 from ddpo.memory.counting import Phase
@@ -155,10 +155,10 @@ class _Tokens:
 
     def __call__(
         self, text: str | Sequence[str], *, max_length: int = 1, **_: Any
-    ) -> SimpleNamespace:
+    ) -> BatchEncoding:
         rows = 1 if isinstance(text, str) else len(text)
         ids = torch.zeros(rows, max_length, dtype=torch.int64)
-        return SimpleNamespace(input_ids=ids, attention_mask=torch.ones_like(ids))
+        return BatchEncoding({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
 
     def apply_chat_template(self, messages: Sequence[Mapping[str, str]], **_: Any) -> str:
         """Return what is said, without what a template puts around it."""
