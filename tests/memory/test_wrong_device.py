@@ -23,7 +23,7 @@ ALGORITHMS: Mapping[str, dict[str, Any]] = {
     "ddpo_is": {"type": "ddpo_is", "kl_weight": 0.1},
     "ddpo_sf": {"type": "ddpo_sf"},
     "rwr": {"type": "rwr"},
-    "value network": {"type": "ddpo_is", "advantages": {"type": "value_network"}},
+    "value network": {"type": "ddpo_is", "advantages": {"type": "value"}},
 }
 
 
