@@ -149,7 +149,7 @@ def _with(
 ) -> tuple[RunConfig, Numerics]:
     part, _, key = name.partition(".")
     if part == "numerics":
-        return config, numerics.model_copy(update={key: value})
+        return config, Numerics.model_validate({**dict(numerics), key: value})
     if key:
         value = getattr(config, part).changed(**{key: value})
     return config.changed(**{part: value}), numerics

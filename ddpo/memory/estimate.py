@@ -102,8 +102,10 @@ def estimate(
             with peaks.phase("sample"), counter.holding(others * row):
                 _sample(policy, config, counter)
         if "update" in parts:
-            others = _others(config.rollouts.samples_per_epoch, prompts)
-            with peaks.phase("update"), counter.holding(others * row):
+            beside = _others(config.rollouts.samples_per_epoch, prompts) * row
+            if on_cpu:  # where the state that the epoch starts from is, too
+                beside += _bytes_of(state)
+            with peaks.phase("update"), counter.holding(beside):
                 _update(policy, config, state)
     parameters = [each for each in policy.resident if each.requires_grad]
     trained = sum(each.nbytes for each in parameters)
@@ -170,6 +172,12 @@ def _trained_state(policy: Outline, config: RunConfig) -> TrainState:
         moments[f"exp_avg_sq/{name}"] = _zeros(*parameter.shape)
     start = initial_state(policy, ema=config.optimizer.ema_decay is not None)
     return replace(start, optimizer=moments)
+
+
+def _bytes_of(state: TrainState) -> int:
+    parts = (state.weights, state.optimizer, state.ema)
+    tensors = {id(each): each for part in parts for each in part.values()}
+    return sum(each.numel() * each.element_size() for each in tensors.values())
 
 
 def _zeros(*shape: int) -> Tensor:
