@@ -14,9 +14,9 @@ from ddpo.config.model import Size, size_of
 from ddpo.config.sampler import SamplerConfig
 from ddpo.diffusion.sampling import sample
 from ddpo.memory.counting import LiveBytes, Peaks, Phase
-from ddpo.memory.kernels import GpuKernels
-from ddpo.memory.outline import Outline, outline
+from ddpo.memory.kernels import GpuKernels, checkpointed
 from ddpo.models.numerics import Numerics
+from ddpo.models.outline import Outline, outline
 from ddpo.training.loop import initial_state, update
 from ddpo.training.samples import FinalLatents, Rollouts, Samples
 from ddpo.training.state import TrainState
@@ -79,6 +79,8 @@ def estimate(
         ModelError: The model is neither on disk nor reachable, or cannot be trained.
     """
     policy = outline(config.model, config.trainable, numerics)
+    if numerics.gradient_checkpointing:
+        policy.network.enable_gradient_checkpointing(checkpointed)
     on_cpu = numerics.device == "cpu"
     counter = LiveBytes({"meta", "cpu"} if on_cpu else {"meta"})
     peaks = Peaks(counter)

@@ -15,8 +15,8 @@ from ddpo.memory.advice import check_fit
 from ddpo.memory.counting import LiveBytes, Peaks
 from ddpo.memory.estimate import estimate
 from ddpo.memory.kernels import GpuKernels
-from ddpo.memory.outline import outline
 from ddpo.models.numerics import resolve_numerics
+from ddpo.models.outline import outline
 from tests.tiny import tiny_config
 from tests.tiny_families import SETTINGS
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import diffusers
 import torch
@@ -14,8 +14,6 @@ from torch import Tensor, nn
 from transformers import BatchEncoding
 
 from ddpo.config import FullConfig, LoraConfig, ModelConfig
-from ddpo.memory.counting import Phase
-from ddpo.memory.kernels import checkpointed
 from ddpo.models import family_of, hub
 from ddpo.models.files import INDEX, ModelFiles
 from ddpo.models.numerics import Numerics
@@ -52,7 +50,7 @@ class Outline(_Base):
         numerics: Device, dtype, batch sizes, which are not applied to the process.
     """
 
-    in_phase: Callable[[Phase], AbstractContextManager[None]]
+    in_phase: Callable[[Literal["encode", "decode"]], AbstractContextManager[None]]
     """Called around encoding and decoding."""
 
     def __init__(
@@ -66,8 +64,6 @@ class Outline(_Base):
         self.in_phase = lambda phase: nullcontext()
         with torch.device("meta"):
             self._build(files, trainable, 0)
-        if numerics.gradient_checkpointing:
-            self.network.enable_gradient_checkpointing(checkpointed)
 
     def decode(self, latents: Tensor) -> list[Image.Image]:
         """Turn clean latents into images, in a phase of its own."""
