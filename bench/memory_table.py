@@ -59,7 +59,7 @@ def row(name: str, config_file: str, side: int) -> str:
 
 
 def _on_a_gpu(numerics: Numerics) -> Numerics:
-    return numerics.model_copy(update={"device": "cuda", "dtype": "bfloat16"})
+    return Numerics.model_validate({**dict(numerics), "device": "cuda", "dtype": "bfloat16"})
 
 
 def _verdict(fit: Fit) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -143,11 +144,13 @@ def _sample(policy: Outline, config: RunConfig, counter: LiveBytes) -> None:
 def _update(policy: Outline, config: RunConfig, state: TrainState) -> None:
     """Take one optimizer step of two micro-batches: the second has the first's gradient beside."""
     size = policy.numerics.micro_batch_size
-    changes = {"updates_per_epoch": 1, "inner_epochs": 1}
+    changes: dict[str, Any] = {"updates_per_epoch": 1, "inner_epochs": 1}
+    if config.rollouts.samples_per_prompt > 1:  # what is run here is smaller than a group
+        changes["advantages"] = {"type": "batch"}
     algorithm = config.algorithm.changed(
         **{
-            name: one
-            for name, one in changes.items()
+            name: value
+            for name, value in changes.items()
             if name in type(config.algorithm).model_fields
         }
     )

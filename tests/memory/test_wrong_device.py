@@ -23,14 +23,16 @@ ALGORITHMS: Mapping[str, dict[str, Any]] = {
     "ddpo_is": {"type": "ddpo_is", "kl_weight": 0.1},
     "ddpo_sf": {"type": "ddpo_sf"},
     "rwr": {"type": "rwr"},
+    "groups": {"type": "ddpo_is", "advantages": {"type": "group", "deviation": "batch"}},
     "value network": {"type": "ddpo_is", "advantages": {"type": "value"}},
 }
 
 
 def run_on_meta(models: Mapping[str, Path], name: str, algorithm: str) -> None:
-    config = tiny_config(
-        models[name], **SETTINGS.get(name, {}), optimizer={"ema_decay": 0.9}
-    ).changed(algorithm=ALGORITHMS[algorithm])
+    config = tiny_config(models[name], **SETTINGS.get(name, {}), optimizer={"ema_decay": 0.9})
+    if algorithm == "groups":
+        config = config.changed(rollouts=config.rollouts.changed(samples_per_prompt=4))
+    config = config.changed(algorithm=ALGORITHMS[algorithm])
     estimate(config, resolve_numerics(config.numerics))
 
 
