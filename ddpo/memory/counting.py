@@ -86,6 +86,12 @@ class LiveBytes(TorchDispatchMode):
                 storage = each.untyped_storage()
                 self._add(storage, storage.nbytes())
 
+    def pass_over(self, tensors: Iterable[Tensor]) -> None:
+        """Do not count the storages of tensors, such as operations that return views find them."""
+        for each in tensors:
+            storage = each.untyped_storage()
+            self._add(storage, 0)
+
     @contextmanager
     def holding(self, size: int) -> Iterator[None]:
         """Count some more bytes inside the block."""

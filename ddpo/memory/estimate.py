@@ -85,7 +85,7 @@ def estimate(
     on_cpu = numerics.device == "cpu"
     counter = LiveBytes({"meta", "cpu"} if on_cpu else {"meta"})
     peaks = Peaks(counter)
-    encoders = policy.encoder_bytes
+    encoders = sum(each.nbytes for each in policy.passing)
 
     @contextmanager
     def in_phase(name: Phase) -> Iterator[None]:
@@ -95,6 +95,7 @@ def estimate(
 
     policy.in_phase = in_phase
     counter.count(policy.resident)
+    counter.pass_over(policy.passing)  # which come and go: `encoders` stands for them
     with LiveBytes(()), GpuKernels():
         state = _trained_state(policy, config)
     with counter, counter.holding(encoders if on_cpu else 0), GpuKernels():

@@ -71,11 +71,12 @@ class Outline(_Base):
             return super().decode(latents)
 
     @property
-    def encoder_bytes(self) -> int:
-        """What the text encoders' weights take while they encode; none if they are there anyway."""
+    def passing(self) -> list[Tensor]:
+        """What is on the device while prompts are encoded: weights of frozen text encoders."""
         if self.weights.train_text:
-            return 0
-        return sum(bytes_of(each) for each in self._present_text_encoders().values())
+            return []
+        modules = self._present_text_encoders().values()
+        return [tensor for each in modules for tensor in (*each.parameters(), *each.buffers())]
 
     @property
     def resident(self) -> list[Tensor]:
@@ -133,11 +134,6 @@ def outline(model: ModelConfig, trainable: LoraConfig | FullConfig, numerics: Nu
     family = family_of(model)
     kind: Any = type(f"{family.__name__}Outline", (Outline, family), {})
     return kind(model, trainable, numerics)
-
-
-def bytes_of(module: nn.Module) -> int:
-    """Return what a module's weights and buffers take."""
-    return sum(each.nbytes for each in (*module.parameters(), *module.buffers()))
 
 
 class _Tokens:

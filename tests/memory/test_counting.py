@@ -128,3 +128,14 @@ def test_t5_is_left_out_where_it_does_not_fit(pipelines: Mapping[str, Path]) -> 
     assert needs.largest == "encode"
     without = estimate(config.changed(model={"path": config.model.path, "t5": False}), numerics)
     assert without.text_encoders < needs.text_encoders
+
+
+def test_a_view_of_what_is_passed_over_does_not_count() -> None:
+    weight = torch.zeros(8, 4, device="meta")
+    counter = LiveBytes()
+    counter.pass_over([weight])
+    with counter:
+        view = weight.t()
+        made = weight + 1
+    assert counter.current == made.nbytes == 8 * 4 * 4
+    assert view.shape == (4, 8)
