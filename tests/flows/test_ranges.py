@@ -95,7 +95,7 @@ def test_no_model_is_loaded_for_a_device_that_is_absent(
 ) -> None:
     config = tiny_config(tiny_model)
     cuda = resolve_numerics(config.numerics).model_copy(update={"device": "cuda"})
-    monkeypatch.setattr("ddpo.models._family", lambda model: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("ddpo.models.family_of", lambda model: pytest.fail("a model was loaded"))
     with pytest.raises(ConfigError, match="torch finds no CUDA device here"):
         load_policy(ModelConfig(path=str(tiny_model)), LoraConfig(), cuda, seed=0)
 
