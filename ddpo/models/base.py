@@ -11,12 +11,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from ddpo.basics.digests import json_digest, tensors_digest
 from ddpo.basics.randomness import derive_seed
@@ -25,10 +24,14 @@ from ddpo.errors import ConfigError, ModelError
 from ddpo.models import hub
 from ddpo.models.files import ModelFiles
 from ddpo.models.full import FullWeights
-from ddpo.models.lora import LoraWeights
 from ddpo.models.numerics import Numerics
 from ddpo.models.schedule import Schedule
-from ddpo.models.weights import Network, Weights
+from ddpo.models.weights import Weights
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from ddpo.models.weights import Network
 
 _logger = logging.getLogger(__name__)
 
@@ -187,6 +190,8 @@ class Policy(ABC):
         if isinstance(trainable, FullConfig):
             self.weights = FullWeights(network)
         else:
+            from ddpo.models.lora import LoraWeights  # imports peft, diffusers and transformers
+
             adapter_seed = derive_seed(seed, "adapter")
             self.weights = LoraWeights(
                 network,

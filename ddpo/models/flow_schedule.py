@@ -5,15 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Self, cast
+from typing import TYPE_CHECKING, Any, Self, cast
 
 import numpy as np
-from diffusers import FlowMatchEulerDiscreteScheduler  # pyright: ignore[reportPrivateImportUsage]
 from pydantic import JsonValue
 from torch import Tensor
 
 from ddpo.errors import ConfigError, ModelError
 from ddpo.models.schedule import Schedule
+
+if TYPE_CHECKING:
+    from diffusers import (
+        FlowMatchEulerDiscreteScheduler,  # pyright: ignore[reportPrivateImportUsage]
+    )
 
 _SETTINGS = (
     "num_train_timesteps",
@@ -143,6 +147,10 @@ class FlowSchedule(Schedule):
 
 def flow_scheduler(config: Mapping[str, Any]) -> FlowMatchEulerDiscreteScheduler:
     """Return diffusers' scheduler with a config's settings."""
+    from diffusers import (
+        FlowMatchEulerDiscreteScheduler,  # pyright: ignore[reportPrivateImportUsage]
+    )
+
     made = FlowMatchEulerDiscreteScheduler.from_config(dict(config))
     return cast(FlowMatchEulerDiscreteScheduler, made)
 

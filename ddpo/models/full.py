@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from ddpo.errors import ConfigError
-from ddpo.models.weights import Network, Weights
+from ddpo.models.weights import Weights
+
+if TYPE_CHECKING:
+    from ddpo.models.weights import Network
 
 
 class FullWeights(Weights):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import peft
 import torch
@@ -14,7 +15,10 @@ from transformers import PreTrainedModel
 
 from ddpo.config import LoraConfig
 from ddpo.errors import ConfigError
-from ddpo.models.weights import Network, Weights
+from ddpo.models.weights import Weights
+
+if TYPE_CHECKING:
+    from ddpo.models.weights import Network
 
 TEXT_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
 """The layers of a CLIP that get an adapter, as in diffusers' own training scripts."""

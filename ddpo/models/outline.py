@@ -18,9 +18,10 @@ from ddpo.models import family_of, hub
 from ddpo.models.files import INDEX, ModelFiles
 from ddpo.models.numerics import Numerics
 from ddpo.models.pipeline_policy import LARGE_TEXT_ENCODERS, PipelinePolicy
-from ddpo.models.weights import Network
 
 if TYPE_CHECKING:
+    from ddpo.models.weights import Network
+
     _Base = PipelinePolicy
 else:
     _Base = object

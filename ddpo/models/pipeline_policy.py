@@ -10,7 +10,7 @@ from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from diffusers import (
@@ -31,7 +31,9 @@ from ddpo.models import exports, hub, lora_files
 from ddpo.models.base import Conditioning, Policy
 from ddpo.models.files import ModelFiles
 from ddpo.models.lora import LoraWeights, by_part, text_state
-from ddpo.models.weights import Network
+
+if TYPE_CHECKING:
+    from ddpo.models.weights import Network
 
 LARGE_TEXT_ENCODERS = (T5EncoderModel, Qwen3ForCausalLM)
 """Those whose weights are kept in the dtype of the arithmetic."""

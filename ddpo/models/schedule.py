@@ -5,14 +5,16 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Self, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, cast
 
 import torch
-from diffusers import DDIMScheduler  # pyright: ignore[reportPrivateImportUsage]
 from pydantic import JsonValue
 from torch import Tensor
 
 from ddpo.errors import ModelError
+
+if TYPE_CHECKING:
+    from diffusers import DDIMScheduler  # pyright: ignore[reportPrivateImportUsage]
 
 _SETTINGS = (
     "num_train_timesteps",
@@ -126,6 +128,8 @@ def ddim_scheduler(config: Mapping[str, Any]) -> DDIMScheduler:
     Args:
         config: Of any scheduler, as ``scheduler_config.json`` holds it.
     """
+    from diffusers import DDIMScheduler  # pyright: ignore[reportPrivateImportUsage]
+
     # Other schedulers have no such setting, and DDIM's own default of true is for pixel models.
     clip_sample = config.get("clip_sample", False)
     return cast(DDIMScheduler, DDIMScheduler.from_config(dict(config), clip_sample=clip_sample))

@@ -5,18 +5,20 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
-from diffusers import (
-    FluxTransformer2DModel,  # pyright: ignore[reportPrivateImportUsage]
-    SD3Transformer2DModel,  # pyright: ignore[reportPrivateImportUsage]
-    UNet2DConditionModel,  # pyright: ignore[reportPrivateImportUsage]
-)
 from torch import Tensor
 
-Network = UNet2DConditionModel | SD3Transformer2DModel | FluxTransformer2DModel
-"""The denoising networks of all families."""
+if TYPE_CHECKING:
+    from diffusers import (
+        FluxTransformer2DModel,  # pyright: ignore[reportPrivateImportUsage]
+        SD3Transformer2DModel,  # pyright: ignore[reportPrivateImportUsage]
+        UNet2DConditionModel,  # pyright: ignore[reportPrivateImportUsage]
+    )
+
+    Network = UNet2DConditionModel | SD3Transformer2DModel | FluxTransformer2DModel
+    """The denoising networks of all families."""
 
 WeightSet = Literal["trained", "average", "base"]
 """A set of weights that a policy can compute with: the trained ones, their moving average, or the
