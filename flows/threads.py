@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 from types import TracebackType
 from typing import Any
 
 from prefect import Task
+from prefect.context import FlowRunContext
 from prefect.futures import PrefectConcurrentFuture
 from prefect.task_runners import ThreadPoolTaskRunner
 
@@ -17,7 +19,9 @@ from ddpo_workflow.tasks.stops import is_stop
 from ddpo_workflow.tasks.worker import ON_DEVICE
 
 _EXIT_S = 10.0
-"""How long a stopped flow run has to log and to record how it ended, in seconds."""
+"""How long a stopped flow run has at most until its process ends, in seconds."""
+_LOG_S = 3.0
+"""How long the process has to record how it ended once its outermost flow has, in seconds."""
 
 
 class AbandoningThreads(ThreadPoolTaskRunner[Any]):
@@ -36,20 +40,8 @@ class AbandoningThreads(ThreadPoolTaskRunner[Any]):
         if self._executor is not None and is_stop(exc_value):
             self._executor.shutdown(wait=False, cancel_futures=True)
             self._executor = None
-            _end_process_soon()
+            _end_process_within(_EXIT_S)
         super().__exit__(exc_type, exc_value, traceback)
-
-
-def _end_process_soon() -> None:
-    """End the process of a Prefect worker's flow run, even if an abandoned task is still running.
-
-    Python would wait for its thread, and the worker kills the process after half a minute, before
-    which the flow run is not shown as cancelled.
-    """
-    if "PREFECT__FLOW_RUN_ID" in os.environ:  # which the worker sets
-        timer = threading.Timer(_EXIT_S, os._exit, args=[0])
-        timer.daemon = True
-        timer.start()
 
 
 class WorkerThreads(AbandoningThreads):
@@ -99,3 +91,28 @@ class WorkerThreads(AbandoningThreads):
             self._device = None
         super().__exit__(exc_type, exc_value, traceback)
         self._children.__exit__(None, None, None)
+        if is_stop(exc_value) and FlowRunContext.get() is None:
+            _end_process_within(_LOG_S, flush=True)
+
+
+def _end_process_within(seconds: float, *, flush: bool = False) -> None:
+    """End the process of a Prefect worker's flow run, even if an abandoned task is still running.
+
+    Python would wait for its thread, and the worker kills the process after half a minute, before
+    which the flow run is not shown as cancelled.
+
+    Args:
+        seconds: From now.
+        flush: Whether logs are sent to the server first, which may hang.
+    """
+    if "PREFECT__FLOW_RUN_ID" in os.environ:  # which the worker sets
+        timer = threading.Timer(seconds, _end_process, args=[flush])
+        timer.daemon = True
+        timer.start()
+
+
+def _end_process(flush: bool) -> None:
+    if flush:
+        for handler in logging.getLogger("prefect.flow_runs").handlers:
+            handler.flush()
+    os._exit(0)
