@@ -6,22 +6,18 @@ Each is finite, and its prompts are sampled uniformly. Names and lists are those
 
 from __future__ import annotations
 
-import functools
 import json
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 from ddpo.basics import trust
+from ddpo.basics.english import number_word, plural, with_article
 from ddpo.basics.paths import expand
 from ddpo.errors import ConfigError
 from ddpo.prompts.base import Prompt
-
-if TYPE_CHECKING:
-    import inflect
-
 
 _OTHER_FORMATS = {".json", ".csv", ".tsv", ".parquet", ".yaml", ".yml", ".xlsx"}
 _BLANKS = " \t\r"
@@ -55,7 +51,7 @@ def simple_animals(article: bool = True) -> list[Prompt]:
     Args:
         article: ``"a cat"``, as in the paper; otherwise ``"cat"``, as in its code.
     """
-    return [Prompt(_with_article(animal) if article else animal) for animal in ANIMALS]
+    return [Prompt(with_article(animal) if article else animal) for animal in ANIMALS]
 
 
 def imagenet_animals(article: bool = True) -> list[Prompt]:
@@ -64,13 +60,13 @@ def imagenet_animals(article: bool = True) -> list[Prompt]:
     Args:
         article: ``"a sea urchin"``, as in the paper; otherwise ``"sea urchin"``, as in its code.
     """
-    return [Prompt(_with_article(animal) if article else animal) for animal in IMAGENET_ANIMALS]
+    return [Prompt(with_article(animal) if article else animal) for animal in IMAGENET_ANIMALS]
 
 
 def animal_activities() -> list[Prompt]:
     """Return 45 animals x 3 activities: the alignment task. ``"a cat washing the dishes"``."""
     return [
-        Prompt(f"{_with_article(animal)} {activity}")
+        Prompt(f"{with_article(animal)} {activity}")
         for animal in ANIMALS
         for activity in ACTIVITIES
     ]
@@ -84,18 +80,18 @@ def unseen_animals() -> list[Prompt]:
     """
     seen = set(ANIMALS)
     unseen = (animal for animal in IMAGENET_ANIMALS if seen.isdisjoint(animal.lower().split()))
-    return [Prompt(_with_article(animal)) for animal in unseen]
+    return [Prompt(with_article(animal)) for animal in unseen]
 
 
 def everyday_objects() -> list[Prompt]:
     """Return 30 inanimate objects: ``"a teapot"``. See `unseen_animals`."""
-    return [Prompt(_with_article(thing)) for thing in OBJECTS]
+    return [Prompt(with_article(thing)) for thing in OBJECTS]
 
 
 def unseen_activities() -> list[Prompt]:
     """Return 45 animals x 5 other activities: ``"a cat reading a book"``. See `unseen_animals`."""
     return [
-        Prompt(f"{_with_article(animal)} {activity}")
+        Prompt(f"{with_article(animal)} {activity}")
         for animal in ANIMALS
         for activity in UNSEEN_ACTIVITIES
     ]
@@ -134,7 +130,7 @@ def starter_scenes(
         every: Keep every n-th of the remaining prompts, starting with the first: fewer prompts are
             sampled more often, so that per-prompt statistics are usable sooner.
     """
-    from ddpo.starter.scenes import SCENES  # imports transformers
+    from ddpo.starter.scenes import SCENES
 
     chosen = [scene for scene in SCENES if kinds is None or scene.kind in kinds]
     if held_out != "with":
@@ -207,8 +203,8 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _count(number: int, animal: str) -> Prompt:
-    words = _words().number_to_words(str(number))
-    animals = _words().plural_noun(animal)
+    words = number_word(number)
+    animals = plural(animal)
     return Prompt(
         f"{words} {animal if number == 1 else animals}",
         {
@@ -216,17 +212,6 @@ def _count(number: int, animal: str) -> Prompt:
                 f"How many {animals} are there in this image?",
                 "What animal is in this image?",
             ],
-            "answers": [str(words), animal],
+            "answers": [words, animal],
         },
     )
-
-
-def _with_article(noun: str) -> str:
-    return _words().a(noun)
-
-
-@functools.cache
-def _words() -> inflect.engine:
-    import inflect  # takes about a second
-
-    return inflect.engine()

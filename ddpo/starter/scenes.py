@@ -8,8 +8,8 @@ from functools import cache
 
 import numpy as np
 
+from ddpo.basics.english import number_word, plural, with_article
 from ddpo.starter.glyphs import ACTIVITIES, ANIMALS, OTHERS
-from ddpo.starter.text import article_prompt, number_word, plural
 
 
 class Kind(StrEnum):
@@ -74,7 +74,7 @@ class Scene:
         """The prompt of the scene: 'a cat', 'an ant playing chess', 'two cats'."""
         if self.count > 1:
             return f"{number_word(self.count)} {plural(self.name)}"
-        words = article_prompt(self.name)
+        words = with_article(self.name)
         return f"{words} {self.activity}" if self.activity else words
 
     @staticmethod

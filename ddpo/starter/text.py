@@ -5,17 +5,16 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import Any
 
-import inflect
 from transformers import CLIPTokenizer
 
+from ddpo.basics.english import plural
 from ddpo.starter.glyphs import ANIMALS, OTHERS
 
 MAX_TOKENS = 24
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 WORD_END = "</w>"
 
-_ENGLISH = inflect.engine()
-PLURALS: tuple[str, ...] = tuple(_ENGLISH.plural_noun(animal) for animal in ANIMALS)
+PLURALS: tuple[str, ...] = tuple(plural(animal) for animal in ANIMALS)
 
 PHRASES = (
     "a an one two three four five six seven eight nine ten and of the with in on photo picture "
@@ -23,21 +22,6 @@ PHRASES = (
 )
 WORDS: tuple[str, ...] = tuple(dict.fromkeys([*PHRASES.split(), *ANIMALS, *PLURALS, *OTHERS]))
 """Words that are one token each. Others are split into pieces, down to bytes."""
-
-
-def article_prompt(name: str) -> str:
-    """Return a name with its article: 'a cat', 'an ant'."""
-    return _ENGLISH.a(name)
-
-
-def plural(animal: str) -> str:
-    """Return the plural of one of `ANIMALS`: 'cats', 'mice'."""
-    return PLURALS[ANIMALS.index(animal)]
-
-
-def number_word(number: int) -> str:
-    """Return a number in words: 'two' for 2."""
-    return str(_ENGLISH.number_to_words(str(number)))
 
 
 def byte_characters() -> list[str]:

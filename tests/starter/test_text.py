@@ -8,7 +8,7 @@ from transformers import CLIPTokenizer
 
 from ddpo.starter.glyphs import ANIMALS, OTHERS
 from ddpo.starter.scenes import SCENE_NUMBERS, Scene
-from ddpo.starter.text import MAX_TOKENS, PLURALS, WORDS, article_prompt, build_tokenizer
+from ddpo.starter.text import MAX_TOKENS, PLURALS, WORDS, build_tokenizer
 from starter_training.prompt_table import PromptTable
 
 STRANGE = ["Zwölf 猫 \n 🐈 xyz-12", "", "quetzalcoatl!", "it's a <tag> & more", "a\tcat   ate"]
@@ -54,10 +54,6 @@ def test_tokens_decode_to_the_prompt(loaded: CLIPTokenizer) -> None:
     for text in ["an ant washing the dishes", "three hedgehogs", "zwölf quetzals"]:
         tokens = loaded(text)["input_ids"]
         assert loaded.decode(tokens, skip_special_tokens=True) == text
-
-
-def test_articles_are_english() -> None:
-    assert [article_prompt(animal) for animal in ("cat", "ant")] == ["a cat", "an ant"]
 
 
 def test_each_training_prompt_has_tokens_of_its_own() -> None:

@@ -27,6 +27,7 @@ from PIL import Image
 from pydantic import Field
 
 from ddpo.basics.digests import json_digest, sha256_bytes
+from ddpo.basics.english import number_word
 from ddpo.errors import ConfigError, RewardError
 from ddpo.prompts.base import Prompt
 from ddpo.rewards.base import Scores
@@ -148,7 +149,6 @@ def _answer(judge: Judge, image: Image.Image, scene: Scene | None) -> _Answer:
 @functools.cache
 def _scene_by_words() -> Mapping[str, Scene]:
     from ddpo.starter.scenes import SCENES
-    from ddpo.starter.text import number_word
 
     scenes: dict[str, Scene] = {}
     for scene in SCENES:

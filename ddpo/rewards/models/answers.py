@@ -13,13 +13,10 @@ import re
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+from ddpo.basics.english import plural
 from ddpo.errors import RewardError
 from ddpo.prompts.base import Prompt
-
-if TYPE_CHECKING:
-    import inflect
 
 _WORD = re.compile(r"\d+(?:[.,]\d+)*|[^\W\d_]+")
 _THOUSANDS = re.compile(r"\d{1,3}(?:,\d{3})+")
@@ -116,7 +113,7 @@ def _texts(name: str, given: object) -> list[str]:
 def _forms(expected: str) -> tuple[list[str], ...]:
     as_given = _words(expected)
     if as_given and as_given[-1].isalpha():
-        return as_given, _words(_english().plural_noun(expected.strip()))
+        return as_given, _words(plural(expected.strip()))
     return (as_given,)  # a number has no plural
 
 
@@ -142,10 +139,3 @@ def _words(text: str) -> list[str]:
 def _digits(word: str) -> str:
     plain = word.replace(",", "") if _THOUSANDS.fullmatch(word) else word
     return str(int(plain)) if plain.isdecimal() else plain
-
-
-@functools.cache
-def _english() -> inflect.engine:
-    import inflect  # takes about a second
-
-    return inflect.engine()
