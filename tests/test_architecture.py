@@ -197,7 +197,9 @@ def shadowed(folder: Path) -> list[str]:
     code = "import importlib.util, sys; print(*filter(importlib.util.find_spec, sys.argv[1:]))"
     # Isolated: neither the checkout nor the folder itself is on the path.
     command = [sys.executable, "-I", "-c", code, *names]
-    found = subprocess.run(command, capture_output=True, text=True, check=True, cwd="/", timeout=60)
+    found = subprocess.run(
+        command, capture_output=True, text=True, check=True, cwd="/", timeout=900
+    )
     return found.stdout.split()
 
 
@@ -344,7 +346,7 @@ def output_of(code: str) -> Any:
         capture_output=True,
         text=True,
         check=True,
-        timeout=120,
+        timeout=900,
     )
     return json.loads(done.stdout.splitlines()[-1])
 

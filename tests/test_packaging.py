@@ -62,7 +62,7 @@ def run_installed(installed: Path, folder: Path, code: str, *words: str) -> str:
         env={**os.environ, "PYTHONPATH": str(installed), "PREFECT_HOME": str(folder / "prefect")},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=900,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout

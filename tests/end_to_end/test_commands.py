@@ -158,7 +158,7 @@ def test_ui_serves_both_pages_and_ends_with_ctrl_c(tmp_path, command_environment
         assert address in log.read_text().splitlines()[0].split()
     finally:
         command.send_signal(signal.SIGINT)
-        assert command.wait(timeout=60) == 0
+        assert command.wait(timeout=600) == 0
 
 
 def test_verify_of_a_run_without_any_committed_epoch_is_no_success(

@@ -23,7 +23,7 @@ from tests.faults.processes import kill
 from tests.servers import free_port
 from tests.tiny import tiny_config
 
-LIMIT_S = 400.0
+LIMIT_S = 900.0
 BEAT_S = 30  # the shortest that Prefect allows
 SILENCE_S = 90.0
 

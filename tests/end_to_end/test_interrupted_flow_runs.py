@@ -29,7 +29,7 @@ from tests.end_to_end.test_deployment import Operator, check_whole, process
 from tests.servers import free_port
 from tests.tiny import tiny_config
 
-LIMIT_S = 400.0
+LIMIT_S = 900.0
 TRAIN = "ddpo-train/train"
 RUN = "night"
 

@@ -42,7 +42,7 @@ class Trained:
 def ddpo(environment: dict[str, str], *words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "ddpo_workflow.flows.cli", *words],
-        env=environment, capture_output=True, text=True, check=False, timeout=300,
+        env=environment, capture_output=True, text=True, check=False, timeout=900,
     )  # fmt: skip
 
 

@@ -32,7 +32,7 @@ from tests.tiny import tiny_config
 
 REPOSITORY = Path(__file__).parents[2]
 COMMAND_LIMIT_S = 600.0
-RUN_LIMIT_S = 300.0
+RUN_LIMIT_S = 900.0
 
 pytestmark = pytest.mark.slow
 

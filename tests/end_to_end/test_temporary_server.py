@@ -18,7 +18,7 @@ from ddpo.store.kinds import EPOCH
 from ddpo.store.objects import Store
 from ddpo_workflow.tasks.tracking.connection import RUN_ID_TAG, connect
 
-LIMIT_S = 240
+LIMIT_S = 900
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,15 @@ import pytest
 from tests.faults.away import MANY_SHARDS
 from tests.faults.crashes import Night
 from tests.faults.processes import Command
+from tests.servers import free_port, prefect_server
+
+
+@pytest.fixture(scope="session")
+def prefect_api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """A Prefect server that stays up: the environment of whoever uses it, not one of its own."""
+    port = free_port()
+    with prefect_server(tmp_path_factory.mktemp("prefect"), port):
+        yield {"PREFECT_API_URL": f"http://127.0.0.1:{port}/api"}
 
 
 @pytest.fixture(scope="session")

@@ -11,8 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.faults.crashes import RUN, Night
+from tests.zygote import Forked, zygote
 
-LIMIT_S = 300
+LIMIT_S = 900
+COMMAND = ("-m", "ddpo_workflow.flows.cli")
+
+Process = subprocess.Popen[bytes] | Forked
 
 
 @dataclass(frozen=True)
@@ -29,17 +33,21 @@ class Command:
     night: Night
     folder: Path
     environment: dict[str, str]
-    program: tuple[str, ...] = ("-m", "ddpo_workflow.flows.cli")
+    program: tuple[str, ...] = COMMAND
 
-    def start(self) -> subprocess.Popen[bytes]:
+    def start(self) -> Process:
         """Start the run or go on with it; the process leads a group of its own."""
         file = self.folder / "config.yaml"
         file.write_text(self.night.config.model_dump_json())
         home = {"PREFECT_HOME": str(self.folder / "prefect"), "HF_HUB_OFFLINE": "1"}
+        environment = {**os.environ, **home, **self.environment}
+        words = ["train", str(file), "--run-id", RUN]
+        if self.program == COMMAND and "PYTHONPATH" not in self.environment:
+            return zygote().start(COMMAND[1], words, environment, self.log)
         with self.log.open("ab") as screen:
             return subprocess.Popen(
-                [sys.executable, *self.program, "train", str(file), "--run-id", RUN],
-                env={**os.environ, **home, **self.environment},
+                [sys.executable, *self.program, *words],
+                env=environment,
                 stdout=screen,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
@@ -85,7 +93,7 @@ class Command:
         return len(self.night.store.list("manifests"))
 
 
-def kill(process: subprocess.Popen[bytes]) -> None:
+def kill(process: Process) -> None:
     """End a process and its children (Prefect's temporary server) at once, as a lost machine."""
     try:
         os.killpg(process.pid, signal.SIGKILL)

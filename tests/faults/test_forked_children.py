@@ -53,7 +53,7 @@ print("whole", flush=True)
 @pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_to_a_child_is_not_one_to_the_run(sign: int) -> None:
     command = [sys.executable, "-c", CHILD, str(int(sign))]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=240)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
     lines = done.stdout.splitlines()
     assert lines[-1] == "whole" and "stopped" not in lines
@@ -72,7 +72,7 @@ def test_a_run_whose_reward_has_a_pool_is_trained_to_the_end(
         capture_output=True,
         text=True,
         check=False,
-        timeout=400,
+        timeout=900,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "stopped" not in done.stdout and "Traceback" not in done.stderr
@@ -94,4 +94,4 @@ def test_a_served_reward_may_have_a_pool(tmp_path: Path) -> None:
         assert answer.json()["values"] == [16.0] * 3
     finally:
         service.terminate()
-        service.wait(60)
+        service.wait(300)

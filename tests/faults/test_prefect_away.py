@@ -2,14 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
 import time
-import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -17,38 +10,9 @@ import pytest
 from tests.faults.away import ENGINES, MANY_SHARDS, SHARDS, has_samples, wait_for_samples
 from tests.faults.crashes import Night
 from tests.faults.processes import LIMIT_S, Command, kill
-from tests.servers import free_port
+from tests.servers import free_port, prefect_server
 
 AWAY_S = 20.0
-
-
-@contextmanager
-def prefect_server(folder: Path, port: int) -> Iterator[None]:
-    """Run a Prefect server until the block ends."""
-    environment = {**os.environ, "PREFECT_HOME": str(folder / "server")}
-    command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1"]
-    log = folder / "server.log"
-    with log.open("ab") as output:
-        process = subprocess.Popen(
-            [*command, "--port", str(port)],
-            stdout=output,
-            stderr=output,
-            env=environment,
-            start_new_session=True,
-        )
-    try:
-        deadline = time.monotonic() + LIMIT_S
-        while True:
-            try:
-                with urllib.request.urlopen(f"http://127.0.0.1:{port}/api/health", timeout=2):
-                    break
-            except OSError:
-                assert process.poll() is None and time.monotonic() < deadline, log.read_text()
-                time.sleep(0.2)
-        yield
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
 
 
 @pytest.mark.slow

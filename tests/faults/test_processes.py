@@ -11,7 +11,7 @@ import pytest
 from tests.faults.crashes import Night
 
 EPOCHS = 4
-LIMIT_S = 180
+LIMIT_S = 900
 
 
 @pytest.mark.slow

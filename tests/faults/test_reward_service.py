@@ -18,7 +18,7 @@ from tests.faults.crashes import RUN, Night
 from tests.faults.processes import Command, kill
 from tests.servers import free_port
 
-LIMIT_S = 240
+LIMIT_S = 900
 AWAY_S = 3.0
 
 SLOW = """

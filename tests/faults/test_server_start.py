@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-LIMIT_S = 240
+LIMIT_S = 900
 
 START = """
 from ddpo_workflow.flows.cli.quiet import set_defaults

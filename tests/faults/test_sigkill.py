@@ -85,10 +85,11 @@ def whole(plan: Callable[..., Command]) -> Outcome:
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_a_run_that_is_killed_again_and_again_ends_in_the_same_bytes(
-    plan: Callable[..., Command], whole: Outcome, seed: int
+    plan: Callable[..., Command], whole: Outcome, prefect_api: dict[str, str], seed: int
 ) -> None:
     chance = random.Random(seed)
-    command = plan(f"killed-{seed}")
+    # The first with Prefect servers of its own, which are killed with it.
+    command = plan(f"killed-{seed}", **(prefect_api if seed else {}))
     kills = 0
     while kills < MOST_KILLS:
         # Anywhere from the first commit on; nothing is written before.
@@ -107,6 +108,7 @@ def test_a_run_that_is_killed_again_and_again_ends_in_the_same_bytes(
 def test_a_run_whose_object_store_is_killed_and_restarted_ends_in_the_same_bytes(
     plan: Callable[..., Command],
     whole: Outcome,
+    prefect_api: dict[str, str],
     tmp_path: Path,
     seed: int,
     monkeypatch: pytest.MonkeyPatch,
@@ -115,7 +117,7 @@ def test_a_run_whose_object_store_is_killed_and_restarted_ends_in_the_same_bytes
     with servers.seaweedfs(tmp_path) as server:
         for name, value in server.environment.items():
             monkeypatch.setenv(name, value)
-        command = plan(f"server-{seed}", f"s3://{BUCKET}/night")
+        command = plan(f"server-{seed}", f"s3://{BUCKET}/night", **prefect_api)
         process = command.start()
         try:
             until = chance.randint(1, len(whole.manifests) - 1)

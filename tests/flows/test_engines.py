@@ -151,7 +151,7 @@ def test_an_engine_changes_no_byte(
     assert content(store) == undisturbed
     if name == "processes":
         assert evaluated(store) == evaluated(local) != undisturbed
-    psutil.wait_procs(workers(), timeout=30)
+    psutil.wait_procs(workers(), timeout=300)
     assert not workers()
 
 
@@ -258,7 +258,7 @@ def test_log_and_progress_come_back(engine: Engine, caplog: pytest.LogCaptureFix
 
 def test_calls_run_side_by_side(engine: Engine) -> None:
     seen: list[int] = []
-    both = threading.Barrier(2, timeout=60)
+    both = threading.Barrier(2, timeout=600)
 
     def call() -> None:
         both.wait()
@@ -288,7 +288,7 @@ def test_workers_end_with_their_pool() -> None:
     pool = process_pool(ProcessesEngine(type="processes", workers=1), "cpu", ())
     pid, _ = pool.call(where)
     pool.close()
-    psutil.wait_procs([psutil.Process(pid)] if psutil.pid_exists(pid) else [], timeout=30)
+    psutil.wait_procs([psutil.Process(pid)] if psutil.pid_exists(pid) else [], timeout=300)
     assert not psutil.pid_exists(pid)
     with pytest.raises(WorkerLost):
         pool.call(where)
@@ -304,7 +304,7 @@ def test_workers_end_with_a_flow_that_is_killed() -> None:
         flow.kill()
         flow.wait()
     with suppress(psutil.NoSuchProcess):
-        psutil.Process(pid).wait(timeout=60)
+        psutil.Process(pid).wait(timeout=600)
     assert not psutil.pid_exists(pid)
 
 

@@ -105,7 +105,7 @@ def test_no_program_runs_that_the_folder_does_not_remember(tmp_path: Path) -> No
     )
     assert done.returncode == -signal.SIGKILL
     with suppress(psutil.NoSuchProcess):
-        psutil.Process(int(done.stdout)).wait(30)
+        psutil.Process(int(done.stdout)).wait(300)
     assert not ran.exists()
 
 

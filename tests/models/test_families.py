@@ -167,7 +167,7 @@ def test_an_exported_lora_draws_the_same_pictures_in_plain_diffusers(
         ],
         check=True,
         cwd=tmp_path,
-        timeout=300,
+        timeout=900,
     )
     for seed in range(2):
         theirs = np.asarray(Image.open(tmp_path / f"{seed}.png"))

@@ -88,7 +88,7 @@ def test_exports_draw_the_same_pictures_in_plain_diffusers(
         [sys.executable, "-c", _PLAIN_DIFFUSERS, *map(str, arguments)],
         check=True,
         cwd=tmp_path,
-        timeout=120,
+        timeout=900,
     )
     expected = {"base": base, "lora": draw(adapted), "whole": draw(whole)}
     for name, ours in expected.items():

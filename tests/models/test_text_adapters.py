@@ -140,7 +140,7 @@ def test_plain_diffusers_draws_the_same_pictures(
     arguments = {**still.pipeline_arguments, **policy.pipeline_arguments}
     program = [sys.executable, "-c", _PLAIN_DIFFUSERS]
     given = map(str, (models[name], tmp_path / "lora", tmp_path, arguments))
-    subprocess.run([*program, *given], check=True, cwd=tmp_path, timeout=300)
+    subprocess.run([*program, *given], check=True, cwd=tmp_path, timeout=900)
     for seed in range(2):
         theirs = np.asarray(Image.open(tmp_path / f"{seed}.png"))
         assert np.array_equal(theirs, ours[seed])

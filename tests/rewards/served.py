@@ -22,7 +22,7 @@ from ddpo.prompts import Prompt
 from ddpo.rewards import RewardIdentity, Scores
 from ddpo.rewards.service.limits import Limits
 
-CLIENT = httpx.Client(timeout=30, limits=httpx.Limits(max_connections=None))
+CLIENT = httpx.Client(timeout=300, limits=httpx.Limits(max_connections=None))
 TOKEN = "canary-5f2b.c9~e8/d7+A="
 SMALL = Limits(
     images=4,
@@ -48,7 +48,7 @@ def serving(app: ASGIApp, port: int = 0) -> Iterator[str]:
             yield f"http://127.0.0.1:{listener.getsockname()[1]}"
         finally:
             server.should_exit = True
-            thread.join(20)
+            thread.join(300)
             assert not thread.is_alive()
 
 
@@ -69,7 +69,7 @@ class Sum:
         self.at_once += 1
         self.most_at_once = max(self.at_once, self.most_at_once)
         try:
-            assert self.go.wait(20)
+            assert self.go.wait(300)
             text = " ".join(prompt.text for prompt in prompts)
             if "raise" in text:
                 raise ValueError("no such \udcff thing")

@@ -146,12 +146,12 @@ def test_service_killed_and_started_again_costs_a_delay_only(tmp_path, monkeypat
         time.sleep(0.3)
         assert scoring.is_alive() and not found
         second = start(tmp_path, port)
-        scoring.join(120)
+        scoring.join(600)
         local = load_reward("slow_reward_fixture:slow", {"scale": 3.0})
         same(found[0], scored(local))
         assert reward.identity == local.identity
         second.terminate()
-        assert second.wait(30) == -15
+        assert second.wait(300) == -15
     finally:
         for process in (first, second):
             if process is not None and process.poll() is None:
@@ -260,7 +260,7 @@ def test_full_queue_is_waited_out():
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join(60)
+            thread.join(300)
     assert len(found) == 4
     for each in found:
         same(each, score_images(Sum(), IMAGES, PROMPTS))

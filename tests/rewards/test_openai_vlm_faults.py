@@ -162,7 +162,7 @@ def test_a_service_that_is_gone_is_unavailable_and_one_that_returns_goes_on():
     waiting.start()
     time.sleep(0.1)
     with serving(port):
-        waiting.join(20)
+        waiting.join(300)
         assert found[0].values.tolist() == [1, 1, 1]
 
 

@@ -77,7 +77,7 @@ def test_it_is_alive_before_it_is_ready():
     loads = threading.Event()
 
     def load() -> Sum:
-        assert loads.wait(20)
+        assert loads.wait(300)
         return Sum()
 
     with serving(create_app(load)) as url:

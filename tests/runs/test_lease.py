@@ -21,7 +21,7 @@ from ddpo.store.objects import Store
 from tests.store.conftest import opened
 
 KEY = keys.lease_key("R")
-LIMIT_S = 60.0
+LIMIT_S = 600.0
 
 OWNER = """
 import sys, time

@@ -85,7 +85,7 @@ def test_bytes_that_are_no_table_of_this_kind_are_named(encode, decode, make) ->
 @pytest.mark.slow
 def test_another_process_writes_the_same_bytes(spawn: Callable) -> None:
     script = "import store_samples; print(*store_samples.digests())"
-    assert spawn(script).communicate(timeout=60)[0].split() == digests()
+    assert spawn(script).communicate(timeout=600)[0].split() == digests()
 
 
 def test_hugging_face_datasets_would_show_the_image_column() -> None:
