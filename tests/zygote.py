@@ -173,6 +173,7 @@ def _become(order: dict[str, Any], begun: int) -> None:
     os.environ.clear()
     os.environ.update(order["environment"])
     time.tzset()
+    sys.path[1:1] = order["environment"].get("PYTHONPATH", "").split(os.pathsep)
     sys.argv = [order["module"], *order["words"]]
     runpy.run_module(order["module"], run_name="__main__", alter_sys=True)
 

@@ -23,6 +23,8 @@ from prefect.client.schemas.objects import FlowRun, State
 
 from ddpo_workflow.flows.hooks import mark_cancelled
 from ddpo_workflow.tasks.stops import is_stop
+from tests.faults.processes import COMMAND, Process
+from tests.zygote import zygote
 
 START_LIMIT_S = 900.0
 STOP_LIMIT_S = 30.0  # its own timers end it in 8 s; a busy machine takes longer to
@@ -114,7 +116,20 @@ class Started:
     def train_command(self) -> list[str]:
         words = [word for setting in self.settings for word in ("--set", setting)]
         train = ["train", "configs/starter.yaml", "--run-id", "night"]
-        return [sys.executable, "-m", "ddpo_workflow.flows.cli", *train, *words]
+        return [sys.executable, *COMMAND, *train, *words]
+
+    def start(self, command: list[str]) -> Process:
+        """Start a command, in a process group of its own."""
+        if command[1:3] == [*COMMAND]:
+            return zygote().start(COMMAND[1], command[3:], self.environment, self.log)
+        with self.log.open("w") as stream:
+            return subprocess.Popen(
+                command,
+                env=self.environment,
+                stdout=stream,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
 
     @property
     def screen(self) -> str:
@@ -123,14 +138,8 @@ class Started:
     @contextmanager
     def running(self, command: list[str], until: Callable[[], object]) -> Iterator[None]:
         """Run a command meanwhile; entered once `until` holds, at the latest killed at the end."""
-        with self.log.open("w") as stream:
-            self.process = subprocess.Popen(
-                command,
-                env=self.environment,
-                stdout=stream,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
+        self.log.unlink(missing_ok=True)
+        self.process = self.start(command)
         try:
             deadline = time.monotonic() + START_LIMIT_S
             while not until():
@@ -203,15 +212,8 @@ def test_a_run_is_cancelled_and_goes_on_as_the_screen_says(
     told = run.screen.partition("Resume with: ")[2].splitlines()[0]
     ddpo, *words = shlex.split(told)
     assert Path(ddpo).name == "ddpo"
-    done = subprocess.run(
-        [sys.executable, "-m", "ddpo_workflow.flows.cli", *words],
-        env=run.environment,
-        capture_output=True,
-        text=True,
-        timeout=START_LIMIT_S,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    resumed = run.start([sys.executable, *COMMAND, *words])
+    assert resumed.wait(START_LIMIT_S) == 0, run.screen
     assert run.mlflow_states() == ["FINISHED"]
 
 
