@@ -20,6 +20,8 @@ import boto3
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
+from tests.prefect_homes import prefect_home
+
 BUCKET = "ddpo"
 START_LIMIT_S = 300.0
 GRPC_OFFSET = 10_000
@@ -183,7 +185,7 @@ def mlflow_server(folder: Path, port: int) -> Iterator[subprocess.Popen[bytes]]:
 @contextmanager
 def prefect_server(folder: Path, port: int) -> Iterator[None]:
     """Run a Prefect server until the block ends."""
-    environment = {**os.environ, "PREFECT_HOME": str(folder / "server")}
+    environment = {**os.environ, "PREFECT_HOME": prefect_home(folder / "server")}
     command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1"]
     log = folder / "server.log"
     with log.open("ab") as output:

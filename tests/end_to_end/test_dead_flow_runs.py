@@ -20,6 +20,7 @@ from ddpo_workflow.flows import automations
 from ddpo_workflow.flows.server.deploy import deploy
 from tests.end_to_end.test_deployment import Operator, process
 from tests.faults.processes import kill
+from tests.prefect_homes import prefect_home
 from tests.servers import free_port
 from tests.tiny import tiny_config
 
@@ -55,7 +56,7 @@ def operator(tmp_path: Path) -> Iterator[Operator]:
     address = f"http://127.0.0.1:{port}"
     environment = {
         **{k: v for k, v in os.environ.items() if not k.startswith("PREFECT_LOGGING_")},
-        "PREFECT_HOME": str(tmp_path / "prefect"),
+        "PREFECT_HOME": prefect_home(tmp_path / "prefect"),
         "PREFECT_API_URL": f"{address}/api",
         "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(BEAT_S),
         "HF_HUB_OFFLINE": "1",

@@ -37,6 +37,7 @@ from ddpo.store.objects import Store
 from ddpo.store.tables import decode_advantages
 from ddpo_workflow.flows.server.deploy import POOLS, deploy
 from ddpo_workflow.tasks.tracking.connection import RUN_ID_TAG, connect
+from tests.prefect_homes import prefect_home
 from tests.recorded import SAMPLES, record_run
 from tests.tiny import tiny_config
 
@@ -84,7 +85,7 @@ def operator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Operator]:
     address = f"http://127.0.0.1:{port}"
     environment = {
         **{k: v for k, v in os.environ.items() if not k.startswith("PREFECT_LOGGING_")},
-        "PREFECT_HOME": str(folder / "prefect"),
+        "PREFECT_HOME": prefect_home(folder / "prefect"),
         "PREFECT_API_URL": f"{address}/api",
         "PREFECT_WORKER_QUERY_SECONDS": "1",
         "HF_HUB_OFFLINE": "1",

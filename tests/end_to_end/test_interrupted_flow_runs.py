@@ -26,6 +26,7 @@ from ddpo_workflow.flows.automations import mark_dead_flow_runs
 from ddpo_workflow.flows.server.deploy import deploy
 from tests.end_to_end.test_dead_flow_runs import BEAT_S, HELD_REWARD, SILENCE_S
 from tests.end_to_end.test_deployment import Operator, check_whole, process
+from tests.prefect_homes import prefect_home
 from tests.servers import free_port
 from tests.tiny import tiny_config
 
@@ -112,7 +113,7 @@ def night(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     address = f"http://127.0.0.1:{port}"
     environment = {
         **{k: v for k, v in os.environ.items() if not k.startswith("PREFECT_LOGGING_")},
-        "PREFECT_HOME": str(folder / "prefect"),
+        "PREFECT_HOME": prefect_home(folder / "prefect"),
         "PREFECT_API_URL": f"{address}/api",
         "PREFECT_WORKER_QUERY_SECONDS": "1",
         "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(BEAT_S),

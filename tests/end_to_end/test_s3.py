@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +16,10 @@ from ddpo.store import keys
 from ddpo.store.keys import Partition
 from ddpo.store.kinds import CHECKPOINT
 from ddpo.store.objects import Store
+from tests.faults.processes import COMMAND
+from tests.prefect_homes import prefect_home
 from tests.servers import BUCKET, ObjectStore
+from tests.zygote import zygote
 
 SETTINGS = (
     "sampler.steps=3",
@@ -40,10 +43,10 @@ class Trained:
 
 
 def ddpo(environment: dict[str, str], *words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "ddpo_workflow.flows.cli", *words],
-        env=environment, capture_output=True, text=True, check=False, timeout=900,
-    )  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder, "screen.log")
+        status = zygote().start(COMMAND[1], [*words], environment, log).wait(900)
+        return subprocess.CompletedProcess(words, status, log.read_text())
 
 
 def train(
@@ -68,27 +71,31 @@ def on_s3(
 ) -> Trained:
     folder = tmp_path_factory.mktemp("s3")
     # The endpoint in the config, the credentials in the environment.
-    environment = {**os.environ, **seaweedfs.environment, "PREFECT_HOME": str(folder / "prefect")}
+    environment = {
+        **os.environ,
+        **seaweedfs.environment,
+        "PREFECT_HOME": prefect_home(folder / "prefect"),
+    }
     del environment["AWS_ENDPOINT_URL"]
     root = f"s3://{BUCKET}/whole-run"
     endpoint = f"storage.s3.endpoint_url={seaweedfs.endpoint_url}"
     done = train(folder, tiny_model, root, environment, endpoint)
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.returncode == 0, done.stdout
     with pytest.MonkeyPatch.context() as patch:
         for name, value in seaweedfs.environment.items():
             patch.setenv(name, value)
         store = Store.open(root, S3Options(endpoint_url=seaweedfs.endpoint_url))
         assert store.list()  # connects while the credentials are in the environment
-    return Trained(folder, done.stdout + done.stderr, store)
+    return Trained(folder, done.stdout, store)
 
 
 @pytest.mark.slow
 def test_a_run_on_s3_leaves_the_bytes_of_a_run_on_disk(
     on_s3: Trained, tiny_model: Path, tmp_path: Path
 ) -> None:
-    environment = {**os.environ, "PREFECT_HOME": str(tmp_path / "prefect")}
+    environment = {**os.environ, "PREFECT_HOME": prefect_home(tmp_path / "prefect")}
     done = train(tmp_path, tiny_model, str(tmp_path / "store"), environment)
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.returncode == 0, done.stdout
     disk = Store.open(str(tmp_path / "store"))
     # How a start was operated differs: where the store is, is part of it.
     keys = [key for key in disk.list() if "/starts/" not in key]
@@ -126,7 +133,7 @@ def test_a_bucket_that_cannot_be_reached_is_named_without_its_secret(
 ) -> None:
     environment = {**os.environ, **seaweedfs.environment, **change}
     done = train(tmp_path, tiny_model, f"s3://{BUCKET}/refused", environment)
-    screen = done.stdout + done.stderr
+    screen = done.stdout
     assert done.returncode == 2
     assert f"s3://{BUCKET}/refused" in screen and said in screen, screen
     assert "Traceback" not in screen
@@ -148,7 +155,7 @@ def test_credentials_in_a_config_are_refused_and_not_repeated(
     tmp_path: Path, tiny_model: Path, setting: str
 ) -> None:
     done = train(tmp_path, tiny_model, "", dict(os.environ), setting)
-    screen = done.stdout + done.stderr
+    screen = done.stdout
     assert done.returncode == 2
     assert "canary-secret" not in screen, screen
     ways = ("AWS_SECRET_ACCESS_KEY", "secret_key", "MLFLOW_TRACKING_PASSWORD")
@@ -160,12 +167,16 @@ def test_a_run_is_resumed_on_s3_and_keeps_only_its_newest_checkpoint(
     seaweedfs: ObjectStore, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With nothing but `--root` and the AWS variables, from the last committed epoch on."""
-    environment = {**os.environ, **seaweedfs.environment, "PREFECT_HOME": str(tmp_path / "prefect")}
+    environment = {
+        **os.environ,
+        **seaweedfs.environment,
+        "PREFECT_HOME": prefect_home(tmp_path / "prefect"),
+    }
     root = f"s3://{BUCKET}/resumed"
     done = train(
         tmp_path, tiny_model, root, environment, "epochs=2", "storage.keep_newest_checkpoints=1"
     )
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.returncode == 0, done.stdout
     for name, value in seaweedfs.environment.items():
         monkeypatch.setenv(name, value)
     store = Store.open(root, S3Options(endpoint_url=seaweedfs.endpoint_url))
@@ -181,7 +192,7 @@ def test_a_run_is_resumed_on_s3_and_keeps_only_its_newest_checkpoint(
     assert weights() == [2]
     before = {key: store.read(key) for key in store.list("manifests")}
     done = ddpo(environment, "resume", "r", "--epochs", "3", "--root", root)
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.returncode == 0, done.stdout
     assert weights() == [3]
     after = {key: store.read(key) for key in store.list("manifests")}
     assert before.items() <= after.items()
@@ -196,5 +207,5 @@ def test_a_command_on_a_bucket_that_nobody_serves_is_one_message(seaweedfs: Obje
     environment = {**os.environ, **seaweedfs.environment, "AWS_ENDPOINT_URL": "http://127.0.0.1:9"}
     done = ddpo(environment, "runs", "--root", f"s3://{BUCKET}/x")
     assert done.returncode == 2
-    assert "Traceback" not in done.stdout + done.stderr
+    assert "Traceback" not in done.stdout
     assert "AWS_ENDPOINT_URL" in done.stdout

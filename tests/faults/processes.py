@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.faults.crashes import RUN, Night
+from tests.prefect_homes import prefect_home
 from tests.zygote import Forked, zygote
 
 LIMIT_S = 900
@@ -39,10 +40,16 @@ class Command:
         """Start the run or go on with it; the process leads a group of its own."""
         file = self.folder / "config.yaml"
         file.write_text(self.night.config.model_dump_json())
-        home = {"PREFECT_HOME": str(self.folder / "prefect"), "HF_HUB_OFFLINE": "1"}
-        environment = {**os.environ, **home, **self.environment}
+        home = self.folder / "prefect"
+        environment = {
+            **os.environ,
+            "PREFECT_HOME": str(home),
+            "HF_HUB_OFFLINE": "1",
+            **self.environment,
+        }
         words = ["train", str(file), "--run-id", RUN]
         if self.program == COMMAND and "PYTHONPATH" not in self.environment:
+            prefect_home(home)
             return zygote().start(COMMAND[1], words, environment, self.log)
         with self.log.open("ab") as screen:
             return subprocess.Popen(

@@ -24,6 +24,7 @@ from prefect.client.schemas.objects import FlowRun, State
 from ddpo_workflow.flows.hooks import mark_cancelled
 from ddpo_workflow.tasks.stops import is_stop
 from tests.faults.processes import COMMAND, Process
+from tests.prefect_homes import prefect_home
 from tests.zygote import zygote
 
 START_LIMIT_S = 900.0
@@ -106,7 +107,7 @@ class Started:
         ]
         self.environment = {
             **os.environ,
-            "PREFECT_HOME": str(folder / "prefect"),
+            "PREFECT_HOME": prefect_home(folder / "prefect"),
             "DDPO_ROOT": str(folder / "store"),
             "HF_HUB_OFFLINE": "1",
             "PYTHONPATH": f"{folder}:{os.environ.get('PYTHONPATH', '')}",
