@@ -26,6 +26,8 @@ def listen(handler: logging.Handler) -> None:
     Args:
         handler: The handler.
     """
+    import prefect.main  # noqa: F401  # now: it takes the handlers of the root logger away
+
     handler.addFilter(_belongs)
     logging.getLogger(LOGGER).setLevel(logging.INFO)
     logging.getLogger(PYTHON).propagate = False
