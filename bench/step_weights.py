@@ -38,13 +38,10 @@ def score_weights(process: Ddim) -> Tensor:
         process: Each of its steps draws noise.
 
     Returns:
-        [T] float64.
+        [T].
     """
-    prediction = torch.zeros(process.steps, 1, 1, 1, dtype=torch.float64, requires_grad=True)
-    steps = torch.arange(process.steps)
-    step = process.transition(steps, prediction, torch.zeros_like(prediction))
-    (slope,) = torch.autograd.grad(step.mean.sum(), prediction)
-    return (slope.abs() / step.std).flatten()
+    scales = process.scales(range(process.steps))
+    return scales.slopes / scales.stds
 
 
 def main() -> None:

@@ -10,6 +10,7 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 from torch import Tensor
 
+from ddpo.basics.mapped import stack_on_disk
 from ddpo.config import FullConfig
 from ddpo.errors import PolicyMismatch
 from ddpo.models import policy_digest
@@ -19,7 +20,6 @@ from ddpo.store.checkpoints import Checkpoint, checkpoint_objects
 from ddpo.store.keys import Partition
 from ddpo.store.kinds import ADVANTAGES, CHECKPOINT, ROLLOUTS
 from ddpo.store.manifests import Ref
-from ddpo.store.mapped import stack_on_disk
 from ddpo.store.tables import AdvantageRow, SampleRow
 from ddpo.training.loop import update
 from ddpo.training.parts import rows_read

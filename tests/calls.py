@@ -179,7 +179,7 @@ def whole_gradient_by_rank(seat: Seat, raw: dict[str, Any]) -> dict[str, Any]:
     return {
         "gradient": flat(found).numpy(),
         "norm": norm,
-        "kl": done.kl_to_base,
+        "kl": done.measured.get("kl_to_base"),
         "digests": digests,
         "held": sum(each.numel() for each in held),
         "left": tensors_digest(policy.weights.state()),

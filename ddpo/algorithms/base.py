@@ -34,6 +34,9 @@ class Needs:
     """What it trains on."""
     policies: frozenset[str] = frozenset()
     """Other weight sets that a forward is also computed with, such as "base"."""
+    old_means: bool = False
+    """Whether the update also reads each step's mean under the policy that sampled. Those are
+    computed before the epoch's first step, together with the old log-probs."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,18 @@ class RunSettings:
     """Whether the base model's weights remain available during training, as with adapters."""
     off_policy: bool
     """Whether a fork trains on samples of another policy."""
+    log_probs_are_densities: bool = True
+    """Whether log-probs are log-densities, and not squared distances alone."""
+
+
+@dataclass(frozen=True)
+class ScoredPart:
+    """One reward of a sum whose parts are normalised before they are summed."""
+
+    weight: float
+    """Of its advantages in the sum."""
+    rewards: NDArray[np.float64]
+    """[S]; NaN where scoring failed."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +82,8 @@ class Scored:
     """Whether failed samples count as their prompt's mean, where the prompt has one."""
     shuffle_seed: int = 0
     """Seed of the permutation that a shuffled control experiment applies."""
+    parts: Sequence[ScoredPart] = ()
+    """What ``rewards`` is a sum of, where each is to be normalised in its group; else empty."""
 
 
 @dataclass(frozen=True)
@@ -118,6 +135,11 @@ class Algorithm(Part, ABC):
         return False
 
     @property
+    def compares_groups(self) -> bool:
+        """Whether credit compares a sample with its group."""
+        return False
+
+    @property
     def labels(self) -> dict[str, str]:
         """What identifies the algorithm at a glance, for a tracking page."""
         return {"algorithm": self.type}
@@ -133,6 +155,23 @@ class Algorithm(Part, ABC):
         Raises:
             ValueError: It does not; says what is wrong, and after a semicolon the way out.
         """
+
+    def check_reward(self, *, normalises_by_group: bool) -> None:
+        """Check that credit can be computed from a reward.
+
+        Args:
+            normalises_by_group: Whether it is a sum whose parts are normalised each in its group.
+
+        Raises:
+            ValueError: It is, and the algorithm has no groups.
+        """
+        if normalises_by_group and not self.compares_groups:
+            raise ValueError(
+                "the reward is a weighted sum with `normalise: group`, which normalises each of "
+                "its rewards in the sample's group, and the algorithm compares samples with "
+                "others; set `algorithm.advantages: {type: group}` and "
+                "rollouts.samples_per_prompt to at least 2, or remove `normalise`"
+            )
 
     @abstractmethod
     def credit(self, scored: Scored, statistics: PromptStatistics) -> Credit:

@@ -10,7 +10,8 @@ from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from itertools import pairwise
+from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
 
 from pydantic import Field, NonNegativeFloat, PositiveInt
 
@@ -25,7 +26,8 @@ from ddpo.algorithms.base import (
     Update,
 )
 from ddpo.algorithms.kl import gaussian_kl
-from ddpo.basics.part import check_divides, is_off
+from ddpo.algorithms.step_weighting import StepScales, equal_variance
+from ddpo.basics.part import check_divides, is_none, is_off
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,6 +39,11 @@ class Gaussian(Protocol):
     @property
     def mean(self) -> Tensor:
         """[N, ...], of the latents' shape."""
+        ...
+
+    @property
+    def std(self) -> Tensor:
+        """[N, 1, ...], broadcast against the mean."""
         ...
 
     @property
@@ -59,6 +66,16 @@ class PairBatch:
     """The step under the policy being updated, with a gradient."""
     base: Gaussian | None = None
     """The step under the base model, where the algorithm needs it."""
+    old_mean: Tensor | None = None
+    """[N, ...], the step's mean under the policy that sampled, where the algorithm needs it."""
+    step_weights: Tensor | None = None
+    """[N], what the algorithm weighs the loss of each pair's step by, if it does."""
+
+    @cached_property
+    def kl_to_old(self) -> Tensor:
+        """[N], the KL divergence of the step from the sampling policy's, with a gradient."""
+        assert self.old_mean is not None, "the algorithm does not say that it needs old means"
+        return gaussian_kl(self.current.mean, self.old_mean, self.current.std)
 
     @cached_property
     def kl_to_base(self) -> Tensor:
@@ -84,6 +101,11 @@ class PolicyGradient(Algorithm):
     """Weight of the KL penalty towards the base model. Above 0, an update costs one more forward
     per pair."""
 
+    step_weighting: Literal["none", "variance"] = Field(default="none", exclude_if=is_none)
+    """How the steps of a trajectory are weighed against each other in the policy loss. `none`: all
+    alike, as published, so that steps of little noise dominate the gradient. `variance`: so that
+    the scores of all trained steps have the same variance."""
+
     @property
     def needs(self) -> Needs:
         """Whole trajectories; and the base model for the KL penalty."""
@@ -98,6 +120,11 @@ class PolicyGradient(Algorithm):
     def has_value_function(self) -> bool:
         """Whether the advantages subtract a learned value function."""
         return self.advantages.critic is not None
+
+    @property
+    def compares_groups(self) -> bool:
+        """Whether the advantages are relative to a sample's group."""
+        return self.advantages.compares_groups
 
     @property
     def labels(self) -> dict[str, str]:
@@ -120,6 +147,29 @@ class PolicyGradient(Algorithm):
             ratio: [S, trained steps] float64.
         """
         return {"clip_fraction": 0.0}
+
+    @property
+    def measures(self) -> tuple[str, ...]:
+        """Names of what :meth:`measured` returns."""
+        return ("kl_to_base",) if self.kl_weight else ()
+
+    def measured(self, batch: PairBatch) -> tuple[Tensor, ...]:
+        """Return what is worth showing of a forward, [N] each, without gradients.
+
+        Epochs show the means over all their pairs.
+        """
+        return (batch.kl_to_base.detach(),) if self.kl_weight else ()
+
+    def step_weights(self, scales: StepScales) -> Tensor | None:
+        """Return what the policy loss of each step is multiplied by; None for 1.
+
+        Args:
+            scales: Of the K steps that an epoch trains.
+
+        Returns:
+            [K]; of mean 1 with ``step_weighting: variance``.
+        """
+        return equal_variance(scales) if self.step_weighting == "variance" else None
 
     def check_run(self, run: RunSettings) -> None:
         """Check that there is something to train on, and that updates are of equal size."""
@@ -151,22 +201,27 @@ class PolicyGradient(Algorithm):
     def updates(
         self, credit: Mapping[str, Tensor], *, run_seed: int, epoch: int
     ) -> Sequence[Update]:
-        """Cut the epoch into updates of consecutive samples.
+        """Cut the trained samples into updates of consecutive ones.
 
-        Prompts and noise are drawn independently, so any order is a random one.
+        Prompts and noise are drawn independently, so any order is a random one. Their sizes are
+        equal where all samples are trained on; else they differ by at most 1, and where there are
+        fewer samples than updates, each has one.
         """
-        count = len(credit["advantage"])
-        size = count // self.updates_per_epoch
-        return [Update(range(start, start + size)) for start in range(0, count, size)]
+        rows = self.advantages.trained(credit)
+        number = min(self.updates_per_epoch, len(rows))
+        ends = [len(rows) * n // number for n in range(number + 1)]
+        return [Update(rows[start:end]) for start, end in pairwise(ends)]
 
     def losses(self, batch: PairBatch) -> Tensor:
-        """Return the policy loss of each pair [N], plus the weighted KL penalty."""
+        """Return the policy loss of each pair [N], weighed by step, plus the KL penalty."""
         losses = self.policy_losses(batch)
+        if batch.step_weights is not None:
+            losses = losses * batch.step_weights
         return losses + self.kl_weight * batch.kl_to_base if self.kl_weight else losses
 
     @abstractmethod
     def policy_losses(self, batch: PairBatch) -> Tensor:
-        """Return the loss of each pair [N] without the KL penalty."""
+        """Return the loss of each pair [N] without its step's weight and the KL penalty."""
 
     def credit_metrics(
         self, credit: Mapping[str, Tensor], samples_per_prompt: int

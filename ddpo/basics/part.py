@@ -74,6 +74,11 @@ def is_auto(value: Any) -> bool:
     return value == "auto"
 
 
+def is_none(value: Any) -> bool:
+    """Return whether a choice is `none`, the option's default, for ``exclude_if``."""
+    return value == "none"
+
+
 def is_one(value: Any) -> bool:
     """Return whether a multiplicity is 1, the option's default, for ``exclude_if``."""
     return value == 1

@@ -28,3 +28,8 @@ class RewardConfig(NamedConfig):
     count as their prompt's mean in the update, but are excluded from all statistics; where the
     prompt has no reward yet, they are dropped. `fail`: the shard's task fails, and with it the
     run."""
+
+    @property
+    def normalises_by_group(self) -> bool:
+        """Whether it is a sum whose parts are normalised each in its group."""
+        return self.name == "weighted" and self.parameters.get("normalise") == "group"

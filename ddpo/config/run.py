@@ -148,6 +148,7 @@ class RunConfig(Part):
 
     @model_validator(mode="after")
     def _algorithm_fits(self) -> RunConfig:
+        self.algorithm.check_reward(normalises_by_group=self.reward.normalises_by_group)
         self.algorithm.check_run(
             RunSettings(
                 samples_per_epoch=self.rollouts.samples_per_epoch,
@@ -156,6 +157,7 @@ class RunConfig(Part):
                 final_latents_only=self.rollouts.store_trajectories == "final",
                 keeps_base_model=isinstance(self.trainable, LoraConfig),
                 off_policy=self.fork is not None and self.fork.off_policy,
+                log_probs_are_densities=self.sampler.log_probs_are_densities,
             )
         )
         return self

@@ -54,6 +54,11 @@ class SamplerConfig(Part, ABC):
         return self.deterministic_because is None
 
     @property
+    def log_probs_are_densities(self) -> bool:
+        """Whether log-probs are log-densities; else, squared distances alone."""
+        return True
+
+    @property
     @abstractmethod
     def summary(self) -> str:
         """The settings in a few words, for people."""
@@ -200,6 +205,11 @@ class FlowCpsSampler(FlowSampler):
     def noise(self) -> float:
         """The noise level."""
         return self.noise_level
+
+    @property
+    def log_probs_are_densities(self) -> bool:
+        """They leave the variance out, as published."""
+        return False
 
 
 class DanceSdeSampler(FlowSampler):

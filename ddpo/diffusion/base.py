@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -17,6 +17,7 @@ import torch
 from pydantic import JsonValue
 from torch import Tensor
 
+from ddpo.algorithms.step_weighting import StepScales
 from ddpo.basics.tensors import mean_per_row
 from ddpo.models.schedule import Schedule
 
@@ -114,6 +115,30 @@ class Process(ABC):
     @abstractmethod
     def stochastic(self) -> Tensor:
         """Return [T] bool: steps that draw noise. The others have no log-prob and no gradient."""
+
+    def scales(self, steps: Sequence[int]) -> StepScales:
+        """Return what the size of some steps' scores depends on.
+
+        Args:
+            steps: K numbers of steps that draw noise.
+        """
+        numbers = torch.tensor(steps, device=self.times.device)
+        # A mean is linear in latents and prediction: at latents 0 and prediction 1 it is the slope.
+        zeros = torch.zeros(len(steps), 1, 1, 1, device=self.times.device)
+        step = self.transition(numbers, torch.ones_like(zeros), zeros)
+        slopes = step.mean.flatten().abs()
+        return StepScales(step.std.flatten(), slopes, self.lengths(numbers, slopes))
+
+    def lengths(self, steps: Tensor, slopes: Tensor) -> Tensor:
+        """Return the length of each step in the model's own time, [K]; by default the slope.
+
+        On a flow without noise a step's slope is its length, which stands in for it here.
+
+        Args:
+            steps: [K] int64.
+            slopes: [K], as in :class:`StepScales`.
+        """
+        return slopes
 
     @abstractmethod
     def noised(self, clean: Tensor, noise: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:

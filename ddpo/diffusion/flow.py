@@ -90,6 +90,10 @@ class FlowProcess(Process):
         """Return [T] bool: steps that draw noise."""
         return self._noisy
 
+    def lengths(self, steps: Tensor, slopes: Tensor) -> Tensor:
+        """Return the distance in sigma, -dt."""
+        return self.sigmas[steps] - self.sigmas[steps + 1]
+
     def transition(self, steps: Tensor, output: Tensor, latents: Tensor) -> Transition:
         """Return the Gaussian of each pair's step; Euler's step where it draws no noise."""
         sigma, after = self.around(steps, latents)

@@ -12,7 +12,7 @@ from ddpo.config import RunConfig
 from ddpo.diffusion.window import sampler_of_epoch
 from ddpo.models import Policy
 from ddpo.training.ranks import Ranks
-from ddpo.training.trajectories import TrajectoryGradient, micro_batches, probe_rows
+from ddpo.training.trajectories import TrajectoryGradient, probe_rows
 
 
 def rows_read(
@@ -34,19 +34,19 @@ def rows_read(
     Returns:
         Rows of the epoch's samples.
     """
-    algorithm, numerics = config.algorithm, policy.numerics
+    algorithm = config.algorithm
     count = len(credit["reward"])
     if algorithm.needs.data == "final_latents":
         return set(range(count))
     algorithm = cast(PolicyGradient, algorithm)
     sampler = sampler_of_epoch(policy, config, epoch)
-    steps = TrajectoryGradient(policy, sampler, algorithm, ranks).trained_steps()
+    gradient = TrajectoryGradient(policy, sampler, algorithm, ranks)
     updates = algorithm.updates(credit, run_seed=config.seed, epoch=epoch)
     probe = probe_rows(policy, algorithm, count)
     return {
         row
         for samples in (probe, *(each.samples for each in updates))
         if samples
-        for batch in ranks.mine(list(micro_batches(samples, steps, numerics.micro_batch_size)))
+        for batch in gradient.mine(samples)
         for row in batch.samples.tolist()
     }

@@ -8,7 +8,7 @@ C latent channels, h x w latent pixels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, cast
 
@@ -25,20 +25,12 @@ from ddpo.models import Policy
 from ddpo.training.critic import Critic
 from ddpo.training.loss_scale import LossScale, first_loss_scale
 from ddpo.training.objective import Objective, factor_of, unscale
+from ddpo.training.old_means import OldMeans
+from ddpo.training.pairs import Pairs, micro_batches
 from ddpo.training.ranks import Alone, Ranks
 from ddpo.training.ratios import RatioDeviation, ratio_metrics
 from ddpo.training.samples import Rollouts, Samples
 from ddpo.training.state import TrainState
-
-
-@dataclass(frozen=True)
-class Pairs:
-    """One micro-batch of (sample, timestep) pairs, as indices into rollouts."""
-
-    samples: Tensor
-    """[N] int64, rows of the rollouts."""
-    steps: Tensor
-    """[N] int64, columns: 0 is the noisiest."""
 
 
 @dataclass(frozen=True)
@@ -49,26 +41,8 @@ class Accumulated:
     """Mean over the update's pairs."""
     log_probs: Tensor
     """[S, T], under the policy being updated; NaN outside this update's pairs."""
-    kl_to_base: float | None
-    """Mean KL divergence from the base model over the pairs; None if the loss has no such term."""
-
-
-def micro_batches(samples: Sequence[int], steps: Sequence[int], size: int) -> Iterator[Pairs]:
-    """Cut the pairs of one update into micro-batches, timestep by timestep.
-
-    With ``size`` equal to the sampler's batch size, each micro-batch repeats one of its forwards.
-
-    Args:
-        samples: Rows of the rollouts.
-        steps: Columns with a log-prob.
-        size: Pairs per micro-batch; the last may be smaller.
-
-    Yields:
-        Micro-batches that cover every pair once.
-    """
-    pairs = torch.cartesian_prod(torch.tensor(steps), torch.tensor(samples)).view(-1, 2)
-    for chunk in pairs.split(size):
-        yield Pairs(samples=chunk[:, 1], steps=chunk[:, 0])
+    measured: Mapping[str, float]
+    """What the algorithm measures, by name, means over the pairs."""
 
 
 class TrajectoryGradient:
@@ -133,6 +107,8 @@ class TrajectoryGradient:
         samples: Sequence[int],
         old: Tensor,
         on_pairs: Callable[[int], None] = lambda count: None,
+        *,
+        old_means: OldMeans | None = None,
     ) -> Accumulated:
         """Add the gradient of one update's loss to the parameters, micro-batch by micro-batch.
 
@@ -145,6 +121,7 @@ class TrajectoryGradient:
             samples: Rows that this update sees.
             old: [S, T], the log-probs in the ratio's denominator.
             on_pairs: Called with the number of pairs just processed.
+            old_means: The means under the policy that sampled, if the algorithm needs them.
 
         Returns:
             The loss and what it was computed from.
@@ -158,8 +135,9 @@ class TrajectoryGradient:
         advantages = advantages.reshape(len(advantages), -1).expand_as(rollouts.log_probs)
         seen = torch.full_like(rollouts.log_probs, torch.nan)
         with_base = "base" in self.algorithm.needs.policies
+        weights = self._step_weights(steps)
 
-        def backward(pairs: Pairs) -> tuple[float, float]:
+        def backward(pairs: Pairs) -> tuple[float, ...]:
             # Before the policy's own: switching an adapter off and on must not meet its graph.
             base = self._base_transition(rollouts, pairs) if with_base else None
             current = self.transition(rollouts, pairs)
@@ -170,41 +148,52 @@ class TrajectoryGradient:
                 advantages[pairs.samples, pairs.steps].to(log_probs.device, log_probs.dtype),
                 current,
                 base,
+                old_means and old_means.of(pairs).to(log_probs.device),
+                None if weights is None else weights[pairs.steps.to(weights.device)],
             )
             losses = self.algorithm.losses(batch)
-            kl = float(batch.kl_to_base.detach().sum()) / count if with_base else 0.0
+            measured = [float(each.sum()) / count for each in self.algorithm.measured(batch)]
             _check_finite(rollouts, pairs, self, log_probs, losses)
             loss = losses.sum() / count
             (loss * factor).backward()
             seen[pairs.samples, pairs.steps] = log_probs.detach().to(seen)
             on_pairs(len(pairs.samples))
-            return float(loss.detach()), kl
+            return float(loss.detach()), *measured
 
         batches = list(micro_batches(samples, steps, self.policy.numerics.micro_batch_size))
         values = self.ranks.add_up(self.parameters, batches, backward)
         unscale(self.parameters, factor)
-        return Accumulated(
-            sum(loss for loss, _ in values),
-            self.ranks.merged(seen),
-            sum(kl for _, kl in values) if with_base else None,
-        )
+        sums = [sum(column) for column in zip(*values, strict=True)]
+        measured = dict(zip(self.algorithm.measures, sums[1:], strict=True))
+        return Accumulated(sums[0], self.ranks.merged(seen), measured)
 
     @torch.no_grad()
-    def recompute(self, rollouts: Rollouts, samples: Sequence[int]) -> Tensor:
+    def recompute(
+        self, rollouts: Rollouts, samples: Sequence[int], means: OldMeans | None = None
+    ) -> Tensor:
         """Compute the log-probs of whole trajectories in the update's own forwards.
 
         Args:
             rollouts: All samples of the epoch.
             samples: Rows to compute.
+            means: Where the steps' means are put as well, if they are needed.
 
         Returns:
             [S, T] on the CPU; NaN outside the rows and where a step is deterministic.
         """
         result = torch.full_like(rollouts.log_probs, torch.nan)
-        size = self.policy.numerics.micro_batch_size
-        for pairs in self.ranks.mine(list(micro_batches(samples, self.trained_steps(), size))):
-            result[pairs.samples, pairs.steps] = self.log_probs(rollouts, pairs).to(result)
+        for pairs in self.mine(samples):
+            step = self.transition(rollouts, pairs)
+            log_probs = step.log_prob(self._next_latents(rollouts, pairs))
+            result[pairs.samples, pairs.steps] = log_probs.to(result)
+            if means is not None:
+                means.put(pairs, step.mean)
         return self.ranks.merged(result)
+
+    def mine(self, samples: Sequence[int]) -> Sequence[Pairs]:
+        """Return the micro-batches of some samples that this rank computes."""
+        size = self.policy.numerics.micro_batch_size
+        return self.ranks.mine(list(micro_batches(samples, self.trained_steps(), size)))
 
     def trained_steps(self) -> list[int]:
         """Return the trained columns of a trajectory, noisiest first.
@@ -213,6 +202,15 @@ class TrajectoryGradient:
         """
         stochastic = self.process.stochastic().tolist()
         return [step for step in window_steps(self.sampler) if stochastic[step]]
+
+    def _step_weights(self, steps: Sequence[int]) -> Tensor | None:
+        """Return what the losses of the trained steps are weighed by, [T]; None for 1."""
+        weights = self.algorithm.step_weights(self.process.scales(steps))
+        if weights is None:
+            return None
+        whole = torch.full_like(self.process.times, torch.nan)
+        whole[list(steps)] = weights
+        return whole
 
     @torch.no_grad()
     def _base_transition(self, rollouts: Rollouts, pairs: Pairs) -> Transition:
@@ -265,6 +263,8 @@ class TrajectoryObjective(Objective):
         self.items_per_sample = len(self.steps)
         fork = config.fork
         off_policy = fork is not None and fork.off_policy and fork.inherits(state.epoch)
+        self.rows = sorted(row for each in updates for row in each.samples)
+        self.old_means = self._empty_means(updates) if self.algorithm.needs.old_means else None
         self.old = samples.log_probs if off_policy else self._old_log_probs(updates)
         self.rewards, self.scored = credit["advantage"], torch.isfinite(credit["reward"])
         critic = self.algorithm.advantages.critic
@@ -289,7 +289,12 @@ class TrajectoryObjective(Objective):
         self.gradient.loss_scale = scale
         self._done.append(
             self.gradient.accumulate(
-                self.rollouts, self.advantages, update.samples, self.old, on_items
+                self.rollouts,
+                self.advantages,
+                update.samples,
+                self.old,
+                on_items,
+                old_means=self.old_means,
             )
         )
         return self._done[-1].loss
@@ -302,17 +307,18 @@ class TrajectoryObjective(Objective):
     def metrics(self) -> dict[str, Any]:
         """Return importance ratios, their deviation before any update, and optional measurements.
 
-        ``kl_to_base`` is there with a KL penalty only, ``value_loss`` and
-        ``value_explained_variance`` with a value function only.
+        What the algorithm measures is a mean over the updates; ``value_loss`` and
+        ``value_explained_variance`` are there with a value function only.
         """
         rollouts, times = self.rollouts, self.gradient.process.times
         first = self._done[0].log_probs
-        new = torch.stack([done.log_probs for done in self._done]).nansum(0)[:, self.steps]
-        ratio, metrics = ratio_metrics(new, self.old[:, self.steps])
-        divergences = [done.kl_to_base for done in self._done if done.kl_to_base is not None]
-        optional = {
-            "kl_to_base": sum(divergences) / len(divergences) if divergences else None,
-            **self._learned,
+        new = torch.stack([done.log_probs for done in self._done]).nansum(0)
+        ratio, metrics = ratio_metrics(
+            *(each[self.rows][:, self.steps] for each in (new, self.old))
+        )
+        measured = {
+            name: sum(done.measured[name] for done in self._done) / len(self._done)
+            for name in self.algorithm.measures
         }
         return {
             **metrics,
@@ -325,7 +331,8 @@ class TrajectoryObjective(Objective):
                 )
                 for i in self.steps
             },
-            **{name: value for name, value in optional.items() if value is not None},
+            **measured,
+            **{name: value for name, value in self._learned.items() if value is not None},
         }
 
     def state(self) -> dict[str, Tensor]:
@@ -348,8 +355,14 @@ class TrajectoryObjective(Objective):
             if deviation.p99 <= limit:
                 return stored
         # In the groups that the updates will see: another batch rounds differently.
-        recomputed = [self.gradient.recompute(self.rollouts, each.samples) for each in updates]
+        recomputed = [
+            self.gradient.recompute(self.rollouts, each.samples, self.old_means) for each in updates
+        ]
         return torch.stack(recomputed).nansum(0)
+
+    def _empty_means(self, updates: Sequence[Update]) -> OldMeans:
+        pairs = [pairs for each in updates for pairs in self.gradient.mine(each.samples)]
+        return OldMeans(pairs, self.rollouts.log_probs.shape)
 
 
 def probe_rows(policy: Policy, algorithm: PolicyGradient, samples: int) -> range:

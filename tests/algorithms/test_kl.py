@@ -69,7 +69,7 @@ def test_loss_and_gradient_are_those_of_the_formula_written_out(
     largest = expected.abs().max()
     # float32 alphas in the library against float64 ones here.
     assert found.loss == pytest.approx(float(loss.detach()), rel=1e-5)
-    assert found.kl_to_base == pytest.approx(divergence, rel=1e-5)
+    assert found.measured["kl_to_base"] == pytest.approx(divergence, rel=1e-5)
     assert (found_gradient - expected).abs().max() < 1e-5 * largest
     plain = tiny_config(policy.folder, algorithm={"type": kind, "updates_per_epoch": 1})
     TrajectoryGradient(policy, plain.sampler, plain.algorithm).accumulate(

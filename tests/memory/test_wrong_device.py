@@ -22,6 +22,8 @@ from tests.tiny_families import FAMILIES, SETTINGS
 ALGORITHMS: Mapping[str, dict[str, Any]] = {
     "ddpo_is": {"type": "ddpo_is", "kl_weight": 0.1},
     "ddpo_sf": {"type": "ddpo_sf"},
+    "guard": {"type": "ddpo_is", "ratio": "guard"},
+    "kl_mask": {"type": "ddpo_is", "clip": "kl_mask", "step_weighting": "variance"},
     "rwr": {"type": "rwr"},
     "groups": {"type": "ddpo_is", "advantages": {"type": "group", "deviation": "batch"}},
     "value network": {"type": "ddpo_is", "advantages": {"type": "value"}},

@@ -35,8 +35,9 @@ from ddpo.store.kinds import CHECKPOINT
 from ddpo.store.tables import AdvantageRow
 from ddpo.training.denoising import DenoisingGradient, Noising
 from ddpo.training.loop import initial_state, update
+from ddpo.training.pairs import Pairs
 from ddpo.training.samples import FinalLatents, Rollouts
-from ddpo.training.trajectories import Accumulated, Pairs, TrajectoryGradient
+from ddpo.training.trajectories import Accumulated, TrajectoryGradient
 from ddpo_workflow.tasks.credit import credit_of
 from ddpo_workflow.tasks.sample import sample_shard
 from ddpo_workflow.tasks.score import score_shard

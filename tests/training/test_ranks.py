@@ -30,6 +30,7 @@ def pool(request: pytest.FixtureRequest) -> Iterator[Pool]:
 ALGORITHMS: dict[str, dict[str, Any]] = {
     "ddpo_is": {"type": "ddpo_is", "updates_per_epoch": 2, "kl_weight": 0.1},
     "recomputed": {"type": "ddpo_is", "updates_per_epoch": 1, "old_log_probs": "recompute"},
+    "guard": {"type": "ddpo_is", "updates_per_epoch": 2, "ratio": "guard", "kl_weight": 0.1},
     "rwr": {"type": "rwr", "inner_epochs": 2, "updates_per_epoch": 4},
 }
 

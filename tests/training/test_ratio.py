@@ -13,9 +13,10 @@ from ddpo.config import ForkConfig, RunConfig
 from ddpo.diffusion.ddim import Transition
 from ddpo.models import Policy
 from ddpo.training.loop import initial_state, update
+from ddpo.training.pairs import Pairs
 from ddpo.training.ratios import RatioDeviation
 from ddpo.training.samples import Rollouts
-from ddpo.training.trajectories import Pairs, TrajectoryGradient
+from ddpo.training.trajectories import TrajectoryGradient
 from tests.checks import (
     check_initial_ratio_is_one,
 )

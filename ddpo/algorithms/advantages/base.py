@@ -7,7 +7,7 @@ their prompt's mean. Shapes: S samples of an epoch.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -68,6 +68,11 @@ class Advantages(Part, ABC):
         return False
 
     @property
+    def compares_groups(self) -> bool:
+        """Whether a sample is compared with its group alone."""
+        return False
+
+    @property
     def critic(self) -> CriticSettings | None:
         """The value function that the update subtracts, if there is one."""
         return None
@@ -94,13 +99,19 @@ class Advantages(Part, ABC):
         require_a_reward(scored.rewards)
         moments, after = self.moments(scored, statistics)
         rewards = self.imputed(scored, moments, after) if scored.impute else scored.rewards
-        advantages = normalise(rewards, moments, self.clip)
+        advantages = self.normalised(scored, rewards, moments)
         if self.shuffle:
             order = np.random.default_rng(scored.shuffle_seed).permutation(len(advantages))
             advantages = advantages[order]
         imputed = np.isfinite(rewards) & ~np.isfinite(scored.rewards)
         columns = {"advantage": advantages, "mean": moments.mean, "std": moments.std}
         return Credit(columns, moments.count, imputed, after)
+
+    def normalised(
+        self, scored: Scored, rewards: NDArray[np.float64], moments: Moments
+    ) -> NDArray[np.float64]:
+        """Return the advantages [S] of rewards that may be imputed, clipped."""
+        return normalise(rewards, moments, self.clip)
 
     def imputed(
         self, scored: Scored, moments: Moments, statistics: PromptStatistics
@@ -118,6 +129,14 @@ class Advantages(Part, ABC):
         Raises:
             ValueError: This kind cannot work with groups of that size.
         """
+
+    def trained(self, credit: Mapping[str, Tensor]) -> Sequence[int]:
+        """Return the rows of an epoch's samples that updates see; by default all.
+
+        Args:
+            credit: The epoch's credit table, [S] each.
+        """
+        return range(len(credit["advantage"]))
 
 
 def batch_moments(rewards: NDArray[np.float64]) -> Moments:

@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from ddpo.store.mapped import stack_on_disk
+from ddpo.basics.mapped import stack_on_disk
 
 MEASURE = """
 import sys, torch
-from ddpo.store.mapped import stack_on_disk
+from ddpo.basics.mapped import stack_on_disk
 
 def anonymous_mb():
     lines = open("/proc/self/status").read().splitlines()

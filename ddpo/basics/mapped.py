@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 _logger = logging.getLogger(__name__)
@@ -31,7 +32,7 @@ def stack_on_disk(parts: Iterable[Tensor], rows: int) -> Tensor:
     whole, done = None, 0
     for part in parts:
         if whole is None:
-            whole = _mapped((rows, *part.shape[1:]), part)
+            whole = mapped_tensor((rows, *part.shape[1:]), part.dtype, "an epoch's trajectories")
         whole[done : done + len(part)] = part
         done += len(part)
     if whole is None or done != rows:
@@ -39,23 +40,30 @@ def stack_on_disk(parts: Iterable[Tensor], rows: int) -> Tensor:
     return whole
 
 
-def _mapped(shape: tuple[int, ...], like: Tensor) -> Tensor:
-    """Return an uninitialised tensor in a file; in memory if there is no room for the file."""
+def mapped_tensor(shape: tuple[int, ...], dtype: torch.dtype, what: str) -> Tensor:
+    """Return an uninitialised tensor in a file; in memory if there is no room for the file.
+
+    Args:
+        shape: Its shape.
+        dtype: Its dtype.
+        what: What it will hold, for the warning that it is in memory.
+    """
     import torch
 
     count = torch.Size(shape).numel()
     with tempfile.NamedTemporaryFile(prefix="ddpo-") as file:
         try:
             # All of it now: a page that finds no room later would end the process.
-            _reserve(file.fileno(), max(count * like.element_size(), 1))
+            _reserve(file.fileno(), max(count * dtype.itemsize, 1))
         except OSError as error:
             _logger.warning(
-                "an epoch's trajectories stay in memory: %s has no room for them (%s)",
+                "%s stay in memory: %s has no room for them (%s)",
+                what,
                 tempfile.gettempdir(),
                 error.strerror,
             )
-            return torch.empty(shape, dtype=like.dtype)
-        flat = torch.from_file(file.name, shared=True, size=count, dtype=like.dtype)
+            return torch.empty(shape, dtype=dtype)
+        flat = torch.from_file(file.name, shared=True, size=count, dtype=dtype)
     return flat.view(shape)
 
 
