@@ -215,6 +215,10 @@ class RescoreRequest(Request[Rescoring]):
             },
             f"reward {self.reward!r}",
         )
+        try:
+            run.config.algorithm.check_reward(normalises_by_group=reward.normalises_by_group)
+        except ValueError as error:
+            raise ConfigError(f"reward {self.reward!r}: {error}") from None
         from ddpo_workflow.tasks.tracking.connection import connect  # imports MLflow
         from ddpo_workflow.tasks.worker import scorer_of
 

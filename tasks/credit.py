@@ -9,10 +9,12 @@ import numpy as np
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from ddpo.algorithms.base import PromptStatistics, Scored
+from ddpo.algorithms.base import PromptStatistics, Scored, ScoredPart
 from ddpo.analysis.rewards import summarize
 from ddpo.basics.randomness import derive_seed
 from ddpo.config import RewardConfig
+from ddpo.errors import ConfigError
+from ddpo.rewards.base import group_weights
 from ddpo.runs import Run, Scorer
 from ddpo.store.artefacts import AdvantageTable, RolloutShard, Scores
 from ddpo.store.keys import Partition
@@ -20,7 +22,7 @@ from ddpo.store.kinds import ADVANTAGES, ROLLOUTS, SCORES, committed, open_ref
 from ddpo.store.manifests import Ref
 from ddpo.store.objects import Objects
 from ddpo.store.statistics import HoldsStatistics, encode_statistics
-from ddpo.store.tables import AdvantageRow, encode_advantages
+from ddpo.store.tables import AdvantageRow, RewardRow, encode_advantages
 from ddpo_workflow.tasks.retries import STORAGE
 from ddpo_workflow.tasks.worker import RunHandle, opened, scorer_of
 
@@ -81,17 +83,18 @@ def _computed(
     epoch: int,
 ) -> Objects:
     samples = [s for ref in rollouts for s in ROLLOUTS.load(run.store, ref).samples()]
-    reward_by_id = {
-        row.sample_id: row.reward for ref in scores for row in SCORES.load(run.store, ref).rows()
-    }
+    scored = {row.sample_id: row for ref in scores for row in SCORES.load(run.store, ref).rows()}
+    samples.sort(key=lambda sample: sample.sample_id)
+    ordered = [scored[sample.sample_id] for sample in samples]
     rows, after = _rows(
         run,
         scorer.config.on_failure == "impute",
         epoch,
         [
-            (sample.sample_id, sample.prompt, reward_by_id[sample.sample_id])
-            for sample in sorted(samples, key=lambda sample: sample.sample_id)
+            (row.sample_id, sample.prompt, row.reward)
+            for row, sample in zip(ordered, samples, strict=True)
         ],
+        _parts(run, scorer, ordered),
         open_ref(run.store, before).statistics(),
     )
     return {
@@ -100,11 +103,25 @@ def _computed(
     }
 
 
+def _parts(run: Run, scorer: Scorer, rows: Sequence[RewardRow]) -> list[ScoredPart]:
+    """Return the rewards that are normalised each by itself before they are summed, if any."""
+    weights = group_weights(scorer.reward)
+    try:
+        run.config.algorithm.check_reward(normalises_by_group=bool(weights))
+    except ValueError as error:
+        raise ConfigError(f"reward {scorer.reward_id}: {error}") from None
+    return [
+        ScoredPart(weight, np.asarray([row.columns.get(label) for row in rows], dtype=np.float64))
+        for label, weight in weights.items()
+    ]
+
+
 def _rows(
     run: Run,
     impute: bool,
     epoch: int,
     samples: Sequence[tuple[str, str, float | None]],
+    parts: Sequence[ScoredPart],
     statistics: PromptStatistics,
 ) -> tuple[list[AdvantageRow], PromptStatistics]:
     """Return a row per sample, and the statistics after them, from ids, prompts and rewards."""
@@ -124,6 +141,7 @@ def _rows(
             samples_per_prompt=config.rollouts.samples_per_prompt,
             impute=impute,
             shuffle_seed=derive_seed(config.seed, "shuffle", epoch),
+            parts=parts,
         ),
         statistics,
     )

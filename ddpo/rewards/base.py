@@ -74,6 +74,18 @@ class Reward(Protocol):
         ...
 
 
+def group_weights(reward: Reward) -> Mapping[str, float]:
+    """Return which of a reward's columns are normalised each in its group before they are summed.
+
+    Args:
+        reward: A sum that asks for it says so by its attribute ``group_weights``.
+
+    Returns:
+        The weights of the columns by name; empty for rewards whose score is what is normalised.
+    """
+    return getattr(reward, "group_weights", None) or {}
+
+
 def _array(name: str, given: Any, dtype: type | None = None) -> np.ndarray:
     try:
         with np.errstate(over="ignore"):  # becomes inf, which is rejected by sample

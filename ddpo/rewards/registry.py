@@ -161,6 +161,11 @@ class _Loaded:
         """Where it is reached, if a service computes it."""
         return getattr(self.score, "connection", None)
 
+    @property
+    def group_weights(self) -> Any:
+        """Weights of its columns, if each is normalised in its group before they are summed."""
+        return getattr(self.score, "group_weights", None)
+
     def same_as(self, other: _Loaded) -> bool:
         """Return whether another one gives the same scores from the same place."""
         return (self.identity.digest, self.connection) == (other.identity.digest, other.connection)

@@ -1,4 +1,4 @@
-"""A weighted sum of rewards, each standardised by constants from the config."""
+"""A weighted sum of rewards, each standardised by constants from the config, or by its group."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator, Sequence, Set
 from contextvars import ContextVar
 from dataclasses import asdict
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 from PIL import Image
@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, JsonValue
 
 from ddpo.errors import ConfigError
 from ddpo.prompts.base import Prompt
-from ddpo.rewards.base import Reward, Scores
+from ddpo.rewards.base import Reward, Scores, group_weights
 from ddpo.rewards.columns import RESERVED_COLUMNS
 from ddpo.rewards.identity import RewardIdentity
 from ddpo.rewards.registry import load_reward
@@ -61,20 +61,30 @@ class Weighted:
     ``starter_vqa_2``. A sample fails if any component fails on it; ``failed_components`` lists
     which.
 
+    With ``normalise: group``, advantages are not those of the sum: each component's are computed in
+    the sample's group, and their weighted sum is the sample's. The sum is then shown only.
+
     The identity contains those of all components.
 
     Args:
         rewards: The components: each a ``name``, and optionally ``parameters``, ``weight`` (1),
             ``mean`` (0), ``std`` (1) and ``label``.
+        normalise: What components are standardised by before they are summed: ``constants``, or
+            their ``group``, which needs ``algorithm.advantages.type: group``.
 
     Raises:
-        ConfigError: A component cannot be loaded, two share a label, or one contains itself.
+        ConfigError: A component cannot be loaded, two share a label, one contains itself, or one is
+            a sum that is normalised by group.
     """
 
     needs: ClassVar[str] = "what its components need"
     thread_safe: ClassVar[bool] = True  # its components wait, if they have to
 
-    def __init__(self, rewards: Annotated[tuple[Component, ...], Field(min_length=1)]) -> None:
+    def __init__(
+        self,
+        rewards: Annotated[tuple[Component, ...], Field(min_length=1)],
+        normalise: Literal["constants", "group"] = "constants",
+    ) -> None:
         self._components = rewards
         self._labels = _labels(rewards)
         with _one_deeper():
@@ -89,7 +99,11 @@ class Weighted:
             }
             for label, component, reward in self._parts()
         ]
-        self.identity = RewardIdentity("weighted", {"rewards": parts}, version=VERSION)
+        self._check_parts()
+        weights = {label: component.weight for label, component, _ in self._parts()}
+        self.group_weights = weights if normalise == "group" else {}
+        how: dict[str, JsonValue] = {} if normalise == "constants" else {"normalise": normalise}
+        self.identity = RewardIdentity("weighted", {"rewards": parts, **how}, version=VERSION)
 
     @property
     def connection(self) -> tuple[object, ...]:
@@ -115,6 +129,15 @@ class Weighted:
             columns |= {f"{label}.{name}": column for name, column in scores.columns.items()}
         columns[FAILED_COLUMN] = [", ".join(labels) for labels in failures]
         return Scores(total, failed=np.array([bool(f) for f in failures], bool), columns=columns)
+
+    def _check_parts(self) -> None:
+        for label, _, reward in self._parts():
+            if group_weights(reward):
+                raise ConfigError(
+                    f"reward 'weighted': the component {label!r} is a sum with `normalise: group`, "
+                    "which decides how advantages are computed and so cannot be part of a sum; "
+                    "list its components directly"
+                )
 
     def _parts(self) -> Iterator[tuple[str, Component, Reward]]:
         return zip(self._labels, self._components, self._rewards, strict=True)

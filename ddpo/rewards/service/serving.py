@@ -12,7 +12,7 @@ import uvicorn
 
 from ddpo.basics.children import ordinary_children
 from ddpo.errors import ConfigError
-from ddpo.rewards.base import Reward
+from ddpo.rewards.base import Reward, group_weights
 from ddpo.rewards.registry import load_reward
 from ddpo.rewards.service.app import create_app
 from ddpo.rewards.service.limits import Limits
@@ -59,6 +59,12 @@ def serve(
     def load() -> Reward:
         try:
             reward = load_reward(name, parameters)
+            if group_weights(reward):
+                raise ConfigError(
+                    f"reward {name!r} has `normalise: group`, which decides how a run computes "
+                    "advantages and so cannot be served; serve its components, and let the run's "
+                    "own sum name them by `http`"
+                )
         except Exception as error:
             failures.append(error)
             server.should_exit = True
