@@ -115,6 +115,12 @@ def inherit_checkpoint(run: Run, policy: Policy, scores: Sequence[Ref[Scores]]) 
         ema = state.shown_weights
         tensors.setdefault("ema", tensors["weights"])
         digests["ema_digest"] = policy_digest(policy.base_digest, ema)
+    old = {}
+    if run.config.algorithm.needs.keeps_old:
+        # So do old weights, as samples of a parent that keeps none are of its trained ones.
+        old = state.old_weights
+        tensors.setdefault("old", tensors["weights"])
+        digests["old_digest"] = policy_digest(policy.base_digest, old)
     parent_dtype = fork.parent.numerics.dtype
     value = state.value if _value_holds(run, fork, parent.digests, digests) else {}
     ref = committed(
@@ -132,6 +138,7 @@ def inherit_checkpoint(run: Run, policy: Policy, scores: Sequence[Ref[Scores]]) 
                 statistics=statistics_of(run, scores),
                 ema=ema,
                 value=value,
+                old=old,
                 loss_scale=state.loss_scale if run.numerics.dtype == parent_dtype else None,
             ),
             digests,

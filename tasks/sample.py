@@ -83,7 +83,7 @@ def _sampled(run: Run, checkpoint: Ref[Checkpoint], epoch: int, shard: int) -> O
         before += count
         report("sample", before, run.config.rollouts.samples_per_epoch)
 
-    with policy_at(run, checkpoint) as lease:
+    with policy_at(run, checkpoint, weights=run.config.algorithm.needs.samples_from) as lease:
         report("sample", before, run.config.rollouts.samples_per_epoch)
         sampled = sample(
             lease.policy,
@@ -128,7 +128,8 @@ def _rows(
     seeds: Sequence[int],
     sampled: Trajectories,
 ) -> list[RolloutRow]:
-    digests = CHECKPOINT.load(run.store, checkpoint).digests
+    loaded = CHECKPOINT.load(run.store, checkpoint)
+    policy_digest = loaded.policy_digest(run.config.algorithm.needs.samples_from)
     return [
         RolloutRow(
             sample_id=keys.sample_id(run.run_id, epoch, index),
@@ -137,8 +138,8 @@ def _rows(
             prompt=prompts[row].text,
             prompt_metadata=prompts[row].metadata,
             seed=seeds[row],
-            policy_digest=digests["policy_digest"],
-            sampler_digest=digests["sampler_digest"],
+            policy_digest=policy_digest,
+            sampler_digest=loaded.digests["sampler_digest"],
             log_prob_mean=sampled.log_prob_mean(row),
             image_png=encode_image(sampled.images[row]),
         )

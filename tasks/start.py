@@ -54,12 +54,15 @@ def _started(handle: RunHandle, history: Sequence[Ref[Scores]]) -> Ref[Checkpoin
             "sampler_digest": sampler_digest(policy, run.config.sampler),
         }
         ema = run.config.optimizer.ema_decay is not None
+        old = run.config.algorithm.needs.keeps_old
         if ema:
             digests["ema_digest"] = digests["policy_digest"]
+        if old:
+            digests["old_digest"] = digests["policy_digest"]
         return committed(
             run.store,
             CHECKPOINT,
             where,
             {"identity_digest": run.identity_digest},
-            lambda: checkpoint_objects(initial_state(policy, ema=ema), digests),
+            lambda: checkpoint_objects(initial_state(policy, ema=ema, old=old), digests),
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import chain
 
 import torch
@@ -73,10 +73,11 @@ def _updated(
     inputs = {"checkpoint": checkpoint, "rollouts": list(rollouts), "advantages": advantages}
     if found := CHECKPOINT.find(run.store, where, inputs):
         return found
-    digests = dict(CHECKPOINT.load(run.store, checkpoint).digests)
+    before = CHECKPOINT.load(run.store, checkpoint)
+    digests = dict(before.digests)
     shards = [ROLLOUTS.load(run.store, ref) for ref in rollouts]
     rows = [shard.samples() for shard in shards]
-    _check_origin(run, list(chain(*rows)), digests, epoch)
+    _check_origin(run, list(chain(*rows)), before, epoch)
     scored = ADVANTAGES.load(run.store, advantages)
     credit = _credit_table(scored.rows(), [row.sample_id for row in chain(*rows)])
     statistics = scored.statistics()
@@ -99,6 +100,8 @@ def _updated(
         digests["policy_digest"] = policy_digest(lease.policy.base_digest, state.weights)
         if state.ema:
             digests["ema_digest"] = policy_digest(lease.policy.base_digest, state.ema)
+        if state.old:
+            digests["old_digest"] = policy_digest(lease.policy.base_digest, state.old)
         if seat.rank > 0:
             return checkpoint  # rank 0 commits the next one
         objects = checkpoint_objects(state, digests, metrics)
@@ -119,19 +122,21 @@ def _credit_table(rows: Sequence[AdvantageRow], sample_ids: Sequence[str]) -> di
     return {name: torch.tensor(values, dtype=torch.float32) for name, values in columns.items()}
 
 
-def _check_origin(
-    run: Run, rows: Sequence[SampleRow], digests: Mapping[str, str], epoch: int
-) -> None:
+def _check_origin(run: Run, rows: Sequence[SampleRow], checkpoint: Checkpoint, epoch: int) -> None:
     """Refuse samples of another policy or sampler."""
     off_policy = run.fork is not None and run.fork.is_off_policy(epoch)
+    expected = {
+        "policy_digest": checkpoint.policy_digest(run.config.algorithm.needs.samples_from),
+        "sampler_digest": checkpoint.digests["sampler_digest"],
+    }
     for row in rows:
-        for name in ("policy_digest", "sampler_digest"):
+        for name, digest in expected.items():
             if name == "policy_digest" and off_policy:
                 continue
-            if getattr(row, name) != digests[name]:
+            if getattr(row, name) != digest:
                 raise PolicyMismatch(
                     f"sample {row.sample_id} has {name} {getattr(row, name)}, expected "
-                    f"{digests[name]}: it comes from another policy or sampler than the one being "
+                    f"{digest}: it comes from another policy or sampler than the one being "
                     "updated, so importance ratios would be wrong. A fork can train on samples of "
                     "another policy with fork.off_policy: true"
                 )

@@ -154,8 +154,8 @@ def policy_at(
         checkpoint: The checkpoint's manifest.
         training: Whether the weights will change; unless :meth:`Lease.hold` is called, they are
             reloaded next time.
-        weights: The weights that the policy uses. "average", for images and exports, is the moving
-            average, or the trained weights if the run keeps none.
+        weights: The weights that the policy uses. "average", for images and exports, and "old" are
+            the trained weights if the run keeps no such set.
 
     Yields:
         The policy and the state; the device is locked until the context is left.
@@ -175,9 +175,10 @@ def policy_at(
         lease = Lease(loaded, loaded.policy, loaded.state)
         if training:
             loaded.checkpoint = None
-        if weights == "average" and loaded.state.ema:
-            loaded.policy.weights.keep("average", loaded.state.ema)
-        elif weights == "average":
+        kept = {"average": loaded.state.ema, "old": loaded.state.old}
+        if kept.get(weights):
+            loaded.policy.weights.keep(weights, kept[weights])
+        elif weights in kept:
             weights = "trained"
         if weights == "trained":
             yield lease

@@ -25,8 +25,9 @@ from ddpo.diffusion.ddim import Ddim
 from ddpo.diffusion.sampling import sample
 from ddpo.models import Policy
 from ddpo.models.schedule import NoiseSchedule
-from ddpo.training.denoising import DenoisingGradient, Noising
+from ddpo.training.denoising import DenoisingGradient
 from ddpo.training.loop import initial_state, update
+from ddpo.training.noising import Noising
 from ddpo.training.samples import FinalLatents, Rollouts
 from ddpo.training.trajectories import TrajectoryGradient
 from tests.scored import compute_advantages, compute_weights
@@ -257,7 +258,7 @@ def check_regression_is_each_samples_own(
     """
     count = len(finals.prompts)
     gradient = DenoisingGradient(policy, ddim_on(policy), Rwr(type="rwr"))
-    found_loss = gradient.accumulate(finals, weights, range(count), noising)
+    found_loss = gradient.accumulate(finals, {"weight": weights}, range(count), noising)
     found = take_gradients(policy)
 
     scheduler = policy.pipeline.scheduler

@@ -6,12 +6,14 @@ from typing import TYPE_CHECKING, Annotated, Union
 
 from pydantic import Field
 
+from ddpo.algorithms.awm import Awm
 from ddpo.algorithms.base import Algorithm
 from ddpo.algorithms.ddpo_is import DdpoIs
 from ddpo.algorithms.ddpo_sf import DdpoSf
+from ddpo.algorithms.nft import Nft
 from ddpo.algorithms.rwr import Rwr, RwrSparse
 
-ALGORITHMS = (DdpoIs, DdpoSf, Rwr, RwrSparse)
+ALGORITHMS = (DdpoIs, DdpoSf, Rwr, RwrSparse, Nft, Awm)
 """The registry: a new algorithm is a file and an entry here."""
 
 if TYPE_CHECKING:
@@ -19,4 +21,14 @@ if TYPE_CHECKING:
 else:
     AnyAlgorithm = Annotated[Union[ALGORITHMS], Field(discriminator="type")]  # noqa: UP007
 
-__all__ = ["ALGORITHMS", "Algorithm", "AnyAlgorithm", "DdpoIs", "DdpoSf", "Rwr", "RwrSparse"]
+__all__ = [
+    "ALGORITHMS",
+    "Algorithm",
+    "AnyAlgorithm",
+    "Awm",
+    "DdpoIs",
+    "DdpoSf",
+    "Nft",
+    "Rwr",
+    "RwrSparse",
+]

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 Data = Literal["trajectories", "final_latents"]
 """What training reads of a sample: all latents and log-probs, or the clean latents alone."""
 
+Sampling = Literal["trained", "old"]
+"""The weights that draw an epoch's samples: those that are trained, or a moving average of them."""
+
 PromptStatistics = Mapping[str, tuple[float, ...]]
 """The most recent rewards of each prompt, oldest first."""
 
@@ -33,10 +36,18 @@ class Needs:
     data: Data
     """What it trains on."""
     policies: frozenset[str] = frozenset()
-    """Other weight sets that a forward is also computed with, such as "base"."""
+    """Other weight sets that a forward is also computed with: "base", "old" or "start", the trained
+    weights before the epoch."""
+    samples_from: Sampling = "trained"
+    """The weight set that draws the samples."""
     old_means: bool = False
     """Whether the update also reads each step's mean under the policy that sampled. Those are
     computed before the epoch's first step, together with the old log-probs."""
+
+    @property
+    def keeps_old(self) -> bool:
+        """Whether the state has old weights, which follow the trained ones once an epoch."""
+        return self.samples_from == "old" or "old" in self.policies
 
 
 @dataclass(frozen=True)
@@ -144,6 +155,14 @@ class Algorithm(Part, ABC):
         """What identifies the algorithm at a glance, for a tracking page."""
         return {"algorithm": self.type}
 
+    def decay_of_old(self, updates: int) -> float:
+        """Return d of ``old = d old + (1 - d) trained``, for an algorithm that keeps old weights.
+
+        Args:
+            updates: Optimizer steps so far, those of the epoch that just ended included.
+        """
+        return 0.0
+
     def off_policy(self) -> Algorithm:
         """Return the algorithm with settings that hold for samples of another policy."""
         return self
@@ -204,7 +223,7 @@ class Algorithm(Part, ABC):
         Args:
             batch: N items, of the type that belongs to :attr:`needs`: a
                 :class:`~ddpo.algorithms.policy_gradient.PairBatch` or a
-                :class:`~ddpo.algorithms.rwr.DenoisingBatch`.
+                :class:`~ddpo.algorithms.denoising.DenoisingBatch`.
 
         Returns:
             [N], with a gradient; an optimizer step minimises the mean over all its items.

@@ -12,76 +12,32 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from fractions import Fraction
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, PositiveInt
 
 from ddpo.algorithms.base import (
-    Algorithm,
     Credit,
-    Needs,
     PromptStatistics,
     RunSettings,
     Scored,
-    Update,
     imputed_rewards,
     require_a_reward,
 )
-from ddpo.basics.part import check_divides
-from ddpo.basics.randomness import derive_seed, generator
+from ddpo.algorithms.denoising import DenoisingAlgorithm, DenoisingBatch
+from ddpo.basics.tensors import mean_per_row
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-@dataclass(frozen=True)
-class DenoisingBatch:
-    """The noised samples of one forward."""
-
-    prediction: Tensor
-    """[N, ...], of the latents' shape, with a gradient."""
-    target: Tensor
-    """[N, ...], what the model should have predicted."""
-    weights: Tensor
-    """[N]."""
-
-
-class Regression(Algorithm):
-    """What both algorithms share: the loss, and how often the samples are passed over."""
+class Regression(DenoisingAlgorithm):
+    """What both algorithms share: weights, and the loss."""
 
     columns: ClassVar[Mapping[str, str]] = {"weight": "float32"}
-
-    inner_epochs: PositiveInt
-    """Passes over an epoch's samples, each with its own order, noise and timesteps."""
-    updates_per_epoch: PositiveInt
-    """Optimizer steps per epoch, over all passes together: a multiple of inner_epochs. A pass with
-    fewer samples than steps takes one step per sample."""
-
-    @model_validator(mode="after")
-    def _passes_are_alike(self) -> Regression:
-        if self.updates_per_epoch % self.inner_epochs:
-            more = (self.updates_per_pass + 1) * self.inner_epochs
-            fewer = max(self.updates_per_pass, 1) * self.inner_epochs
-            raise ValueError(
-                f"updates_per_epoch {self.updates_per_epoch} is not a multiple of inner_epochs "
-                f"{self.inner_epochs}, and every pass takes the same number of steps; set it to "
-                f"{' or '.join(map(str, sorted({fewer, more})))}"
-            )
-        return self
-
-    @property
-    def updates_per_pass(self) -> int:
-        """Optimizer steps of one pass over the samples."""
-        return self.updates_per_epoch // self.inner_epochs
-
-    @property
-    def needs(self) -> Needs:
-        """Final latents only."""
-        return Needs("final_latents")
 
     def check_run(self, run: RunSettings) -> None:
         """Accept any run: deterministic sampling and stored final latents are enough."""
@@ -107,22 +63,14 @@ class Regression(Algorithm):
     def weights(self, rewards: NDArray[np.float64]) -> NDArray[np.float64]:
         """Return the weights [N], at least 0, of samples that are weighted among each other."""
 
-    def updates(
-        self, credit: Mapping[str, Tensor], *, run_seed: int, epoch: int
-    ) -> Sequence[Update]:
-        """Return shuffled passes over the samples whose weight is above 0."""
-        samples = (credit["weight"] > 0).nonzero().flatten().tolist()
-        return [
-            Update(step, inner)
-            for inner in range(self.inner_epochs)
-            for step in steps_of_pass(run_seed, epoch, inner, samples, self.updates_per_pass)
-        ]
+    def trained(self, credit: Mapping[str, Tensor]) -> list[int]:
+        """Return the samples whose weight is above 0."""
+        return (credit["weight"] > 0).nonzero().flatten().tolist()
 
     def losses(self, batch: DenoisingBatch) -> Tensor:
         """Return w ||prediction - target||² / (number of latent dimensions), [N]."""
-        errors = (batch.prediction - batch.target) ** 2
-        errors = errors.mean(dim=tuple(range(1, errors.ndim)))
-        return batch.weights.to(errors) * errors
+        errors = mean_per_row((batch.prediction - batch.target) ** 2)
+        return batch.credit["weight"].to(errors) * errors
 
     def credit_metrics(
         self, credit: Mapping[str, Tensor], samples_per_prompt: int
@@ -160,8 +108,7 @@ class Rwr(Regression):
 
     def check_run(self, run: RunSettings) -> None:
         """Check that the steps of a pass are of equal size."""
-        name = f"algorithm.updates_per_epoch / inner_epochs {self.inner_epochs} ="
-        check_divides(name, self.updates_per_pass, "samples_per_epoch", run.samples_per_epoch)
+        self.check_passes(run)
 
     def compared(self, prompts: Sequence[str]) -> Sequence[str]:
         """Return the prompts, or one name for all where the whole epoch shares a softmax."""
@@ -204,26 +151,3 @@ def scaled_softmax(logits: NDArray[np.float64]) -> NDArray[np.float64]:
     """Return n softmax(logits), of mean 1; the largest is subtracted first, so none overflows."""
     weights = np.exp(logits - logits.max())
     return weights / weights.mean()
-
-
-def steps_of_pass(
-    run_seed: int, epoch: int, inner_epoch: int, samples: Sequence[int], updates: int
-) -> list[list[int]]:
-    """Shuffle the samples and cut them into the steps of one pass.
-
-    Args:
-        run_seed: The config's ``seed``.
-        epoch: The epoch.
-        inner_epoch: The pass; each has its own order.
-        samples: The rows to pass over.
-        updates: Steps of the pass; one per sample where there are fewer samples.
-
-    Returns:
-        The rows of each step: every row once, in steps whose sizes differ by at most 1.
-    """
-    import torch
-
-    seed = derive_seed(run_seed, "regression order", epoch, inner_epoch)
-    order = torch.randperm(len(samples), generator=generator(seed))
-    steps = order.tensor_split(min(updates, len(samples)))
-    return [[samples[i] for i in step.tolist()] for step in steps]

@@ -154,6 +154,19 @@ class Process(ABC):
         """
 
     @abstractmethod
+    def predicted_clean(self, noisy: Tensor, prediction: Tensor, times: Tensor) -> Tensor:
+        """Return the clean latents that a prediction implies, linear in the prediction.
+
+        Args:
+            noisy: [B, ...], x_t.
+            prediction: [B, ...], of the model at these times.
+            times: [B] float32, on the model's axis.
+
+        Returns:
+            [B, ...]; x_0 itself for the target of :meth:`noised`.
+        """
+
+    @abstractmethod
     def training_time(self, generator: torch.Generator) -> Tensor:
         """Draw one time from the distribution that the model was trained with, a float32 scalar."""
 

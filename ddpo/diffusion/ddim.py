@@ -97,13 +97,11 @@ class Ddim(Process):
     def transition(self, steps: Tensor, output: Tensor, latents: Tensor) -> Transition:
         """Return the Gaussian of each pair's step (formula 12)."""
         alpha, alpha_after = (expand_like(value, latents) for value in self.alphas(steps))
-        beta = 1 - alpha
+        clean = self._clean(alpha, latents, output)
         if self.schedule.prediction_type == "epsilon":
-            clean = (latents - beta**0.5 * output) / alpha**0.5
             epsilon = output
         else:
-            clean = (alpha**0.5) * latents - (beta**0.5) * output
-            epsilon = (alpha**0.5) * output + (beta**0.5) * latents
+            epsilon = (alpha**0.5) * output + ((1 - alpha) ** 0.5) * latents
         std = expand_like(self.stds(steps), latents)
         # Rounding can make it negative where the input is pure noise (zero terminal SNR).
         direction = (1 - alpha_after - std**2).clamp(min=0) ** 0.5 * epsilon
@@ -111,13 +109,28 @@ class Ddim(Process):
 
     def noised(self, clean: Tensor, noise: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:
         """Noise clean latents; the target is epsilon or v (arXiv 2202.00512)."""
-        alphas = self.schedule.alphas_cumprod.to(clean.device, clean.dtype)
-        alpha = expand_like(alphas[times.long()], clean)
+        alpha = self._alpha_at(times, clean)
         signal, spread = alpha**0.5, (1 - alpha) ** 0.5
         noisy = signal * clean + spread * noise
         if self.schedule.prediction_type == "epsilon":
             return noisy, noise
         return noisy, signal * noise - spread * clean
+
+    def predicted_clean(self, noisy: Tensor, prediction: Tensor, times: Tensor) -> Tensor:
+        """Return x_0 by the formula of what the model predicts, epsilon or v."""
+        return self._clean(self._alpha_at(times, noisy), noisy, prediction)
+
+    def _clean(self, alpha: Tensor, latents: Tensor, output: Tensor) -> Tensor:
+        """Return the clean latents that a prediction at signal share ``alpha`` implies."""
+        beta = 1 - alpha
+        if self.schedule.prediction_type == "epsilon":
+            return (latents - beta**0.5 * output) / alpha**0.5
+        return (alpha**0.5) * latents - (beta**0.5) * output
+
+    def _alpha_at(self, times: Tensor, like: Tensor) -> Tensor:
+        """Return the signal's share of variance at some times, in the shape [B, 1, ...]."""
+        alphas = self.schedule.alphas_cumprod.to(like.device, like.dtype)
+        return expand_like(alphas[times.long()], like)
 
     def training_time(self, generator: torch.Generator) -> Tensor:
         """Draw a training timestep, all with equal chance."""

@@ -115,6 +115,10 @@ class FlowProcess(Process):
         sigma = expand_like((times / self.time_scale).to(clean), clean)
         return (1 - sigma) * clean + sigma * noise, noise - clean
 
+    def predicted_clean(self, noisy: Tensor, prediction: Tensor, times: Tensor) -> Tensor:
+        """Return x_sigma - sigma v."""
+        return noisy - expand_like((times / self.time_scale).to(noisy), noisy) * prediction
+
     def training_time(self, generator: torch.Generator) -> Tensor:
         """Draw a logit-normal(0, 1) sigma and shift it (arXiv 2403.03206, sections 3.1 and 5.3)."""
         sigma = torch.randn((), generator=generator).sigmoid()

@@ -177,11 +177,13 @@ def _trained_state(policy: Outline, config: RunConfig) -> TrainState:
         moments[f"exp_avg/{name}"] = _zeros(*parameter.shape)
         moments[f"exp_avg_sq/{name}"] = _zeros(*parameter.shape)
     start = initial_state(policy, ema=config.optimizer.ema_decay is not None)
-    return replace(start, optimizer=moments)
+    kept = config.algorithm.needs.keeps_old
+    old = {name: _zeros(*value.shape) for name, value in start.weights.items() if kept}
+    return replace(start, optimizer=moments, old=old)
 
 
 def _bytes_of(state: TrainState) -> int:
-    parts = (state.weights, state.optimizer, state.ema)
+    parts = (state.weights, state.optimizer, state.ema, state.old)
     tensors = {id(each): each for part in parts for each in part.values()}
     return sum(each.numel() * each.element_size() for each in tensors.values())
 

@@ -20,9 +20,10 @@ if TYPE_CHECKING:
     Network = UNet2DConditionModel | SD3Transformer2DModel | FluxTransformer2DModel
     """The denoising networks of all families."""
 
-WeightSet = Literal["trained", "average", "base"]
-"""A set of weights that a policy can compute with: the trained ones, their moving average, or the
-base model's."""
+WeightSet = Literal["trained", "average", "base", "old", "start"]
+"""A set of weights that a policy can compute with: the trained ones, their moving average for
+images and exports, the base model's, the old ones that an algorithm keeps, or the trained ones
+before the epoch that is being trained."""
 
 
 class Weights(ABC):

@@ -20,8 +20,12 @@ from ddpo.training.state import PromptStatistics, TrainState
 if TYPE_CHECKING:
     from torch import Tensor
 
-TENSOR_ROLES = ("weights", "optimizer", "ema", "value")
-"""Roles of a checkpoint's tensors, fields of `TrainState`; the last two may be absent."""
+    from ddpo.models import WeightSet
+
+TENSOR_ROLES = ("weights", "optimizer", "ema", "value", "old")
+"""Roles of a checkpoint's tensors, fields of `TrainState`; the last three may be absent."""
+
+_DIGESTS: Mapping[WeightSet, str] = {"average": "ema_digest", "old": "old_digest"}
 
 FILE_BYTES = 2 * 10**9
 """Tensors of a role that take more are in several files, of so many bytes at most unless a single
@@ -34,8 +38,15 @@ class Checkpoint(Artefact):
 
     @cached_property
     def digests(self) -> dict[str, str]:
-        """Digests of the policy ('policy_digest', 'ema_digest'), base model and sampler."""
+        """Digests of the policy with each of its weight sets, of base model and sampler.
+
+        Their names: 'policy_digest', 'ema_digest', 'old_digest', 'base_digest', 'sampler_digest'.
+        """
         return self.document("digests")
+
+    def policy_digest(self, weights: WeightSet) -> str:
+        """Return the policy's digest with a set of weights; the trained ones if it is not kept."""
+        return self.digests.get(_DIGESTS.get(weights, ""), self.digests["policy_digest"])
 
     @cached_property
     def metrics(self) -> dict[str, Any]:
@@ -73,6 +84,7 @@ class Checkpoint(Artefact):
             samples=self.samples,
             ema=self._tensors("ema"),
             value=self._tensors("value"),
+            old=self._tensors("old"),
             loss_scale=LossScale(**scale) if (scale := self._progress.get("loss_scale")) else None,
         )
 

@@ -18,7 +18,7 @@ class Ema:
 
     Args:
         start: The average so far, or the weights if there is none yet; copied.
-        decay: In (0, 1).
+        decay: In [0, 1).
         weights: The weights; the average is held like them.
     """
 
@@ -41,7 +41,7 @@ class Ema:
 
     @torch.no_grad()
     def follow(self, weights: Mapping[str, Tensor]) -> None:
-        """Take one step towards the weights; call it after each optimizer step.
+        """Take one step towards the weights.
 
         Args:
             weights: The trained weights by name.

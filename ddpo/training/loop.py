@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ddpo.algorithms.base import Data, PromptStatistics
+from ddpo.algorithms.base import Algorithm, Data, PromptStatistics
 from ddpo.config import RunConfig
 from ddpo.errors import NonFiniteError
 from ddpo.models import Policy
@@ -32,16 +32,25 @@ OBJECTIVES: Mapping[Data, type[TrajectoryObjective | DenoisingObjective]] = {
 """The objective of what an algorithm trains on."""
 
 
-def initial_state(policy: Policy, *, ema: bool = False) -> TrainState:
+def initial_state(policy: Policy, *, ema: bool = False, old: bool = False) -> TrainState:
     """Return checkpoint 0: the policy as it was loaded.
 
     Args:
         policy: Just loaded.
         ema: Whether a moving average of the weights is kept; it starts at them.
+        old: Whether old weights are kept; they start as them.
     """
     weights = copies(policy.weights.state())
-    average = dict(weights) if ema else {}
-    return TrainState(weights, {}, {}, epoch=0, updates=0, samples=0, ema=average)
+    return TrainState(
+        weights,
+        {},
+        {},
+        epoch=0,
+        updates=0,
+        samples=0,
+        ema=dict(weights) if ema else {},
+        old=dict(weights) if old else {},
+    )
 
 
 def update(
@@ -130,15 +139,17 @@ def _updated(
         raise
     weights = copies(policy.weights.state())
     ranks.check_equal(weights)
+    updated = state.updates + len(norms)
     after = TrainState(
         weights=weights,
         optimizer=copies(optimizer_state(adamw, parameters)),
         statistics=statistics,
         epoch=state.epoch + 1,
-        updates=state.updates + len(norms),
+        updates=updated,
         samples=state.samples + len(samples.prompts),
         ema={} if ema is None else copies(ema.average),
         value=objective.state(),
+        old=_old_after(policy, state, algorithm, updated),
         loss_scale=scale,
     )
     scaling = {}
@@ -152,6 +163,18 @@ def _updated(
         **objective.metrics(),
         **algorithm.credit_metrics(credit, config.rollouts.samples_per_prompt),
     }
+
+
+def _old_after(
+    policy: Policy, state: TrainState, algorithm: Algorithm, updates: int
+) -> dict[str, Tensor]:
+    """Return the old weights after an epoch, empty if the algorithm keeps none."""
+    if not algorithm.needs.keeps_old:
+        return {}
+    weights = policy.weights.state()
+    old = Ema(state.old_weights, algorithm.decay_of_old(updates), weights)
+    old.follow(weights)
+    return copies(old.average)
 
 
 def _backed_off(scale: LossScale | None, norm: float, policy: Policy) -> LossScale:

@@ -34,6 +34,8 @@ class TrainState:
     value: Mapping[str, Tensor] = field(default_factory=dict)
     """Weights and AdamW's state of the value function; empty if there is none, and before it is
     first trained."""
+    old: Mapping[str, Tensor] = field(default_factory=dict)
+    """What follows the weights once an epoch, for algorithms that keep old weights; else empty."""
     loss_scale: LossScale | None = None
     """The scale of losses in float16; None in other dtypes, and before the first update."""
 
@@ -41,3 +43,8 @@ class TrainState:
     def shown_weights(self) -> Mapping[str, Tensor]:
         """The weights for images and export: the average, if one is kept."""
         return self.ema or self.weights
+
+    @property
+    def old_weights(self) -> Mapping[str, Tensor]:
+        """The old weights; they start as the weights."""
+        return self.old or self.weights

@@ -33,8 +33,9 @@ from ddpo.store import manifests
 from ddpo.store.artefacts import AdvantageTable
 from ddpo.store.kinds import CHECKPOINT
 from ddpo.store.tables import AdvantageRow
-from ddpo.training.denoising import DenoisingGradient, Noising
+from ddpo.training.denoising import DenoisingGradient
 from ddpo.training.loop import initial_state, update
+from ddpo.training.noising import Noising
 from ddpo.training.pairs import Pairs
 from ddpo.training.samples import FinalLatents, Rollouts
 from ddpo.training.trajectories import Accumulated, TrajectoryGradient
@@ -52,6 +53,7 @@ from tests.checks import (
 )
 from tests.tiny import (
     PROMPTS,
+    Credit,
     alternating_advantages,
     as_credit,
     as_float64,
@@ -304,9 +306,9 @@ def test_weights_of_the_neighbouring_sample_are_caught(
     right = DenoisingGradient.accumulate
 
     def shifted(
-        self: DenoisingGradient, finals: FinalLatents, weights: torch.Tensor, *rest: object
+        self: DenoisingGradient, finals: FinalLatents, credit: Credit, *rest: object
     ) -> float:
-        return right(self, finals, weights.roll(1), *rest)
+        return right(self, finals, {"weight": credit["weight"].roll(1)}, *rest)
 
     assert_turns_red(
         regression_check,

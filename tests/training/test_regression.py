@@ -11,14 +11,16 @@ from typing import Any
 import pytest
 import torch
 
-from ddpo.algorithms.rwr import Rwr, steps_of_pass
+from ddpo.algorithms.denoising import steps_of_pass
+from ddpo.algorithms.rwr import Rwr
 from ddpo.config import RunConfig
 from ddpo.errors import ConfigError, NonFiniteError
 from ddpo.models import Policy
 from ddpo.store.kinds import CHECKPOINT
 from ddpo.store.objects import Store
-from ddpo.training.denoising import DenoisingGradient, Noising
+from ddpo.training.denoising import DenoisingGradient
 from ddpo.training.loop import initial_state, update
+from ddpo.training.noising import Noising
 from ddpo.training.optimizer import take_step
 from ddpo.training.samples import FinalLatents, Rollouts
 from ddpo.training.state import TrainState
@@ -38,6 +40,7 @@ from tests.tiny import (
 )
 
 WEIGHTS = torch.tensor([0.25 + 0.5 * i for i in range(8)])
+CREDIT = {"weight": WEIGHTS}
 RWR = Rwr(type="rwr")
 
 
@@ -82,7 +85,7 @@ def test_micro_batches_of_any_size_give_the_same_gradient(
         policy.numerics = policy.numerics.model_copy(update={"micro_batch_size": micro})
         noising = Noising.draw(0, 0, 0, range(8), policy, ddim_on(policy))
         loss = DenoisingGradient(policy, ddim_on(policy), RWR).accumulate(
-            finals, WEIGHTS, range(8), noising
+            finals, CREDIT, range(8), noising
         )
         found.append((loss, flat(take_gradients(policy))))
     whole_loss, whole = found[0]
@@ -99,13 +102,13 @@ def test_the_loss_scale_of_float16_leaves_the_gradient_as_it_is(
     finals = exact(finals_of(rollouts))
     noising = Noising.draw(0, 0, 0, range(8), policy, ddim_on(policy))
     plain = DenoisingGradient(policy, ddim_on(policy), RWR)
-    loss = plain.accumulate(finals, WEIGHTS, range(8), noising)
+    loss = plain.accumulate(finals, CREDIT, range(8), noising)
     expected = flat(take_gradients(policy))
     policy.numerics = policy.numerics.model_copy(update={"dtype": "float16"})
     scaled = DenoisingGradient(policy, ddim_on(policy), RWR)
     assert scaled.loss_scale is not None and plain.loss_scale is None
     policy.numerics = policy.numerics.model_copy(update={"dtype": "float32"})
-    assert scaled.accumulate(finals, WEIGHTS, range(8), noising) == pytest.approx(loss, abs=1e-12)
+    assert scaled.accumulate(finals, CREDIT, range(8), noising) == pytest.approx(loss, abs=1e-12)
     torch.testing.assert_close(flat(take_gradients(policy)), expected, rtol=0, atol=1e-12)
 
 
@@ -113,7 +116,7 @@ def test_guidance_stays_out_of_the_loss(policy: Policy, rollouts: Rollouts) -> N
     """One forward a sample: with guidance the UNet would see each twice."""
     seen = count_forwards(policy)
     finals, noising = finals_of(rollouts), Noising.draw(0, 0, 0, range(8), policy, ddim_on(policy))
-    DenoisingGradient(policy, ddim_on(policy), RWR).accumulate(finals, WEIGHTS, range(8), noising)
+    DenoisingGradient(policy, ddim_on(policy), RWR).accumulate(finals, CREDIT, range(8), noising)
     assert seen == [4, 4]
 
 
@@ -219,8 +222,10 @@ def test_steps_are_those_of_one_adamw_over_the_passes(
             assert len(step) == 4
             drawn = Noising.draw(0, 0, inner, step, policy, ddim_on(policy))
             own = [finals.prompts[row] for row in step]
-            losses_of = DenoisingGradient(policy, ddim_on(policy), RWR).losses
-            loss = losses_of(own, finals.latents[step], WEIGHTS[step], drawn).sum() / 4
+            gradient = DenoisingGradient(policy, ddim_on(policy), RWR)
+            credit = {"weight": WEIGHTS[step]}
+            batch = gradient.batch(own, finals.latents[step], credit, drawn)
+            loss = RWR.losses(batch).sum() / 4
             loss.backward()
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             adamw.step()
@@ -291,10 +296,10 @@ def test_training_lowers_the_weighted_denoising_loss(tiny_model: Path) -> None:
     def weighted_loss() -> float:
         with torch.no_grad():
             prompts = [finals.prompts[row] for row in many]
-            losses = DenoisingGradient(policy, ddim_on(policy), RWR).losses(
-                prompts, finals.latents[many], WEIGHTS[many], noising
-            )
-        return float(losses.mean())
+            gradient = DenoisingGradient(policy, ddim_on(policy), RWR)
+            credit = {"weight": WEIGHTS[many]}
+            batch = gradient.batch(prompts, finals.latents[many], credit, noising)
+        return float(RWR.losses(batch).mean())
 
     before = weighted_loss()
     regressed(policy, config, finals)

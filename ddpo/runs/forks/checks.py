@@ -218,9 +218,10 @@ def _visible_differences(fork: Fork, policy: Policy) -> str:
 
 
 def check_on_policy(fork: Fork) -> None:
-    """Refuse an epoch that the parent itself inherited off-policy.
+    """Refuse an epoch whose samples are not those of the weights that the fork would sample with.
 
-    Its samples are not from the checkpoint before it, which the fork would start from.
+    Either the parent itself inherited it off-policy, so that they are not from the checkpoint that
+    the fork would start from; or only one of both algorithms samples with old weights.
 
     Args:
         fork: The fork.
@@ -231,19 +232,29 @@ def check_on_policy(fork: Fork) -> None:
     parent, epoch = fork.parent, fork.epoch
     if fork.settings.off_policy or epoch not in fork.inherited_epochs:
         return
-    if parent.fork is None or not parent.fork.is_off_policy(epoch):
+    own = fork.config.algorithm.needs.samples_from
+    theirs = parent.config.algorithm.needs.samples_from
+    inherited = parent.fork if parent.fork and parent.fork.is_off_policy(epoch) else None
+    if inherited is None and own == theirs:
         return
     checkpoint = CHECKPOINT.require(parent.store, Partition(parent.run_id, epoch))
-    expected = checkpoint.digests["policy_digest"]
+    expected = checkpoint.policy_digest(own)
     shard = ROLLOUTS.load(parent.store, saved_rollouts(parent, epoch)[0])
     sampled = shard.samples()[0].policy_digest
-    if sampled != expected:
+    if sampled == expected:
+        return
+    if inherited is None:
         raise PolicyMismatch(
-            f"epoch {epoch} of run {parent.run_id!r} was trained off-policy on rollouts inherited "
-            f"from {parent.fork.parent_id!r}: their policy_digest is {sampled}, expected "
-            f"{expected}. Fork at an epoch that the run sampled itself, or train on them anyway "
-            "with fork.off_policy: true"
+            f"epoch {epoch} of run {parent.run_id!r} was sampled with its {theirs} weights, as "
+            f"{parent.config.algorithm.type} does, but {fork.config.algorithm.type} samples with "
+            f"the {own} ones: their policy_digest is {sampled}, expected {expected}. Train on them "
+            "anyway with fork.off_policy: true, or sample anew with fork.rollouts: 0"
         )
+    raise PolicyMismatch(
+        f"epoch {epoch} of run {parent.run_id!r} was trained off-policy on rollouts inherited from "
+        f"{inherited.parent_id!r}: their policy_digest is {sampled}, expected {expected}. Fork at "
+        "an epoch that the run sampled itself, or train on them anyway with fork.off_policy: true"
+    )
 
 
 def _check_unchanged(fork: Fork) -> None:
