@@ -112,14 +112,14 @@ def epochs_by_rank(seat: Seat, raw: dict[str, Any], broken: bool = False) -> dic
     torch.set_num_threads(1)
     policy = load_policy(config)
     grow_adapter(policy)
-    state, metrics = initial_state(policy), {}
+    state, metrics = initial_state(policy, old=config.algorithm.needs.keeps_old), {}
     count = config.rollouts.samples_per_epoch
     credit = as_credit(alternating_advantages(count))
     credit["weight"] = torch.linspace(0.1, 1.0, count)
     for epoch in range(2):
         if seat.rank == 1:  # a rank that has read its state has it in another order
-            backwards = dict(reversed(state.optimizer.items()))
-            state = replace(state, optimizer=backwards, ema=dict(reversed(state.ema.items())))
+            parts = {name: getattr(state, name) for name in ("optimizer", "ema", "old")}
+            state = replace(state, **{n: dict(reversed(p.items())) for n, p in parts.items()})
         rollouts = rollouts_of(draw(policy, config, first_seed=1000 * epoch))
         split = isinstance(config.trainable, FullConfig)
         anew = replace(seat, meeting=f"{seat.meeting}-{epoch}")
@@ -132,6 +132,7 @@ def epochs_by_rank(seat: Seat, raw: dict[str, Any], broken: bool = False) -> dic
         "weights": tensors_digest(state.weights),
         "optimizer": tensors_digest(state.optimizer),
         "ema": tensors_digest(state.ema),
+        "old": tensors_digest(state.old),
         "value": tensors_digest(state.value),
         "metrics": metrics,
     }

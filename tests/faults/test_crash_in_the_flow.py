@@ -86,10 +86,23 @@ def check_crashes(
     return whole
 
 
+NFT = {
+    "type": "nft",
+    "advantages": {"type": "batch"},
+    "old_decay": {"per_step": 0.3, "most": 0.9},
+}
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("algorithm", [{}, NFT], ids=["ddpo_is", "nft"])
 def test_a_crash_anywhere_in_the_flow_changes_no_byte(
-    tiny_model: Path, tmp_path: Path, mlflow_database: Path
+    tiny_model: Path, tmp_path: Path, mlflow_database: Path, algorithm: dict[str, Any]
 ) -> None:
+    changes = {"algorithm": algorithm} if algorithm else {}
+
+    def plan(name: str) -> InFlow:
+        return InFlow.plan(tiny_model, tmp_path / name, mlflow_database, **changes)
+
     def points(made: list[str]) -> list[tuple[int, Moment]]:
         count = len(made)
         assert count > 60
@@ -101,7 +114,7 @@ def test_a_crash_anywhere_in_the_flow_changes_no_byte(
         ]
         return [(ahead, "after"), *spread]
 
-    check_crashes(lambda name: InFlow.plan(tiny_model, tmp_path / name, mlflow_database), points)
+    check_crashes(plan, points)
 
 
 @pytest.mark.slow

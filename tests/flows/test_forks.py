@@ -208,3 +208,35 @@ def test_a_fork_with_samples_of_its_own_may_sample_otherwise(place: Place) -> No
         trainable = ["fork.rollouts=0", "trainable={type: lora, rank: 2}"]
         fork(NIGHT, 1, fork_id="trained", overrides=trainable, storage=root)
     assert not place.store.exists(keys.run_key("trained"))
+
+
+def test_old_weights_start_at_the_parents_and_are_inherited(place: Place) -> None:
+    root = place.store.root
+    nft = (
+        "algorithm={type: nft, updates_per_epoch: 2, advantages: {type: batch}, "
+        "old_decay: {per_step: 0.1, most: 0.9}}"
+    )
+    fork(NIGHT, 1, fork_id="nft", overrides=[nft], storage=root)
+    first, *later = (
+        CHECKPOINT.require(place.store, Partition("nft", epoch)) for epoch in (1, 2, EPOCHS)
+    )
+    assert first.objects["old"] == first.objects["weights"]
+    for checkpoint in later:
+        assert checkpoint.digests["old_digest"] != checkpoint.digests["policy_digest"]
+    # A fork of it inherits them, with samples that they drew.
+    fork("nft", 2, fork_id="nft-again", storage=root)
+    for epoch in (2, EPOCHS):
+        found = [
+            CHECKPOINT.require(place.store, Partition(run, epoch)) for run in ("nft", "nft-again")
+        ]
+        assert found[0].objects["old"].sha256 == found[1].objects["old"].sha256, epoch
+        assert place.weights("nft-again", epoch) == place.weights("nft", epoch), epoch
+    name = rescore("nft", "jpeg_incompressibility", storage=root)
+    assert name.startswith("jpeg_incompressibility-")
+    # Samples of old weights are not the trained policy's, which another algorithm would train.
+    rwr = ["algorithm={type: rwr, inner_epochs: 1, updates_per_epoch: 2}"]
+    with pytest.raises(PolicyMismatch, match=r"sampled with its old weights, .* off_policy: true"):
+        fork("nft", 2, fork_id="rwr", overrides=rwr, storage=root)
+    fork("nft", 2, fork_id="rwr", overrides=[*rwr, "fork.off_policy=true"], storage=root)
+    last = CHECKPOINT.require(place.store, Partition("rwr", EPOCHS))
+    assert "old" not in last.objects and "old_digest" not in last.digests

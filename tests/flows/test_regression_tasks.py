@@ -1,4 +1,4 @@
-"""Regression through the tasks: what they store, and that a resume gives the same bytes."""
+"""Training on final latents through the tasks: what is stored, and that a resume is byte-equal."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load
 
+from ddpo.diffusion.sampling import sample
 from ddpo.errors import ConfigError
 from ddpo.runs import Run, RunHandle, check_run, start_run
 from ddpo.runs.forks.plan import fork_config
@@ -25,15 +26,24 @@ from ddpo_workflow.tasks.score import score_shard
 from ddpo_workflow.tasks.start import start
 from ddpo_workflow.tasks.tracking.metrics import _update_metrics
 from ddpo_workflow.tasks.update import update_policy
+from ddpo_workflow.tasks.worker import policy_at
 from tests.fold import as_in_a_new_process, run_epochs
-from tests.tiny import assert_same_tensors, tiny_config
+from tests.tiny import assert_same_tensors, load_policy, tiny_config
 
 pytestmark = pytest.mark.slow
 
 ALGORITHMS: dict[str, dict[str, Any]] = {
     "rwr": {"type": "rwr", "inner_epochs": 2, "updates_per_epoch": 4},
     "rwr_sparse": {"type": "rwr_sparse", "inner_epochs": 3, "updates_per_epoch": 3, "keep": 0.5},
+    "nft": {
+        "type": "nft",
+        "updates_per_epoch": 2,
+        "advantages": {"type": "batch"},
+        "old_decay": {"per_step": 0.3, "most": 0.9},
+    },
+    "awm": {"type": "awm", "updates_per_epoch": 2, "advantages": {"type": "batch"}},
 }
+REGRESSIONS = ("rwr", "rwr_sparse")
 each_type = pytest.mark.parametrize("kind", list(ALGORITHMS))
 
 
@@ -125,7 +135,7 @@ def test_shards_hold_the_final_latents_alone_and_train_as_whole_trajectories_do(
 
 
 def test_tables_hold_weights_where_ddpo_has_advantages(tiny_model: Path, tmp_path: Path) -> None:
-    for kind in ALGORITHMS:
+    for kind in REGRESSIONS:
         as_in_a_new_process()
         run = a_run(tiny_model, tmp_path / kind, kind)
         run_epochs(run, 1)
@@ -203,3 +213,27 @@ def test_a_fork_by_ddpo_is_refused_where_clean_latents_alone_were_saved(
     settings = ["algorithm={type: ddpo_is, updates_per_epoch: 2}"]
     with pytest.raises(ConfigError, match="rwr saved only the final latents"):
         check_run(fork_config(run, 0, overrides=settings), "fork")
+
+
+def test_nft_samples_with_its_old_weights_which_the_samples_name(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    run = a_run(tiny_model, tmp_path, "nft", optimizer={"learning_rate": 1e-2})
+    checkpoint = run_epochs(run, 1)
+    state, saved = last_state(run, 1), CHECKPOINT.load(run.store, checkpoint)
+    # After two optimizer steps, d is 0.6.
+    first = last_state(run, 0)
+    for name, value in state.old.items():
+        expected = 0.6 * first.weights[name] + 0.4 * state.weights[name]
+        torch.testing.assert_close(value, expected, rtol=0, atol=1e-6)
+    assert saved.digests["old_digest"] != saved.digests["policy_digest"]
+    shard = ROLLOUTS.load(run.store, sample_shard.fn(run.handle, checkpoint, 1, 0))
+    policy = load_policy(run.config)
+    policy.weights.load(state.old)
+    prompts, seeds = ([getattr(row, n) for row in shard.samples()] for n in ("prompt", "seed"))
+    drawn = sample(policy, prompts, seeds, run.config.sampler)
+    assert torch.equal(shard.trajectories()["latents"][:, 0], drawn.latents[:, -1])
+    assert {row.policy_digest for row in shard.samples()} == {saved.digests["old_digest"]}
+    # The update that follows is of the trained weights.
+    with policy_at(run, checkpoint) as lease:
+        assert lease.policy.digest == saved.digests["policy_digest"]

@@ -21,7 +21,7 @@ from tests.tiny import load_policy, tiny_config
 from tests.tiny_families import FAMILIES, SETTINGS
 
 NAMES = ("sd", *FAMILIES)
-ALGORITHMS = ("ddpo_is", "ddpo_sf", "rwr")
+ALGORITHMS = ("ddpo_is", "ddpo_sf", "rwr", "nft")
 TOLERANCE = 0.25
 PROMPTS = ("a cat", "a dog")
 
@@ -34,8 +34,9 @@ def config_of(models: Mapping[str, Path], name: str, **changes: Any) -> RunConfi
 
 
 def algorithm_of(name: str) -> dict[str, Any]:
-    updates = {"ddpo_is": 1, "ddpo_sf": 1, "rwr": 5}
-    return {"type": name, "updates_per_epoch": updates[name]}
+    updates = {"ddpo_is": 1, "ddpo_sf": 1, "rwr": 5, "nft": 1}
+    own = {"advantages": {"type": "batch"}} if name == "nft" else {}
+    return {"type": name, "updates_per_epoch": updates[name], **own}
 
 
 def measured(config: RunConfig) -> Mapping[str, int]:
@@ -44,7 +45,8 @@ def measured(config: RunConfig) -> Mapping[str, int]:
     weights = [t for m in policy.pipeline.components.values() if isinstance(m, torch.nn.Module)
                for t in (*m.parameters(), *m.buffers())]  # fmt: skip
     prompts = [PROMPTS[i % 2] for i in range(config.rollouts.samples_per_epoch)]
-    state = initial_state(policy, ema=config.optimizer.ema_decay is not None)
+    kept = config.algorithm.needs.keeps_old
+    state = initial_state(policy, ema=config.optimizer.ema_decay is not None, old=kept)
     count = len(prompts)
     credit = {"reward": torch.zeros(count), "advantage": torch.linspace(-1, 1, count),
               "weight": torch.linspace(0.5, 1.5, count)}  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from ddpo.memory.counting import LiveBytes, WrongDevice
 from ddpo.memory.estimate import estimate
 from ddpo.models.base import Conditioning, Policy
 from ddpo.models.numerics import resolve_numerics
+from ddpo.training.denoising import DenoisingGradient
 from ddpo.training.trajectories import TrajectoryGradient
 from tests.tiny import tiny_config
 from tests.tiny_families import FAMILIES, SETTINGS
@@ -25,6 +27,8 @@ ALGORITHMS: Mapping[str, dict[str, Any]] = {
     "guard": {"type": "ddpo_is", "ratio": "guard"},
     "kl_mask": {"type": "ddpo_is", "clip": "kl_mask", "step_weighting": "variance"},
     "rwr": {"type": "rwr"},
+    "nft": {"type": "nft", "advantages": {"type": "batch"}},
+    "awm": {"type": "awm", "advantages": {"type": "batch"}, "updates_per_epoch": 2},
     "groups": {"type": "ddpo_is", "advantages": {"type": "group", "deviation": "batch"}},
     "value network": {"type": "ddpo_is", "advantages": {"type": "value"}},
 }
@@ -94,6 +98,17 @@ def _plant_noising(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Ddim, "noised", misplaced)
 
 
+def _plant_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = DenoisingGradient.batch
+
+    def misplaced(self: DenoisingGradient, *args: Any) -> Any:
+        batch = own(self, *args)
+        others = {name: torch.zeros(value.shape) for name, value in batch.others.items()}
+        return replace(batch, others=others)
+
+    monkeypatch.setattr(DenoisingGradient, "batch", misplaced)
+
+
 def _plant_moments(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ddpo.training.optimizer.held_like", lambda tensor, other: tensor)
 
@@ -112,6 +127,9 @@ def _plant_average(monkeypatch: pytest.MonkeyPatch) -> None:
         (_plant_moments, "ddpo_is"),
         (_plant_average, "ddpo_is"),
         (_plant_noising, "rwr"),
+        (_plant_noising, "nft"),
+        (_plant_others, "nft"),
+        (_plant_others, "awm"),
     ],
 )
 def test_a_tensor_that_was_left_on_the_cpu_is_found(

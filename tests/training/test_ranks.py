@@ -32,6 +32,8 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
     "recomputed": {"type": "ddpo_is", "updates_per_epoch": 1, "old_log_probs": "recompute"},
     "guard": {"type": "ddpo_is", "updates_per_epoch": 2, "ratio": "guard", "kl_weight": 0.1},
     "rwr": {"type": "rwr", "inner_epochs": 2, "updates_per_epoch": 4},
+    "nft": {"type": "nft", "updates_per_epoch": 2, "advantages": {"type": "batch"}},
+    "awm": {"type": "awm", "updates_per_epoch": 2, "advantages": {"type": "batch"}},
 }
 
 

@@ -42,6 +42,20 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
         "advantages": {"type": "value"},
     },
     "rwr": {"type": "rwr", "inner_epochs": 1, "updates_per_epoch": 2},
+    "nft": {
+        "type": "nft",
+        "updates_per_epoch": 2,
+        "kl_weight": 0,
+        "advantages": {"type": "batch"},
+        "old_decay": {"per_step": 0.2, "most": 0.9},
+    },
+    "awm": {
+        "type": "awm",
+        "updates_per_epoch": 2,
+        "kl_weight": 0,
+        "times_per_sample": 1,
+        "advantages": {"type": "batch"},
+    },
 }
 
 
