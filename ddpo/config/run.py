@@ -40,8 +40,8 @@ class RolloutsConfig(Part):
     """Images per task: the unit that is committed, scored and retried."""
     store_trajectories: Literal["auto", "full", "final"] = Field(default="auto", exclude_if=is_auto)
     """`full`: all latents of a trajectory and its log-probs, which DDPO trains on. `final`: only
-    the last latents, 1 / (steps + 1) of the bytes, which is all that regression needs. `auto`
-    stores what the algorithm needs."""
+    the last latents, 1 / (steps + 1) of the bytes, which is all that training on final latents
+    needs. `auto` stores what the algorithm needs."""
 
 
 DecayRate = Annotated[float, Field(ge=0.0, lt=1.0)]

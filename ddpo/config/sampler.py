@@ -44,7 +44,8 @@ class SamplerConfig(Part, ABC):
     steps: PositiveInt = 50
     """Denoising steps per image, T."""
     guidance_scale: float = Field(default=5.0, ge=1.0)
-    """Classifier-free guidance, in sampling and in the update alike; 1 turns it off."""
+    """Classifier-free guidance, in sampling and in the update on trajectories alike; 1 turns it
+    off."""
     window: WindowConfig | None = Field(default=None, exclude_if=is_off)
     """Steps to train; all by default."""
 
@@ -114,8 +115,8 @@ class DdimSampler(SamplerConfig):
     type: Literal["ddim"] = "ddim"
     """The denoising process; may be left out."""
     eta: float = Field(default=1.0, ge=0.0, le=1.0)
-    """Share of DDPM's noise that each step draws. 0 is deterministic, which leaves only
-    regression anything to train on."""
+    """Share of DDPM's noise that each step draws. 0 is deterministic, which leaves only what trains
+    on final latents anything to train on."""
 
     @property
     def summary(self) -> str:
@@ -145,8 +146,8 @@ class FlowSampler(SamplerConfig, ABC):
     steps: PositiveInt = 10
     """Denoising steps per image, T."""
     guidance_scale: float = Field(default=4.5, ge=1.0)
-    """Classifier-free guidance, in sampling and in the update alike; 1 turns it off. A model that
-    was distilled for guidance gets it as an input."""
+    """Classifier-free guidance, in sampling and in the update on trajectories alike; 1 turns it
+    off. A model that was distilled for guidance gets it as an input."""
 
     @property
     @abstractmethod
@@ -227,7 +228,7 @@ class DanceSdeSampler(FlowSampler):
 
 
 class OdeSampler(FlowSampler):
-    """A flow without noise, which leaves only regression anything to train on."""
+    """A flow without noise, which leaves only what trains on final latents anything to train on."""
 
     type: Literal["ode"] = "ode"
     """The denoising process."""

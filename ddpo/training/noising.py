@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from itertools import pairwise
 
 import torch
@@ -107,7 +108,8 @@ class Noiser:
 
 def trained_steps(times: Times, steps: int) -> int:
     """Return how many of the sampler's steps, from the noisiest, have times that are trained."""
-    return max(int(times.share * steps), 1)
+    # In decimals, as the config says it: 0.29 of 100 steps are 29, and not 28.999.
+    return max(int(Fraction(str(times.share)) * steps), 1)
 
 
 class UpdateNoising:

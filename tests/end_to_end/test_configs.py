@@ -112,7 +112,6 @@ def tiny_family(path: Path, folder: Path) -> dict[str, object]:
     settings: dict[str, object] = {
         "model": json.dumps(model),
         "sampler.window.steps": 2,
-        "rollouts.samples_per_prompt": 2,
         "evaluation.steps": 2,
         "evaluation.count": 2,
     }
@@ -123,8 +122,6 @@ def tiny_family(path: Path, folder: Path) -> dict[str, object]:
         settings["sampler.window.before"] = 3
     if config.evaluation is None:
         del settings["evaluation.steps"], settings["evaluation.count"]
-    if config.rollouts.samples_per_prompt == 1:
-        del settings["rollouts.samples_per_prompt"]
     return settings
 
 
@@ -140,6 +137,8 @@ def test_every_shipped_config_runs_one_tiny_epoch_by_the_command(
         "outputs": tmp_path / "outputs",
         **tiny_family(path, tmp_path / "model"),
     }
+    if read_config(path).rollouts.samples_per_prompt > 1:
+        settings["rollouts.samples_per_prompt"] = 2
     reward = read_config(path).reward.name
     if reward in tiny_rewards:
         settings["reward.parameters"] = json.dumps(tiny_rewards[reward])

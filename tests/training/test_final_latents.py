@@ -159,7 +159,6 @@ def test_a_reference_has_no_gradient_and_stays_as_it_is_while_the_policy_learns(
     tiny_model: Path,
 ) -> None:
     config = nft_config(tiny_model, optimizer={"learning_rate": 0.1})
-    config = config.changed(algorithm=config.algorithm.changed(updates_per_epoch=2))
     policy = load_policy(config)
     grow_adapter(policy)
     finals = FinalLatents((PROMPTS * 2)[:8], draw(policy, config).latents[:, -1])
