@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -109,7 +110,13 @@ def estimate(
             beside = _others(config.rollouts.samples_per_epoch, prompts) * row
             if on_cpu:  # where the state that the epoch starts from is, too
                 beside += _bytes_of(state)
-            with peaks.phase("update"), counter.holding(beside):
+            with (
+                peaks.phase("update"),
+                counter.holding(beside),
+                warnings.catch_warnings(),
+            ):
+                # Other weight sets pass through the CPU, and copies onto `meta` do nothing.
+                warnings.filterwarnings("ignore", message=".*copying from a non-meta parameter")
                 _update(policy, config, state)
     parameters = [each for each in policy.resident if each.requires_grad]
     trained = sum(each.nbytes for each in parameters)
