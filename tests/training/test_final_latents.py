@@ -217,7 +217,7 @@ def test_old_weights_follow_once_an_epoch_by_the_schedule(tiny_model: Path, kind
 def test_times_are_the_samplers_own_one_of_each_part_in_random_order(
     policy: Policy, times: Times, parts: list[list[int]]
 ) -> None:
-    process = ddim_on(policy, steps=10, eta=0.0)
+    process = ddim_on(policy, steps=10)
     noiser = Noiser(policy, process, times, 3, 5)
     assert noiser.times_per_sample == len(parts)
     orders, seen = set(), set()
@@ -238,7 +238,7 @@ def test_times_are_the_samplers_own_one_of_each_part_in_random_order(
 
 
 def test_noise_depends_on_seed_epoch_pass_sample_and_step_alone(policy: Policy) -> None:
-    process = ddim_on(policy, steps=10, eta=0.0)
+    process = ddim_on(policy, steps=10)
     times = Times("sampler")
 
     def noise(seed: int, epoch: int, inner: int, samples: list[int]) -> dict[Any, bytes]:
