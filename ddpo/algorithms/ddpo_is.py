@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, PositiveFloat, model_validator
@@ -86,9 +87,7 @@ class DdpoIs(PolicyGradient):
     @property
     def needs(self) -> Needs:
         """As every policy gradient; and the sampling policy's means for what compares with them."""
-        needs = super().needs
-        old_means = self.ratio == "guard" or self.clip == "kl_mask"
-        return Needs(needs.data, needs.policies, old_means)
+        return replace(super().needs, old_means=self.ratio == "guard" or self.clip == "kl_mask")
 
     @property
     def tolerated_deviation(self) -> float:
