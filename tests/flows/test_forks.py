@@ -235,7 +235,7 @@ def test_old_weights_start_at_the_parents_and_are_inherited(place: Place) -> Non
     assert name.startswith("jpeg_incompressibility-")
     # Samples of old weights are not the trained policy's, which another algorithm would train.
     rwr = ["algorithm={type: rwr, inner_epochs: 1, updates_per_epoch: 2}"]
-    with pytest.raises(PolicyMismatch, match=r"sampled with its old weights, .* off_policy: true"):
+    with pytest.raises(PolicyMismatch, match=r"sampled with its old weights, .*off_policy: true"):
         fork("nft", 2, fork_id="rwr", overrides=rwr, storage=root)
     fork("nft", 2, fork_id="rwr", overrides=[*rwr, "fork.off_policy=true"], storage=root)
     last = CHECKPOINT.require(place.store, Partition("rwr", EPOCHS))
