@@ -34,8 +34,8 @@ check: $(READY)  ## Before each commit: style, types and the fast tests (a few m
 test: $(READY)  ## Run all tests, in two processes
 	$(PYTEST)
 
-faults: $(READY)  ## Kill runs and servers at every write and at random times (the long sweeps)
-	$(PYTEST) -m faults -rP tests/faults
+faults: $(READY)  ## The long sweeps: kill runs and servers at every write and at random times, and more
+	$(PYTEST) -m faults -rP
 
 lint: $(READY)  ## Check style and docstrings (ruff) and types (pyright)
 	$(BIN)/ruff check .

@@ -21,7 +21,7 @@ from tests.faults.processes import LIMIT_S, Command, kill
 from tests.servers import BUCKET
 
 MOST_KILLS = 2
-SEEDS = [0, 1, 2, *(pytest.param(seed, marks=pytest.mark.faults) for seed in range(3, 20))]
+SEEDS = [0, *(pytest.param(seed, marks=pytest.mark.faults) for seed in range(1, 20))]
 SERVER_SEEDS = [0, *(pytest.param(seed, marks=pytest.mark.faults) for seed in range(1, 5))]
 
 pytestmark = pytest.mark.slow
@@ -88,8 +88,8 @@ def test_a_run_that_is_killed_again_and_again_ends_in_the_same_bytes(
     plan: Callable[..., Command], whole: Outcome, prefect_api: dict[str, str], seed: int
 ) -> None:
     chance = random.Random(seed)
-    # The first with Prefect servers of its own, which are killed with it.
-    command = plan(f"killed-{seed}", **(prefect_api if seed else {}))
+    # Every other one with Prefect servers of its own, which are killed with it.
+    command = plan(f"killed-{seed}", **({} if seed % 2 else prefect_api))
     kills = 0
     while kills < MOST_KILLS:
         # Anywhere from the first commit on; nothing is written before.

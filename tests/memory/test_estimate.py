@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from ddpo.memory.estimate import MemoryEstimate, estimate
 from ddpo.models.numerics import resolve_numerics
 from ddpo.training.loop import initial_state, update
 from ddpo.training.samples import FinalLatents, Rollouts
+from tests.sweeps import swept
 from tests.tiny import load_policy, tiny_config
 from tests.tiny_families import FAMILIES, SETTINGS
 
@@ -77,8 +79,13 @@ def assert_close(found: MemoryEstimate, config: RunConfig) -> None:
         assert about == pytest.approx(real[name], rel=TOLERANCE), name
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("name", "algorithm"),
+    swept(
+        product(NAMES, ALGORITHMS),
+        often=lambda name, algorithm: name == "sd" or algorithm == "ddpo_is",
+    ),
+)
 def test_an_estimate_is_within_a_quarter_of_what_real_tensors_take(
     pipelines: Mapping[str, Path], name: str, algorithm: str
 ) -> None:
@@ -96,7 +103,7 @@ def test_an_estimate_is_within_a_quarter_of_what_real_tensors_take(
     ],
     ids=["full with ema", "checkpointing", "bfloat16"],
 )
-@pytest.mark.parametrize("name", ["sd", "flux"])
+@pytest.mark.parametrize("name", ["sd", pytest.param("flux", marks=pytest.mark.faults)])
 def test_so_it_is_with_other_settings(
     pipelines: Mapping[str, Path], name: str, changes: dict[str, Any]
 ) -> None:

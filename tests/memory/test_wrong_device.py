@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from ddpo.models.base import Conditioning, Policy
 from ddpo.models.numerics import resolve_numerics
 from ddpo.training.denoising import DenoisingGradient
 from ddpo.training.trajectories import TrajectoryGradient
+from tests.sweeps import swept
 from tests.tiny import tiny_config
 from tests.tiny_families import FAMILIES, SETTINGS
 
@@ -42,8 +44,13 @@ def run_on_meta(models: Mapping[str, Path], name: str, algorithm: str) -> None:
     estimate(config, resolve_numerics(config.numerics))
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
-@pytest.mark.parametrize("name", ["sd", *FAMILIES])
+@pytest.mark.parametrize(
+    ("name", "algorithm"),
+    swept(
+        product(["sd", *FAMILIES], ALGORITHMS),
+        often=lambda name, algorithm: name == "sd" or algorithm in ("ddpo_is", "nft"),
+    ),
+)
 def test_sampling_and_updates_keep_to_one_device(
     pipelines: Mapping[str, Path], name: str, algorithm: str
 ) -> None:

@@ -20,7 +20,7 @@ from tests.tiny import tiny_config
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module", params=[2, 4])
+@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.faults)])
 def pool(request: pytest.FixtureRequest) -> Iterator[Pool]:
     made = process_pool(ProcessesEngine(type="processes", workers=request.param), "cpu", ())
     yield made

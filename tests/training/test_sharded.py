@@ -14,6 +14,7 @@ from ddpo_workflow.tasks.engines.base import ALONE
 from ddpo_workflow.tasks.engines.pool import Pool
 from ddpo_workflow.tasks.engines.processes import process_pool
 from tests.calls import epochs_by_rank, fail_in_an_update, whole_gradient_by_rank
+from tests.sweeps import swept
 from tests.tiny import tiny_config
 
 pytestmark = pytest.mark.slow
@@ -75,7 +76,9 @@ def raw_of(model: Path, algorithm: dict[str, Any]) -> dict[str, Any]:
     return {**config.whole(), "algorithm": algorithm}
 
 
-@pytest.mark.parametrize("name", ALGORITHMS)
+@pytest.mark.parametrize(
+    "name", swept(zip(ALGORITHMS), often=lambda name: name in ("ddpo_is", "nft"))
+)
 def test_two_ranks_give_the_bytes_of_one(two: Pool, tiny_model: Path, name: str) -> None:
     raw = raw_of(tiny_model, ALGORITHMS[name])
     expected = epochs_by_rank(ALONE, raw)
