@@ -34,9 +34,9 @@ from ddpo.config import TrackingConfig
 from ddpo_workflow.tasks.tracking.connection import RUN_ID_TAG, connect
 from ddpo_workflow.tasks.tracking.experiment import TRAINING, runs_address
 
-_START_TIMEOUT_S = 60.0
-_STOP_TIMEOUT_S = 10.0
-_CONTENT_TIMEOUT_MS = 30_000
+_START_TIMEOUT_S = 300.0
+_STOP_TIMEOUT_S = 60.0
+_CONTENT_TIMEOUT_MS = 180_000
 _WIDTH, _HEIGHT = 1440, 900
 _CARDS_IN_VIEW = 6
 _BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
@@ -242,7 +242,9 @@ def visit_pictures(context: BrowserContext, address: str, run: TrackedRun) -> Pa
     page.get_by_role("slider").first.wait_for()
     cards = page.get_by_test_id("experiment-view-compare-runs-card")
     # The search takes effect a moment after it is typed: until then curves' cards are there too.
-    expect(cards.filter(has_not=page.get_by_role("slider"))).to_have_count(0, timeout=30_000)
+    expect(cards.filter(has_not=page.get_by_role("slider"))).to_have_count(
+        0, timeout=_CONTENT_TIMEOUT_MS
+    )
     for card in cards.all()[:_CARDS_IN_VIEW]:
         card.get_by_test_id("experiment-view-compare-runs-card-menu").click()
         page.get_by_role("menuitem", name="Configure").click()

@@ -4,6 +4,7 @@ import os
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,11 @@ from tests.tiny import (  # noqa: E402
     rollouts_of,
     tiny_config,
 )
+
+with suppress(ImportError):
+    from playwright.sync_api import expect
+
+    expect.set_options(timeout=120_000)  # a slow machine is not a fault
 
 # Tiny models lose more by threads than they win; and equal threads give equal bytes.
 torch.set_num_threads(1)

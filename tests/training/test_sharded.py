@@ -71,7 +71,7 @@ def raw_of(model: Path, algorithm: dict[str, Any]) -> dict[str, Any]:
             "sample_batch_size": 2,
             "micro_batch_size": 2 if algorithm["type"] == "ddpo_is" else 1,
         },
-        optimizer={"learning_rate": 1e-3, "ema_decay": 0.9, "max_grad_norm": 0.5},
+        optimizer={"learning_rate": 1e-3, "ema_decay": 0.9, "max_grad_norm": 0.2},
     )
     return {**config.whole(), "algorithm": algorithm}
 
@@ -83,7 +83,7 @@ def test_two_ranks_give_the_bytes_of_one(two: Pool, tiny_model: Path, name: str)
     raw = raw_of(tiny_model, ALGORITHMS[name])
     expected = epochs_by_rank(ALONE, raw)
     assert two.together(epochs_by_rank, raw) == expected
-    assert expected["metrics"]["grad_norm"] > 0.5  # it was clipped
+    assert expected["metrics"]["grad_norm"] > 0.2  # it was clipped
 
 
 def test_four_ranks_give_the_bytes_of_one(four: Pool, tiny_model: Path) -> None:
