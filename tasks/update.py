@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from itertools import chain
 
@@ -31,6 +32,8 @@ from ddpo_workflow.tasks.engines.seats import seated
 from ddpo_workflow.tasks.progress import report
 from ddpo_workflow.tasks.retries import STORAGE
 from ddpo_workflow.tasks.worker import RunHandle, opened, policy_at
+
+_logger = logging.getLogger(__name__)
 
 
 @task(name="update", task_run_name="update epoch {epoch}", cache_policy=NO_CACHE, **STORAGE)
@@ -104,6 +107,14 @@ def _updated(
             digests["old_digest"] = policy_digest(lease.policy.base_digest, state.old)
         if seat.rank > 0:
             return checkpoint  # rank 0 commits the next one
+        if metrics["loss"] is None:
+            _logger.warning(
+                "epoch %d made no update: %s found nothing to learn from in its %d samples, and "
+                "the weights stay as they are",
+                epoch,
+                run.config.algorithm.type,
+                len(credit["reward"]),
+            )
         objects = checkpoint_objects(state, digests, metrics)
         done = CHECKPOINT.commit(run.store, where, inputs, objects)
         if not done.diverged:

@@ -10,10 +10,11 @@ from ddpo.algorithms.awm import Awm
 from ddpo.algorithms.base import Algorithm
 from ddpo.algorithms.ddpo_is import DdpoIs
 from ddpo.algorithms.ddpo_sf import DdpoSf
+from ddpo.algorithms.dpo import Dpo
 from ddpo.algorithms.nft import Nft
 from ddpo.algorithms.rwr import Rwr, RwrSparse
 
-ALGORITHMS = (DdpoIs, DdpoSf, Rwr, RwrSparse, Nft, Awm)
+ALGORITHMS = (DdpoIs, DdpoSf, Rwr, RwrSparse, Nft, Awm, Dpo)
 """The registry: a new algorithm is a file and an entry here."""
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ __all__ = [
     "Awm",
     "DdpoIs",
     "DdpoSf",
+    "Dpo",
     "Nft",
     "Rwr",
     "RwrSparse",

@@ -43,6 +43,9 @@ class Needs:
     old_means: bool = False
     """Whether the update also reads each step's mean under the policy that sampled. Those are
     computed before the epoch's first step, together with the old log-probs."""
+    samples_per_loss: int = 1
+    """How many samples one loss compares: consecutive ones of an update, which share their times
+    and noise, and are in one forward. Micro-batches are multiples of it."""
 
     @property
     def keeps_old(self) -> bool:
@@ -214,7 +217,20 @@ class Algorithm(Part, ABC):
             credit: The epoch's credit table: ``reward`` and :attr:`columns`, [S] each.
             run_seed: The config's ``seed``.
             epoch: The epoch.
+
+        Returns:
+            The steps; none where there is nothing to learn from.
         """
+
+    def credit_of_all(self, count: int) -> dict[str, Tensor]:
+        """Return a credit table by which all samples are trained on, for a dry run.
+
+        Args:
+            count: How many they are, a multiple of `Needs.samples_per_loss`.
+        """
+        import torch
+
+        return {name: torch.ones(count) for name in ("reward", *self.columns)}
 
     @abstractmethod
     def losses(self, batch: Any) -> Tensor:
@@ -226,7 +242,8 @@ class Algorithm(Part, ABC):
                 :class:`~ddpo.algorithms.denoising.DenoisingBatch`.
 
         Returns:
-            [N], with a gradient; an optimizer step minimises the mean over all its items.
+            [N], with a gradient; an optimizer step minimises the mean over all its items. Items
+            that one loss compares have that loss each.
         """
 
     def credit_metrics(

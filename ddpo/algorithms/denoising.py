@@ -103,18 +103,22 @@ class DenoisingAlgorithm(Algorithm):
         check_divides(name, self.updates_per_pass, "samples_per_epoch", run.samples_per_epoch)
 
     def trained(self, credit: Mapping[str, Tensor]) -> list[int]:
-        """Return the samples that are passed over; all by default."""
+        """Return the samples that are passed over; all by default.
+
+        Samples that one loss compares follow each other.
+        """
         return list(range(len(credit["reward"])))
 
     def updates(
         self, credit: Mapping[str, Tensor], *, run_seed: int, epoch: int
     ) -> Sequence[Update]:
         """Return shuffled passes over the samples that are trained on."""
-        samples = self.trained(credit)
+        samples, together = self.trained(credit), self.needs.samples_per_loss
+        steps = self.updates_per_pass
         return [
             Update(step, inner)
             for inner in range(self.inner_epochs)
-            for step in steps_of_pass(run_seed, epoch, inner, samples, self.updates_per_pass)
+            for step in steps_of_pass(run_seed, epoch, inner, samples, steps, together)
         ]
 
     @abstractmethod
@@ -132,7 +136,12 @@ class DenoisingAlgorithm(Algorithm):
 
 
 def steps_of_pass(
-    run_seed: int, epoch: int, inner_epoch: int, samples: Sequence[int], updates: int
+    run_seed: int,
+    epoch: int,
+    inner_epoch: int,
+    samples: Sequence[int],
+    updates: int,
+    together: int = 1,
 ) -> list[list[int]]:
     """Shuffle the samples and cut them into the steps of one pass.
 
@@ -142,13 +151,19 @@ def steps_of_pass(
         inner_epoch: The pass; each has its own order.
         samples: The rows to pass over.
         updates: Steps of the pass; one per sample where there are fewer samples.
+        together: How many consecutive rows stay together, in their order, and count as one sample.
 
     Returns:
-        The rows of each step: every row once, in steps whose sizes differ by at most 1.
+        The rows of each step: every row once, in steps whose sizes differ by at most 1; no step
+        where there is no sample.
     """
     import torch
 
     seed = derive_seed(run_seed, "regression order", epoch, inner_epoch)
-    order = torch.randperm(len(samples), generator=generator(seed))
-    steps = order.tensor_split(min(updates, len(samples)))
-    return [[samples[i] for i in step.tolist()] for step in steps]
+    count = len(samples) // together
+    order = torch.randperm(count, generator=generator(seed))
+    steps = order.tensor_split(min(updates, count)) if count else []
+    return [
+        [row for i in step.tolist() for row in samples[i * together : (i + 1) * together]]
+        for step in steps
+    ]

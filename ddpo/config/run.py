@@ -148,6 +148,13 @@ class RunConfig(Part):
 
     @model_validator(mode="after")
     def _algorithm_fits(self) -> RunConfig:
+        together, size = self.algorithm.needs.samples_per_loss, self.numerics.micro_batch_size
+        if size % together:
+            raise ValueError(
+                f"numerics.micro_batch_size {size} is not a multiple of {together}: "
+                f"algorithm.type {self.algorithm.type} compares {together} samples in one forward; "
+                f"set it to {size + together - size % together}"
+            )
         self.algorithm.check_reward(normalises_by_group=self.reward.normalises_by_group)
         self.algorithm.check_run(
             RunSettings(

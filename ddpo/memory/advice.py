@@ -121,7 +121,8 @@ def _next(
         fixed = found.frozen + 4 * found.trained
         if whole and fixed > free:
             return "trainable", LoraConfig()
-        if size := _smaller(numerics.micro_batch_size, found.peak, fixed, free):
+        size = _smaller(numerics.micro_batch_size, found.peak, fixed, free)
+        if size := size - size % config.algorithm.needs.samples_per_loss:
             return "numerics.micro_batch_size", size
         if not numerics.gradient_checkpointing:
             return "numerics.gradient_checkpointing", True

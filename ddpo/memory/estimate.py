@@ -171,7 +171,7 @@ def _update(policy: Outline, config: RunConfig, state: TrainState) -> None:
     else:
         count = 2 * size
         samples = FinalLatents([_PROMPT] * count, _zeros(count, *policy.latent_shape))
-    credit = {name: torch.ones(count) for name in ("reward", *algorithm.columns)}
+    credit = algorithm.credit_of_all(count)
     shortened = config.changed(algorithm=algorithm, sampler=sampler, fork=None)
     update(policy, state, samples, credit, {}, shortened)
 

@@ -215,8 +215,8 @@ class DenoisingObjective(Objective):
         kept = {"old": state.old_weights, "start": state.weights}
         for name in kept.keys() & config.algorithm.needs.policies:
             policy.weights.keep(name, kept[name])
-        times = self.gradient.algorithm.times
-        self.noiser = Noiser(policy, process, times, config.seed, state.epoch)
+        times, together = self.gradient.algorithm.times, config.algorithm.needs.samples_per_loss
+        self.noiser = Noiser(policy, process, times, config.seed, state.epoch, together)
         self.items_per_sample = self.noiser.times_per_sample
         self._measured: list[Mapping[str, float]] = []
 
@@ -234,7 +234,9 @@ class DenoisingObjective(Objective):
         """Train nothing beside the policy."""
 
     def metrics(self) -> dict[str, Any]:
-        """Return what the algorithm measures of its forwards, means over the updates."""
+        """Return what the algorithm measures of its forwards, means over the updates, if any."""
+        if not self._measured:
+            return {}
         return {
             name: sum(each[name] for each in self._measured) / len(self._measured)
             for name in self.gradient.algorithm.measured

@@ -78,10 +78,11 @@ def update(
         on_progress: Called with the share that is done, in [0, 1].
 
     Returns:
-        The state after the epoch, and metrics by name as JSON values: ``loss`` and ``grad_norm``
-        (before clipping, None if no step was taken) are means over the updates; in float16,
-        ``loss_scale`` is what the next epoch starts with, and ``skipped_steps`` counts updates
-        whose gradient overflowed; the rest is the objective's and the algorithm's.
+        The state after the epoch, and metrics by name as JSON values: ``loss`` (None if there
+        was no update) and ``grad_norm`` (before clipping, None if no step was taken) are means over
+        the updates; in float16, ``loss_scale`` is what the next epoch starts with, and
+        ``skipped_steps`` counts updates whose gradient overflowed; the rest is the objective's and
+        the algorithm's.
 
     Raises:
         ConfigError: The algorithm cannot train on such samples.
@@ -156,7 +157,7 @@ def _updated(
     if scale is not None:
         scaling = {"loss_scale": scale.value, "skipped_steps": len(updates) - len(norms)}
     return after, {
-        "loss": sum(losses) / len(losses),
+        "loss": sum(losses) / len(losses) if losses else None,
         "grad_norm": sum(norms) / len(norms) if norms else None,
         "learning_rate": config.optimizer.learning_rate,
         **scaling,

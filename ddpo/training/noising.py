@@ -73,13 +73,21 @@ class Noiser:
         times: The algorithm's.
         run_seed: The config's ``seed``.
         epoch: The epoch.
+        together: How many consecutive samples of an update share their times and noise.
     """
 
     def __init__(
-        self, policy: Policy, process: Process, times: Times, run_seed: int, epoch: int
+        self,
+        policy: Policy,
+        process: Process,
+        times: Times,
+        run_seed: int,
+        epoch: int,
+        together: int = 1,
     ) -> None:
         self.policy, self.process, self.times = policy, process, times
         self.path = (run_seed, epoch)
+        self.together = together
         self.steps = trained_steps(times, process.steps)
         self.times_per_sample = min(times.count or self.steps, self.steps)
         """How often a pass noises each sample."""
@@ -128,27 +136,31 @@ class UpdateNoising:
         self._drawn_from_training = noiser.times.source == "training"
         self.samples = [*update.samples] * noiser.times_per_sample
         """[N], the sample of each noised sample."""
+        # Samples that share their noise have that of the first of them.
+        first = [update.samples[i - i % noiser.together] for i in range(len(update.samples))]
+        self._drawn_for = first * noiser.times_per_sample
         self._steps: list[int] = []
         if not self._drawn_from_training:
-            steps = [noiser.steps_of(update.inner_epoch, sample) for sample in update.samples]
+            steps = [noiser.steps_of(update.inner_epoch, sample) for sample in first]
             self._steps = [of[turn] for turn in range(noiser.times_per_sample) for of in steps]
 
     def part(self, rows: Tensor) -> Noising:
         """Draw the times and noise of some noised samples, [n] int64; on the CPU.
 
-        Noise depends on run seed, epoch, pass, sample and step alone.
+        Noise depends on run seed, epoch, pass, sample and step alone, the sample being the first of
+        those that share it.
         """
         noiser, numbers = self._noiser, rows.tolist()
         (run_seed, epoch), inner = noiser.path, self._inner_epoch
         if self._drawn_from_training:
-            samples = [self.samples[row] for row in numbers]
+            samples = [self._drawn_for[row] for row in numbers]
             return Noising.draw(run_seed, epoch, inner, samples, noiser.policy, noiser.process)
         noise = [
             torch.randn(
                 noiser.policy.latent_shape,
                 generator=generator(
                     derive_seed(
-                        run_seed, "noising", epoch, inner, self.samples[row], self._steps[row]
+                        run_seed, "noising", epoch, inner, self._drawn_for[row], self._steps[row]
                     )
                 ),
             )
