@@ -116,6 +116,8 @@ def epochs_by_rank(seat: Seat, raw: dict[str, Any], broken: bool = False) -> dic
     count = config.rollouts.samples_per_epoch
     credit = as_credit(alternating_advantages(count))
     credit["weight"] = torch.linspace(0.1, 1.0, count)
+    credit["pair"] = torch.arange(count).flip(0) // 2 - 1.0  # the last two have none
+    credit["preferred"] = torch.arange(count) % 2.0
     for epoch in range(2):
         if seat.rank == 1:  # a rank that has read its state has it in another order
             parts = {name: getattr(state, name) for name in ("optimizer", "ema", "old")}

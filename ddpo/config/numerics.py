@@ -24,7 +24,8 @@ class NumericsConfig(Part):
     """Images per forward while sampling; guidance doubles the batch internally."""
     micro_batch_size: PositiveInt = 8
     """(sample, timestep) pairs per forward and backward in the update. Any size gives the same
-    gradient; if equal to sample_batch_size, the update repeats the sampler's forwards exactly."""
+    gradient; if equal to sample_batch_size, the update repeats the sampler's forwards exactly. Even
+    for `dpo`, whose pairs stay in one forward."""
     threads: ThreadCount | Literal["auto"] = "auto"
     """CPU threads of torch."""
     tf32: bool = True

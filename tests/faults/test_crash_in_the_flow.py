@@ -91,15 +91,19 @@ NFT = {
     "advantages": {"type": "batch"},
     "old_decay": {"per_step": 0.3, "most": 0.9},
 }
+DPO = {"type": "dpo", "beta": 100.0}
+PAIRS = {"samples_per_epoch": 4, "shard_size": 2, "samples_per_prompt": 2}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("algorithm", [{}, NFT], ids=["ddpo_is", "nft"])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"algorithm": NFT}, {"algorithm": DPO, "rollouts": PAIRS}],
+    ids=["ddpo_is", "nft", "dpo"],
+)
 def test_a_crash_anywhere_in_the_flow_changes_no_byte(
-    tiny_model: Path, tmp_path: Path, mlflow_database: Path, algorithm: dict[str, Any]
+    tiny_model: Path, tmp_path: Path, mlflow_database: Path, changes: dict[str, Any]
 ) -> None:
-    changes = {"algorithm": algorithm} if algorithm else {}
-
     def plan(name: str) -> InFlow:
         return InFlow.plan(tiny_model, tmp_path / name, mlflow_database, **changes)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from safetensors.torch import load
 
 from ddpo.diffusion.sampling import sample
 from ddpo.errors import ConfigError
-from ddpo.runs import Run, RunHandle, check_run, start_run
+from ddpo.runs import Run, RunHandle, check_run, open_run, start_run
 from ddpo.runs.forks.plan import fork_config
 from ddpo.store import manifests
 from ddpo.store.keys import Partition
@@ -42,7 +43,9 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
         "old_decay": {"per_step": 0.3, "most": 0.9},
     },
     "awm": {"type": "awm", "updates_per_epoch": 2, "advantages": {"type": "batch"}},
+    "dpo": {"type": "dpo", "beta": 100.0, "pairing": "margin", "updates_per_epoch": 2},
 }
+GROUPS = {"samples_per_prompt": 4}
 REGRESSIONS = ("rwr", "rwr_sparse")
 each_type = pytest.mark.parametrize("kind", list(ALGORITHMS))
 
@@ -53,6 +56,8 @@ def fresh_process() -> None:
 
 
 def a_run(model: Path, root: Path | str, kind: str, **changes: Any) -> Run:
+    if kind == "dpo":
+        changes["rollouts"] = {**GROUPS, **changes.get("rollouts", {})}
     changes = {
         "storage": {"root": str(root)},
         "prompts": {"name": "prompt_list", "parameters": {"prompts": ["a cat", "a dog"]}},
@@ -77,7 +82,7 @@ def content(run: Run) -> dict[str, bytes]:
 
 
 def last_state(run: Run, epoch: int):
-    found = CHECKPOINT.commit_of(run.store, Partition("r", epoch))
+    found = CHECKPOINT.commit_of(run.store, Partition(run.run_id, epoch))
     assert found is not None
     return CHECKPOINT.load(run.store, found.ref).state()
 
@@ -213,6 +218,39 @@ def test_a_fork_by_ddpo_is_refused_where_clean_latents_alone_were_saved(
     settings = ["algorithm={type: ddpo_is, updates_per_epoch: 2}"]
     with pytest.raises(ConfigError, match="rwr saved only the final latents"):
         check_run(fork_config(run, 0, overrides=settings), "fork")
+
+
+def test_dpo_learns_from_what_another_run_saved_again_to_the_same_bytes(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    parent = a_run(tiny_model, tmp_path, "rwr", rollouts=GROUPS, optimizer={"learning_rate": 1e-2})
+    run_epochs(parent, 2)
+    dpo = f"algorithm={json.dumps(ALGORITHMS['dpo'])}"
+    settings = ["fork.rollouts=2", "fork.off_policy=true", dpo]
+    for name in ("one", "two"):
+        as_in_a_new_process()
+        run_epochs(check_run(fork_config(parent, 0, overrides=settings), name).start(), 2)
+    one, two = open_run(parent.store, "one"), open_run(parent.store, "two")
+    for epoch in range(2):
+        drawn = [
+            ROLLOUTS.commit_of(parent.store, Partition(name, epoch, 0)) for name in ("r", "one")
+        ]
+        assert drawn[0] and drawn[1] and drawn[0].manifest.objects == drawn[1].manifest.objects
+        after = last_state(one, epoch + 1)
+        assert_same_tensors(after.weights, last_state(two, epoch + 1).weights)
+        others = (last_state(parent, epoch + 1), last_state(one, epoch))
+        for other in others:
+            assert any(not torch.equal(after.weights[n], v) for n, v in other.weights.items())
+    key = ADVANTAGES.key(Partition("one", 1, reward_id=one.reward.identity.reward_id))
+    rows = decode_advantages(manifest_objects(one, key)["advantages"])
+    for start_of_group in (0, 4):
+        group = rows[start_of_group : start_of_group + 4]
+        best, worst = (
+            max(group, key=lambda row: row.reward), min(group, key=lambda row: row.reward)
+        )  # fmt: skip
+        if best.reward > worst.reward:
+            assert best.columns["preferred"] == 1 and worst.columns["preferred"] == 0
+            assert best.columns["pair"] == worst.columns["pair"] >= 0
 
 
 def test_nft_samples_with_its_old_weights_which_the_samples_name(

@@ -31,6 +31,7 @@ ALGORITHMS: Mapping[str, dict[str, Any]] = {
     "rwr": {"type": "rwr"},
     "nft": {"type": "nft", "advantages": {"type": "batch"}},
     "awm": {"type": "awm", "advantages": {"type": "batch"}, "updates_per_epoch": 2},
+    "dpo": {"type": "dpo"},
     "groups": {"type": "ddpo_is", "advantages": {"type": "group", "deviation": "batch"}},
     "value network": {"type": "ddpo_is", "advantages": {"type": "value"}},
 }
@@ -38,7 +39,7 @@ ALGORITHMS: Mapping[str, dict[str, Any]] = {
 
 def run_on_meta(models: Mapping[str, Path], name: str, algorithm: str) -> None:
     config = tiny_config(models[name], **SETTINGS.get(name, {}), optimizer={"ema_decay": 0.9})
-    if algorithm == "groups":
+    if algorithm in ("groups", "dpo"):
         config = config.changed(rollouts=config.rollouts.changed(samples_per_prompt=4))
     config = config.changed(algorithm=ALGORITHMS[algorithm])
     estimate(config, resolve_numerics(config.numerics))
@@ -137,6 +138,7 @@ def _plant_average(monkeypatch: pytest.MonkeyPatch) -> None:
         (_plant_noising, "nft"),
         (_plant_others, "nft"),
         (_plant_others, "awm"),
+        (_plant_others, "dpo"),
     ],
 )
 def test_a_tensor_that_was_left_on_the_cpu_is_found(

@@ -34,6 +34,7 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
     "rwr": {"type": "rwr", "inner_epochs": 2, "updates_per_epoch": 4},
     "nft": {"type": "nft", "updates_per_epoch": 2, "advantages": {"type": "batch"}},
     "awm": {"type": "awm", "updates_per_epoch": 2, "advantages": {"type": "batch"}},
+    "dpo": {"type": "dpo", "inner_epochs": 2, "updates_per_epoch": 2},
 }
 
 
@@ -47,6 +48,9 @@ def test_any_number_of_ranks_gives_the_bytes_of_one(
         numerics={"micro_batch_size": 3},  # 6 micro-batches an update: not a multiple of 4
     )
     raw = {**config.whole(), "algorithm": ALGORITHMS[name]}
+    if name == "dpo":  # three micro-batches of a pair each
+        raw["rollouts"] = {**raw["rollouts"], "samples_per_prompt": 4}
+        raw["numerics"] = {**raw["numerics"], "micro_batch_size": 2}
     assert pool.together(epochs_by_rank, raw) == epochs_by_rank(ALONE, raw)
 
 
