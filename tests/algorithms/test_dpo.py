@@ -184,7 +184,7 @@ def test_rewards_of_a_sum_count_by_their_place_in_the_group() -> None:
 
 def table(pair: list[int], preferred: list[int]) -> Table:
     return {
-        "reward": torch.arange(len(pair)).float(),
+        "reward": torch.arange(len(pair)).float() ** 2,
         "pair": torch.tensor(pair).float(),
         "preferred": torch.tensor(preferred).float(),
     }
@@ -209,7 +209,7 @@ def test_pairs_stay_together_in_steps_with_the_better_sample_first() -> None:
     assert len(orders) > 1
     assert algorithm.credit_metrics(credit, 2) == {
         "pairs": 3,
-        "reward_margin": pytest.approx((2 - 4 + 5 - 0 + 3 - 6) / 3),
+        "reward_margin": pytest.approx((4 - 16 + 25 - 0 + 9 - 36) / 3),
     }
 
 

@@ -243,14 +243,16 @@ def test_dpo_learns_from_what_another_run_saved_again_to_the_same_bytes(
             assert any(not torch.equal(after.weights[n], v) for n, v in other.weights.items())
     key = ADVANTAGES.key(Partition("one", 1, reward_id=one.reward.identity.reward_id))
     rows = decode_advantages(manifest_objects(one, key)["advantages"])
-    for start_of_group in (0, 4):
-        group = rows[start_of_group : start_of_group + 4]
-        best, worst = (
-            max(group, key=lambda row: row.reward), min(group, key=lambda row: row.reward)
-        )  # fmt: skip
-        if best.reward > worst.reward:
-            assert best.columns["preferred"] == 1 and worst.columns["preferred"] == 0
-            assert best.columns["pair"] == worst.columns["pair"] >= 0
+    pairs = {row.columns["pair"] for row in rows} - {-1}
+    assert pairs
+    for pair in pairs:
+        (first, one_row), (second, other) = (
+            (index // 4, row) for index, row in enumerate(rows) if row.columns["pair"] == pair
+        )
+        assert first == second
+        better, worse = sorted((one_row, other), key=lambda row: -row.columns["preferred"])
+        assert (better.columns["preferred"], worse.columns["preferred"]) == (1, 0)
+        assert better.reward > worse.reward
 
 
 def test_nft_samples_with_its_old_weights_which_the_samples_name(
