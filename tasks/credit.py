@@ -1,4 +1,4 @@
-"""The task that turns an epoch's scores into credit: advantages, a regression's weights, or pairs."""
+"""The task that turns an epoch's scores into credit: advantages, weights, or pairs."""
 
 from __future__ import annotations
 
