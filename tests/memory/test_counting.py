@@ -121,6 +121,21 @@ def test_settings_are_found_that_make_a_config_fit(pipelines: Mapping[str, Path]
     assert hopeless.settings["trainable"] == LoraConfig() and "does not fit" in hopeless.message
 
 
+def test_micro_batches_that_fit_hold_what_a_loss_compares(pipelines: Mapping[str, Path]) -> None:
+    config = tiny_config(
+        pipelines["sd"],
+        algorithm={"type": "dpo"},
+        rollouts={"samples_per_prompt": 2},
+        numerics={"micro_batch_size": 8},
+    )
+    numerics = resolve_numerics(config.numerics)
+    needs = estimate(config, numerics)
+    fixed = needs.frozen + 4 * needs.trained
+    room_for_three = fixed + (needs.peak - fixed) * 7 // 16
+    tight = check_fit(config, numerics, room_for_three, needs=needs)
+    assert tight.settings["numerics.micro_batch_size"] == 2
+
+
 def test_t5_is_left_out_where_it_does_not_fit(pipelines: Mapping[str, Path]) -> None:
     config = tiny_config(pipelines["sd3"], **SETTINGS["sd3"])
     numerics = resolve_numerics(config.numerics).model_copy(update={"device": "cuda"})
