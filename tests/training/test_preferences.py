@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,11 +12,14 @@ from typing import Any
 import pytest
 import torch
 
+from ddpo.algorithms import Dpo
 from ddpo.algorithms.base import Update
 from ddpo.algorithms.denoising import Times
 from ddpo.basics.randomness import derive_seed, generator
 from ddpo.config import RunConfig
 from ddpo.models import Policy
+from ddpo.models.weights import Weights
+from ddpo.training import denoising
 from ddpo.training.denoising import DenoisingObjective
 from ddpo.training.loop import initial_state, update
 from ddpo.training.noising import Noiser
@@ -56,12 +61,9 @@ def credit_of(pairs: tuple[tuple[int, int], ...], count: int) -> Credit:
     return {"reward": torch.zeros(count), "pair": pair, "preferred": preferred}
 
 
-@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
-def test_the_gradient_is_that_of_each_pair_with_one_time_and_noise(
-    tiny_model: Path, tiny_v_model: Path, kind: str
-) -> None:
+def check_the_gradient_of_pairs(model: Path, kind: str) -> None:
     """One forward a sample and weight set; reference is the model without its adapter."""
-    config = dpo_config(tiny_model if kind == "epsilon" else tiny_v_model)
+    config = dpo_config(model)
     policy = load_policy(config)
     grow_adapter(policy)
     prompts = [PROMPTS[0]] * 4 + [PROMPTS[1]] * 2
@@ -116,6 +118,46 @@ def test_the_gradient_is_that_of_each_pair_with_one_time_and_noise(
     measures = objective.metrics()
     assert measures["implicit_accuracy"] == sum(each > 0 for each in margins) / 2
     assert measures["implicit_margin"] == pytest.approx(sum(margins) / 2, rel=1e-3, abs=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+def test_the_gradient_is_that_of_each_pair_with_one_time_and_noise(
+    tiny_model: Path, tiny_v_model: Path, kind: str
+) -> None:
+    check_the_gradient_of_pairs(tiny_model if kind == "epsilon" else tiny_v_model, kind)
+
+
+def _cross_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Dpo, "trained", lambda self, credit: [3, 5, 4, 1])
+
+
+def _swap_the_samples_of_a_pair(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Dpo, "trained", lambda self, credit: [1, 3, 5, 4])
+
+
+def _let_the_reference_be_the_policy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Weights, "use", lambda self, name: nullcontext())
+
+
+def _noise_each_sample_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(denoising, "Noiser", lambda *given: Noiser(*given[:-1], together=1))
+
+
+@pytest.mark.parametrize(
+    "plant",
+    [
+        _cross_prompts,
+        _swap_the_samples_of_a_pair,
+        _let_the_reference_be_the_policy,
+        _noise_each_sample_by_itself,
+    ],
+)
+def test_bugs_planted_in_pairs_are_found(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch, plant: Callable[[pytest.MonkeyPatch], None]
+) -> None:
+    plant(monkeypatch)
+    with pytest.raises(AssertionError):
+        check_the_gradient_of_pairs(tiny_model, "epsilon")
 
 
 def test_micro_batches_of_any_even_size_give_the_same_gradient(tiny_model: Path) -> None:
