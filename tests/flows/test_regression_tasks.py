@@ -63,7 +63,8 @@ def a_run(model: Path, root: Path | str, kind: str, **changes: Any) -> Run:
         "prompts": {"name": "prompt_list", "parameters": {"prompts": ["a cat", "a dog"]}},
         **changes,
     }
-    return start_run(tiny_config(model, algorithm=dict(ALGORITHMS[kind]), **changes), "r")
+    algorithm = changes.pop("algorithm", ALGORITHMS[kind])
+    return start_run(tiny_config(model, algorithm=dict(algorithm), **changes), "r")
 
 
 def manifest_objects(run: Run, key: str) -> dict[str, bytes]:
@@ -253,6 +254,20 @@ def test_dpo_learns_from_what_another_run_saved_again_to_the_same_bytes(
         better, worse = sorted((one_row, other), key=lambda row: -row.columns["preferred"])
         assert (better.columns["preferred"], worse.columns["preferred"]) == (1, 0)
         assert better.reward > worse.reward
+
+
+def test_epochs_without_a_pair_leave_the_weights_and_say_so(
+    tiny_model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = a_run(tiny_model, tmp_path, "dpo", algorithm={"type": "dpo", "least_margin": 1e6})
+    following = run_epochs(run, 2)
+    assert "epoch 1 made no update: dpo found nothing to learn from in its 8" in caplog.text
+    first, last = last_state(run, 0), last_state(run, 2)
+    assert_same_tensors(last.weights, first.weights)
+    assert (last.epoch, last.updates, last.samples) == (2, 0, 16)
+    shown = _update_metrics(CHECKPOINT.load(run.store, following).metrics)
+    assert shown == {"update/learning_rate": 3e-4, "update/pairs": 0.0}
+    assert not verify_run(run.store, "r").damages
 
 
 def test_nft_samples_with_its_old_weights_which_the_samples_name(
