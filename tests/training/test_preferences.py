@@ -239,8 +239,12 @@ def test_an_epoch_without_a_pair_takes_no_step_and_goes_on(tiny_model: Path) -> 
     finals = FinalLatents(prompts, draw(policy, config, prompts).latents[:, -1])
     state = initial_state(policy, ema=True)
     credit = credit_of(PAIRS, 8)
+    forwards: list[int] = []
+    policy.pipeline.unet.register_forward_pre_hook(lambda _, given: forwards.append(len(given[0])))
     learned, _ = update(policy, state, finals, credit, {}, config)
+    assert forwards == [2, 2, 2, 2]  # both pairs by the base model, then by the policy
     after, metrics = update(policy, learned, finals, credit_of((), 8), {}, config)
+    assert len(forwards) == 4
     for name in ("weights", "optimizer", "ema"):
         assert_same_tensors(getattr(after, name), getattr(learned, name))
     assert (after.epoch, after.updates, after.samples) == (2, 1, 16)
