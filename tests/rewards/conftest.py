@@ -56,7 +56,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
     def request(self, endpoint, path, seconds, body=None):
         # Real time, which what is left of the clock's must not bound.
-        return own(self, endpoint, path, max(seconds, 60.0), body)
+        return own(self, endpoint, path, max(seconds, 30.0), body)
 
     monkeypatch.setattr(endpoints_module.Endpoints, "request", request)
     return clock

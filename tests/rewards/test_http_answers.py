@@ -121,9 +121,11 @@ def test_answer_that_never_ends_is_given_up(fake, clock, monkeypatch):
             await asyncio.sleep(0.01)
 
     planted.send_body = drip
-    with pytest.raises(RewardError, match="incomplete after 30 s"):
-        scored(reward, 2)
-    given_up.set()
+    try:
+        with pytest.raises(RewardError, match="incomplete after 30 s"):
+            scored(reward, 2)
+    finally:
+        given_up.set()
 
     async def flood(send: Send) -> None:
         for _ in range(100):

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from ddpo.basics import mapped
 from ddpo.basics.mapped import stack_on_disk
-from ddpo.store import mapped, nameless
+from ddpo.store import nameless
 from ddpo.store.objects import Store
 
 
