@@ -359,6 +359,20 @@ def test_a_config_is_checked_without_anything_heavy() -> None:
     )
 
 
+_IMPORT_FLOW = """
+import json, sys
+import ddpo_workflow.flows.train
+print(json.dumps(sorted({name.partition(".")[0] for name in sys.modules})))
+"""
+
+
+@pytest.mark.slow
+def test_a_flow_is_imported_without_model_libraries() -> None:
+    imported = output_of(_IMPORT_FLOW)
+    assert {"torch", "prefect", "mlflow"} <= set(imported)
+    assert not {"diffusers", "transformers", "peft", "inflect"} & set(imported)
+
+
 _IMPORT_EVERYTHING = """
 import importlib, json, pkgutil, sys
 import ddpo

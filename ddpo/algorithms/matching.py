@@ -20,6 +20,7 @@ from pydantic import (
 from ddpo.algorithms.advantages import AnyAdvantages, GroupAdvantages
 from ddpo.algorithms.base import Credit, PromptStatistics, RunSettings, Scored
 from ddpo.algorithms.denoising import DenoisingAlgorithm, DenoisingBatch
+from ddpo.algorithms.kl import check_kl_weight
 from ddpo.basics.part import Part
 from ddpo.basics.tensors import mean_per_row
 
@@ -110,12 +111,7 @@ class Matching(DenoisingAlgorithm):
     def check_run(self, run: RunSettings) -> None:
         """Check that updates are of equal size, and that what the loss refers to is there."""
         self.check_passes(run)
-        if self.kl_weight and not run.keeps_base_model:
-            raise ValueError(
-                f"algorithm.kl_weight is {self.kl_weight:g} with `trainable: full`: the base model "
-                "is what remains when the adapter is switched off, and full fine-tuning has no "
-                "adapter; set `trainable: {type: lora}`, or kl_weight to 0"
-            )
+        check_kl_weight(self.kl_weight, run)
         self.advantages.check_groups(run.samples_per_prompt)
 
     def credit(self, scored: Scored, statistics: PromptStatistics) -> Credit:

@@ -25,7 +25,7 @@ from ddpo.algorithms.base import (
     Scored,
     Update,
 )
-from ddpo.algorithms.kl import gaussian_kl
+from ddpo.algorithms.kl import check_kl_weight, gaussian_kl
 from ddpo.algorithms.step_weighting import StepScales, equal_variance
 from ddpo.basics.part import check_divides, is_none, is_off
 
@@ -186,12 +186,7 @@ class PolicyGradient(Algorithm):
                 f"rollouts.store_trajectories is final, but {self.type} trains on every "
                 "step of a trajectory; leave it at auto, or use `type: rwr` or `type: rwr_sparse`"
             )
-        if self.kl_weight and not run.keeps_base_model:
-            raise ValueError(
-                f"algorithm.kl_weight is {self.kl_weight:g} with `trainable: full`: the base model "
-                "is what remains when the adapter is switched off, and full fine-tuning has no "
-                "adapter; set `trainable: {type: lora}`, or kl_weight to 0"
-            )
+        check_kl_weight(self.kl_weight, run)
         self.advantages.check_groups(run.samples_per_prompt)
 
     def credit(self, scored: Scored, statistics: PromptStatistics) -> Credit:
