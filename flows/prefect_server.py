@@ -46,11 +46,14 @@ def show(create: Callable[[], T]) -> T | None:
 
 def _watch(address: str, left: threading.Event) -> None:
     outage = Outage(f"Prefect's server at {hide_credentials(address)}")
-    while not left.wait(_BEAT_S):
-        try:
-            httpx.get(f"{address}/health", timeout=_TIMEOUT_S)
-        except httpx.HTTPError as error:
-            plan = "running tasks continue; what follows them waits for it for up to 8 minutes"
-            outage.goes_on(type(error).__name__, plan)
-        else:
-            outage.ends()
+    # One client, for its certificates take long to read; a connection may not outlive the server.
+    limits = httpx.Limits(max_keepalive_connections=0)
+    with httpx.Client(timeout=_TIMEOUT_S, limits=limits) as client:
+        while not left.wait(_BEAT_S):
+            try:
+                client.get(f"{address}/health")
+            except httpx.HTTPError as error:
+                plan = "running tasks continue; what follows them waits for it for up to 8 minutes"
+                outage.goes_on(type(error).__name__, plan)
+            else:
+                outage.ends()

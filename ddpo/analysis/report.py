@@ -5,9 +5,8 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-import matplotlib
 import numpy as np
 
 from ddpo.analysis.rewards import reward_curve
@@ -17,11 +16,9 @@ from ddpo.store.keys import Partition
 from ddpo.store.kinds import IMAGES
 from ddpo.store.tables import RolloutRow
 
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # after the backend is chosen
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure, FigureBase
 
 _MAX_IMAGES = 8
 _CHARACTERS = 140
@@ -73,19 +70,20 @@ def write_report(run: Run, pictures_id: str, path: Path) -> Path:
     figure = report_figure(run, pictures_id)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110, facecolor="white")
-    plt.close(figure)
     return path
 
 
-def report_figure(run: Run, pictures_id: str) -> plt.Figure:
+def report_figure(run: Run, pictures_id: str) -> Figure:
     """Plot a run's report: mean reward by epoch with its spread, and images before and after."""
+    from matplotlib.figure import Figure
+
     curve = reward_curve(run)
     before = checkpoint_pictures(run, pictures_id, run.first_epoch)[:_MAX_IMAGES]
     last = run.first_epoch + len(curve)
     after = checkpoint_pictures(run, pictures_id, last)[:_MAX_IMAGES]
     columns = max(len(before), 1)
     heights = [4.2, 2 * 10 / columns]
-    figure = plt.figure(figsize=(10, sum(heights)), layout="constrained")
+    figure = Figure(figsize=(10, sum(heights)), layout="constrained")
     upper, lower = figure.subfigures(2, 1, height_ratios=heights, squeeze=False)[:, 0]
     title = f"{run.run_id}: {run.config.reward.name}"
     _plot_curve(upper.subplots(), curve, title)
@@ -94,6 +92,8 @@ def report_figure(run: Run, pictures_id: str) -> plt.Figure:
 
 
 def _plot_curve(axes: Axes, curve: Sequence[CurvePoint], title: str) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     epochs = [point.epoch for point in curve]
     mean = np.asarray([point.mean for point in curve])
     std = np.asarray([point.std for point in curve])
@@ -115,13 +115,15 @@ def save_curve(curve: Sequence[CurvePoint], title: str, path: Path) -> None:
         title: The picture's.
         path: The file to write.
     """
-    figure = Figure(figsize=(6, 3), layout="constrained")  # without pyplot's list of all figures
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 3), layout="constrained")
     _plot_curve(figure.subplots(), curve, title)
     figure.savefig(path, dpi=100, facecolor="white")
 
 
 def plot_images(
-    figure: plt.Figure, before: Sequence[RolloutRow], after: Sequence[RolloutRow], epochs: int
+    figure: FigureBase, before: Sequence[RolloutRow], after: Sequence[RolloutRow], epochs: int
 ) -> None:
     """Plot images in two rows, with each column's prompt above it.
 

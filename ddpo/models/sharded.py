@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 
+from ddpo.basics.tensors import held_like, whole
 from ddpo.models.base import Policy
 from ddpo.models.full import FullWeights
 from ddpo.models.weights import Weights
@@ -23,29 +23,6 @@ _LAYERS = (torch.nn.Linear, torch.nn.Conv2d)
 Not whole blocks: FSDP passes the inputs of what it gathers through nodes of their own in the graph
 of the backward, and an input that is used there more than once, such as the timestep's embedding,
 would have the gradients of its uses added in another order than without FSDP."""
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """Return a tensor with the parts of all processes; all of them have to ask for it.
-
-    Args:
-        tensor: Split over processes; any other one is returned as it is.
-    """
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def held_like(tensor: Tensor, other: Tensor) -> Tensor:
-    """Return a tensor as another one of the same shape is held.
-
-    Args:
-        tensor: Whole, and the same in all processes; or already held so.
-        other: Gives the device and, if it is split, the part that this process keeps.
-    """
-    if isinstance(other, DTensor) and not isinstance(tensor, DTensor):
-        return distribute_tensor(
-            tensor.detach(), other.device_mesh, other.placements, src_data_rank=None
-        )
-    return tensor.detach().to(other.device)
 
 
 class ShardedWeights(FullWeights):

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from ddpo.basics.tensors import held_like
 from ddpo.config import OptimizerConfig
 from ddpo.models import Policy
-from ddpo.models.sharded import held_like
 from ddpo.training.state import TrainState
 
 

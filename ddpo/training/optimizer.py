@@ -7,10 +7,9 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
+from ddpo.basics.tensors import held_like, is_split, whole
 from ddpo.config import OptimizerConfig
-from ddpo.models.sharded import held_like, whole
 
 
 def make_adamw(
@@ -90,6 +89,6 @@ def copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _norm(gradients: Sequence[Tensor]) -> Tensor:
     """Return the norm of all gradients together, of split ones as one process rounds it."""
     norm = torch.nn.utils.get_total_norm
-    if any(isinstance(gradient, DTensor) for gradient in gradients):
+    if any(is_split(gradient) for gradient in gradients):
         gradients = [norm([whole(gradient)]) for gradient in gradients]  # whole one at a time
     return norm(gradients)

@@ -11,7 +11,6 @@ import torch
 import torch.distributed as dist
 
 from ddpo.training.ranks import Alone, Group, Ranks
-from ddpo.training.sharded import Sharded
 from ddpo_workflow.tasks.engines.base import Seat
 
 _PATIENCE = timedelta(minutes=30)
@@ -47,8 +46,15 @@ def seated(seat: Seat, device: torch.device, *, split: bool = False) -> Iterator
         timeout=_PATIENCE,
     )
     try:
-        group = Sharded if split else Group
-        yield group(device if device.type == "cuda" else torch.device("cpu"))
+        yield _group(split)(device if device.type == "cuda" else torch.device("cpu"))
     finally:
         gc.collect()  # modules of FSDP refer to themselves, and hold memory and connections
         dist.destroy_process_group()
+
+
+def _group(split: bool) -> type[Group]:
+    if split:
+        from ddpo.training.sharded import Sharded  # FSDP takes long to import
+
+        return Sharded
+    return Group

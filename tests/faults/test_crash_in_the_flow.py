@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from ddpo.basics.digests import tensors_digest
 from ddpo_workflow.flows.train import train
 from tests.faults.crashes import RUN, Crash, Moment, Night, Writes, watched
+from tests.sweeps import swept
 
-POINTS = 6
 AHEAD = "manifests/checkpoints/run_id=night/epoch=00002.json"
 
 
@@ -95,17 +95,26 @@ DPO = {"type": "dpo", "beta": 100.0}
 PAIRS = {"samples_per_epoch": 4, "shard_size": 2, "samples_per_prompt": 2}
 
 
+RUNS: dict[str, dict[str, Any]] = {
+    "ddpo_is": {},
+    "nft": {"algorithm": NFT},
+    "dpo": {"algorithm": DPO, "rollouts": PAIRS},
+}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "changes",
-    [{}, {"algorithm": NFT}, {"algorithm": DPO, "rollouts": PAIRS}],
-    ids=["ddpo_is", "nft", "dpo"],
+    ("name", "crashes"),
+    swept(
+        [(name, crashes) for name in RUNS for crashes in (2, 8)],
+        often=lambda _, crashes: crashes < 8,
+    ),
 )
 def test_a_crash_anywhere_in_the_flow_changes_no_byte(
-    tiny_model: Path, tmp_path: Path, mlflow_database: Path, changes: dict[str, Any]
+    tiny_model: Path, tmp_path: Path, mlflow_database: Path, name: str, crashes: int
 ) -> None:
-    def plan(name: str) -> InFlow:
-        return InFlow.plan(tiny_model, tmp_path / name, mlflow_database, **changes)
+    def plan(run: str) -> InFlow:
+        return InFlow.plan(tiny_model, tmp_path / run, mlflow_database, **RUNS[name])
 
     def points(made: list[str]) -> list[tuple[int, Moment]]:
         count = len(made)
@@ -113,8 +122,8 @@ def test_a_crash_anywhere_in_the_flow_changes_no_byte(
         # A checkpoint that is ahead of the last committed epoch.
         ahead = next(i for i, name in enumerate(made, 1) if name.endswith(AHEAD))
         spread: list[tuple[int, Moment]] = [
-            (round((point + 0.5) * count / POINTS), "after" if point % 2 else "before")
-            for point in range(POINTS)
+            (round((point + 0.5) * count / crashes), "after" if point % 2 else "before")
+            for point in range(crashes)
         ]
         return [(ahead, "after"), *spread]
 

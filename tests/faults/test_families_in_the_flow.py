@@ -17,9 +17,9 @@ from ddpo_workflow.flows.fork import fork
 from ddpo_workflow.flows.rescore import rescore
 from tests.faults.crashes import RUN, Moment
 from tests.faults.test_crash_in_the_flow import InFlow, check_crashes
+from tests.sweeps import swept
 from tests.tiny_families import FAMILIES, SETTINGS
 
-POINTS = 2
 PIPELINES = {
     "sdxl": "StableDiffusionXLPipeline",
     "sd3": "StableDiffusion3Pipeline",
@@ -35,9 +35,15 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
     return {name: build(folder / name) for name, build in FAMILIES.items()}
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(
+    ("name", "crashes"),
+    swept(
+        [(name, crashes) for name in FAMILIES for crashes in (1, 4)],
+        often=lambda _, crashes: crashes == 1,
+    ),
+)
 def test_a_run_of_any_family_survives_crashes_and_can_be_forked_rescored_and_exported(
-    models: Mapping[str, Path], tmp_path: Path, mlflow_database: Path, name: str
+    models: Mapping[str, Path], tmp_path: Path, mlflow_database: Path, name: str, crashes: int
 ) -> None:
     own = SETTINGS[name]
     changes: dict[str, Any] = {
@@ -52,7 +58,7 @@ def test_a_run_of_any_family_survives_crashes_and_can_be_forked_rescored_and_exp
 
     def points(made: list[str]) -> list[tuple[int, Moment]]:
         count = len(made)
-        spread = [round((point + 0.5) * count / POINTS) for point in range(POINTS)]
+        spread = [round((point + 0.5) * count / crashes) for point in range(crashes)]
         return [(at, "after" if at % 2 else "before") for at in spread]
 
     whole = check_crashes(plan, points)

@@ -5,15 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 
 from ddpo.analysis.comparison.plan import Comparison
 from ddpo.analysis.comparison.result import Result
 from ddpo.analysis.intervals import LEVEL, Interval
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # after the backend is chosen
 
 MARKDOWN = "comparison.md"
 PLOT = "comparison.png"
@@ -146,8 +142,12 @@ def write_report(comparison: Comparison, result: Result, folder: Path) -> list[P
 
 
 def _draw(comparison: Comparison, result: Result, path: Path) -> Path:
-    figure, axes = plt.subplots(figsize=(9, 5), layout="constrained")
-    colors = plt.get_cmap("tab10")
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    axes = figure.subplots()
+    colors = colormaps["tab10"]
     controls = comparison.config.controls
     order = [v.name for v in result.variants if v.name not in controls.values()]
     for variant in result.variants:
@@ -168,7 +168,6 @@ def _draw(comparison: Comparison, result: Result, path: Path) -> Path:
     axes.grid(axis="y", alpha=0.25)
     axes.legend(frameon=False)
     figure.savefig(path, dpi=110, facecolor="white")
-    plt.close(figure)
     return path
 
 
