@@ -47,7 +47,7 @@ def test_of_sixteen_writers_of_a_shard_one_wins_and_all_adopt_it(
     own = threading.local()
 
     @contextmanager
-    def shared(run: Run, ref: Any) -> Iterator[Lease]:
+    def shared(*_: object, **__: object) -> Iterator[Lease]:
         # The model is one to a process: drawn with beforehand, so that the writers meet below.
         yield lease
 
