@@ -66,16 +66,8 @@ def test_a_run_whose_reward_has_a_pool_is_trained_to_the_end(
 ) -> None:
     (tmp_path / "mine.py").write_text(POOL)
     run = Started(tmp_path, tiny_model, "reward.name=mine:score", "epochs=2")
-    done = subprocess.run(
-        run.train_command(),
-        env=run.environment,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=900,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "stopped" not in done.stdout and "Traceback" not in done.stderr
+    assert run.start(run.train_command()).wait(900) == 0, run.screen
+    assert "stopped" not in run.screen and "Traceback" not in run.screen
     assert run.mlflow_states() == ["FINISHED"]
 
 

@@ -34,6 +34,7 @@ from tests.faults.crashes import RUN, Night
 from tests.faults.processes import LIMIT_S, Command, kill
 from tests.fold import as_in_a_new_process, run_epoch
 from tests.servers import free_port, mlflow_server
+from tests.sweeps import swept
 
 AWAY_S = 60.0
 
@@ -135,7 +136,7 @@ def test_what_a_process_could_not_log_is_logged_from_the_store_by_the_next(
             check_all_is_shown(night)
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", swept(zip(ENGINES), often=lambda engine: engine == "local"))
 def test_a_command_whose_server_is_killed_and_comes_back_ends_well(
     engine: str, plan: Callable[..., Night], served: Path, undisturbed: dict[str, bytes]
 ) -> None:

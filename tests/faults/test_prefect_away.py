@@ -11,12 +11,13 @@ from tests.faults.away import ENGINES, MANY_SHARDS, SHARDS, has_samples, wait_fo
 from tests.faults.crashes import Night
 from tests.faults.processes import LIMIT_S, Command, kill
 from tests.servers import free_port, prefect_server
+from tests.sweeps import swept
 
 AWAY_S = 20.0
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", swept(zip(ENGINES), often=lambda engine: engine == "local"))
 def test_a_run_outlives_an_outage_of_prefects_server(
     engine: str,
     tiny_model: Path,

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.zygote import zygote
+
 LIMIT_S = 900
 
 START = """
@@ -33,7 +35,8 @@ print("open", flush=True)
 """
 
 
-def train(tiny_model: Path, folder: Path, home: Path) -> subprocess.CompletedProcess[str]:
+def train(tiny_model: Path, folder: Path, home: Path) -> tuple[int, str]:
+    """Train by the command; returns its exit status, and its screen's words in one line."""
     words = ["train", "configs/starter.yaml", "--run-id", "r", "--root", str(folder / "store")]
     for setting in (
         f"model={{path: {tiny_model}}}",
@@ -43,14 +46,10 @@ def train(tiny_model: Path, folder: Path, home: Path) -> subprocess.CompletedPro
         "epochs=1",
     ):
         words += ["--set", setting]
-    return subprocess.run(
-        [sys.executable, "-m", "ddpo_workflow.flows.cli", *words],
-        env={**os.environ, "PREFECT_HOME": str(home), "COLUMNS": "400"},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=LIMIT_S,
-    )
+    environment = {**os.environ, "PREFECT_HOME": str(home), "COLUMNS": "400"}
+    log = folder / "screen.log"
+    status = zygote().start("ddpo_workflow.flows.cli", words, environment, log).wait(LIMIT_S)
+    return status, " ".join(log.read_text().split())
 
 
 @pytest.mark.slow
@@ -103,9 +102,8 @@ def test_a_database_of_a_newer_prefect_is_named_and_no_run_is_said_to_be_there(
     with sqlite3.connect(home / "prefect.db") as database:
         database.execute("create table alembic_version (version_num varchar(32) not null)")
         database.execute("insert into alembic_version values ('fedcba987654')")
-    done = train(tiny_model, tmp_path, home)
-    screen = " ".join((done.stdout + done.stderr).split())
-    assert done.returncode == 1, screen
+    status, screen = train(tiny_model, tmp_path, home)
+    assert status == 1, screen
     assert "written by a newer version" in screen and "PREFECT_HOME" in screen, screen
     assert str(home / "prefect.db") in screen and "Traceback" not in screen, screen
     assert "ddpo resume" not in screen, screen
@@ -117,7 +115,6 @@ def test_a_database_that_cannot_be_opened_is_named(tiny_model: Path, tmp_path: P
     home = tmp_path / "prefect"
     home.mkdir()
     (home / "prefect.db").write_bytes(b"no database" * 1000)
-    done = train(tiny_model, tmp_path, home)
-    screen = " ".join((done.stdout + done.stderr).split())
-    assert done.returncode == 1, screen
+    status, screen = train(tiny_model, tmp_path, home)
+    assert status == 1, screen
     assert "cannot be opened" in screen and str(home / "prefect.db") in screen, screen

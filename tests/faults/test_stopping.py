@@ -25,6 +25,7 @@ from ddpo_workflow.flows.hooks import mark_cancelled
 from ddpo_workflow.tasks.stops import is_stop
 from tests.faults.processes import COMMAND, Process
 from tests.prefect_homes import prefect_home
+from tests.sweeps import swept
 from tests.zygote import zygote
 
 START_LIMIT_S = 900.0
@@ -192,7 +193,12 @@ class Started:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("sign", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("sign", "status"),
+    swept(
+        [(signal.SIGINT, 130), (signal.SIGTERM, 143)], often=lambda sign, _: sign == signal.SIGTERM
+    ),
+)
 def test_a_run_is_cancelled_and_goes_on_as_the_screen_says(
     sign: signal.Signals, status: int, tiny_model: Path, tmp_path: Path
 ):

@@ -15,7 +15,7 @@ import pytest
 import ddpo_workflow.tasks.sample
 from ddpo.basics.digests import sha256_bytes
 from ddpo.diffusion.sampling import sample
-from ddpo.runs import Run, start_run
+from ddpo.runs import start_run
 from ddpo.store import manifests
 from ddpo.store.manifests import Committed, Ref
 from ddpo.store.objects import Store

@@ -29,11 +29,13 @@ from ddpo_workflow.tasks.engines.processes import process_pool
 from ddpo_workflow.tasks.engines.ray_actors import ray_pool
 from ddpo_workflow.tasks.progress import shown_by
 from tests.calls import die, die_once, fail, fail_badly, sleep_here, speak, where
+from tests.sweeps import swept
 from tests.tiny import tiny_config
 
 pytestmark = pytest.mark.slow
 
 RUN = "night"
+ENGINES = ("processes", "ray")
 KILLED_FLOW = """
 import time
 from ddpo.config import ProcessesEngine
@@ -138,7 +140,7 @@ def killing(when: Callable[[], bool]) -> Iterator[list[int]]:
         thread.join()
 
 
-@pytest.mark.parametrize("name", ["processes", "ray"])
+@pytest.mark.parametrize("name", ENGINES)
 def test_an_engine_changes_no_byte(
     name: str,
     tiny_model: Path,
@@ -164,7 +166,7 @@ def test_a_run_resumes_on_another_engine(
     assert content(store) == undisturbed
 
 
-@pytest.mark.parametrize("name", ["processes", "ray"])
+@pytest.mark.parametrize("name", swept(zip(ENGINES), often=lambda name: name == "ray"))
 def test_a_worker_that_is_killed_changes_no_byte(
     name: str,
     tiny_model: Path,
@@ -218,7 +220,7 @@ class Display:
     def epoch(self, done: int, total: int, metrics: Mapping[str, float]) -> None: ...
 
 
-@pytest.fixture(scope="module", params=["processes", "ray"])
+@pytest.fixture(scope="module", params=ENGINES)
 def engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
     made: Engine
     if request.param == "processes":
