@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ddpo.basics.randomness import derive_seed
+from ddpo.config import SamplerConfig
 from ddpo.diffusion.sampling import sample
 from ddpo.diffusion.window import sampler_of_epoch
 from ddpo.models import load_policy
@@ -83,6 +84,7 @@ def evaluate(
     *,
     seeds: Sequence[int] = SEEDS,
     prompts: Sequence[Prompt] | None = None,
+    sampler: SamplerConfig | None = None,
 ) -> Evaluation:
     """Draw and score prompts with fixed seeds, and ask the judge.
 
@@ -91,6 +93,7 @@ def evaluate(
         epoch: The checkpoint; 0 is the base model.
         seeds: Noise seeds, the same for every checkpoint and run.
         prompts: What is drawn; by default the run's own set.
+        sampler: How; by default as in the run's first epoch.
 
     Returns:
         Rewards, diversity and the share that is recognised.
@@ -112,7 +115,7 @@ def evaluate(
     repeated = [prompt for prompt in prompts for _ in seeds]
     shown = [scenes[prompt.text] for prompt in repeated]
     noise = [derive_seed(seed, "evaluate", p.text) for p in prompts for seed in seeds]
-    sampler = sampler_of_epoch(policy, run.config, 0)
+    sampler = sampler or sampler_of_epoch(policy, run.config, 0)
     images = sample(policy, [p.text for p in repeated], noise, sampler).images
     scores = score_images(run.reward, images, repeated)
     shape = (len(prompts), len(seeds))

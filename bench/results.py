@@ -78,35 +78,35 @@ class Trial:
 
 
 def train(trial: Trial, folder: Path, threads: int) -> None:
-    """Train one trial by the project's own command, in a process of its own.
+    """Train one trial; see :func:`train_run`."""
+    shuffle = {"algorithm.advantages.shuffle": str(trial.control).lower()}
+    settings = {"seed": trial.seed, **shuffle, "numerics.threads": threads}
+    train_run(trial.run_id, TASKS[trial.task].config, settings, folder)
+
+
+def train_run(run_id: str, config: str, settings: Mapping[str, object], folder: Path) -> None:
+    """Train by the project's own command, in a process of its own; a finished run stays.
 
     Args:
-        trial: Which.
-        folder: Holds the store and MLflow's database of all trials.
-        threads: CPU threads of torch.
+        run_id: The run's name.
+        config: Its file.
+        settings: Overrides of the file's, by path.
+        folder: Holds the store and MLflow's databases of all runs.
     """
     settings = {
-        "seed": trial.seed,
-        "algorithm.advantages.shuffle": str(trial.control).lower(),
-        "numerics.threads": threads,
-        "tracking.uri": f"sqlite:///{folder}/mlflow-{trial.run_id}.db",
+        **settings,
+        "tracking.uri": f"sqlite:///{folder}/mlflow-{run_id}.db",
         "tracking.system_metrics": "false",
         "outputs": folder / "outputs",
     }
-    command = [
-        sys.executable,
-        "-m",
-        "ddpo_workflow.flows.cli",
-        "train",
-        TASKS[trial.task].config,
-    ]
-    command += ["--run-id", trial.run_id, "--root", str(folder / "store")]
+    command = [sys.executable, "-m", "ddpo_workflow.flows.cli", "train", config]
+    command += ["--run-id", run_id, "--root", str(folder / "store")]
     for name, value in settings.items():
         command += ["--set", f"{name}={value}"]
-    log = folder / "logs" / f"{trial.run_id}.log"
+    log = folder / "logs" / f"{run_id}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     # A Prefect home of its own: runs side by side would wait for one database.
-    home = folder / "prefect" / trial.run_id
+    home = folder / "prefect" / run_id
     home.mkdir(parents=True, exist_ok=True)
     environment = os.environ | {"PREFECT_HOME": str(home)}
     with log.open("w") as stream:
@@ -114,8 +114,8 @@ def train(trial: Trial, folder: Path, threads: int) -> None:
             command, stdout=stream, stderr=subprocess.STDOUT, env=environment, check=False
         )
     if done.returncode:
-        raise RuntimeError(f"{trial.run_id} failed; see {log}")
-    print(f"  trained {trial.run_id}", flush=True)
+        raise RuntimeError(f"{run_id} failed; see {log}")
+    print(f"  trained {run_id}", flush=True)
 
 
 def train_and_measure(trial: Trial, folder: Path, threads: int) -> None:
