@@ -357,6 +357,10 @@ class Policy(ABC):
             [B, C, h, w], at least float32.
         """
 
+    def forwards(self, guidance_scale: float) -> int:
+        """Return how many forwards of the network one prediction takes: two with guidance."""
+        return 1 if guidance_scale == 1.0 else 2
+
     @abstractmethod
     def decode(self, latents: Tensor) -> list[Image.Image]:
         """Turn clean latents into images.

@@ -233,6 +233,10 @@ class DenoisingObjective(Objective):
     def finish(self) -> None:
         """Train nothing beside the policy."""
 
+    def forwards(self, items: int) -> int:
+        """Return those of the policy and of each other weight set, all without guidance."""
+        return items * (1 + len(self.gradient.algorithm.needs.policies))
+
     def metrics(self) -> dict[str, Any]:
         """Return what the algorithm measures of its forwards, means over the updates, if any."""
         if not self._measured:

@@ -80,7 +80,8 @@ def update(
     Returns:
         The state after the epoch, and metrics by name as JSON values: ``loss`` (None if there
         was no update) and ``grad_norm`` (before clipping, None if no step was taken) are means over
-        the updates; in float16, ``loss_scale`` is what the next epoch starts with, and
+        the updates; ``forwards`` counts those of the network in the updates, an image each, and
+        ``sampling_forwards`` those that drew the samples; in float16, ``loss_scale`` is what the next epoch starts with, and
         ``skipped_steps`` counts updates whose gradient overflowed; the rest is the objective's and
         the algorithm's.
 
@@ -160,10 +161,17 @@ def _updated(
         "loss": sum(losses) / len(losses) if losses else None,
         "grad_norm": sum(norms) / len(norms) if norms else None,
         "learning_rate": config.optimizer.learning_rate,
+        "forwards": objective.forwards(items),
+        "sampling_forwards": _sampling_forwards(policy, config),
         **scaling,
         **objective.metrics(),
         **algorithm.credit_metrics(credit, config.rollouts.samples_per_prompt),
     }
+
+
+def _sampling_forwards(policy: Policy, config: RunConfig) -> int:
+    per_image = config.sampler.steps * policy.forwards(config.sampler.guidance_scale)
+    return config.rollouts.samples_per_epoch * per_image
 
 
 def _old_after(

@@ -46,6 +46,14 @@ class Objective(ABC):
         """
 
     @abstractmethod
+    def forwards(self, items: int) -> int:
+        """Return how many forwards of the network, one image each, the epoch's updates took.
+
+        Args:
+            items: Of all updates together.
+        """
+
+    @abstractmethod
     def metrics(self) -> dict[str, Any]:
         """Return what was measured, as JSON values by name, once the epoch is done."""
 

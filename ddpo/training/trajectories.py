@@ -264,6 +264,7 @@ class TrajectoryObjective(Objective):
         fork = config.fork
         off_policy = fork is not None and fork.off_policy and fork.inherits(state.epoch)
         self.rows = sorted(row for each in updates for row in each.samples)
+        self._recomputed = 0
         self.old_means = self._empty_means(updates) if self.algorithm.needs.old_means else None
         self.old = samples.log_probs if off_policy else self._old_log_probs(updates)
         self.rewards, self.scored = credit["advantage"], torch.isfinite(credit["reward"])
@@ -303,6 +304,12 @@ class TrajectoryObjective(Objective):
         """Train the value function, if there is one."""
         if self.critic is not None:
             self._learned = self.critic.learn(self.rewards, self.scored)
+
+    def forwards(self, items: int) -> int:
+        """Return those of the policy, of each other weight set, and of recomputed log-probs."""
+        predictions = items * (1 + len(self.algorithm.needs.policies)) + self._recomputed
+        policy, sampler = self.gradient.policy, self.gradient.sampler
+        return predictions * policy.forwards(sampler.guidance_scale)
 
     def metrics(self) -> dict[str, Any]:
         """Return importance ratios, their deviation before any update, and optional measurements.
@@ -351,9 +358,11 @@ class TrajectoryObjective(Objective):
         if limit == float("inf") or (limit > 0 and policy.numerics.exact):
             return stored
         if probe := probe_rows(policy, self.algorithm, len(self.rollouts.prompts)):
+            self._recomputed += len(probe) * len(self.steps)
             deviation = RatioDeviation.of(self.gradient.recompute(self.rollouts, probe), stored)
             if deviation.p99 <= limit:
                 return stored
+        self._recomputed += len(self.rows) * len(self.steps)
         # In the groups that the updates will see: another batch rounds differently.
         recomputed = [
             self.gradient.recompute(self.rollouts, each.samples, self.old_means) for each in updates
