@@ -81,9 +81,9 @@ def update(
         The state after the epoch, and metrics by name as JSON values: ``loss`` (None if there
         was no update) and ``grad_norm`` (before clipping, None if no step was taken) are means over
         the updates; ``forwards`` counts those of the network in the updates, an image each, and
-        ``sampling_forwards`` those that drew the samples; in float16, ``loss_scale`` is what the next epoch starts with, and
-        ``skipped_steps`` counts updates whose gradient overflowed; the rest is the objective's and
-        the algorithm's.
+        ``sampling_forwards`` those that drew the samples; in float16, ``loss_scale`` is what the
+        next epoch starts with, and ``skipped_steps`` counts updates whose gradient overflowed; the
+        rest is the objective's and the algorithm's.
 
     Raises:
         ConfigError: The algorithm cannot train on such samples.

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from ddpo.analysis.comparison.budgets import at_equal_budget
 from ddpo.analysis.comparison.page import _Image, _Row, render
 from ddpo.analysis.comparison.plan import Comparison
 from ddpo.analysis.comparison.result import Result, compare_curves
@@ -34,7 +35,9 @@ def page_of(folder: Path, name: str = "tiny") -> str:
     names = list(plan.variants)
     curves = {v: [[0.0, n + 1.0], [10.0, n + 12.0]] for n, v in enumerate(names)}
     variants = compare_curves(curves, plan.config.controls)
-    result = Result(epochs=(0, 1), queries=(0, 256), variants=variants, ratios=())
+    costs = {name: [(0.0, n + 1.0), (0.0, n + 1.0)] for n, name in enumerate(names)}
+    budgets = (at_equal_budget("forwards", costs, curves),)
+    result = Result(epochs=(0, 1), queries=(0, 256), variants=variants, ratios=(), budgets=budgets)
     uri = thumbnail_uri(encode_image(Image.new("RGB", (64, 64), (200, 120, 60))))
     pictures = [_Row(v, [_Image(HOSTILE, uri)] * 4) for v in names]
     return render(replace(plan, name=name), result, pictures)

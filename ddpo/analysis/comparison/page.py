@@ -8,7 +8,10 @@ from pathlib import Path
 
 from ddpo.analysis.comparison.plan import Comparison, Member
 from ddpo.analysis.comparison.report import (
+    BUDGETS_EXPLAINED,
+    EQUAL_BUDGETS,
     Table,
+    budget_table,
     curve_table,
     explanation,
     ratio_table,
@@ -88,6 +91,7 @@ def render(comparison: Comparison, result: Result, pictures: Sequence[_Row] = ()
     seeds, last = comparison.config.seeds, result.epochs[-1]
     tables: dict[str, Table] = {
         "Result": result_table(comparison, result),
+        **({EQUAL_BUDGETS: budget_table(result)} if result.budgets else {}),
         "By reward queries": curve_table(result),
         f"By seed, epoch {last}": seed_table(comparison, result),
     }
@@ -96,7 +100,10 @@ def render(comparison: Comparison, result: Result, pictures: Sequence[_Row] = ()
     return fill(
         "ddpo.analysis.comparison",
         name=comparison.name,
-        paragraphs=explanation(comparison),
+        paragraphs=[
+            *explanation(comparison),
+            *([f"{EQUAL_BUDGETS}: {BUDGETS_EXPLAINED}"] if result.budgets else []),
+        ],
         chart=_chart(comparison, result),
         tables=tables,
         pictures=pictures,

@@ -13,6 +13,13 @@ from ddpo.analysis.intervals import LEVEL, Interval
 
 MARKDOWN = "comparison.md"
 PLOT = "comparison.png"
+EQUAL_BUDGETS = "At equal budgets"
+BUDGETS_EXPLAINED = (
+    "The mean reward where each variant has spent what the cheapest one spends in all its epochs, "
+    "interpolated between epochs. A forward is one image through the network, in sampling or in an "
+    "update; an update's backward pass is not counted. Seconds are the median between two commits "
+    "of a run: they hold for runs that had the machine to themselves."
+)
 
 Table = tuple[Sequence[str], Sequence[Sequence[str]]]
 """Column headings, and rows with one cell per column."""
@@ -60,6 +67,22 @@ def ratio_table(result: Result) -> Table:
         for row in result.ratios
     ]
     return headings, rows
+
+
+def budget_table(result: Result) -> Table:
+    """Return the table of each variant's mean reward at equal budgets; no rows without one."""
+    headings = ("variant", *(f"{budget.amount:,.0f} {budget.unit}" for budget in result.budgets))
+    rows = [
+        (
+            variant.name,
+            *(
+                f"{spent.reward} (epoch {spent.epochs:.1f})"
+                for spent in (budget.variants[variant.name] for budget in result.budgets)
+            ),
+        )
+        for variant in result.variants
+    ]
+    return headings, rows if result.budgets else []
 
 
 def curve_table(result: Result) -> Table:
@@ -123,6 +146,7 @@ def markdown(comparison: Comparison, result: Result) -> str:
         *explanation(comparison),
         _markdown_table(result_table(comparison, result)),
         f"![Reward against reward queries]({PLOT})",
+        *_equal_budgets(result),
         "## By reward queries",
         _markdown_table(curve_table(result)),
         f"## By seed, epoch {last}",
@@ -131,6 +155,12 @@ def markdown(comparison: Comparison, result: Result) -> str:
     if result.ratios:
         parts += ["## Importance ratios", _markdown_table(ratio_table(result))]
     return "\n\n".join(parts) + "\n"
+
+
+def _equal_budgets(result: Result) -> list[str]:
+    if not result.budgets:
+        return []
+    return [f"## {EQUAL_BUDGETS}", BUDGETS_EXPLAINED, _markdown_table(budget_table(result))]
 
 
 def write_report(comparison: Comparison, result: Result, folder: Path) -> list[Path]:

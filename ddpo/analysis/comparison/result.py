@@ -5,6 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from ddpo.analysis.comparison.budgets import (
+    Budget,
+    Costs,
+    at_equal_budget,
+    forwards_of,
+    seconds_of,
+)
 from ddpo.analysis.comparison.plan import Comparison, Member
 from ddpo.analysis.intervals import Interval, interval
 from ddpo.analysis.rewards import reward_curve
@@ -63,6 +70,8 @@ class Result:
     """One per variant, in the comparison's order."""
     ratios: tuple[Ratios, ...]
     """On a shared history, one per epoch trained on it, if the algorithm has importance ratios."""
+    budgets: tuple[Budget, ...]
+    """Equal reward queries, equal forwards and equal time; none on a shared history."""
 
 
 def read_result(comparison: Comparison, store: Store) -> Result:
@@ -84,7 +93,31 @@ def read_result(comparison: Comparison, store: Store) -> Result:
                 ratios += _ratios(store, name, members, epoch)
     queries = tuple(epoch * comparison.samples_per_epoch for epoch in epochs)
     variants = compare_curves(curves, comparison.config.controls)
-    return Result(epochs, queries, variants, tuple(ratios))
+    budgets = () if comparison.config.offline else _budgets(comparison, store, queries, curves)
+    return Result(epochs, queries, variants, tuple(ratios), budgets)
+
+
+def _budgets(
+    comparison: Comparison,
+    store: Store,
+    queries: Sequence[int],
+    curves: Mapping[str, Sequence[Sequence[float]]],
+) -> tuple[Budget, ...]:
+    epochs = range(comparison.epochs)
+    by_unit: dict[str, dict[str, list[Costs | None]]] = {
+        unit: {} for unit in ("reward queries", "forwards", "seconds")
+    }
+    for name, members in comparison.variants.items():
+        runs = [open_run(store, member.run_id) for member in members]
+        by_unit["reward queries"][name] = [queries for _ in runs]
+        by_unit["forwards"][name] = [forwards_of(run, epochs) for run in runs]
+        by_unit["seconds"][name] = [seconds_of(run, epochs) for run in runs]
+    found = []
+    for unit, costs in by_unit.items():
+        known = {name: [row for row in rows if row is not None] for name, rows in costs.items()}
+        if all(len(known[name]) == len(rows) for name, rows in costs.items()):
+            found.append(at_equal_budget(unit, known, curves))
+    return tuple(found)
 
 
 def compare_curves(

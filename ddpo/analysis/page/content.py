@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from datetime import datetime
 from functools import partial
-from itertools import pairwise
-from statistics import median
 
 from pydantic import JsonValue
 
+from ddpo.analysis.commit_times import commit_times, seconds_per_epoch
 from ddpo.analysis.evaluation.alarms import alarms
 from ddpo.analysis.evaluation.champion import champion_text, gate_reason
 from ddpo.analysis.evaluation.summary import labels_in
@@ -19,12 +17,12 @@ from ddpo.analysis.page.device_time import DeviceTime, device_time
 from ddpo.analysis.page.thumbnails import even, thumbnail_uri, within
 from ddpo.analysis.rewards import EpochRewards, rewards_of
 from ddpo.config import EvaluationConfig
-from ddpo.errors import NotInHistory, StoreError
+from ddpo.errors import NotInHistory
 from ddpo.runs import Run
 from ddpo.store.artefacts import Evaluation
 from ddpo.store.epochs import Epoch, committed_epochs, read_epoch
 from ddpo.store.keys import Partition
-from ddpo.store.kinds import CHECKPOINT, EPOCH, EVALUATION, EVALUATION_SHARD, IMAGES
+from ddpo.store.kinds import CHECKPOINT, EVALUATION, EVALUATION_SHARD, IMAGES
 from ddpo.store.manifests import Ref
 from ddpo.store.usage import stored_bytes
 
@@ -167,7 +165,7 @@ def read_content(run: Run) -> Content:
     with ThreadPoolExecutor(_READERS, "report") as pool:
         epochs = list(pool.map(partial(_read_epoch, run), numbers))
     kept = [each.epoch for each in epochs if each.kept]
-    commits = _commits(run, numbers)
+    commits = commit_times(run, even(numbers, _MOST_STEPS))
     return Content(
         run_id=run_id,
         reward=run.config.reward.name,
@@ -180,7 +178,7 @@ def read_content(run: Run) -> Content:
         evaluations=_evaluations(run),
         gate=gate_reason(run),
         champion=champion_text(run),
-        epoch_s=_epoch_s(commits),
+        epoch_s=seconds_per_epoch(commits),
         device=device_time(run, [at for _, at in commits]),
         stored=stored_bytes(store, run_id),
         facts=_facts(run),
@@ -317,25 +315,6 @@ def _weights_of(run: Run, where: Partition) -> str:
     checkpoint = CHECKPOINT.require(run.store, Partition(run.run_id, where.epoch))
     trained = checkpoint.digests["policy_digest"]
     return "trained" if row.policy_digest == trained else "averaged"
-
-
-def _commits(run: Run, numbers: Sequence[int]) -> list[tuple[int, datetime]]:
-    """Return when epochs were committed; of many, those of some."""
-    wheres = [Partition(run.run_id, number) for number in even(numbers, _MOST_STEPS)]
-    try:
-        times = [run.store.modified(EPOCH.key(where)) for where in wheres]
-    except StoreError:
-        return []  # a filesystem that does not report times
-    return [(where.epoch, at) for where, at in zip(wheres, times, strict=True) if at]
-
-
-def _epoch_s(commits: Sequence[tuple[int, datetime]]) -> float | None:
-    """Return the median time between two commits: breaks between two starts hardly count."""
-    took = [
-        (later - earlier).total_seconds() / (number - before)
-        for (before, earlier), (number, later) in pairwise(commits)
-    ]
-    return median(took) if took else None
 
 
 def _facts(run: Run) -> dict[str, str]:
