@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
+from ddpo.analysis.comparison.budgets import at_equal_budget
 from ddpo.analysis.comparison.plan import Comparison, check_not_shared, read_comparison
 from ddpo.analysis.comparison.result import compare_curves
 from ddpo.analysis.intervals import interval, t_quantile
@@ -78,6 +79,20 @@ def test_gains_and_differences_are_taken_seed_by_seed() -> None:
     assert second.beyond_control is not None and second.beyond_control.mean == 1.0
     expected = 12.7062 * math.sqrt(0.5) / math.sqrt(2)
     assert second.beyond_control.half_width == pytest.approx(expected, rel=1e-4)
+
+
+def test_at_an_equal_budget_rewards_are_those_where_it_is_spent() -> None:
+    costs = {
+        "a": [(0.0, 10.0, 20.0), (0.0, 10.0, 20.0)],
+        "b": [(0.0, 40.0, 80.0), (0.0, 20.0, 40.0)],
+    }
+    curves = {"a": [[0.0, 1.0, 5.0], [0.0, 2.0, 6.0]], "b": [[0.0, 4.0, 8.0], [1.0, 4.0, 8.0]]}
+    budget = at_equal_budget("forwards", costs, curves)
+    assert budget.amount == 20.0  # all that a spends
+    # Of b, the first seed is half an epoch far, the second a whole one.
+    assert {name: spent.epochs for name, spent in budget.variants.items()} == {"a": 2.0, "b": 0.75}
+    assert budget.variants["a"].reward == interval([5.0, 6.0])
+    assert budget.variants["b"].reward == interval([2.0, 4.0])
 
 
 def test_the_shipped_comparison_gives_the_four_algorithms_of_the_paper_equal_terms() -> None:

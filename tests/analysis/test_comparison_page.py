@@ -53,6 +53,7 @@ def test_a_page_says_what_the_comparison_found(tmp_path: Path) -> None:
     assert sum("control" in each for each in lines) == 1
     assert "5.0000 ±" in found.text  # of epoch 0: 0 and 10 of two seeds
     assert "Student's t" in found.text
+    assert "1 forwards" in found.text and "(epoch 0.3)" in found.text
     assert found.tags["img"] == 4 * len(names) and all(found.values("img", "alt"))
 
 

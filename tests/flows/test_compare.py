@@ -15,8 +15,9 @@ import yaml
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
 from ddpo.analysis.comparison.plan import Comparison, Member, read_comparison
-from ddpo.analysis.comparison.report import markdown
+from ddpo.analysis.comparison.report import EQUAL_BUDGETS, markdown
 from ddpo.analysis.comparison.result import read_result
+from ddpo.analysis.intervals import interval
 from ddpo.analysis.history import open_history
 from ddpo.basics.digests import sha256_bytes
 from ddpo.errors import ConfigError
@@ -158,6 +159,15 @@ def test_the_table_is_what_the_samples_say(online: Compared):
     difference = f"{sum(apart) / 2:.4f} ± {12.7062047 * abs(apart[0] - apart[1]) / 2:.4f}"
     assert f"| {difference} | {difference} |" in page
     assert "Controls: is of rwr." in page
+    queries, forwards, seconds = read_result(online.comparison, online.store).budgets
+    assert queries.amount == 4 and seconds.amount > 0
+    assert {name: spent.reward for name, spent in queries.variants.items()} == {
+        name: interval(means) for name, means in last.items()
+    }
+    # Of an epoch of rwr: 4 samples of 2 steps with guidance, and each once, unguided, in an update.
+    assert forwards.amount == 4 * 2 * 2 + 4 and forwards.variants["rwr"].epochs == 1
+    assert 0 < forwards.variants["is"].epochs < 1
+    assert f"## {EQUAL_BUDGETS}" in page and "| variant | 4 reward queries | 20 forwards | " in page
     assert (online.file.parent / "outputs" / "tiny" / "comparison.png").stat().st_size > 5000
     html = (online.file.parent / "outputs" / "tiny" / "comparison.html").read_text()
     assert all(name in html for name in last)
