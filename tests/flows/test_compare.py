@@ -17,8 +17,8 @@ from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 from ddpo.analysis.comparison.plan import Comparison, Member, read_comparison
 from ddpo.analysis.comparison.report import EQUAL_BUDGETS, markdown
 from ddpo.analysis.comparison.result import read_result
-from ddpo.analysis.intervals import interval
 from ddpo.analysis.history import open_history
+from ddpo.analysis.intervals import interval
 from ddpo.basics.digests import sha256_bytes
 from ddpo.errors import ConfigError
 from ddpo.runs import open_run, start_run
