@@ -35,7 +35,7 @@ from tests.tiny import tiny_config
 pytestmark = pytest.mark.slow
 
 RUN = "night"
-ENGINES = ("processes", "ray")
+POOLS = ("processes", "ray")
 KILLED_FLOW = """
 import time
 from ddpo.config import ProcessesEngine
@@ -140,7 +140,7 @@ def killing(when: Callable[[], bool]) -> Iterator[list[int]]:
         thread.join()
 
 
-@pytest.mark.parametrize("name", ENGINES)
+@pytest.mark.parametrize("name", POOLS)
 def test_an_engine_changes_no_byte(
     name: str,
     tiny_model: Path,
@@ -166,7 +166,7 @@ def test_a_run_resumes_on_another_engine(
     assert content(store) == undisturbed
 
 
-@pytest.mark.parametrize("name", swept(zip(ENGINES), often=lambda name: name == "ray"))
+@pytest.mark.parametrize("name", swept(zip(POOLS), often=lambda name: name == "ray"))
 def test_a_worker_that_is_killed_changes_no_byte(
     name: str,
     tiny_model: Path,
@@ -220,7 +220,7 @@ class Display:
     def epoch(self, done: int, total: int, metrics: Mapping[str, float]) -> None: ...
 
 
-@pytest.fixture(scope="module", params=ENGINES)
+@pytest.fixture(scope="module", params=swept(zip(POOLS), often=lambda name: name == "processes"))
 def engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
     made: Engine
     if request.param == "processes":
