@@ -97,6 +97,7 @@ def wait(client: SyncPrefectClient, run: FlowRun, state: str, folder: Path) -> F
     return found
 
 
+@pytest.mark.faults  # make test starts all that a run needs below, and runs it by the form
 def test_one_command_starts_all_that_a_run_needs_and_another_ends_it(
     folder: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

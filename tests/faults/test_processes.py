@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 
 from tests.faults.crashes import Night
+from tests.sweeps import swept
 
 EPOCHS = 4
 LIMIT_S = 900
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("epochs_a_process", [2, 1], ids=["2 + 2", "1 + 1 + 1 + 1"])
+@pytest.mark.parametrize("epochs_a_process", swept([(2,), (1,)], often=lambda epochs: epochs == 2))
 def test_four_epochs_are_the_same_in_one_process_and_in_several(
     tiny_model: Path, tmp_path: Path, mlflow_database: Path, epochs_a_process: int
 ) -> None:

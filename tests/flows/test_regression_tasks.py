@@ -176,8 +176,8 @@ def test_metrics_of_importance_ratios_are_absent_and_not_zero(
     assert set(shown) == {
         f"update/{name}"
         for name in (
-            "loss", "grad_norm", "learning_rate", "weight_max", "trained_samples",
-            "effective_sample_size",
+            "loss", "grad_norm", "learning_rate", "forwards", "sampling_forwards", "weight_max",
+            "trained_samples", "effective_sample_size",
         )
     }  # fmt: skip
     assert "advantages" not in run.labels and run.labels["algorithm"] == "rwr"
@@ -266,7 +266,13 @@ def test_epochs_without_a_pair_leave_the_weights_and_say_so(
     assert_same_tensors(last.weights, first.weights)
     assert (last.epoch, last.updates, last.samples) == (2, 0, 16)
     shown = _update_metrics(CHECKPOINT.load(run.store, following).metrics)
-    assert shown == {"update/learning_rate": 3e-4, "update/pairs": 0.0}
+    drawn = 8 * run.config.sampler.steps * 2  # with guidance
+    assert shown == {
+        "update/learning_rate": 3e-4,
+        "update/forwards": 0.0,
+        "update/sampling_forwards": drawn,
+        "update/pairs": 0.0,
+    }
     assert not verify_run(run.store, "r").damages
 
 
