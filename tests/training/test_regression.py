@@ -314,8 +314,8 @@ def test_what_is_measured_is_that_of_the_weights(policy: Policy, rollouts: Rollo
     assert metrics["learning_rate"] == 3e-4 and metrics["grad_norm"] > 0
     # No importance ratio, so nothing is said of one.
     assert set(metrics) == {
-        "loss", "grad_norm", "learning_rate", "weight_max", "trained_samples",
-        "effective_sample_size",
+        "loss", "grad_norm", "learning_rate", "forwards", "sampling_forwards",
+        "weight_max", "trained_samples", "effective_sample_size",
     }  # fmt: skip
 
 
