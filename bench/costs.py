@@ -1,7 +1,7 @@
 """Bytes and forwards a picture of each algorithm: ``python -m bench.costs``.
 
-Runs one epoch of each on the starter, with the steps and guidance of ``configs/starter.yaml``, and
-reads what the store then holds and the checkpoint states.
+Runs one epoch of each on the starter, with guidance, and reads what the store then holds and the
+checkpoint states.
 """
 
 from __future__ import annotations

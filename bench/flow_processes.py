@@ -8,6 +8,7 @@ sampled without noise. Finished runs are not repeated.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import statistics
 import time
@@ -70,6 +71,14 @@ def _epoch(changes: Mapping[str, str]) -> float:
     return sampled + (time.process_time() - began) * count / shard
 
 
+def _measured_once(file: Path, threads: int) -> dict[str, float]:
+    """Return what was measured before, by which finished runs got their epochs; or measure it."""
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(seconds_per_epoch(threads)))
+    return json.loads(file.read_text())
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What a variant's run of one seed has learned."""
@@ -122,7 +131,7 @@ def main() -> None:
     arguments = parser.parse_args()
     folder = arguments.folder.absolute()
     hide_loading_bars()
-    seconds = seconds_per_epoch(arguments.threads)
+    seconds = _measured_once(folder / "seconds.json", arguments.threads)
     first = next(iter(VARIANTS))
     budget = read_config(CONFIG, []).epochs * seconds[first]
     epochs = {name: max(round(budget / each), 1) for name, each in seconds.items()}

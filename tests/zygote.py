@@ -27,7 +27,7 @@ HEAVY = (
     "ddpo.models.lora",
     "ddpo.models.stable_diffusion",
     "ddpo.training.loop",
-    "matplotlib.pyplot",
+    "matplotlib.figure",
     "pyarrow.dataset",
 )
 
