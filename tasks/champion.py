@@ -13,7 +13,8 @@ from ddpo.analysis.evaluation.plan import evaluation_set
 from ddpo.analysis.evaluation.proof import Job, prove
 from ddpo.basics.digests import canonical_json, json_digest
 from ddpo.basics.images import decode_image
-from ddpo.config import DdimSampler, EvaluationConfig, FullConfig
+from ddpo.config import EvaluationConfig, FullConfig
+from ddpo.diffusion.window import whole_process
 from ddpo.models import hub
 from ddpo.runs import Run
 from ddpo.store import artefacts
@@ -95,7 +96,7 @@ def _proved(run: Run, config: EvaluationConfig, best: Candidate, candidates: int
                     "width": width,
                     "height": height,
                 },
-                ddim=isinstance(images.sampler, DdimSampler),
+                scheduler=whole_process(policy, images.sampler).plain_scheduler,
                 vae=None if whole or policy.vae_folder is None else str(policy.vae_folder),
                 without=(
                     "safety_checker",

@@ -42,14 +42,14 @@ def noised_batch(
     others: Mapping[str, Tensor],
 ) -> DenoisingBatch:
     """Return N noised samples as training makes them, with a prediction of one's own."""
-    noisy, target = process.noised(clean, noise, times)
+    noisy, target = process.schedule.noised(clean, noise, times)
     return DenoisingBatch(
         prediction,
         target,
         {"advantage": advantages},
         clean,
-        times / process.time_scale,
-        lambda other: process.predicted_clean(noisy, other, times),
+        times / process.schedule.time_scale,
+        lambda other: process.schedule.predicted_clean(noisy, other, times),
         others,
     )
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ddpo.analysis.lora_plan import DIFFUSERS_FILE, IMAGES_FOLDER, LoraExport
 from ddpo.analysis.model_card import write_card
+from ddpo.diffusion.window import whole_process
 from ddpo.errors import ConfigError, PolicyMismatch
 from ddpo.models import Policy, load_policy
 from ddpo.models.numerics import resolve_elsewhere
@@ -43,7 +44,13 @@ def write_export(export: LoraExport) -> None:
             base = policy.export_lora(
                 made / DIFFUSERS_FILE, made / export.kohya_file, notes=export.notes
             )
-            write_card(export, made, pipeline=policy.pipeline_name, other_programs=base is not None)
+            write_card(
+                export,
+                made,
+                pipeline=policy.pipeline_name,
+                scheduler=whole_process(policy, export.run.config.sampler).plain_scheduler,
+                other_programs=base is not None,
+            )
             _move(made, folder)
 
 

@@ -15,7 +15,8 @@ import yaml
 from ddpo.analysis.lora_plan import CARD, DIFFUSERS_FILE, IMAGES_FOLDER, LoraExport
 from ddpo.analysis.report import checkpoint_pictures, save_curve
 from ddpo.analysis.rewards import EpochRewards, reward_curve
-from ddpo.config import DdimSampler, RunConfig
+from ddpo.config import RunConfig
+from ddpo.diffusion import PlainScheduler
 from ddpo.models import hub
 from ddpo.starter import FLOW_STARTER_PATH, STARTER_PATH
 from ddpo.store.kinds import IMAGES
@@ -70,7 +71,11 @@ applies is the rank.
 This card makes no statement of its own about the terms of these weights.
 """
 
-_DDIM = "pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)\n"
+_SCHEDULER = """\
+pipeline.scheduler = {name}.from_config(
+    pipeline.scheduler.config, {settings}
+)
+"""
 
 _PROGRAMS = """\
 - ComfyUI: copy `{file}` to `ComfyUI/models/loras`, and put the node *Load LoRA* between the
@@ -89,13 +94,21 @@ _NO_PROGRAMS = """\
 model is none of them."""
 
 
-def write_card(export: LoraExport, folder: Path, *, pipeline: str, other_programs: bool) -> None:
+def write_card(
+    export: LoraExport,
+    folder: Path,
+    *,
+    pipeline: str,
+    scheduler: PlainScheduler | None,
+    other_programs: bool,
+) -> None:
     """Write the model card and its images.
 
     Args:
         export: What is exported.
         folder: The folder that receives them, and has the weights.
         pipeline: The class of the base model's pipeline in diffusers.
+        scheduler: What the run samples with; None for the pipeline's own scheduler.
         other_programs: Whether ComfyUI and AUTOMATIC1111 know the base model.
     """
     run, config = export.run, export.run.config
@@ -112,7 +125,6 @@ def write_card(export: LoraExport, folder: Path, *, pipeline: str, other_program
     file, programs = export.kohya_file, _PROGRAMS if other_programs else _NO_PROGRAMS
     if not (folder / file).exists():
         file, programs = DIFFUSERS_FILE, _DIFFUSERS_PROGRAMS
-    ddim = isinstance(config.sampler, DdimSampler)
     header = yaml.safe_dump(_header(export, after), sort_keys=False, allow_unicode=True)
     card = _CARD.format(
         header=header,
@@ -120,8 +132,8 @@ def write_card(export: LoraExport, folder: Path, *, pipeline: str, other_program
         base=export.base_model,
         reward=config.reward.name,
         images=_image_table(export, before, after),
-        classes=f"DDIMScheduler, {pipeline}" if ddim else pipeline,
-        scheduler=_DDIM if ddim else "",
+        classes=f"{scheduler.name}, {pipeline}" if scheduler else pipeline,
+        scheduler=_scheduler_line(scheduler) if scheduler else "",
         base_model=_loading(export, pipeline),
         place=json.dumps(export.repository or "."),
         diffusers_file=DIFFUSERS_FILE,
@@ -262,6 +274,12 @@ def _loading(export: LoraExport, pipeline: str) -> str:
         return f"\n{made}.from_pretrained({json.dumps(name)}{revision}{without})"
     way = "single_file" if name.endswith(".safetensors") else "pretrained"
     return f"\n{made}.from_{way}({json.dumps(f'path/to/{name}')}{without})"
+
+
+def _scheduler_line(scheduler: PlainScheduler) -> str:
+    """Return how a pipeline gets a scheduler, in Python."""
+    settings = ", ".join(f"{name}={value!r}" for name, value in scheduler.settings.items())
+    return _SCHEDULER.format(name=scheduler.name, settings=settings)
 
 
 def _arguments(config: RunConfig) -> dict[str, float]:

@@ -33,6 +33,7 @@ from ddpo.config.sampler import (
     FlowSampler,
     OdeSampler,
     SamplerConfig,
+    SolverSampler,
     WindowConfig,
 )
 
@@ -64,6 +65,7 @@ __all__ = [
     "RolloutsConfig",
     "RunConfig",
     "SamplerConfig",
+    "SolverSampler",
     "StorageConfig",
     "TrackingConfig",
     "Trainable",

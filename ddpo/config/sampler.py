@@ -244,6 +244,59 @@ class OdeSampler(FlowSampler):
         return _deterministic("type is ode", "use flow_sde, flow_cps or dance_sde")
 
 
+class SolverSampler(SamplerConfig, ABC):
+    """What multistep solvers have in common, for diffusion and for flow-matching models.
+
+    They draw no noise, which leaves only what trains on final latents anything to train on.
+    """
+
+    steps: PositiveInt = 20
+    """Denoising steps per image, T."""
+    order: int = Field(default=2, ge=1, le=3)
+    """Of the solver; 2 is usual with guidance, and 3 without it."""
+
+    @property
+    def summary(self) -> str:
+        """Steps, solver, order and guidance."""
+        solver = f"{self.type} of order {self.order}"
+        return f"{self.steps} steps of {solver}, guidance {self.guidance_scale}"
+
+    def at_inference(self, eta: float) -> SolverSampler:
+        """Return the sampler without its window."""
+        if eta:
+            raise ConfigError(
+                f"eta is {eta:g}, and sampler.type is {self.type}, which draws no noise; remove it"
+            )
+        return self.changed(window=None)
+
+    @property
+    def deterministic_because(self) -> str:
+        """The process is a solver."""
+        return _deterministic(
+            f"type is {self.type}",
+            "use ddim, or for flow-matching models flow_sde, flow_cps or dance_sde",
+        )
+
+    @property
+    def pipeline_arguments(self) -> dict[str, float]:
+        """Steps and guidance."""
+        return _steps_and_guidance(self)
+
+
+class DpmSolverSampler(SolverSampler):
+    """DPM-Solver++, multistep (arXiv 2211.01095)."""
+
+    type: Literal["dpm_solver"]
+    """The denoising process."""
+
+
+class UniPcSampler(SolverSampler):
+    """UniPC (arXiv 2302.04867)."""
+
+    type: Literal["unipc"]
+    """The denoising process."""
+
+
 def _deterministic(setting: str, way_out: str) -> str:
     return (
         f"sampler.{setting}: every step is then deterministic, has no log-prob and no gradient; "
@@ -255,7 +308,15 @@ def _steps_and_guidance(sampler: SamplerConfig) -> dict[str, float]:
     return {"num_inference_steps": sampler.steps, "guidance_scale": sampler.guidance_scale}
 
 
-SAMPLERS = (DdimSampler, FlowSdeSampler, FlowCpsSampler, DanceSdeSampler, OdeSampler)
+SAMPLERS = (
+    DdimSampler,
+    FlowSdeSampler,
+    FlowCpsSampler,
+    DanceSdeSampler,
+    OdeSampler,
+    DpmSolverSampler,
+    UniPcSampler,
+)
 """The registry; the process of each is in `ddpo.diffusion`."""
 
 

@@ -1,4 +1,4 @@
-"""What a denoising process has to provide: the Gaussian of each step, and the noising of images.
+"""What a denoising process has to provide: its steps, and the Gaussian of each if it has one.
 
 Steps are indexed by number, 0 being the noisiest; times are floats on the model's own axis.
 
@@ -11,7 +11,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 from pydantic import JsonValue
@@ -69,6 +69,36 @@ class Transition:
         return mean_per_row(density).masked_fill(deterministic.flatten(), 0.0)
 
 
+@dataclass(frozen=True)
+class PlainScheduler:
+    """A scheduler of diffusers, as made from the config of a pipeline's own."""
+
+    name: str
+    """Its class."""
+    settings: Mapping[str, JsonValue]
+    """What replaces the pipeline's own settings."""
+
+
+class Stepper(Protocol):
+    """Takes one batch from noise to clean, a call a step and in their order; it may remember."""
+
+    def __call__(
+        self, number: int, output: Tensor, latents: Tensor, noise: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return the next latents, and their log-probs.
+
+        Args:
+            number: The step's.
+            output: [B, ...], the model's prediction at that step's time, after guidance.
+            latents: [B, ...], x_t.
+            noise: [B, ...], standard normal; for a step that draws any.
+
+        Returns:
+            [B, ...], and [B], averaged over latent dimensions; 0 where the step is deterministic.
+        """
+        ...
+
+
 class Process(ABC):
     """A denoising process on a model's schedule.
 
@@ -81,11 +111,11 @@ class Process(ABC):
 
     schedule_type: ClassVar[type[Schedule]]
     """The class of schedules that it runs on."""
+    schedule: Any
+    """The model's."""
     times: Tensor
     """[T] float32, from noisy to clean: the time that the model is given at each step."""
-    time_scale: float
-    """Times lie in [0, ``time_scale``)."""
-    initial_noise_scale: float
+    initial_noise_scale: float = 1.0
     """Standard deviation of the starting latents."""
 
     @abstractmethod
@@ -103,6 +133,30 @@ class Process(ABC):
         return len(self.times)
 
     @abstractmethod
+    def stepper(self) -> Stepper:
+        """Return what takes one batch from noise to clean: a new one for each batch."""
+
+    @abstractmethod
+    def stochastic(self) -> Tensor:
+        """Return [T] bool: steps that draw noise. The others have no log-prob and no gradient."""
+
+    @abstractmethod
+    def identity(self) -> Mapping[str, JsonValue]:
+        """Return what makes two processes draw from the same distributions, as plain JSON."""
+
+    @property
+    def plain_scheduler(self) -> PlainScheduler | None:
+        """Which scheduler plain diffusers needs to sample likewise, without noise.
+
+        None for the pipeline's own.
+        """
+        return None
+
+
+class MarkovProcess(Process):
+    """A process whose steps remember nothing: each is a Gaussian around what x_t alone implies."""
+
+    @abstractmethod
     def transition(self, steps: Tensor, output: Tensor, latents: Tensor) -> Transition:
         """Return the distribution of the next latents.
 
@@ -112,9 +166,17 @@ class Process(ABC):
             latents: [B, ...], x_t.
         """
 
-    @abstractmethod
-    def stochastic(self) -> Tensor:
-        """Return [T] bool: steps that draw noise. The others have no log-prob and no gradient."""
+    def stepper(self) -> Stepper:
+        """Return what draws from the transitions."""
+        return self._step
+
+    def _step(
+        self, number: int, output: Tensor, latents: Tensor, noise: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        steps = torch.full((len(latents),), number, device=latents.device)
+        transition = self.transition(steps, output, latents)
+        after = transition.draw(noise)
+        return after, transition.log_prob(after)
 
     def scales(self, steps: Sequence[int]) -> StepScales:
         """Return what the size of some steps' scores depends on.
@@ -139,37 +201,3 @@ class Process(ABC):
             slopes: [K], as in :class:`StepScales`.
         """
         return slopes
-
-    @abstractmethod
-    def noised(self, clean: Tensor, noise: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:
-        """Noise clean latents as in the model's training.
-
-        Args:
-            clean: [B, ...], x_0.
-            noise: [B, ...], standard normal.
-            times: [B] float32, as :meth:`training_time` draws them.
-
-        Returns:
-            x_t, and what the model should predict from it; [B, ...] each.
-        """
-
-    @abstractmethod
-    def predicted_clean(self, noisy: Tensor, prediction: Tensor, times: Tensor) -> Tensor:
-        """Return the clean latents that a prediction implies, linear in the prediction.
-
-        Args:
-            noisy: [B, ...], x_t.
-            prediction: [B, ...], of the model at these times.
-            times: [B] float32, on the model's axis.
-
-        Returns:
-            [B, ...]; x_0 itself for the target of :meth:`noised`.
-        """
-
-    @abstractmethod
-    def training_time(self, generator: torch.Generator) -> Tensor:
-        """Draw one time from the distribution that the model was trained with, a float32 scalar."""
-
-    @abstractmethod
-    def identity(self) -> Mapping[str, JsonValue]:
-        """Return what makes two processes draw from the same distributions, as plain JSON."""

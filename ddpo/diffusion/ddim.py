@@ -17,12 +17,12 @@ from torch import Tensor
 
 from ddpo.basics.tensors import expand_like
 from ddpo.config import DdimSampler
-from ddpo.diffusion.base import Process, Transition
-from ddpo.errors import ConfigError, ModelError
+from ddpo.diffusion.base import MarkovProcess, PlainScheduler, Transition
+from ddpo.errors import ConfigError
 from ddpo.models.schedule import NoiseSchedule
 
 
-class Ddim(Process):
+class Ddim(MarkovProcess):
     """DDIM with noise; times are the model's training timesteps.
 
     Args:
@@ -37,7 +37,6 @@ class Ddim(Process):
     """
 
     schedule_type = NoiseSchedule
-    initial_noise_scale = 1.0
 
     def __init__(
         self,
@@ -48,19 +47,12 @@ class Ddim(Process):
     ) -> None:
         self.schedule = schedule
         self.eta = sampler.eta
-        self.time_scale = float(schedule.training_timesteps)
         timesteps = spaced_timesteps(schedule, sampler.steps)
         previous = timesteps - schedule.training_timesteps // sampler.steps
         alphas = schedule.alphas_cumprod
         self.times = timesteps.float().to(device)
         self._alphas = alphas[timesteps].to(device)
-        if schedule.prediction_type == "epsilon" and not self._alphas.all():
-            raise ModelError(
-                f"the model predicts noise, and at timestep {int(timesteps[0])} its input is "
-                "pure noise (rescale_betas_zero_snr), which determines no image. Expected a model "
-                "that predicts v; or set timestep_spacing to 'leading' in the model's "
-                "scheduler_config.json, which leaves that timestep out"
-            )
+        schedule.check_times(timesteps)
         self._alphas_after = torch.where(
             previous >= 0, alphas[previous.clamp(min=0)], schedule.final_alpha_cumprod
         ).to(device)
@@ -97,7 +89,7 @@ class Ddim(Process):
     def transition(self, steps: Tensor, output: Tensor, latents: Tensor) -> Transition:
         """Return the Gaussian of each pair's step (formula 12)."""
         alpha, alpha_after = (expand_like(value, latents) for value in self.alphas(steps))
-        clean = self._clean(alpha, latents, output)
+        clean = self.schedule.clean_of(alpha, latents, output)
         if self.schedule.prediction_type == "epsilon":
             epsilon = output
         else:
@@ -107,43 +99,19 @@ class Ddim(Process):
         direction = (1 - alpha_after - std**2).clamp(min=0) ** 0.5 * epsilon
         return Transition(mean=alpha_after**0.5 * clean + direction, std=std)
 
-    def noised(self, clean: Tensor, noise: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:
-        """Noise clean latents; the target is epsilon or v (arXiv 2202.00512)."""
-        alpha = self._alpha_at(times, clean)
-        signal, spread = alpha**0.5, (1 - alpha) ** 0.5
-        noisy = signal * clean + spread * noise
-        if self.schedule.prediction_type == "epsilon":
-            return noisy, noise
-        return noisy, signal * noise - spread * clean
-
-    def predicted_clean(self, noisy: Tensor, prediction: Tensor, times: Tensor) -> Tensor:
-        """Return x_0 by the formula of what the model predicts, epsilon or v."""
-        return self._clean(self._alpha_at(times, noisy), noisy, prediction)
-
-    def _clean(self, alpha: Tensor, latents: Tensor, output: Tensor) -> Tensor:
-        """Return the clean latents that a prediction at signal share ``alpha`` implies."""
-        beta = 1 - alpha
-        if self.schedule.prediction_type == "epsilon":
-            return (latents - beta**0.5 * output) / alpha**0.5
-        return (alpha**0.5) * latents - (beta**0.5) * output
-
-    def _alpha_at(self, times: Tensor, like: Tensor) -> Tensor:
-        """Return the signal's share of variance at some times, in the shape [B, 1, ...]."""
-        alphas = self.schedule.alphas_cumprod.to(like.device, like.dtype)
-        return expand_like(alphas[times.long()], like)
-
-    def training_time(self, generator: torch.Generator) -> Tensor:
-        """Draw a training timestep, all with equal chance."""
-        return torch.randint(self.schedule.training_timesteps, (), generator=generator).float()
-
     def identity(self) -> Mapping[str, JsonValue]:
         """Return the model's noise schedule, the number of steps, and eta."""
         return {
             "type": "ddim",
-            "schedule": dict(self.schedule.settings),
+            **self.schedule.identity,
             "steps": self.steps,
             "eta": self.eta,
         }
+
+    @property
+    def plain_scheduler(self) -> PlainScheduler:
+        """DDIM, which clips by default."""
+        return PlainScheduler("DDIMScheduler", {"clip_sample": False})
 
 
 def spaced_timesteps(schedule: NoiseSchedule, steps: int) -> Tensor:

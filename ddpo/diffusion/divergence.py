@@ -10,7 +10,7 @@ from torch import Tensor
 from ddpo.algorithms.kl import gaussian_kl
 from ddpo.config import SamplerConfig
 from ddpo.diffusion.sampling import sample
-from ddpo.diffusion.window import process_of
+from ddpo.diffusion.window import markov_process_of
 from ddpo.models import Policy
 
 
@@ -34,7 +34,7 @@ def kl_to_base(
     Raises:
         ConfigError: The base model's weights are gone.
     """
-    process = process_of(policy, sampler)
+    process = markov_process_of(policy, sampler)
     latents = sample(policy, prompts, seeds, sampler).latents.to(policy.device)
     result = torch.full((process.steps,), torch.nan)
     for number in process.stochastic().nonzero().flatten().tolist():

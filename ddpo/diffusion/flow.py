@@ -1,4 +1,4 @@
-"""What all processes on a rectified flow share: sigmas, noising, and Euler's step without noise.
+"""What Gaussian steps on a rectified flow share: sigmas, and Euler's step without noise.
 
 x_sigma = (1 - sigma) x_0 + sigma eps, and the model predicts the velocity v = eps - x_0.
 
@@ -17,11 +17,11 @@ from torch import Tensor
 
 from ddpo.basics.tensors import expand_like
 from ddpo.config import FlowSampler
-from ddpo.diffusion.base import Process, Transition
+from ddpo.diffusion.base import MarkovProcess, Transition
 from ddpo.models.flow_schedule import FlowSchedule
 
 
-class FlowProcess(Process):
+class FlowProcess(MarkovProcess):
     """A process from sigma 1 to 0; times are the model's, N sigma.
 
     Args:
@@ -37,7 +37,6 @@ class FlowProcess(Process):
     name: ClassVar[str]
     """As the sampler's `type`."""
     schedule_type = FlowSchedule
-    initial_noise_scale = 1.0
 
     def __init__(
         self,
@@ -48,7 +47,6 @@ class FlowProcess(Process):
     ) -> None:
         self.schedule = schedule
         self.noise_level = sampler.noise
-        self.time_scale = float(schedule.training_timesteps)
         sigmas = schedule.sigmas(sampler.steps)
         self.times = (sigmas[:-1] * schedule.training_timesteps).to(device)
         self.sigmas = sigmas.to(device)
@@ -110,29 +108,11 @@ class FlowProcess(Process):
             normalized=step.normalized,
         )
 
-    def noised(self, clean: Tensor, noise: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:
-        """Mix clean latents with noise; the target is the velocity."""
-        sigma = expand_like((times / self.time_scale).to(clean), clean)
-        return (1 - sigma) * clean + sigma * noise, noise - clean
-
-    def predicted_clean(self, noisy: Tensor, prediction: Tensor, times: Tensor) -> Tensor:
-        """Return x_sigma - sigma v."""
-        return noisy - expand_like((times / self.time_scale).to(noisy), noisy) * prediction
-
-    def training_time(self, generator: torch.Generator) -> Tensor:
-        """Draw a logit-normal(0, 1) sigma and shift it (arXiv 2403.03206, sections 3.1 and 5.3)."""
-        sigma = torch.randn((), generator=generator).sigmoid()
-        shift = self.schedule.shift
-        return self.time_scale * shift * sigma / (1 + (shift - 1) * sigma)
-
     def identity(self) -> Mapping[str, JsonValue]:
         """Return the model's schedule, the number of steps, and the noise level."""
         return {
             "type": self.name,
-            "schedule": dict(self.schedule.settings),
-            "from_one": self.schedule.from_one,
-            "empirical_shift": self.schedule.empirical_shift,
-            "tokens": self.schedule.tokens,
+            **self.schedule.identity,
             "steps": self.steps,
             "noise_level": self.noise_level,
         }

@@ -128,15 +128,16 @@ def _sample_batch(
     latents = [_noise(policy, generators) * process.initial_noise_scale]
     log_probs: list[Tensor] = []
     draws_noise = bool(process.stochastic().any())
+    step = process.stepper()
     for number in range(process.steps):
-        steps = torch.full((len(prompts),), number, device=policy.device)
-        output = policy.predict(latents[-1], process.times[steps], conditioning, guidance_scale)
-        transition = process.transition(steps, output, latents[-1])
+        times = process.times[number].expand(len(prompts))
+        output = policy.predict(latents[-1], times, conditioning, guidance_scale)
         # A step's noise is the same whichever other steps draw any; plain diffusers draws none for
         # a process without noise.
         noise = _noise(policy, generators) if draws_noise else torch.zeros_like(latents[-1])
-        latents.append(transition.draw(noise))
-        log_probs.append(transition.log_prob(latents[-1]))
+        after, log_prob = step(number, output, latents[-1], noise)
+        latents.append(after)
+        log_probs.append(log_prob)
     return Trajectories(
         latents=torch.stack(latents, dim=1).cpu(),
         log_probs=torch.stack(log_probs, dim=1).cpu(),

@@ -6,7 +6,7 @@ import torch
 
 from ddpo.basics.randomness import derive_seed
 from ddpo.config import RunConfig, SamplerConfig
-from ddpo.diffusion import PROCESSES, Process
+from ddpo.diffusion import PROCESSES, MarkovProcess, Process
 from ddpo.errors import ConfigError
 from ddpo.models import Policy
 from ddpo.models.schedule import Schedule
@@ -102,6 +102,18 @@ def process_of(policy: Policy, sampler: SamplerConfig) -> Process:
         sampler: If noise is drawn in a window only, as :func:`sampler_of_epoch` resolved it.
     """
     return _process(policy.schedule, sampler, policy.device)
+
+
+def markov_process_of(policy: Policy, sampler: SamplerConfig) -> MarkovProcess:
+    """Return a sampler's process as :func:`process_of` does, whose steps are Gaussians.
+
+    Raises:
+        ConfigError: They are not: the sampler is a solver.
+    """
+    process = process_of(policy, sampler)
+    if not isinstance(process, MarkovProcess):
+        raise ConfigError(str(sampler.deterministic_because))
+    return process
 
 
 def _process(schedule: Schedule, sampler: SamplerConfig, device: torch.device) -> Process:

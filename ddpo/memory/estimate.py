@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ddpo.config import RunConfig
+from ddpo.config import RunConfig, SolverSampler
 from ddpo.config.model import Size, size_of
 from ddpo.config.sampler import SamplerConfig
 from ddpo.diffusion.sampling import sample
@@ -141,7 +141,8 @@ def _sample(policy: Outline, config: RunConfig, counter: LiveBytes) -> None:
         samplers.append((config.evaluation.sampler_of(config.sampler), size))
     batch = policy.numerics.sample_batch_size
     for sampler, size in samplers:
-        steps = min(sampler.steps, _STEPS)
+        order = sampler.order if isinstance(sampler, SolverSampler) else 1
+        steps = min(sampler.steps, _STEPS + order - 1)  # until a solver remembers all it will
         with policy.sized(size):
             latents = torch.Size(policy.latent_shape).numel() * torch.float32.itemsize
             with counter.holding((sampler.steps - steps) * batch * latents):

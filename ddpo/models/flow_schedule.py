@@ -1,4 +1,7 @@
-"""The schedule of flow-matching models: straight lines from images to noise."""
+"""The schedule of flow-matching models: straight lines from images to noise.
+
+Shapes: B samples; [B, ...] are latents of any rank.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,11 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Self, cast
 
 import numpy as np
+import torch
 from pydantic import JsonValue
 from torch import Tensor
 
+from ddpo.basics.tensors import expand_like
 from ddpo.errors import ConfigError, ModelError
 from ddpo.models.schedule import Schedule
 
@@ -35,6 +40,9 @@ _SETTINGS = (
 )
 """What sigmas are made from. A scheduler's file has more, for other processes than ours."""
 
+_UNSOLVED = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "shift_terminal")
+"""Settings that diffusers' multistep solvers lack for flows, or read as those of diffusion."""
+
 
 @dataclass(frozen=True)
 class FlowSchedule(Schedule):
@@ -46,6 +54,8 @@ class FlowSchedule(Schedule):
 
     kind = "flow-matching model"
 
+    scheduler: Mapping[str, Any]
+    """The config of the model's own scheduler in diffusers."""
     settings: Mapping[str, JsonValue]
     """Those of the model's scheduler, for digests."""
     patch: int
@@ -88,12 +98,23 @@ class FlowSchedule(Schedule):
                     "sigma 1 to 0 that Stable Diffusion 3 and FLUX have"
                 )
         known = {name: settings.get(name) for name in _SETTINGS}
-        return cls(known, patch, _tokens(latent_shape, patch), from_one, empirical_shift)
+        tokens = _tokens(latent_shape, patch)
+        return cls(dict(config), known, patch, tokens, from_one, empirical_shift)
 
     @property
     def training_timesteps(self) -> int:
         """N, the length of the model's time axis."""
         return int(cast(int, self.settings["num_train_timesteps"]))
+
+    @property
+    def identity(self) -> Mapping[str, JsonValue]:
+        """The settings, and what the pipeline adds to them."""
+        return {
+            "schedule": dict(self.settings),
+            "from_one": self.from_one,
+            "empirical_shift": self.empirical_shift,
+            "tokens": self.tokens,
+        }
 
     @property
     def shift(self) -> float:
@@ -130,6 +151,45 @@ class FlowSchedule(Schedule):
             arguments["mu"] = self._mu(steps)
         scheduler.set_timesteps(steps, device="cpu", **arguments)
         return cast(Tensor, scheduler.sigmas)
+
+    def noised(self, clean: Tensor, noise: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:
+        """Mix clean latents with noise; the target is the velocity."""
+        sigma = expand_like((times / self.time_scale).to(clean), clean)
+        return (1 - sigma) * clean + sigma * noise, noise - clean
+
+    def predicted_clean(self, noisy: Tensor, prediction: Tensor, times: Tensor) -> Tensor:
+        """Return x_sigma - sigma v."""
+        return noisy - expand_like((times / self.time_scale).to(noisy), noisy) * prediction
+
+    def training_time(self, generator: torch.Generator) -> Tensor:
+        """Draw a logit-normal(0, 1) sigma and shift it (arXiv 2403.03206, sections 3.1 and 5.3)."""
+        sigma = torch.randn((), generator=generator).sigmoid()
+        shift = self.shift
+        return self.time_scale * shift * sigma / (1 + (shift - 1) * sigma)
+
+    def solver_settings(self) -> dict[str, JsonValue]:
+        """Return that it is a flow, and its static shift."""
+        unsolved = [name for name in _UNSOLVED if self.settings[name]]
+        if self.settings["time_shift_type"] != "exponential":
+            unsolved.append("time_shift_type")
+        if unsolved:
+            raise ConfigError(
+                f"the model's scheduler sets {' and '.join(unsolved)}, which diffusers' multistep "
+                "solvers do not have for flow-matching models; set sampler.type to ode"
+            )
+        return {
+            "prediction_type": "flow_prediction",
+            "use_flow_sigmas": True,
+            "flow_shift": self.shift,
+        }
+
+    def solver_times(self, steps: int) -> dict[str, float]:
+        """Return the logarithm of a dynamic shift."""
+        return {"mu": self._mu(steps)} if self.settings["use_dynamic_shifting"] else {}
+
+    def check_times(self, times: Tensor) -> None:
+        """Check nothing: a velocity determines an image at every time."""
+        del times
 
     def _mu(self, steps: int) -> float:
         """Return the logarithm of the shift at this size, linear in the number of tokens."""

@@ -19,10 +19,10 @@ def main(job_file: Path) -> None:
     Args:
         job_file: See `Job` in `ddpo.analysis.evaluation.proof`.
     """
+    import diffusers
     import torch
     from diffusers import (
         AutoencoderKL,  # pyright: ignore[reportPrivateImportUsage]
-        DDIMScheduler,  # pyright: ignore[reportPrivateImportUsage]
         DiffusionPipeline,  # pyright: ignore[reportPrivateImportUsage]
     )
 
@@ -47,11 +47,10 @@ def main(job_file: Path) -> None:
     )
     if job["lora"]:
         pipeline.load_lora_weights(job["lora"])
-    if job["ddim"]:
-        settings = pipeline.scheduler.config
-        pipeline.scheduler = DDIMScheduler.from_config(
-            settings, clip_sample=settings.get("clip_sample", False)
-        )
+    if job["scheduler"]:
+        kind: Any = getattr(diffusers, job["scheduler"]["name"])
+        settings = job["scheduler"]["settings"]
+        pipeline.scheduler = kind.from_config(pipeline.scheduler.config, **settings)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.to(job["device"])
     for number, (prompt, seed) in enumerate(zip(job["prompts"], job["seeds"], strict=True)):

@@ -56,7 +56,7 @@ class Critic:
         with torch.no_grad():
             text, empty = policy.encode(texts)["text"], policy.encode([""])["text"]
         self._prompts = prompt_features(text, empty)
-        self._times = time_features(process.times, process.time_scale)
+        self._times = time_features(process.times, process.schedule.time_scale)
         self.network = ValueNetwork(self._prompts.shape[1], seed=derive_seed(seed, "value"))
         weights = {name: value for name, value in kept.items() if name.startswith(_WEIGHT)}
         if weights:

@@ -50,7 +50,7 @@ class DenoisingGradient:
 
     Args:
         policy: Its weights are updated in place; it keeps the other weight sets that are needed.
-        process: Noises clean latents.
+        process: Whose schedule noises clean latents.
         algorithm: Gives the loss.
         ranks: The processes that share the micro-batches.
     """
@@ -92,15 +92,16 @@ class DenoisingGradient:
         """
         device = self.policy.device
         clean, times = latents.to(device), noising.times.to(device)
-        noisy, target = self.process.noised(clean, noising.noise.to(clean), times)
+        schedule = self.process.schedule
+        noisy, target = schedule.noised(clean, noising.noise.to(clean), times)
         prediction = self.policy.predict(noisy, times, self.policy.encode(prompts), 1.0)
         return DenoisingBatch(
             prediction,
             target,
             {name: values.to(device) for name, values in credit.items()},
             clean,
-            times / self.process.time_scale,
-            lambda other: self.process.predicted_clean(noisy, other, times),
+            times / schedule.time_scale,
+            lambda other: schedule.predicted_clean(noisy, other, times),
             {name: other.to(device) for name, other in (others or {}).items()},
         )
 

@@ -59,7 +59,7 @@ class Noising:
         times, noise = [], []
         for index in samples:
             source = generator(derive_seed(run_seed, "regression", epoch, inner_epoch, index))
-            times.append(process.training_time(source))
+            times.append(process.schedule.training_time(source))
             noise.append(torch.randn(policy.latent_shape, generator=source))
         return cls(torch.stack(times), torch.stack(noise))
 

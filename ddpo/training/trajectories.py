@@ -19,7 +19,7 @@ from ddpo.algorithms.base import Update
 from ddpo.algorithms.policy_gradient import PairBatch, PolicyGradient
 from ddpo.config import RunConfig, SamplerConfig
 from ddpo.diffusion import Transition
-from ddpo.diffusion.window import process_of, sampler_of_epoch, window_steps
+from ddpo.diffusion.window import markov_process_of, sampler_of_epoch, window_steps
 from ddpo.errors import ConfigError, NonFiniteError
 from ddpo.models import Policy
 from ddpo.training.critic import Critic
@@ -66,7 +66,7 @@ class TrajectoryGradient:
         self.sampler = sampler
         self.algorithm = algorithm
         self.ranks = ranks or Alone()
-        self.process = process_of(policy, sampler)
+        self.process = markov_process_of(policy, sampler)
         self.parameters = policy.weights.parameters()
         self.loss_scale = first_loss_scale(policy.numerics)
 

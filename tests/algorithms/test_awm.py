@@ -58,7 +58,7 @@ def test_loss_and_gradient_are_those_of_the_formula(
     batch = noised_batch(process, clean, noise, TIMES, prediction, advantages, others)
     losses = awm.losses(batch)
     (found,) = torch.autograd.grad(losses.sum(), prediction)
-    target = process.noised(clean, noise, TIMES)[1]
+    target = process.schedule.noised(clean, noise, TIMES)[1]
     minus, slope = WEIGHTINGS[weighting]
     for row in range(4):
         size, time = new[row].numel(), float(TIMES[row]) / 1000

@@ -84,7 +84,7 @@ def test_loss_and_gradient_are_those_of_the_formula(kind: str, adaptive: bool) -
     (found,) = torch.autograd.grad(losses.sum(), prediction)
     for row in range(4):
         a, b = coefficients(kind, float(TIMES[row]))
-        noisy = process.noised(clean, noise, TIMES)[0][row]
+        noisy = process.schedule.noised(clean, noise, TIMES)[0][row]
         better = (min(max(ADVANTAGES[row], -clip), clip) / clip + 1) / 2
         expected_loss, gradient = weight * ((new[row] - base[row]) ** 2).mean(), 0.0
         for share, sign in ((better, 1), (1 - better, -1)):
@@ -123,7 +123,7 @@ def test_without_adaptive_weights_a_linear_model_is_led_to_the_published_optimum
     curvature = torch.autograd.functional.hessian(loss, start)
     assert isinstance(curvature, torch.Tensor)
     found = (features @ torch.linalg.solve(curvature, -gradient)).view_as(clean)
-    target = process.noised(clean, noise, times)[1]
+    target = process.schedule.noised(clean, noise, times)[1]
     towards = (2 * (advantages / 5 / 2 + 0.5) - 1).view(-1, 1, 1, 1)
     expected = old + towards * (target - old) / beta
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)

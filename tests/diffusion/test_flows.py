@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ddpo.algorithms.kl import gaussian_kl
 from ddpo.config import AnySampler, FlowSampler
-from ddpo.diffusion import PROCESSES, Process, Transition
+from ddpo.diffusion import PROCESSES, MarkovProcess, Transition
 from ddpo.errors import ConfigError
 from ddpo.models.flow_schedule import FlowSchedule
 
@@ -32,10 +32,12 @@ def golden_cases() -> list[dict[str, Any]]:
 
 def process(
     kind: str, *, shift: float = 3.0, noisy: range | None = None, **settings: float
-) -> Process:
+) -> MarkovProcess:
     sampler: FlowSampler = TypeAdapter(AnySampler).validate_python({"type": kind, **settings})
     schedule = FlowSchedule.from_scheduler({"shift": shift}, 2, (16, 8, 8))
-    return PROCESSES[kind](schedule, sampler, torch.device("cpu"), noisy)
+    made = PROCESSES[kind](schedule, sampler, torch.device("cpu"), noisy)
+    assert isinstance(made, MarkovProcess)
+    return made
 
 
 @pytest.mark.parametrize("case", golden_cases(), ids=lambda case: f"{case['type']}-{case['key']}")
@@ -151,7 +153,7 @@ def test_a_kl_divergence_leaves_the_steps_length_out_as_published() -> None:
 def test_noising_mixes_straight_lines_and_the_target_is_the_velocity() -> None:
     flow = process("ode", steps=5)
     clean, noise = torch.randn(2, 4, 3, 3), torch.randn(2, 4, 3, 3)
-    noisy, target = flow.noised(clean, noise, torch.tensor([0.0, 750.0]))
+    noisy, target = flow.schedule.noised(clean, noise, torch.tensor([0.0, 750.0]))
     assert torch.equal(noisy[0], clean[0])
     torch.testing.assert_close(noisy[1], 0.25 * clean[1] + 0.75 * noise[1])
     assert torch.equal(target, noise - clean)
@@ -159,7 +161,7 @@ def test_noising_mixes_straight_lines_and_the_target_is_the_velocity() -> None:
 
 def test_training_times_are_shifted_logit_normals() -> None:
     source = torch.Generator().manual_seed(0)
-    times = torch.stack([process("ode").training_time(source) for _ in range(4000)]) / 1000
+    times = torch.stack([process("ode").schedule.training_time(source) for _ in range(4000)]) / 1000
     assert float(times.min()) > 0 and float(times.max()) < 1
     unshifted = times / (3 - 2 * times)  # the inverse of 3 s / (1 + 2 s)
     assert float(torch.logit(unshifted).mean()) == pytest.approx(0, abs=0.06)

@@ -15,10 +15,10 @@ def test_clean_latents_follow_from_a_prediction_by_the_schedules_own_formula(kin
     clean, noise, other = (
         torch.randn(4, 4, 8, 8, generator=source, dtype=torch.float64) for _ in range(3)
     )
-    noisy, target = process.noised(clean, noise, process.times)
-    found = process.predicted_clean(noisy, target, process.times)
+    noisy, target = process.schedule.noised(clean, noise, process.times)
+    found = process.schedule.predicted_clean(noisy, target, process.times)
     torch.testing.assert_close(found, clean, atol=1e-5, rtol=0)
-    found = process.predicted_clean(noisy, other, process.times)
+    found = process.schedule.predicted_clean(noisy, other, process.times)
     for row, time in enumerate(process.times.tolist()):
         a, b = coefficients(kind, time)
         expected = a * noisy[row] + b * other[row]

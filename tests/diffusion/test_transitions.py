@@ -238,7 +238,7 @@ def test_noised_latents_and_targets_are_diffusers_to_the_bit(
     scheduler = stable_diffusion_scheduler(prediction_type=prediction_type)
     clean, noise, _ = (value.to(dtype) for value in tensors())
     timesteps = torch.randint(1000, (STEPS,), generator=torch.Generator().manual_seed(1))
-    noisy, target = ddim(scheduler, steps=STEPS).noised(clean, noise, timesteps.float())
+    noisy, target = ddim(scheduler, steps=STEPS).schedule.noised(clean, noise, timesteps.float())
     assert torch.equal(noisy, scheduler.add_noise(clean, noise, timesteps))
     velocity = scheduler.get_velocity(clean, noise, timesteps)
     assert torch.equal(target, noise if prediction_type == "epsilon" else velocity)
@@ -252,13 +252,15 @@ def test_latents_may_have_any_rank(prediction_type: str, shape: tuple[int, ...])
     latents, output, noise = torch.randn((3, STEPS, *shape), generator=source)
     steps, times = ALL, torch.arange(STEPS).float()
     found = process.transition(steps, output, latents)
-    noisy, target = process.noised(latents, noise, times)
+    noisy, target = process.schedule.noised(latents, noise, times)
     flat = [value.reshape(STEPS, -1, 1, 1) for value in (latents, output, noise)]
     expected = process.transition(steps, flat[1], flat[0])
     assert found.draw(noise).shape == (STEPS, *shape)
     assert torch.equal(found.draw(noise).flatten(1), expected.draw(flat[2]).flatten(1))
     torch.testing.assert_close(found.log_prob(noise), expected.log_prob(flat[2]))
-    for value, other in zip((noisy, target), process.noised(flat[0], flat[2], times), strict=True):
+    for value, other in zip(
+        (noisy, target), process.schedule.noised(flat[0], flat[2], times), strict=True
+    ):
         assert torch.equal(value.flatten(1), other.flatten(1))
 
 

@@ -26,6 +26,7 @@ from ddpo.analysis.model_card import write_card
 from ddpo.analysis.report import checkpoint_pictures
 from ddpo.analysis.rewards import reward_curve
 from ddpo.config import ModelConfig, PicturesConfig
+from ddpo.diffusion import PlainScheduler
 from ddpo.models.hub import on_hub
 from ddpo.runs import Run, start_run
 from ddpo.store.keys import Partition
@@ -173,8 +174,19 @@ def test_a_base_model_of_the_hub_is_linked(recorded: Run, tmp_path: Path) -> Non
     model = ModelConfig(path="owner/stable", revision="abc")
     run = replace(recorded, config=recorded.config.model_copy(update={"model": model}))
     export = plan_export(run, tmp_path / "lora", repository="me/mine")
-    write_card(export, tmp_path, pipeline="StableDiffusionPipeline", other_programs=True)
+    settings = {"solver_order": 2, "prediction_type": "flow_prediction"}
+    write_card(
+        export,
+        tmp_path,
+        pipeline="StableDiffusionPipeline",
+        scheduler=PlainScheduler("UniPCMultistepScheduler", settings),
+        other_programs=True,
+    )
     card = ModelCard.load(tmp_path / "README.md")
+    assert "from diffusers import UniPCMultistepScheduler, StableDiffusionPipeline" in card.text
+    expected = "solver_order=2, prediction_type='flow_prediction'"
+    made = f"UniPCMultistepScheduler.from_config( pipeline.scheduler.config, {expected} )"
+    assert f"pipeline.scheduler = {made}" in " ".join(card.text.split())
     assert card.data.base_model == "owner/stable"
     assert "see <https://huggingface.co/owner/stable>" in card.text
     assert "| base model | `owner/stable` at revision `abc` |" in card.text
@@ -192,6 +204,7 @@ def test_a_base_model_in_one_file_is_called_by_its_name(recorded: Run, tmp_path:
         plan_export(run, tmp_path / "lora"),
         tmp_path,
         pipeline="StableDiffusionPipeline",
+        scheduler=None,
         other_programs=True,
     )
     card = (tmp_path / "README.md").read_text()

@@ -45,6 +45,7 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
     "awm": {"type": "awm", "updates_per_epoch": 2, "advantages": {"type": "batch"}},
     "dpo": {"type": "dpo", "beta": 100.0, "pairing": "margin", "updates_per_epoch": 2},
 }
+SOLVERS = {"nft": {"type": "dpm_solver"}, "awm": {"type": "unipc", "order": 3}}
 GROUPS = {"samples_per_prompt": 4}
 REGRESSIONS = ("rwr", "rwr_sparse")
 each_type = pytest.mark.parametrize("kind", list(ALGORITHMS))
@@ -60,6 +61,7 @@ def a_run(model: Path, root: Path | str, kind: str, **changes: Any) -> Run:
         changes["rollouts"] = {**GROUPS, **changes.get("rollouts", {})}
     changes = {
         "storage": {"root": str(root)},
+        "sampler": SOLVERS.get(kind, {}),
         "prompts": {"name": "prompt_list", "parameters": {"prompts": ["a cat", "a dog"]}},
         **changes,
     }

@@ -112,6 +112,16 @@ def test_so_it_is_with_other_settings(
     assert_close(found, config)
 
 
+@pytest.mark.parametrize(("name", "kind"), [("sd", "dpm_solver"), ("sd3", "unipc")])
+def test_so_it_is_for_solvers_which_remember(
+    pipelines: Mapping[str, Path], name: str, kind: str
+) -> None:
+    sampler = {"type": kind, "order": 3}
+    config = config_of(pipelines, name, algorithm=algorithm_of("nft"), sampler=sampler)
+    found = estimate(config, resolve_numerics(config.numerics), prompts=len(PROMPTS))
+    assert_close(found, config)
+
+
 def test_so_it_is_for_the_starter() -> None:
     settings = ["rollouts.samples_per_epoch=64", "algorithm.updates_per_epoch=1"]
     config = read_config("configs/starter.yaml", [*settings, "numerics.threads=1"], {})

@@ -84,7 +84,7 @@ def check_the_gradient_of_pairs(model: Path, kind: str) -> None:
     expected, margins = 0.0, []
     for pair in PAIRS:
         source = generator(derive_seed(0, "regression", 0, 0, pair[0]))
-        time = int(ddim_on(policy).training_time(source))
+        time = int(ddim_on(policy).schedule.training_time(source))
         noise = torch.randn(1, 4, 8, 8, generator=source).double()
         alpha = math.prod(1 - float(each) for each in betas[: time + 1])
         predictions, errors, slopes = [], [], []

@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from ddpo.basics.digests import canonical_json
+from ddpo.diffusion import PlainScheduler
 from ddpo.errors import ModelError
 from ddpo.models import redraw
 
@@ -43,8 +44,8 @@ class Job:
     """The noise seed of each."""
     arguments: dict[str, Any]
     """Further arguments of the pipeline's call."""
-    ddim: bool = True
-    """Whether to sample with DDIM, and not with the pipeline's own scheduler."""
+    scheduler: PlainScheduler | None = None
+    """What to sample with; by default the pipeline's own scheduler."""
     vae: str | None = None
     """Folder of another autoencoder than the pipeline's."""
     dtype: str = "float32"
