@@ -8,7 +8,6 @@ Shapes: B samples, T denoising steps.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -20,6 +19,7 @@ from ddpo.config import SolverSampler
 from ddpo.diffusion.base import PlainScheduler, Process, Stepper
 from ddpo.errors import ConfigError
 from ddpo.models.schedule import Schedule
+from ddpo.models.solvers import changed_arguments, make_solver, solver_arguments
 
 
 class Solver(Process):
@@ -93,15 +93,10 @@ class Solver(Process):
 
         Of those settings, what is not diffusers' default.
         """
-        known = self._known()
         return {
             "type": self.name,
             **self.schedule.identity,
-            "solver": {
-                name: value
-                for name, value in self._arguments().items()
-                if value != known[name].default
-            },
+            "solver": changed_arguments(self.scheduler_name, self._arguments()),
             "order": self.order,
             "steps": self.steps,
         }
@@ -111,31 +106,11 @@ class Solver(Process):
         """The solver's."""
         return PlainScheduler(self.scheduler_name, self._settings)
 
-    def _kind(self) -> Any:
-        import diffusers
-
-        return getattr(diffusers, self.scheduler_name)
-
-    def _known(self) -> Mapping[str, inspect.Parameter]:
-        return inspect.signature(self._kind().__init__).parameters
-
     def _arguments(self) -> dict[str, Any]:
-        """Return what ``from_config`` makes of the config of the model's own scheduler.
-
-        It warns of each setting of another scheduler, and there is a new scheduler for each batch.
-        """
-        own = self.schedule.scheduler
-        left_out = own.get("_use_default_values", ())  # which have the solver's own defaults
-        known = self._known()
-        given = {name: own[name] for name in own if name in known and name not in left_out}
-        return {**given, **self._settings}
+        return solver_arguments(self.scheduler_name, self.schedule, self._settings)
 
     def _scheduler(self) -> Any:
-        """Return a new scheduler at its first step, on the CPU."""
-        scheduler = self._kind()(**self._arguments())
-        scheduler.set_timesteps(self._count, **self.schedule.solver_times(self._count))
-        scheduler.set_begin_index(0)
-        return scheduler
+        return make_solver(self.scheduler_name, self.schedule, self._arguments(), self._count)
 
 
 def _too_many(schedule: Schedule, steps: int) -> ConfigError:
