@@ -26,6 +26,7 @@ from ddpo.store.tables import RolloutRow, encode_rollouts, encode_samples
 from ddpo.store.tensors import write_tensors
 from ddpo_workflow.tasks.engines import on_device
 from ddpo_workflow.tasks.inherit import inherit_shard
+from ddpo_workflow.tasks.preferences import encoded_shard
 from ddpo_workflow.tasks.progress import report
 from ddpo_workflow.tasks.retries import STORAGE
 from ddpo_workflow.tasks.worker import ON_DEVICE, RunHandle, opened, policy_at
@@ -41,7 +42,7 @@ from ddpo_workflow.tasks.worker import ON_DEVICE, RunHandle, opened, policy_at
 def sample_shard(
     handle: RunHandle, checkpoint: Ref[Checkpoint], epoch: int, shard: int
 ) -> Ref[RolloutShard]:
-    """Sample and commit one shard of an epoch, or inherit it, or find it.
+    """Sample and commit one shard of an epoch, or encode preference pairs, or inherit or find it.
 
     Args:
         handle: The run.
@@ -67,7 +68,11 @@ def shard_of(run: Run, checkpoint: Ref[Checkpoint], epoch: int, shard: int) -> R
         ROLLOUTS,
         Partition(run.run_id, epoch, shard),
         {"checkpoint": checkpoint, "epoch": epoch, "shard": shard},
-        lambda: _sampled(run, checkpoint, epoch, shard),
+        lambda: (
+            encoded_shard(run, run.pairs, checkpoint, epoch, shard)
+            if run.pairs
+            else _sampled(run, checkpoint, epoch, shard)
+        ),
     )
 
 

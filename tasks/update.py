@@ -140,9 +140,11 @@ def _check_origin(run: Run, rows: Sequence[SampleRow], checkpoint: Checkpoint, e
         "policy_digest": checkpoint.policy_digest(run.config.algorithm.needs.samples_from),
         "sampler_digest": checkpoint.digests["sampler_digest"],
     }
+    if pairs := run.pairs_digest(epoch):
+        expected = dict.fromkeys(expected, pairs)
     for row in rows:
         for name, digest in expected.items():
-            if name == "policy_digest" and off_policy:
+            if name == "policy_digest" and off_policy and not pairs:
                 continue
             if getattr(row, name) != digest:
                 raise PolicyMismatch(

@@ -28,6 +28,7 @@ LAYERS = (
     "ddpo.starter",
     "ddpo.prompts",
     "ddpo.rewards",
+    "ddpo.preferences",
     "ddpo.algorithms",
     "ddpo.config",
     "ddpo.models",

@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -70,6 +73,54 @@ def tensors_digest(tensors: Mapping[str, torch.Tensor]) -> str:
         sha.update(canonical_json(header) + b"\n")
         sha.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return sha.hexdigest()
+
+
+REMEMBERED_FROM_BYTES = 2**28
+"""Of files with fewer bytes together, the digest is computed each time."""
+
+
+def files_digest(files: Sequence[tuple[str, Path]]) -> str:
+    """Return the digest of named files, wherever they are.
+
+    That of large files is remembered in a cache beside the Hugging Face Hub's while none of them
+    changes its size, time or place.
+
+    Args:
+        files: The name of each, and where it is.
+
+    Returns:
+        64 hex digits, over names, sizes and contents.
+
+    Raises:
+        OSError: A file cannot be read.
+    """
+    states = [(str(file), file.stat()) for _, file in files]
+    if sum(state.st_size for _, state in states) < REMEMBERED_FROM_BYTES:
+        return _digested(files)
+    from huggingface_hub import constants
+
+    known = json_digest([[name, s.st_size, s.st_mtime_ns, s.st_ino] for name, s in states])
+    note = Path(constants.HF_HOME) / "ddpo" / "digests" / known
+    with suppress(OSError):
+        if len(text := note.read_text()) == hashlib.sha256().digest_size * 2:
+            return text
+    digest = _digested(files)
+    with suppress(OSError):  # a cache that cannot be written costs time only
+        note.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=note.parent, delete=False) as file:
+            file.write(digest)
+        Path(file.name).replace(note)
+    return digest
+
+
+def _digested(files: Sequence[tuple[str, Path]]) -> str:
+    digest = hashlib.sha256()
+    for name, file in files:
+        digest.update(f"{name}\0{file.stat().st_size}\0".encode())
+        with file.open("rb") as stream:
+            while chunk := stream.read(1 << 22):
+                digest.update(chunk)
+    return digest.hexdigest()
 
 
 def _check_keys(value: Any) -> None:

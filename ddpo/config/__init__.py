@@ -20,6 +20,7 @@ from ddpo.config.operation import (
     TrackingConfig,
 )
 from ddpo.config.plugins import NamedConfig, RewardConfig
+from ddpo.config.preferences import PreferencesConfig
 from ddpo.config.run import (
     OPERATION_FIELDS,
     OptimizerConfig,
@@ -58,6 +59,7 @@ __all__ = [
     "OdeSampler",
     "OptimizerConfig",
     "PicturesConfig",
+    "PreferencesConfig",
     "ProcessesEngine",
     "RayEngine",
     "RetentionConfig",

@@ -25,6 +25,7 @@ from ddpo.config.model import LoraConfig, ModelConfig, Trainable
 from ddpo.config.numerics import NumericsConfig
 from ddpo.config.operation import StorageConfig, TrackingConfig
 from ddpo.config.plugins import NamedConfig, RewardConfig
+from ddpo.config.preferences import PreferencesConfig
 from ddpo.config.sampler import AnySampler, DdimSampler
 
 
@@ -83,6 +84,9 @@ class RunConfig(Part):
     """The prompt set, sampled uniformly."""
     rollouts: RolloutsConfig = RolloutsConfig()
     """How many samples an epoch has, and what is stored of them."""
+    preferences: PreferencesConfig | None = Field(default=None, exclude_if=is_off)
+    """Preference pairs that people made, to train on in place of the policy's own samples. By
+    default the policy samples."""
     sampler: AnySampler = DdimSampler()
     """How images are sampled."""
     reward: RewardConfig
@@ -167,6 +171,27 @@ class RunConfig(Part):
                 log_probs_are_densities=self.sampler.log_probs_are_densities,
             )
         )
+        return self
+
+    @model_validator(mode="after")
+    def _preferences_fit(self) -> RunConfig:
+        if self.preferences is None:
+            return self
+        if self.algorithm.needs.data != "final_latents":
+            raise ValueError(
+                f"preferences: algorithm.type {self.algorithm.type} trains on trajectories, and "
+                "the images of preference pairs have none; set algorithm.type to dpo"
+            )
+        if self.stored_trajectories == "full":
+            raise ValueError(
+                "preferences: the images of preference pairs have no trajectories, and "
+                "rollouts.store_trajectories is full; leave it out"
+            )
+        if self.rollouts.samples_per_prompt != 2:
+            raise ValueError(
+                "preferences: both images of a pair are a group, and rollouts.samples_per_prompt "
+                f"is {self.rollouts.samples_per_prompt}; set it to 2"
+            )
         return self
 
     @property

@@ -373,6 +373,17 @@ class Policy(ABC):
         """
 
     @abstractmethod
+    def encode_images(self, images: Sequence[Image.Image]) -> Tensor:
+        """Turn images into clean latents: the most likely ones, without a draw.
+
+        Args:
+            images: B RGB images of the policy's size.
+
+        Returns:
+            [B, C, h, w] float32 on the device.
+        """
+
+    @abstractmethod
     def export(self, folder: Path) -> None:
         """Write the weights in use as plain diffusers loads them: an adapter or a whole pipeline.
 

@@ -104,6 +104,13 @@ class Flux2(PipelinePolicy):
         tiles = latents.unflatten(1, (-1, 2, 2))
         return tiles.permute(0, 1, 4, 2, 5, 3).flatten(4, 5).flatten(2, 3)
 
+    def _scaled(self, encoded: Tensor) -> Tensor:
+        vae: Any = self.pipeline.vae
+        tiles = encoded.unflatten(3, (-1, 2)).unflatten(2, (-1, 2))
+        latents = tiles.permute(0, 1, 3, 5, 2, 4).flatten(1, 3)
+        deviation = torch.sqrt(vae.bn.running_var + vae.config.batch_norm_eps)
+        return (latents - vae.bn.running_mean[:, None, None]) / deviation[:, None, None]
+
 
 def _positions(lengths: tuple[int, int, int], device: torch.device) -> Tensor:
     """Return (0, row, column, place in the text) of every token, [tokens, 4] int64."""

@@ -5,21 +5,18 @@ A family's *parts* are the subfolders of the pipeline that it loads.
 
 from __future__ import annotations
 
-import hashlib
-import tempfile
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 
 from httpx import HTTPError
-from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
+from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
     HFValidationError,
     LocalEntryNotFoundError,
 )
 
-from ddpo.basics.digests import json_digest
+from ddpo.basics.digests import files_digest
 from ddpo.basics.paths import expand
 from ddpo.config import ModelConfig
 from ddpo.errors import ModelError
@@ -153,31 +150,7 @@ def base_digest(folder: Path, parts: Sequence[str], vae: Path | None = None) -> 
     """
     files = [(name, folder / name) for name in local_files(folder, parts).loaded()]
     files += [(f"model.vae/{name}", vae / name) for name in VAE_FILES] if vae else []
-    states = [(str(file), file.stat()) for _, file in files]
-    if sum(state.st_size for _, state in states) < REMEMBERED_FROM_BYTES:
-        return _digested(files)
-    known = json_digest([[name, s.st_size, s.st_mtime_ns, s.st_ino] for name, s in states])
-    note = Path(constants.HF_HOME) / "ddpo" / "digests" / known
-    with suppress(OSError):
-        if len(text := note.read_text()) == hashlib.sha256().digest_size * 2:
-            return text
-    digest = _digested(files)
-    with suppress(OSError):  # a cache that cannot be written costs time only
-        note.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=note.parent, delete=False) as file:
-            file.write(digest)
-        Path(file.name).replace(note)
-    return digest
-
-
-def _digested(files: Sequence[tuple[str, Path]]) -> str:
-    digest = hashlib.sha256()
-    for name, file in files:
-        digest.update(f"{name}\0{file.stat().st_size}\0".encode())
-        with file.open("rb") as stream:
-            while chunk := stream.read(1 << 22):
-                digest.update(chunk)
-    return digest.hexdigest()
+    return files_digest(files)
 
 
 def _model_index(config: ModelConfig) -> Path:

@@ -117,6 +117,13 @@ class PipelinePolicy(Policy):
         images = self.pipeline.image_processor.postprocess(decoded, output_type="pil")
         return cast(list[Image.Image], images)
 
+    @torch.no_grad()
+    def encode_images(self, images: Sequence[Image.Image]) -> Tensor:
+        """Turn images into the means of what the autoencoder encodes them to, in float32."""
+        vae = self.pipeline.vae
+        pixels = self.pipeline.image_processor.preprocess(list(images)).to(self.device)
+        return self._scaled(vae.encode(pixels, return_dict=False)[0].mode())
+
     def export(self, folder: Path) -> None:
         """Write ``pytorch_lora_weights.safetensors``, or a whole pipeline (full fine-tuning)."""
         folder.mkdir(parents=True, exist_ok=True)
@@ -257,6 +264,12 @@ class PipelinePolicy(Policy):
         latents = latents / config.scaling_factor
         shift = getattr(config, "shift_factor", None)
         return latents + shift if shift else latents
+
+    def _scaled(self, encoded: Tensor) -> Tensor:
+        """Return the latents of what the autoencoder encodes: the inverse of `_unscaled`."""
+        config = self.pipeline.vae.config
+        shift = getattr(config, "shift_factor", None)
+        return (encoded - shift if shift else encoded) * config.scaling_factor
 
     def _unconditional(self) -> Conditioning:
         """Return the one row that guidance leads away from: the empty prompt's."""

@@ -38,6 +38,7 @@ BUILTIN = {
     "ocr_text": "ddpo.rewards.builtin.ocr:OcrText",
     "openai_vlm": "ddpo.rewards.builtin.openai_vlm:OpenaiVlm",
     "pickscore": "ddpo.rewards.builtin.pickscore:PickScore",
+    "preference": "ddpo.rewards.builtin.preference:Preference",
     "starter_vqa": "ddpo.rewards.builtin.starter_vqa:StarterVqa",
     "vlm_alignment": "ddpo.rewards.builtin.vlm_alignment:VlmAlignment",
     "vlm_vqa": "ddpo.rewards.builtin.vlm_vqa:VlmVqa",

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
+from ddpo.basics.part import is_off
+from ddpo.preferences import PairFiles
 from ddpo.prompts import Prompt, prompt_set_digest
 from ddpo.rewards import Reward
 from ddpo.rewards.identity import SOURCE, RewardIdentity
@@ -13,7 +15,7 @@ from ddpo.rewards.registry import source_files
 
 
 class Pins(BaseModel):
-    """What a run's prompt set and reward were at its first start."""
+    """What a run's prompt set, reward and preference pairs were at its first start."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -27,10 +29,12 @@ class Pins(BaseModel):
     """The version in that identity."""
     reward_revisions: dict[str, str]
     """The revisions of models in that identity."""
+    preferences: str | None = Field(default=None, exclude_if=is_off)
+    """Digest of the files with its preference pairs; None without any."""
 
     @classmethod
-    def of(cls, prompts: Sequence[Prompt], reward: Reward) -> Pins:
-        """Return what prompts and a reward are now."""
+    def of(cls, prompts: Sequence[Prompt], reward: Reward, pairs: PairFiles | None = None) -> Pins:
+        """Return what prompts, a reward and preference pairs are now."""
         identity = reward.identity
         return cls(
             prompts=prompt_set_digest(prompts),
@@ -38,6 +42,7 @@ class Pins(BaseModel):
             reward_id=identity.reward_id,
             reward_version=identity.version,
             reward_revisions=dict(identity.revisions),
+            preferences=pairs.digest if pairs else None,
         )
 
     def change_of_prompts(self, now: str, name: str) -> str | None:
@@ -55,6 +60,20 @@ class Pins(BaseModel):
         return (
             f"digests.prompts: {self.prompts} at the first start, {now} now: the prompts of "
             f"{name!r} have changed. Restore them, or start another run"
+        )
+
+    def change_of_preferences(self, now: str | None, path: str) -> str | None:
+        """Say how the preference pairs differ from those of the first start; see above.
+
+        Args:
+            now: Their digest now.
+            path: The files' in the config.
+        """
+        if now == self.preferences:
+            return None
+        return (
+            f"digests.preferences: {self.preferences} at the first start, {now} now: the "
+            f"preference pairs in {path} have changed. Restore them, or start another run"
         )
 
     def change_of_reward(self, now: RewardIdentity, name: str) -> str | None:

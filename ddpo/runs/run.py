@@ -18,6 +18,7 @@ from ddpo.basics.validation import in_one_line
 from ddpo.config import (
     ForkConfig,
     NumericsConfig,
+    PreferencesConfig,
     RewardConfig,
     RunConfig,
 )
@@ -25,6 +26,7 @@ from ddpo.config.files import parse_config
 from ddpo.config.s3 import S3Options
 from ddpo.errors import ConfigError, MissingObject, RewardError, UnreadableData
 from ddpo.models.numerics import Numerics
+from ddpo.preferences import PairFiles
 from ddpo.prompts import Prompt, load_prompts, prompt_set_digest
 from ddpo.rewards import Reward, load_reward
 from ddpo.runs.pins import Pins
@@ -89,7 +91,7 @@ class Run:
     numerics: Numerics
     """The settings that the bytes of its results depend on, frozen by the first start."""
     pins: Pins
-    """What its prompt set and its reward were at the first start."""
+    """What its prompt set, reward and preference pairs were at the first start."""
     start: int | None = None
     """The number of the start that operates it, from 1; None before the first."""
     uid: str = ""
@@ -135,6 +137,32 @@ class Run:
         if change:
             raise ConfigError(f"run {self.run_id!r} was started with other prompts: {change}")
         return prompts
+
+    @once_property
+    def pairs(self) -> PairFiles | None:
+        """The preference pairs that take the place of its samples; None if it samples.
+
+        Raises:
+            NotTrusted: The run is not trusted here.
+            ConfigError: They are no longer those that the run was started with; or as `PairFiles`.
+        """
+        if self.config.preferences is None:
+            return None
+        with self.naming():
+            pairs = pair_files(self.config.preferences)
+        change = self.pins.change_of_preferences(pairs.digest, self.config.preferences.path)
+        if change:
+            raise ConfigError(f"run {self.run_id!r} was started with other pairs: {change}")
+        return pairs
+
+    def pairs_digest(self, epoch: int) -> str | None:
+        """Return the digest of the preference pairs that an epoch trains on; None for samples.
+
+        It stands for the policy and the sampler that drew them, which are unknown.
+        """
+        if self.fork and self.fork.inherits(epoch):
+            return self.fork.parent.pairs_digest(epoch)
+        return self.pins.preferences
 
     @once_property
     def reward(self) -> Reward:
@@ -289,6 +317,17 @@ class Fork:
 def fork_of(store: Store, config: RunConfig) -> Fork | None:
     """Return what a run with this config inherits from its parent; None unless it is a fork."""
     return Fork(store, config, config.fork) if config.fork else None
+
+
+def pair_files(config: PreferencesConfig) -> PairFiles:
+    """Return the preference pairs that a config names.
+
+    Raises:
+        DdpoError: As `PairFiles`.
+    """
+    return PairFiles(
+        config.path, prompt=config.prompt, chosen=config.chosen, rejected=config.rejected
+    )
 
 
 def identity_digest(config: RunConfig, numerics: Numerics) -> str:

@@ -33,6 +33,7 @@ from ddpo.runs.run import (
     fork_of,
     identity_digest,
     open_run,
+    pair_files,
     run_of_record,
     storage_root,
 )
@@ -304,6 +305,8 @@ def _check_stored(
     reasons = (
         stored.pins.change_of_prompts(wanted.prompts, config.prompts.name),
         stored.pins.change_of_reward(reward.identity, config.reward.name),
+        config.preferences
+        and stored.pins.change_of_preferences(wanted.preferences, config.preferences.path),
     )
     changed = [
         *differences(stored.config.identity(), config.identity()),
@@ -340,4 +343,6 @@ def _check_folders(outputs: str) -> None:
 def _identity(config: RunConfig, reward: Reward) -> dict[str, JsonValue]:
     """Return the config's identity, with digests of what its names refer to today."""
     prompts = load_prompts(config.prompts.name, config.prompts.parameters)
-    return {**config.identity(), "digests": Pins.of(prompts, reward).model_dump(mode="json")}
+    pairs = pair_files(config.preferences) if config.preferences else None
+    pins = Pins.of(prompts, reward, pairs)
+    return {**config.identity(), "digests": pins.model_dump(mode="json")}

@@ -248,7 +248,7 @@ def test_a_config_is_identity_operation_and_numerics_and_nothing_twice() -> None
     assert not {"evaluation", "engine"} & set(operation)
     assert not set(identity) & set(operation)
     # A run that branches off none says nothing of it.
-    unsaid = {"fork", "evaluation", "engine"}
+    unsaid = {"fork", "preferences", "evaluation", "engine"}
     assert {*identity, *operation, "numerics", *unsaid} == set(RunConfig.model_fields)
     assert "fork" not in identity
 

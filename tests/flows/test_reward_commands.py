@@ -142,6 +142,7 @@ NEEDS = {
     "http": "a running reward service",
     "openai_vlm": "a server of a vision-language model",
     "ocr_text": "the program tesseract",
+    "preference": "preference pairs (`preferences` in the config)",
     "weighted": "what its components need",
     "starter_vqa": "prompts of the starter's scenes",
     "laion_aesthetic": "(1.7 GB) and the head (4 MB), fetched",

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from ddpo.basics import digests
 from ddpo.config import DdimSampler, ModelConfig
 from ddpo.diffusion.sampling import sample
 from ddpo.errors import ConfigError, ModelError
@@ -141,8 +142,8 @@ def test_base_digest_sees_one_bit_of_every_file(
 def test_the_digest_of_a_large_model_is_computed_once(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hub, "REMEMBERED_FROM_BYTES", 1)
-    monkeypatch.setattr(hub.constants, "HF_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(digests, "REMEMBERED_FROM_BYTES", 1)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "home"))
     copy = tmp_path / "copy"
     shutil.copytree(tiny_model, copy)
     first = digest_of(copy)

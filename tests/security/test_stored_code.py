@@ -313,12 +313,20 @@ def test_known_code(elsewhere: Elsewhere, monkeypatch: pytest.MonkeyPatch) -> No
             PLANTED,
         ),
         ({"prompts": {"name": "text_file", "parameters": {"path": "~/.netrc"}}}, "lines of a file"),
+        (
+            {
+                "preferences": {"path": "~/pairs"},
+                "algorithm": {"type": "dpo"},
+                "rollouts": {"samples_per_epoch": 8, "shard_size": 4, "samples_per_prompt": 2},
+            },
+            "preference pairs are files",
+        ),
     ],
-    ids=["http", "openai_vlm", "weighted", "text_file"],
+    ids=["http", "openai_vlm", "weighted", "text_file", "preferences"],
 )
 def test_addresses_and_files(elsewhere: Elsewhere, identity: dict[str, Any], named: str) -> None:
     """As long as a run from elsewhere is not trusted, its rewards send images to no address that it
-    names, and its prompts are read from no file of this machine.
+    names, and neither prompts nor preference pairs are read from files of this machine.
     """
     elsewhere.craft("plain", **identity)
     with pytest.raises(NotTrusted, match=named):

@@ -232,6 +232,8 @@ def check_on_policy(fork: Fork) -> None:
     parent, epoch = fork.parent, fork.epoch
     if fork.settings.off_policy or epoch not in fork.inherited_epochs:
         return
+    if parent.pairs_digest(epoch):
+        return
     own = fork.config.algorithm.needs.samples_from
     theirs = parent.config.algorithm.needs.samples_from
     inherited = parent.fork if parent.fork and parent.fork.is_off_policy(epoch) else None
