@@ -132,6 +132,7 @@ def night(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         yield made
 
 
+@pytest.mark.faults
 def test_a_run_that_is_cancelled_in_the_ui_stops_and_retry_resumes_it(night: Night) -> None:
     night.hold()
     with worker(night.operator, night.folder):

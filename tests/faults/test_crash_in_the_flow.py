@@ -131,8 +131,9 @@ def test_a_crash_anywhere_in_the_flow_changes_no_byte(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("moments", swept([(1,), (3,)], often=lambda moments: moments == 1))
 def test_a_crash_within_an_evaluation_changes_no_byte(
-    tiny_model: Path, tmp_path: Path, mlflow_database: Path
+    tiny_model: Path, tmp_path: Path, mlflow_database: Path, moments: int
 ) -> None:
     """Retention keeps one checkpoint alone, the evaluated one for as long as it is needed."""
     evaluation = {
@@ -151,8 +152,13 @@ def test_a_crash_within_an_evaluation_changes_no_byte(
         found = [i for i, name in enumerate(made, 1) if "evaluations/" in name]
         summaries = [i for i in found if "manifests/evaluations/summaries" in made[i - 1]]
         assert len(summaries) == 3
-        # The first image; a score; the summary of a checkpoint that retention then takes.
-        return [(found[1], "after"), (found[len(found) // 2], "before"), (summaries[1], "before")]
+        # The summary of a checkpoint that retention then takes; the first image; a score.
+        taken: list[tuple[int, Moment]] = [
+            (summaries[1], "before"),
+            (found[1], "after"),
+            (found[len(found) // 2], "before"),
+        ]
+        return taken[:moments]
 
     check_crashes(plan, points)
 
@@ -166,12 +172,15 @@ NO_LIMIT = {
 }
 
 
+ENDING = {**NO_LIMIT, "most_kl": 1e-12, "then": "stop"}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("gate", "made_of"),
+    ("gate", "made_of", "moments"),
     swept(
-        [({**NO_LIMIT, "most_kl": 1e-12, "then": "stop"}, "decisions"), (NO_LIMIT, "champions")],
-        often=lambda _, made_of: made_of == "champions",
+        [(NO_LIMIT, "champions", 1), (ENDING, "decisions", 4), (NO_LIMIT, "champions", 4)],
+        often=lambda _gate, _made_of, moments: moments == 1,
     ),
 )
 def test_a_crash_of_gate_or_champion_changes_no_byte_and_leaves_one_alias(
@@ -180,6 +189,7 @@ def test_a_crash_of_gate_or_champion_changes_no_byte_and_leaves_one_alias(
     mlflow_database: Path,
     gate: dict[str, Any],
     made_of: str,
+    moments: int,
 ) -> None:
     evaluation = {"every": 1, "count": 3, "seeds": [0], "kl_samples": 1, "gate": gate}
 
@@ -193,11 +203,12 @@ def test_a_crash_of_gate_or_champion_changes_no_byte_and_leaves_one_alias(
         )
         assert manifest < len(made)  # the weights are logged, and exported, after it
         # The last write records the end, when all is logged.
-        return [
+        taken: list[tuple[int, Moment]] = [
+            (manifest, "after"),
             (object_, "before"),
             (manifest, "before"),
-            (manifest, "after"),
             (len(made), "before"),
         ]
+        return taken[:moments]
 
     check_crashes(plan, points)

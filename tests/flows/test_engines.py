@@ -140,7 +140,7 @@ def killing(when: Callable[[], bool]) -> Iterator[list[int]]:
         thread.join()
 
 
-@pytest.mark.parametrize("name", POOLS)
+@pytest.mark.parametrize("name", swept(zip(POOLS), often=lambda name: name == "processes"))
 def test_an_engine_changes_no_byte(
     name: str,
     tiny_model: Path,
@@ -157,6 +157,7 @@ def test_an_engine_changes_no_byte(
     assert not workers()
 
 
+@pytest.mark.faults
 def test_a_run_resumes_on_another_engine(
     tiny_model: Path, mlflow_database: Path, tmp_path: Path, undisturbed: dict[str, bytes]
 ) -> None:
