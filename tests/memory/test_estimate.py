@@ -123,7 +123,9 @@ def test_so_it_is_for_solvers_which_remember(
 
 
 def test_so_it_is_for_the_starter() -> None:
-    settings = ["rollouts.samples_per_epoch=64", "algorithm.updates_per_epoch=1"]
+    settings = ["rollouts.samples_per_epoch=8", "rollouts.shard_size=8"]
+    settings += ["numerics.sample_batch_size=8", "numerics.micro_batch_size=8"]
+    settings += ["algorithm.updates_per_epoch=1"]
     config = read_config("configs/starter.yaml", [*settings, "numerics.threads=1"], {})
     found = estimate(config, resolve_numerics(config.numerics), prompts=len(PROMPTS))
     assert_close(found, config)
