@@ -40,11 +40,15 @@ class Task:
         config: Its file.
         seeds: Noise seeds of a prompt's images.
         beyond: Prompts that training never samples, by description; evaluated too.
+        shuffle: The setting that makes a control of it.
+        history: The task on whose runs' saved samples it trains, in place of its own.
     """
 
     config: str
     seeds: Sequence[int]
     beyond: Mapping[str, Sequence[Prompt]] = field(default_factory=dict)
+    shuffle: str = "algorithm.advantages.shuffle"
+    history: str | None = None
 
 
 HELD_OUT = starter_scenes(["activity"], held_out="only")
@@ -53,6 +57,12 @@ HELD_OUT = starter_scenes(["activity"], held_out="only")
 TASKS = {
     "compressibility": Task("configs/starter.yaml", SEEDS),
     "flow": Task("configs/starter_flow.yaml", SEEDS),
+    "nft": Task("configs/starter_nft.yaml", SEEDS),
+    "awm": Task("configs/starter_awm.yaml", SEEDS),
+    "dpo": Task("configs/starter_dpo.yaml", SEEDS, shuffle="algorithm.shuffle"),
+    "dpo-history": Task(
+        "configs/starter_dpo.yaml", SEEDS, shuffle="algorithm.shuffle", history="nft"
+    ),
     "incompressibility": Task("configs/starter_incompressibility.yaml", SEEDS),
     "colorfulness": Task("configs/starter_colorfulness.yaml", SEEDS),
     # 27 prompts, 16 images each: 432 pairs.
@@ -79,9 +89,18 @@ class Trial:
 
 def train(trial: Trial, folder: Path, threads: int) -> None:
     """Train one trial; see :func:`train_run`."""
-    shuffle = {"algorithm.advantages.shuffle": str(trial.control).lower()}
-    settings = {"seed": trial.seed, **shuffle, "numerics.threads": threads}
-    train_run(trial.run_id, TASKS[trial.task].config, settings, folder)
+    task = TASKS[trial.task]
+    settings = {
+        "seed": trial.seed,
+        task.shuffle: str(trial.control).lower(),
+        "numerics.threads": threads,
+    }
+    if task.history:
+        parent = Trial(task.history, trial.seed, control=False).run_id
+        epochs = open_run(Store.open(str(folder / "store")), parent).config.epochs
+        saved = f"run_id: {parent}, epoch: 0, rollouts: {epochs}, off_policy: true"
+        settings |= {"fork": f"{{{saved}}}", "epochs": epochs}
+    train_run(trial.run_id, task.config, settings, folder)
 
 
 def train_run(run_id: str, config: str, settings: Mapping[str, object], folder: Path) -> None:
@@ -228,8 +247,11 @@ def main() -> None:
         for control in (False, True)
     ]
     print(f"training {len(trials)} runs, {arguments.jobs} at a time, into {folder}", flush=True)
-    with ThreadPoolExecutor(arguments.jobs) as pool:
-        list(pool.map(lambda trial: train_and_measure(trial, folder, arguments.threads), trials))
+    # What others train on comes first.
+    for waits in (False, True):
+        due = [trial for trial in trials if bool(TASKS[trial.task].history) is waits]
+        with ThreadPoolExecutor(arguments.jobs) as pool:
+            list(pool.map(lambda trial: train_and_measure(trial, folder, arguments.threads), due))
     for task in arguments.tasks:
         for beyond in ("", *TASKS[task].beyond):
             print("\n" + table(task, folder, beyond), flush=True)

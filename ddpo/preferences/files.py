@@ -139,8 +139,8 @@ class PairFiles:
             except ConfigError as error:
                 raise ConfigError(
                     f"a preference pair cannot be used, {place}: {error}. Mend the row or leave it "
-                    "out, and start another run, or a fork of this one (`ddpo fork RUN --set "
-                    "fork.rollouts=0`), which keeps what was learned"
+                    "out, and start another run, or a fork of this one (`ddpo fork RUN EPOCH "
+                    "--set fork.rollouts=0`), which keeps what was learned"
                 ) from error
 
 
