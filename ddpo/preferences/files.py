@@ -139,7 +139,7 @@ class PairFiles:
             except ConfigError as error:
                 raise ConfigError(
                     f"a preference pair cannot be used, {place}: {error}. Mend the row or leave it "
-                    "out, and start another run, or a fork of this one (`ddpo fork RUN EPOCH "
+                    "out, and start another run, or a fork of this one (`ddpo fork RUN --epoch N "
                     "--set fork.rollouts=0`), which keeps what was learned"
                 ) from error
 
