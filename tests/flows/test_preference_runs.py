@@ -105,7 +105,9 @@ def test_a_resumed_run_has_the_same_bytes(tiny_model: Path, tmp_path: Path) -> N
     assert content(straight) == content(stopped)
 
 
-def test_pairs_that_have_changed_are_refused_by_name(tiny_model: Path, tmp_path: Path) -> None:
+def test_pairs_that_have_changed_are_refused_by_name_and_a_fork_trains_on_them(
+    tiny_model: Path, tmp_path: Path
+) -> None:
     pairs = write_pairs(tmp_path / "pairs" / "a.parquet", range(6))
     config = config_of(tiny_model, tmp_path, pairs)
     run_epochs(start_run(config, "r"), 1)
@@ -116,6 +118,12 @@ def test_pairs_that_have_changed_are_refused_by_name(tiny_model: Path, tmp_path:
         check_run(config, "r")
     with pytest.raises(ConfigError, match=told):
         run_epochs(open_run(start_run(config.changed(seed=1), "s").store, "r"), 2)
+    as_in_a_new_process()
+    run = open_run(start_run(config.changed(seed=2), "t").store, "r")
+    forked = fork_config(run, 1, overrides=["fork.rollouts=0"])
+    run_epochs(start_run(forked.changed(epochs=2), "mended"), 2)
+    (first, *_) = ROLLOUTS.require(run.store, Partition("mended", 1, 0)).rows()
+    assert first.prompt == "prompt 5"
 
 
 def test_a_fork_trains_on_the_same_pairs_without_reading_them_again(
