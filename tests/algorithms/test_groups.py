@@ -103,12 +103,15 @@ def test_groups_of_one_are_refused_since_nothing_could_be_learned() -> None:
     assert parse(algorithm=GROUP_OF_4, rollouts={"samples_per_prompt": 2})
 
 
-def test_the_example_of_the_docs_is_a_config() -> None:
+def test_the_examples_of_the_docs_are_configs() -> None:
     text = (Path(__file__).parents[2] / "docs" / "algorithms.md").read_text()
-    (example,) = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
-    config = parse(**yaml.safe_load(example))
-    assert config.rollouts.samples_per_prompt == 8
-    assert config.algorithm.advantages == GROUP
+    groups, pairs = (
+        parse(**yaml.safe_load(example))
+        for example in re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    )
+    assert groups.rollouts.samples_per_prompt == 8
+    assert groups.algorithm.advantages == GROUP
+    assert pairs.preferences and pairs.reward.name == "preference"
 
 
 def test_samples_of_a_group_share_a_prompt_and_groups_draw_independently(

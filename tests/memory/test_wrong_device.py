@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from ddpo.diffusion import window
-from ddpo.diffusion.ddim import Ddim
 from ddpo.memory.counting import LiveBytes, WrongDevice
 from ddpo.memory.estimate import estimate
 from ddpo.models.base import Conditioning, Policy
 from ddpo.models.numerics import resolve_numerics
+from ddpo.models.schedule import NoiseSchedule
 from ddpo.training.denoising import DenoisingGradient
 from ddpo.training.trajectories import TrajectoryGradient
 from tests.sweeps import swept
@@ -98,12 +98,12 @@ def _plant_times(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _plant_noising(monkeypatch: pytest.MonkeyPatch) -> None:
-    own = Ddim.noised
+    own = NoiseSchedule.noised
 
-    def misplaced(self: Ddim, clean: Any, noise: Any, times: Any) -> Any:
+    def misplaced(self: NoiseSchedule, clean: Any, noise: Any, times: Any) -> Any:
         return own(self, clean, torch.zeros(noise.shape), times)
 
-    monkeypatch.setattr(Ddim, "noised", misplaced)
+    monkeypatch.setattr(NoiseSchedule, "noised", misplaced)
 
 
 def _plant_others(monkeypatch: pytest.MonkeyPatch) -> None:
