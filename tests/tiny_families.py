@@ -284,3 +284,41 @@ def _seeded() -> Iterator[None]:
 def _saved(pipeline: Any, folder: Path) -> Path:
     pipeline.save_pretrained(folder, safe_serialization=True)
     return folder
+
+
+def plain_latents(
+    policy: Any, prompt: str, scheduler: Any = None, /, **arguments: Any
+) -> torch.Tensor:
+    """Return what the pipeline's own call makes of a prompt, by default with its own scheduler.
+
+    Returns:
+        [1, C, h, w].
+    """
+    pipeline = policy.pipeline  # the very weights: in memory that is aligned otherwise, they round
+    width, height = policy.size
+    before, pipeline.scheduler = pipeline.scheduler, scheduler or pipeline.scheduler
+    seen = []
+
+    def note(_pipeline: Any, _step: int, _time: Any, given: dict[str, Any]) -> dict[str, Any]:
+        seen.append(given["latents"])
+        return given
+
+    try:
+        pipeline(
+            prompt=prompt,
+            output_type="latent",
+            callback_on_step_end=note,
+            width=width,
+            height=height,
+            generator=torch.Generator().manual_seed(5),
+            **arguments,
+            **policy.pipeline_arguments,
+        )
+    finally:
+        pipeline.scheduler = before
+    latents = seen[-1]
+    if policy.pipeline_name == "FluxPipeline":
+        latents = pipeline._unpack_latents(latents, height, width, pipeline.vae_scale_factor)
+    if policy.pipeline_name == "Flux2KleinPipeline":
+        latents = latents.transpose(1, 2).reshape(1, *policy.latent_shape)
+    return latents

@@ -25,7 +25,7 @@ from ddpo.models.schedule import NoiseSchedule, Schedule
 from ddpo.runs.start import check_denoising
 from tests.configs import parse
 from tests.tiny import PROMPTS, SCHEDULE, build_tiny_model, grow_adapter, load_policy, tiny_config
-from tests.tiny_families import FAMILIES, SETTINGS
+from tests.tiny_families import FAMILIES, SETTINGS, plain_latents
 
 SOLVERS = {"dpm_solver": DPMSolverMultistepScheduler, "unipc": UniPCMultistepScheduler}
 BUILD = {
@@ -77,37 +77,6 @@ def own_scheduler(folder: Path) -> Any:
     return getattr(diffusers, kind).from_pretrained(folder, subfolder="scheduler")
 
 
-def plain_latents(policy: Any, scheduler: Any, prompt: str, **arguments: Any) -> Tensor:
-    """Return what the pipeline's own call makes of a prompt with a scheduler, [1, C, h, w]."""
-    pipeline = policy.pipeline  # the very weights: in memory that is aligned otherwise, they round
-    width, height = policy.size
-    before, pipeline.scheduler = pipeline.scheduler, scheduler
-    seen = []
-
-    def note(_pipeline: Any, _step: int, _time: Any, given: dict[str, Any]) -> dict[str, Any]:
-        seen.append(given["latents"])
-        return given
-
-    try:
-        pipeline(
-            prompt=prompt,
-            output_type="latent",
-            callback_on_step_end=note,
-            width=width,
-            height=height,
-            generator=torch.Generator().manual_seed(5),
-            **arguments,
-        )
-    finally:
-        pipeline.scheduler = before
-    latents = seen[-1]
-    if policy.pipeline_name == "FluxPipeline":
-        latents = pipeline._unpack_latents(latents, height, width, pipeline.vae_scale_factor)
-    if policy.pipeline_name == "Flux2KleinPipeline":
-        latents = latents.transpose(1, 2).reshape(1, *policy.latent_shape)
-    return latents
-
-
 @each_solver
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 @pytest.mark.parametrize("name", BUILD)
@@ -119,8 +88,7 @@ def test_final_latents_are_those_of_the_pipelines_own_call_to_the_bit(
     drawn = sample(policy, ["two cats"], [5], sampler)
     settings = {"solver_order": 2, **SHIFTS.get(name, {})}
     scheduler = SOLVERS[kind].from_config(own_scheduler(models.path(name)).config, **settings)
-    arguments = {**sampler.pipeline_arguments, **policy.pipeline_arguments}
-    theirs = plain_latents(policy, scheduler, "two cats", **arguments)
+    theirs = plain_latents(policy, "two cats", scheduler, **sampler.pipeline_arguments)
     assert torch.equal(drawn.latents[:, -1], theirs)
     assert drawn.times.tolist() == scheduler.timesteps.tolist()
     assert not drawn.log_probs.any() and drawn.log_prob_mean(0) is None

@@ -33,7 +33,7 @@ from tests.tiny import (
     rollouts_of,
     tiny_config,
 )
-from tests.tiny_families import FAMILIES, SETTINGS, build_tiny_sd3
+from tests.tiny_families import FAMILIES, SETTINGS, build_tiny_sd3, plain_latents
 
 PROCESSES = {
     "sdxl": ["ddim"],
@@ -56,34 +56,6 @@ def family_config(models: Mapping[str, Path], name: str, **changes: Any) -> RunC
     return tiny_config(models[name], **own)
 
 
-def plain_latents(policy: Any, config: RunConfig, prompt: str) -> torch.Tensor:
-    """Return what the pipeline's own call makes of a prompt, [1, C, h, w]."""
-    pipeline = policy.pipeline  # the very weights: in memory that is aligned otherwise, they round
-    width, height = policy.size
-    seen = []
-
-    def note(_pipeline: Any, _step: int, _time: Any, given: dict[str, Any]) -> dict[str, Any]:
-        seen.append(given["latents"])
-        return given
-
-    pipeline(
-        prompt=prompt,
-        output_type="latent",
-        callback_on_step_end=note,
-        width=width,
-        height=height,
-        generator=torch.Generator().manual_seed(5),
-        **config.sampler.at_inference(0.0).pipeline_arguments,
-        **policy.pipeline_arguments,
-    )
-    latents = seen[-1]
-    if policy.pipeline_name == "FluxPipeline":
-        latents = pipeline._unpack_latents(latents, height, width, pipeline.vae_scale_factor)
-    if policy.pipeline_name == "Flux2KleinPipeline":
-        latents = latents.transpose(1, 2).reshape(1, *policy.latent_shape)
-    return latents
-
-
 @pytest.mark.parametrize("prompt", ["two cats", ""])
 @pytest.mark.parametrize(
     ("name", "resolution"), [(name, size) for name in FAMILIES for size in (16, (24, 16))]
@@ -97,7 +69,7 @@ def test_latents_are_those_of_the_pipelines_own_call_to_the_bit(
     config = family_config(tiny_families, name, model={"resolution": resolution})
     policy = load_policy(config)
     ours = sample(policy, [prompt], [5], config.sampler.at_inference(0.0)).latents[:, -1]
-    theirs = plain_latents(policy, config, prompt)
+    theirs = plain_latents(policy, prompt, **config.sampler.at_inference(0.0).pipeline_arguments)
     assert torch.equal(ours, theirs)
     other = sample(policy, ["a dog"], [5], config.sampler.at_inference(0.0)).latents[:, -1]
     assert not torch.equal(ours, other)
