@@ -80,6 +80,7 @@ def automation_of(client: SyncPrefectClient) -> Automation:
     return found
 
 
+@pytest.mark.faults
 def test_every_deploy_sets_up_one_automation_that_stays_off_if_it_was_turned_off(
     operator: Operator,
 ) -> None:

@@ -239,6 +239,7 @@ def test_fork_from_the_form_ends_in_the_weights_of_its_run(
 
 
 @pytest.mark.slow
+@pytest.mark.faults
 def test_compare_from_the_form_runs_all_variants(operator: Operator, saved: Saved) -> None:
     base = {**saved.run.config.identity(), **saved.run.config.operation()}
     base["numerics"] = saved.run.config.numerics.model_dump(mode="json")

@@ -163,6 +163,7 @@ def test_credentials_in_a_config_are_refused_and_not_repeated(
 
 
 @pytest.mark.slow
+@pytest.mark.faults
 def test_a_run_is_resumed_on_s3_and_keeps_only_its_newest_checkpoint(
     seaweedfs: ObjectStore, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -236,6 +236,7 @@ def test_a_call_whose_worker_dies_is_made_again(engine: Engine, tmp_path: Path) 
     assert engine.call(die_once, str(tmp_path / "called")) == "alive"
 
 
+@pytest.mark.faults
 def test_a_call_that_kills_every_worker_ends(engine: Engine) -> None:
     with pytest.raises(WorkerLost, match=r"engine\.workers"):
         engine.call(die)
