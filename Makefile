@@ -62,7 +62,7 @@ bench: $(READY)  ## Measure the share of an epoch that is not model compute
 starter-report: $(READY)  ## Measure the starter model's images with its judge (five minutes)
 	$(BIN)/python -m bench.starter
 
-results: $(READY)  ## Train three seeds of every starter task, with shuffled controls (over three hours)
+results: $(READY)  ## Train three seeds of every starter task, with shuffled controls (a night)
 	$(BIN)/python -m bench.results
 
 screenshots: $(READY)  ## Take screenshots of a run's MLflow pages for the README (needs Chromium)

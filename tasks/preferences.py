@@ -11,7 +11,6 @@ import torch
 
 from ddpo.basics.images import encode_image
 from ddpo.preferences import PairFiles
-from ddpo.preferences.files import fitted
 from ddpo.rewards.builtin.preference import PREFERRED
 from ddpo.runs import Run
 from ddpo.store import keys
@@ -43,15 +42,16 @@ def encoded_shard(
     indices = range(shard * size, (shard + 1) * size)
     first = epoch * (total // 2)
     numbers = [first + index // 2 for index in indices]
-    found = {pair.row: pair for pair in pairs.read(sorted(set(numbers)))}
-    own = [found[number % len(pairs)] for number in numbers]
     preferred = [index % 2 == 0 for index in indices]
-    images, latents = [], []
+    latents = []
     with policy_at(run, checkpoint) as lease:
         policy, batch = lease.policy, lease.policy.numerics.sample_batch_size
         report("sample", indices[0], total)
-        for pair, is_chosen in zip(own, preferred, strict=True):
-            images.append(fitted(pair.chosen if is_chosen else pair.rejected, policy.size))
+        own = pairs.read(numbers, policy.size)
+        images = [
+            pair.chosen if is_chosen else pair.rejected
+            for pair, is_chosen in zip(own, preferred, strict=True)
+        ]
         for start in range(0, size, batch):
             latents.append(policy.encode_images(images[start : start + batch]).cpu())
             report("sample", indices[0] + min(start + batch, size), total)

@@ -34,7 +34,7 @@ class Pair:
     prompt: Prompt
     """What both images show."""
     chosen: Image.Image
-    """The preferred image, RGB, in its own size."""
+    """The preferred image, RGB."""
     rejected: Image.Image
     """The other one."""
 
@@ -81,11 +81,12 @@ class PairFiles:
         """sha256 over names and contents of the files, and the columns that are read."""
         return json_digest([files_digest(self._files), self.columns])
 
-    def read(self, numbers: Sequence[int]) -> list[Pair]:
-        """Read some pairs.
+    def read(self, numbers: Sequence[int], size: tuple[int, int]) -> list[Pair]:
+        """Read some pairs. Each image is scaled and cropped before the next one is decoded.
 
         Args:
             numbers: Theirs, from 0; a number past the end starts again at the first.
+            size: Width and height of the images in pixels.
 
         Raises:
             ConfigError: A pair has no prompt, or an image that cannot be read.
@@ -95,7 +96,7 @@ class PairFiles:
         for group in self._groups:
             rows = sorted({number for number in wanted if number in group.rows})
             if rows:
-                found |= {pair.row: pair for pair in self._pairs(group, rows)}
+                found |= {pair.row: pair for pair in self._pairs(group, rows, size)}
         return [found[number] for number in wanted]
 
     def _described(self) -> Iterator[_Group]:
@@ -119,7 +120,7 @@ class PairFiles:
                     yield _Group(file, number, range(first, first + count))
                 first += count
 
-    def _pairs(self, group: _Group, rows: Sequence[int]) -> Iterator[Pair]:
+    def _pairs(self, group: _Group, rows: Sequence[int], size: tuple[int, int]) -> Iterator[Pair]:
         columns = list(dict.fromkeys(self.columns.values()))
         try:
             with pq.ParquetFile(group.file) as file:
@@ -133,8 +134,8 @@ class PairFiles:
                 yield Pair(
                     row,
                     Prompt(values[self.columns["prompt"]]),
-                    _image(values[self.columns["chosen"]], self.columns["chosen"]),
-                    _image(values[self.columns["rejected"]], self.columns["rejected"]),
+                    _image(values[self.columns["chosen"]], self.columns["chosen"], size),
+                    _image(values[self.columns["rejected"]], self.columns["rejected"], size),
                 )
             except ConfigError as error:
                 raise ConfigError(
@@ -142,16 +143,6 @@ class PairFiles:
                     "out, and start another run, or a fork of this one (`ddpo fork RUN --epoch N "
                     "--set fork.rollouts=0`), which keeps what was learned"
                 ) from error
-
-
-def fitted(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """Return the middle of an image in another size, with nothing stretched.
-
-    Args:
-        image: RGB.
-        size: Width and height in pixels.
-    """
-    return ImageOps.fit(image, size, Image.Resampling.LANCZOS)
 
 
 def _parquet_files(path: Path) -> list[tuple[str, Path]]:
@@ -172,8 +163,11 @@ def _parquet_files(path: Path) -> list[tuple[str, Path]]:
     return sorted(found)
 
 
-def _image(value: Any, column: str) -> Image.Image:
-    """Decode an image of any format that Pillow knows, as RGB."""
+def _image(value: Any, column: str, size: tuple[int, int]) -> Image.Image:
+    """Decode an image of any format that Pillow knows, as RGB: its middle, with nothing stretched.
+
+    Upright, as people saw it: cameras turn a photograph by a note in the file.
+    """
     data = value.get("bytes") if isinstance(value, dict) else value
     if not isinstance(data, bytes):
         raise ConfigError(
@@ -184,6 +178,7 @@ def _image(value: Any, column: str) -> Image.Image:
         image = Image.open(io.BytesIO(data))
         if image.width * image.height > PIXEL_LIMIT:
             raise ValueError(f"it has {image.width}x{image.height}, more than 4096x4096 pixels")
-        return as_rgb(image)
+        upright = as_rgb(ImageOps.exif_transpose(image))
+        return ImageOps.fit(upright, size, Image.Resampling.LANCZOS)
     except DECODING_ERRORS as error:
         raise ConfigError(f"the image in column {column!r} cannot be read: {error}") from error

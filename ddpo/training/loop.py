@@ -170,6 +170,8 @@ def _updated(
 
 
 def _sampling_forwards(policy: Policy, config: RunConfig) -> int:
+    if config.preferences:
+        return 0  # nothing drew the images of preference pairs
     per_image = config.sampler.steps * policy.forwards(config.sampler.guidance_scale)
     return config.rollouts.samples_per_epoch * per_image
 

@@ -9,7 +9,7 @@ from prefect.client.orchestration import get_client
 from prefect.settings import get_current_settings
 
 from ddpo.basics.redaction import hide_credentials
-from ddpo.config import RunConfig
+from ddpo.config import PreferencesConfig, RunConfig
 from ddpo.errors import DdpoError
 from ddpo.memory.advice import check_fit, free_memory
 from ddpo.models.numerics import resolve_numerics
@@ -17,11 +17,15 @@ from ddpo.prompts import load_prompts
 from ddpo.rewards import load_reward
 from ddpo.rewards.trial import try_out
 from ddpo.runs import storage_root
+from ddpo.runs.run import pair_files
 from ddpo.runs.start import check_denoising
 from ddpo.store.objects import Store
 from ddpo.store.upkeep.probe import probe
 from ddpo_workflow.tasks.tracking.connection import connect
 from ddpo_workflow.tasks.tracking.experiment import find_or_create_experiment
+
+_SIZE_PX = (64, 64)
+"""Of an image that is read only to see that it can be."""
 
 
 @dataclass(frozen=True)
@@ -49,9 +53,11 @@ def examine(config: RunConfig) -> Iterator[Finding]:
     Yields:
         One finding for each part, as soon as it is known; a failure does not end the checks.
     """
+    given = config.preferences
     checks: dict[str, Callable[[RunConfig], str]] = {
         "prompts": _prompts,
         "reward": _reward,
+        **({"preferences": lambda _: _preferences(given)} if given else {}),
         "storage": _storage,
         "model": _model,
         "device": _device,
@@ -81,6 +87,12 @@ def _reward(config: RunConfig) -> str:
         return reward.identity.reward_id
     try_out(reward, prompts, config.model.size)
     return reward.identity.reward_id
+
+
+def _preferences(config: PreferencesConfig) -> str:
+    pairs = pair_files(config)
+    (first,) = pairs.read([0], _SIZE_PX)
+    return f"{len(pairs)} preference pairs in {pairs.path}, such as {first.prompt.text!r}"
 
 
 def _storage(config: RunConfig) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from ddpo.runs.forks.plan import fork_config
 from ddpo.store.keys import Partition
 from ddpo.store.kinds import ADVANTAGES, CHECKPOINT, ROLLOUTS, SCORES
 from ddpo.store.upkeep.verify import verify_run
+from ddpo_workflow.flows.cli.doctor import examine
 from tests.fold import as_in_a_new_process, run_epochs
 from tests.preference_pairs import write_pairs
 from tests.tiny import assert_same_tensors, load_policy, tiny_config
@@ -88,9 +90,22 @@ def test_an_epoch_takes_the_next_pairs_encoded_once_and_learns_which_is_preferre
         not torch.equal(value, weights(run, 2)[name]) for name, value in weights(run, 1).items()
     )
     assert not verify_run(run.store, "r").damages
+    last = CHECKPOINT.require(run.store, Partition("r", 2))
+    assert last.document("metrics")["sampling_forwards"] == 0  # nothing was sampled
     write_dataset(History(run), tmp_path / "dataset")
     card = (tmp_path / "dataset" / "README.md").read_text()
     assert "preference pairs that people made" in card and "synthetic" not in card
+
+
+def test_doctor_looks_at_the_pairs(tiny_model: Path, tmp_path: Path) -> None:
+    pairs = write_pairs(tmp_path / "pairs" / "a.parquet", range(6))
+    for path, ready, told in (
+        (pairs, True, "6 preference pairs in .*, such as 'prompt 0'"),
+        (tmp_path / "nowhere", False, "no Parquet files"),
+    ):
+        findings = examine(config_of(tiny_model, tmp_path, path))
+        (found,) = (each for each in findings if each.part == "preferences")
+        assert found.ok is ready and re.search(told, found.message)
 
 
 def test_a_resumed_run_has_the_same_bytes(tiny_model: Path, tmp_path: Path) -> None:

@@ -1,8 +1,7 @@
-"""Images into latents: as diffusers' own image-to-image pipelines do it, and back."""
+"""Images into latents: what the autoencoder says, scaled as each family's, and back."""
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from PIL import Image
 from tests.tiny import build_tiny_model, load_policy, tiny_config
 from tests.tiny_families import FAMILIES, SETTINGS
 
-BUILD = {"sd": partial(build_tiny_model), **FAMILIES}
+BUILD = {"sd": build_tiny_model, **FAMILIES}
 
 
 @pytest.mark.parametrize("name", BUILD)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,13 @@ from ddpo.basics import trust
 from ddpo.config import PreferencesConfig
 from ddpo.errors import ConfigError, NotTrusted
 from ddpo.preferences import PairFiles
-from ddpo.preferences.files import fitted
 from ddpo.runs.run import pair_files
 from tests.preference_pairs import encoded, write_pairs
 
 
 def read(path: Path, numbers: list[int], **columns: str) -> list[tuple[str, int, int]]:
     """Return prompt and gray levels of some pairs."""
-    pairs = pair_files(PreferencesConfig(path=str(path), **columns)).read(numbers)
+    pairs = pair_files(PreferencesConfig(path=str(path), **columns)).read(numbers, (8, 8))
     return [
         (each.prompt.text, *(image.getpixel((0, 0))[0] for image in (each.chosen, each.rejected)))
         for each in pairs
@@ -124,11 +124,21 @@ def test_a_stored_run_reads_no_files_here_until_it_is_trusted(tmp_path: Path) ->
         PairFiles(str(tmp_path), prompt="prompt", chosen="chosen", rejected="rejected")
 
 
-def test_images_are_scaled_and_cropped_to_the_middle() -> None:
-    """A wide image with a red left, a green middle and a blue right, twice as large as asked."""
+def test_images_are_upright_scaled_and_cropped_to_the_middle(tmp_path: Path) -> None:
+    """A wide image with a red left, a green middle and a blue right; and one turned by its file."""
     colours = np.eye(3, dtype=np.uint8).repeat(16, axis=0)[None].repeat(16, axis=0) * 255
-    image = fitted(Image.fromarray(colours), (8, 8))
-    assert image.size == (8, 8)
-    middle = np.asarray(image)[:, 2:6].astype(int)  # the filter reaches past the edge by rounding
+    wide, turned = io.BytesIO(), io.BytesIO()
+    Image.fromarray(colours).save(wide, "PNG")
+    halves = np.zeros((16, 16, 3), np.uint8)
+    halves[:8] = 255
+    exif = Image.Exif()
+    exif[0x0112] = 6  # orientation: to be turned by 90 degrees clockwise
+    Image.fromarray(halves).save(turned, "PNG", exif=exif)
+    row = {"prompt": "a cat", "chosen": wide.getvalue(), "rejected": turned.getvalue()}
+    pq.write_table(pa.Table.from_pylist([row]), tmp_path / "a.parquet")
+    (pair,) = pair_files(PreferencesConfig(path=str(tmp_path))).read([0], (8, 8))
+    assert pair.chosen.size == pair.rejected.size == (8, 8)
+    middle = np.asarray(pair.chosen)[:, 2:6].astype(int)  # the filter reaches past the edge a bit
     assert abs(middle - (0, 255, 0)).max() <= 2
-    assert fitted(image, (8, 8)).tobytes() == image.tobytes()
+    upright = np.asarray(pair.rejected).astype(int)
+    assert upright[:, 6:].min() > 250 and upright[:, :2].max() < 5
