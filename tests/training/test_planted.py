@@ -27,6 +27,7 @@ from ddpo.algorithms.base import PromptStatistics, Scored
 from ddpo.diffusion import Transition
 from ddpo.diffusion.ddim import Ddim
 from ddpo.models import Conditioning, Policy
+from ddpo.models.schedule import NoiseSchedule
 from ddpo.models.stable_diffusion import StableDiffusion
 from ddpo.runs import RunHandle, start_run
 from ddpo.store import manifests
@@ -321,16 +322,16 @@ def test_regression_on_the_other_prediction_type_is_caught(
     regression_check: Callable[[], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Noise as the target of a model that predicts v."""
-    right = Ddim.noised
+    right = NoiseSchedule.noised
 
     def with_the_noise_as_target(
-        self: Ddim, clean: torch.Tensor, noise: torch.Tensor, times: torch.Tensor
+        self: NoiseSchedule, clean: torch.Tensor, noise: torch.Tensor, times: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         return right(self, clean, noise, times)[0], noise
 
     assert_turns_red(
         regression_check,
-        lambda: monkeypatch.setattr(Ddim, "noised", with_the_noise_as_target),
+        lambda: monkeypatch.setattr(NoiseSchedule, "noised", with_the_noise_as_target),
         "gradient off by",
     )
 
