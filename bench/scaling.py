@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import psutil
 from PIL import Image
+from prefect.client.orchestration import get_client
 from prefect.settings import PREFECT_HOME
 
 import ddpo_workflow.tasks.sample
@@ -33,7 +34,6 @@ from ddpo.store.artefacts import RolloutShard
 from ddpo.store.checkpoints import Checkpoint
 from ddpo.store.manifests import Ref
 from ddpo.store.tables import RolloutRow, encode_rollouts, encode_samples
-from ddpo_workflow.flows.cli.signals import start_server
 from ddpo_workflow.flows.epoch import submit_shards
 from ddpo_workflow.flows.flow import ddpo_flow, without_heartbeats
 from ddpo_workflow.tasks.engines import open_engine, ray_actors
@@ -217,7 +217,7 @@ def main() -> None:
     if arguments.cpus:
         start_cluster(arguments.cpus)
     with tempfile.TemporaryDirectory() as folder, without_heartbeats():
-        start_server()
+        get_client(sync_client=True)  # starts Prefect's temporary server
         for shards in arguments.shards:
             for workers in arguments.workers:
                 engine: dict[str, Any] | str = {"type": arguments.engine, "workers": workers}

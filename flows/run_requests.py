@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import secrets
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 Plan = TypeVar("Plan")
 
 _resolved: ContextVar[tuple[Request[Any], Any] | None] = ContextVar("resolved", default=None)
+_once_read: ContextVar[Callable[[], None] | None] = ContextVar("once_read", default=None)
 
 
 class Request(BaseModel, Generic[Plan]):
@@ -44,9 +45,18 @@ class Request(BaseModel, Generic[Plan]):
         """
 
     @contextmanager
-    def resolved(self) -> Iterator[Plan]:
-        """Resolve the request ahead of a flow with the same arguments, called in this context."""
-        plan = self.resolve()
+    def resolved(self, once_read: Callable[[], None] | None = None) -> Iterator[Plan]:
+        """Resolve the request ahead of a flow with the same arguments, called in this context.
+
+        Args:
+            once_read: Called when the request itself makes sense, before heavy libraries are
+                imported to check what it names.
+        """
+        reading = _once_read.set(once_read)
+        try:
+            plan = self.resolve()
+        finally:
+            _once_read.reset(reading)
         token = _resolved.set((self, plan))
         try:
             yield plan
@@ -219,6 +229,8 @@ class RescoreRequest(Request[Rescoring]):
             run.config.algorithm.check_reward(normalises_by_group=reward.normalises_by_group)
         except ValueError as error:
             raise ConfigError(f"reward {self.reward!r}: {error}") from None
+
+        _begin_checks()
         from ddpo_workflow.tasks.tracking.connection import connect  # imports MLflow
         from ddpo_workflow.tasks.worker import scorer_of
 
@@ -283,6 +295,8 @@ class EvaluateRequest(Request[EvaluationPlan]):
         apply_overrides(raw, self.overrides)
         config = parse_config(raw, f"the evaluation of run {self.run_id}").evaluation
         assert config is not None
+
+        _begin_checks()
         from ddpo.analysis.evaluation.plan import evaluation_set, kept_checkpoints
         from ddpo.runs.start import check_evaluation
         from ddpo_workflow.tasks.tracking.connection import connect  # imports MLflow
@@ -363,6 +377,7 @@ def check_comparison(comparison: Comparison) -> ComparisonPlan:
         RunBeingTrained: Another process trains one of them.
         DdpoError: One of the runs cannot start, or MLflow cannot be reached.
     """
+    _begin_checks()
     from ddpo.errors import ConfigError, RunIdentityMismatch
     from ddpo.runs import check_run
 
@@ -426,6 +441,7 @@ def _opened(root: str, run_id: str, *, trust: bool) -> Run:
 
 def _check_start(config: RunConfig, run_id: str) -> RunPlan:
     """Check that a run can start: every way of starting one by itself comes through here."""
+    _begin_checks()
     from ddpo.analysis.comparison.plan import check_not_shared
     from ddpo.runs import check_run
 
@@ -448,3 +464,9 @@ def _check_surroundings(plans: Sequence[RunPlan]) -> None:
         wait_until_free(plan.store, plan.run_id)
     connect(plans[0].config.tracking.uri)
     check_model(plans)
+
+
+def _begin_checks() -> None:
+    """Say that a request makes sense; what follows imports heavy libraries."""
+    if once_read := _once_read.get():
+        once_read()

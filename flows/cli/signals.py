@@ -20,7 +20,6 @@ from contextlib import suppress
 from types import FrameType, TracebackType
 
 import psutil
-from prefect.settings import get_current_settings
 
 from ddpo.basics.children import ordinary_children
 from ddpo_workflow.flows.hooks import cancel_unfinished
@@ -132,22 +131,6 @@ class StopHandler:
         if not self._message_shown:
             self._message_shown = True
             _attempt(_MESSAGE_S, self._show_message)
-
-
-def start_server() -> None:
-    """Start Prefect's temporary server, if one is needed, with SIGINT blocked.
-
-    A terminal sends Ctrl-C to the server as well, which must outlive it to record the last states
-    of the run. The signal mask is inherited; the run ends its server by SIGTERM.
-    """
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        if get_current_settings().api.url is None:
-            from ddpo_workflow.flows.cli.temporary_server import start_temporary_server
-
-            start_temporary_server()  # imports Prefect's server
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 def _raise(number: int, frame: FrameType | None) -> None:

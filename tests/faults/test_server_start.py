@@ -8,8 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
+from tests.prefect_homes import prefect_home
 from tests.zygote import zygote
 
 LIMIT_S = 900
@@ -17,17 +19,33 @@ LIMIT_S = 900
 START = """
 from ddpo_workflow.flows.cli.quiet import set_defaults
 set_defaults()
-from ddpo_workflow.flows.cli.signals import start_server
+from ddpo_workflow.flows.cli.temporary_server import start_server
 start_server()
 from prefect.client.orchestration import get_client
 print("problem:", get_client(sync_client=True).api_healthcheck())
+"""
+
+BEGIN = """
+import time
+from ddpo_workflow.flows.cli import temporary_server
+temporary_server.start_server()
+for server in temporary_server._begun:
+    print(server._process.pid, flush=True)
+time.sleep(900)
+"""
+
+NAMED = """
+from ddpo_workflow.flows.cli.temporary_server import start_server
+start_server()
+from prefect.settings import get_current_settings
+print(get_current_settings().api.url)
 """
 
 OPEN = """
 import asyncio
 from ddpo_workflow.flows.cli.quiet import set_defaults
 set_defaults()
-from ddpo_workflow.flows.cli.temporary_server import open_database
+from ddpo_workflow.flows.cli.temporary_server_process import open_database
 print("ready", flush=True)
 input()
 asyncio.run(open_database())
@@ -66,6 +84,34 @@ def test_the_server_is_reached_without_the_proxy_of_the_environment(tmp_path: Pa
         env=environment, capture_output=True, text=True, check=False, timeout=LIMIT_S,
     )  # fmt: skip
     assert done.stdout.strip() == "problem: None", done.stdout + done.stderr[-2000:]
+
+
+@pytest.mark.slow
+def test_it_ends_with_the_process_that_has_started_it(tmp_path: Path) -> None:
+    """Also where that is killed, and can end nothing."""
+    environment = {**os.environ, "PREFECT_HOME": prefect_home(tmp_path / "prefect")}
+    with subprocess.Popen(
+        [sys.executable, "-c", BEGIN], env=environment, stdout=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            assert process.stdout is not None
+            server = psutil.Process(int(process.stdout.readline()))
+        finally:
+            process.kill()
+    assert not psutil.wait_procs([server], timeout=60)[1]
+
+
+def test_a_server_that_prefects_settings_name_is_used(tmp_path: Path) -> None:
+    (tmp_path / "profiles.toml").write_text(
+        'active = "mine"\n[profiles.mine]\nPREFECT_API_URL = "http://127.0.0.1:9/api"\n'
+    )
+    environment = {**os.environ, "PREFECT_HOME": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", NAMED],
+        env=environment, capture_output=True, text=True, check=False, timeout=LIMIT_S,
+    )  # fmt: skip
+    assert done.stdout.strip() == "http://127.0.0.1:9/api", done.stdout + done.stderr[-2000:]
+    assert not (tmp_path / "prefect.db").exists()
 
 
 @pytest.mark.slow
