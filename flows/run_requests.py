@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 Plan = TypeVar("Plan")
 
 _resolved: ContextVar[tuple[Request[Any], Any] | None] = ContextVar("resolved", default=None)
-_once_read: ContextVar[Callable[[], None] | None] = ContextVar("once_read", default=None)
+_beside_imports: ContextVar[Callable[[], None] | None] = ContextVar("beside", default=None)
 
 
 class Request(BaseModel, Generic[Plan]):
@@ -45,18 +45,18 @@ class Request(BaseModel, Generic[Plan]):
         """
 
     @contextmanager
-    def resolved(self, once_read: Callable[[], None] | None = None) -> Iterator[Plan]:
+    def resolved(self, beside_imports: Callable[[], None] | None = None) -> Iterator[Plan]:
         """Resolve the request ahead of a flow with the same arguments, called in this context.
 
         Args:
-            once_read: Called when the request itself makes sense, before heavy libraries are
-                imported to check what it names.
+            beside_imports: Begins what may go on while the libraries of models are imported; called
+                once all is checked that needs none of them.
         """
-        reading = _once_read.set(once_read)
+        begun = _beside_imports.set(beside_imports)
         try:
             plan = self.resolve()
         finally:
-            _once_read.reset(reading)
+            _beside_imports.reset(begun)
         token = _resolved.set((self, plan))
         try:
             yield plan
@@ -230,7 +230,7 @@ class RescoreRequest(Request[Rescoring]):
         except ValueError as error:
             raise ConfigError(f"reward {self.reward!r}: {error}") from None
 
-        _begin_checks()
+        _before_models()
         from ddpo_workflow.tasks.tracking.connection import connect  # imports MLflow
         from ddpo_workflow.tasks.worker import scorer_of
 
@@ -296,7 +296,7 @@ class EvaluateRequest(Request[EvaluationPlan]):
         config = parse_config(raw, f"the evaluation of run {self.run_id}").evaluation
         assert config is not None
 
-        _begin_checks()
+        _before_models()
         from ddpo.analysis.evaluation.plan import evaluation_set, kept_checkpoints
         from ddpo.runs.start import check_evaluation
         from ddpo_workflow.tasks.tracking.connection import connect  # imports MLflow
@@ -377,7 +377,6 @@ def check_comparison(comparison: Comparison) -> ComparisonPlan:
         RunBeingTrained: Another process trains one of them.
         DdpoError: One of the runs cannot start, or MLflow cannot be reached.
     """
-    _begin_checks()
     from ddpo.errors import ConfigError, RunIdentityMismatch
     from ddpo.runs import check_run
 
@@ -385,7 +384,10 @@ def check_comparison(comparison: Comparison) -> ComparisonPlan:
     for member in comparison.members:
         try:
             plans[member.run_id] = check_run(
-                member.config, member.run_id, awaits_parent=member.config.fork is not None
+                member.config,
+                member.run_id,
+                awaits_parent=member.config.fork is not None,
+                before_models=_before_models,
             )
         except RunIdentityMismatch as error:
             shared = member is comparison.shared[member.seed]
@@ -441,11 +443,10 @@ def _opened(root: str, run_id: str, *, trust: bool) -> Run:
 
 def _check_start(config: RunConfig, run_id: str) -> RunPlan:
     """Check that a run can start: every way of starting one by itself comes through here."""
-    _begin_checks()
     from ddpo.analysis.comparison.plan import check_not_shared
     from ddpo.runs import check_run
 
-    plan = check_run(config, run_id)
+    plan = check_run(config, run_id, before_models=_before_models)
     check_not_shared(plan.store, plan.run_id)
     _check_surroundings([plan])
     return plan
@@ -466,7 +467,7 @@ def _check_surroundings(plans: Sequence[RunPlan]) -> None:
     check_model(plans)
 
 
-def _begin_checks() -> None:
-    """Say that a request makes sense; what follows imports heavy libraries."""
-    if once_read := _once_read.get():
-        once_read()
+def _before_models() -> None:
+    """Say that the libraries of models are imported next: all that needs none is checked."""
+    if begin := _beside_imports.get():
+        begin()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Event
@@ -154,13 +154,21 @@ def start_run(config: RunConfig, run_id: str) -> Run:
     return check_run(config, run_id).start()
 
 
-def check_run(config: RunConfig, run_id: str, *, awaits_parent: bool = False) -> RunPlan:
+def check_run(
+    config: RunConfig,
+    run_id: str,
+    *,
+    awaits_parent: bool = False,
+    before_models: Callable[[], None] = lambda: None,
+) -> RunPlan:
     """Check that a run can start or be resumed, before a model is loaded or anything is written.
 
     Args:
         config: The config of this start.
         run_id: The run's name.
         awaits_parent: Whether a fork's parent has not run yet.
+        before_models: Called when all is checked that can be without the libraries of models, which
+            take seconds to import.
 
     Returns:
         The run, ready to start.
@@ -179,6 +187,7 @@ def check_run(config: RunConfig, run_id: str, *, awaits_parent: bool = False) ->
     if config.evaluation:
         check_evaluation(config.evaluation, reward)
     identity = _identity(config, reward)
+    before_models()
     check_denoising(config)
     if store.exists(keys.run_key(run_id)):
         numerics = _check_stored(store, run_id, config, identity, reward)

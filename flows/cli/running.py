@@ -39,7 +39,7 @@ def checked(request: Request[Plan]) -> Iterator[Plan]:
     """
     say("checking model, store and tracking ...", style="dim")
     gc.disable()  # a tenth of the time of imports; until `running`
-    with early_stop.nothing_begun(), request.resolved(once_read=begin_server) as plan:
+    with early_stop.nothing_begun(), request.resolved(beside_imports=begin_server) as plan:
         yield plan
 
 
