@@ -21,6 +21,7 @@ import numpy as np
 
 from bench.evaluate import SEEDS, Evaluation, Gain, evaluate
 from ddpo.basics.digests import json_digest, sha256_bytes
+from ddpo.config.files import read_config
 from ddpo.models.hub import STARTERS
 from ddpo.prompts import Prompt
 from ddpo.prompts.sets import starter_scenes
@@ -42,6 +43,7 @@ class Task:
         beyond: Prompts that training never samples, by description; evaluated too.
         shuffle: The setting that makes a control of it.
         history: The task on whose runs' saved samples it trains, in place of its own.
+        sampled_as: The config whose sampler its images are evaluated with; by default its own.
     """
 
     config: str
@@ -49,6 +51,7 @@ class Task:
     beyond: Mapping[str, Sequence[Prompt]] = field(default_factory=dict)
     shuffle: str = "algorithm.advantages.shuffle"
     history: str | None = None
+    sampled_as: str | None = None
 
 
 HELD_OUT = starter_scenes(["activity"], held_out="only")
@@ -56,6 +59,7 @@ HELD_OUT = starter_scenes(["activity"], held_out="only")
 
 TASKS = {
     "compressibility": Task("configs/starter.yaml", SEEDS),
+    "fast": Task("configs/starter_fast.yaml", SEEDS, sampled_as="configs/starter.yaml"),
     "flow": Task("configs/starter_flow.yaml", SEEDS),
     "nft": Task("configs/starter_nft.yaml", SEEDS),
     "awm": Task("configs/starter_awm.yaml", SEEDS),
@@ -167,12 +171,20 @@ def measure(
     judge = sha256_bytes((JUDGE_PATH / "model.safetensors").read_bytes())[:8]
     task = TASKS[trial.task]
     prompts = task.beyond[beyond] if beyond else run.prompts
-    asked = json_digest([[p.text for p in prompts], list(task.seeds), run.reward.identity.digest])
+    sampler = read_config(task.sampled_as).sampler if task.sampled_as else None
+    asked = json_digest(
+        [
+            [p.text for p in prompts],
+            list(task.seeds),
+            run.reward.identity.digest,
+            *([sampler.model_dump(mode="json")] if sampler else []),
+        ]
+    )
     for epoch, name in ((0, f"base-{trial.task}"), (run.config.epochs, trial.run_id)):
         of = f"{run.identity_digest[:8] if epoch else base}-{run.config.epochs if epoch else 0}"
         file = cache / f"{name}-{of}-{judge}-{asked[:8]}.json"
         if not file.exists():
-            result = evaluate(run, epoch, seeds=task.seeds, prompts=prompts)
+            result = evaluate(run, epoch, seeds=task.seeds, prompts=prompts, sampler=sampler)
             cache.mkdir(parents=True, exist_ok=True)
             whole = file.with_suffix(f".{trial.run_id}")
             content = asdict(result) | {"rewards": result.rewards.tolist()}

@@ -95,6 +95,7 @@ def _sampled(run: Run, checkpoint: Ref[Checkpoint], epoch: int, shard: int) -> O
             [p.text for p in prompts],
             seeds,
             sampler_of_epoch(lease.policy, run.config, epoch),
+            starts=_starts(run, epoch, indices),
             updates=lease.state.updates,
             on_images=on_images,
         )
@@ -108,8 +109,21 @@ def _sampled(run: Run, checkpoint: Ref[Checkpoint], epoch: int, shard: int) -> O
 
 def prompt_of(run: Run, epoch: int, index: int) -> Prompt:
     """Return the prompt of a sample, its group's; it depends on seed, epoch and group alone."""
-    group = index // run.config.rollouts.samples_per_prompt
-    return draw_prompt(run.prompts, generator(derive_seed(run.config.seed, "prompt", epoch, group)))
+    seed = derive_seed(run.config.seed, "prompt", epoch, _group_of(run, index))
+    return draw_prompt(run.prompts, generator(seed))
+
+
+def _starts(run: Run, epoch: int, indices: Sequence[int]) -> list[int] | None:
+    """Return the seeds of samples' starting latents where their groups share them."""
+    if not run.config.rollouts.shared_start:
+        return None
+    return [
+        derive_seed(run.config.seed, "start", epoch, _group_of(run, index)) for index in indices
+    ]
+
+
+def _group_of(run: Run, index: int) -> int:
+    return index // run.config.rollouts.samples_per_prompt
 
 
 def _tensors(run: Run, sampled: Trajectories) -> dict[str, Tensor]:

@@ -37,6 +37,9 @@ class RolloutsConfig(Part):
     samples_per_prompt: PositiveInt = Field(default=1, exclude_if=is_one)
     """Size of a group: this many consecutive samples share a prompt. By default each image has a
     prompt of its own."""
+    shared_start: bool = Field(default=False, exclude_if=is_off)
+    """Start all samples of a group from the same noise (DanceGRPO, arXiv 2505.07818), so that their
+    rewards differ by the noise of their steps alone, which is what log-probs are of."""
     shard_size: PositiveInt = 64
     """Images per task: the unit that is committed, scored and retried."""
     store_trajectories: Literal["auto", "full", "final"] = Field(default="auto", exclude_if=is_auto)
@@ -139,6 +142,22 @@ class RunConfig(Part):
             "rollouts.shard_size",
             self.rollouts.shard_size,
         )
+        return self
+
+    @model_validator(mode="after")
+    def _shared_start_fits(self) -> RunConfig:
+        if not self.rollouts.shared_start:
+            return self
+        if self.rollouts.samples_per_prompt == 1:
+            raise ValueError(
+                "rollouts.shared_start: groups share it, and rollouts.samples_per_prompt is 1; set "
+                "it to 2 or more"
+            )
+        if not self.sampler.stochastic:
+            raise ValueError(
+                "rollouts.shared_start: a sampler without noise makes the same image of the same "
+                "start; remove it"
+            )
         return self
 
     @model_validator(mode="after")

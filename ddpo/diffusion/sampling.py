@@ -47,6 +47,7 @@ def sample(
     seeds: Sequence[int],
     sampler: SamplerConfig,
     *,
+    starts: Sequence[int] | None = None,
     updates: int | None = None,
     on_images: Callable[[int], None] = lambda count: None,
 ) -> Trajectories:
@@ -59,6 +60,8 @@ def sample(
             numbers of a seed's generator are the starting latents.
         sampler: Process and guidance; if noise is drawn in a window only, as
             :func:`~ddpo.diffusion.window.sampler_of_epoch` resolved it.
+        starts: B seeds of the starting latents, where these are not of the samples' own seeds. The
+            noise of the steps is the same with and without them.
         updates: Optimizer steps behind the policy's weights, for the error's message; None if
             unknown.
         on_images: Called with the number of images that were just finished.
@@ -76,7 +79,14 @@ def sample(
     latents = torch.empty(0)
     for start in range(0, len(prompts), size):
         batch = slice(start, start + size)
-        drawn = _sample_batch(policy, prompts[batch], seeds[batch], process, sampler.guidance_scale)
+        drawn = _sample_batch(
+            policy,
+            prompts[batch],
+            seeds[batch],
+            starts and starts[batch],
+            process,
+            sampler.guidance_scale,
+        )
         _check_finite(drawn, prompts[batch], policy, updates)
         if start == 0:  # once for all: joining them at the end would take the room twice
             latents = drawn.latents.new_empty(len(prompts), *drawn.latents.shape[1:])
@@ -120,12 +130,16 @@ def _sample_batch(
     policy: Policy,
     prompts: Sequence[str],
     seeds: Sequence[int],
+    starts: Sequence[int] | None,
     process: Process,
     guidance_scale: float,
 ) -> Trajectories:
     generators = [generator(seed) for seed in seeds]
     conditioning = policy.encode(prompts)
-    latents = [_noise(policy, generators) * process.initial_noise_scale]
+    start = _noise(policy, generators)
+    if starts:
+        start = _noise(policy, [generator(seed) for seed in starts])
+    latents = [start * process.initial_noise_scale]
     log_probs: list[Tensor] = []
     draws_noise = bool(process.stochastic().any())
     step = process.stepper()
