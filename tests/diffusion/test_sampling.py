@@ -85,6 +85,17 @@ def test_a_sample_depends_on_its_seed_and_its_prompt(policy: Policy) -> None:
     assert not torch.allclose(drawn.latents[0, -1], drawn.latents[2, -1], atol=1e-3)
 
 
+def test_other_starts_leave_the_noise_of_steps_as_it_is(policy: Policy) -> None:
+    """Of a seed's numbers the first make the start, whether or not it is used."""
+    own = draw(policy, PROMPTS[:4], SEEDS)
+    same = sample(policy, PROMPTS[:4], SEEDS, SAMPLER, starts=SEEDS)
+    assert torch.equal(own.latents, same.latents)
+    shared = sample(policy, PROMPTS[:4], SEEDS, SAMPLER, starts=[SEEDS[0]] * 4)
+    assert torch.equal(own.latents[0], shared.latents[0])
+    assert torch.equal(shared.latents[:, 0], own.latents[:1, 0].expand(4, -1, -1, -1))
+    assert not torch.equal(own.latents[1, 1], shared.latents[1, 1])
+
+
 @pytest.mark.parametrize("batch", [1, 3])
 def test_batch_sizes_change_no_more_than_rounding(policy: Policy, batch: int) -> None:
     by_four = draw(policy, PROMPTS[:4], SEEDS)
