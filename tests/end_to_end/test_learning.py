@@ -11,9 +11,9 @@ from ddpo.config.files import read_config
 from ddpo.runs import Run, start_run
 from tests.fold import run_epochs
 
-EPOCHS = 3
+EPOCHS = 2
 SEEDS = tuple(range(101, 113))
-# The demo's settings, and few prompts, so that three epochs teach each of them something.
+# The demo's settings, and few prompts, so that two epochs teach each of them something.
 SMALL = [
     "prompts={name: prompt_list, parameters: {prompts: [a cat, a fox, a turtle, a butterfly]}}",
     "numerics.threads=1",
@@ -23,7 +23,7 @@ SMALL = [
 def short_run(folder: Path, *settings: str) -> Run:
     """Train on the starter."""
     overrides = [*SMALL, f"storage.root={folder}", *settings]
-    run = start_run(read_config("configs/starter.yaml", overrides), "short")
+    run = start_run(read_config("configs/starter_fast.yaml", overrides), "short")
     run_epochs(run, EPOCHS)
     return run
 

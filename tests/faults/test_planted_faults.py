@@ -142,23 +142,24 @@ def _forgetting(started: list[Any]) -> Callable[[], None]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("check", "plant", "says"),
-    [
-        (check_a_crash_before_each_rollout_write, manifest_first, "nothing under the key"),
-        (check_damage_is_named, trust_what_is_read, "went through"),
-        (check_a_crash_before_each_rollout_write, draw_noise_from_the_process, "other bytes"),
-    ],
-    ids=["manifest before its data", "digest not checked", "generator not restored"],
-)
-def test_a_planted_bug_turns_the_check_red(
-    check: Callable[[Plan], None],
-    plant: Callable[[pytest.MonkeyPatch], None],
-    says: str,
-    plan: Plan,
-    monkeypatch: pytest.MonkeyPatch,
+def test_planted_bugs_turn_the_check_of_crashes_red(
+    plan: Plan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    check(lambda name: plan(f"right/{name}"))
-    plant(monkeypatch)
-    with pytest.raises((AssertionError, MissingObject), match=says):
-        check(lambda name: plan(f"wrong/{name}"))
+    check_a_crash_before_each_rollout_write(lambda name: plan(f"right/{name}"))
+    with monkeypatch.context() as planted:
+        manifest_first(planted)
+        with pytest.raises(MissingObject, match="nothing under the key"):
+            check_a_crash_before_each_rollout_write(lambda name: plan(f"early/{name}"))
+    draw_noise_from_the_process(monkeypatch)
+    with pytest.raises(AssertionError, match="other bytes"):
+        check_a_crash_before_each_rollout_write(lambda name: plan(f"unseeded/{name}"))
+
+
+@pytest.mark.slow
+def test_a_digest_that_is_not_checked_turns_the_check_of_damage_red(
+    plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_damage_is_named(lambda name: plan(f"right/{name}"))
+    trust_what_is_read(monkeypatch)
+    with pytest.raises(AssertionError, match="went through"):
+        check_damage_is_named(lambda name: plan(f"wrong/{name}"))

@@ -122,6 +122,7 @@ def test_so_it_is_for_solvers_which_remember(
     assert_close(found, config)
 
 
+@pytest.mark.faults  # of the size of a real model: forty seconds
 def test_so_it_is_for_the_starter() -> None:
     settings = ["rollouts.samples_per_epoch=8", "rollouts.shard_size=8"]
     settings += ["numerics.sample_batch_size=8", "numerics.micro_batch_size=8"]
