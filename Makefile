@@ -15,7 +15,7 @@ help:  ## Show this list
 install: $(READY)  ## Install everything into .venv
 
 demo: $(READY)  ## Train the starter model on a reward, on the CPU, in minutes
-	$(BIN)/ddpo train configs/starter.yaml
+	$(BIN)/ddpo train configs/starter_fast.yaml
 
 server: $(READY)  ## Start Prefect, MLflow, a store to try and workers, in the background
 	$(BIN)/ddpo server start

@@ -36,7 +36,7 @@ def seconds_to_first_sample(folder: Path, home: Path) -> float:
         "outputs": folder / "outputs",
     }
     command = [sys.executable, "-u", "-m", "ddpo_workflow.flows.cli"]
-    command += ["train", "configs/starter.yaml", "--root", str(folder / "store")]
+    command += ["train", "configs/starter_fast.yaml", "--root", str(folder / "store")]
     for name, value in settings.items():
         command += ["--set", f"{name}={value}"]
     began = time.monotonic()

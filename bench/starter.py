@@ -174,7 +174,7 @@ class Job:
 
 
 def load(model: Path, threads: int, *, flow: bool) -> tuple[Policy, RunConfig]:
-    """Load the base model with the demo's config.
+    """Load the base model with a starter's config.
 
     Args:
         model: Folder of the pipeline.

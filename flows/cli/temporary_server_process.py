@@ -30,7 +30,7 @@ def main() -> None:
     from prefect.settings import get_current_settings
 
     settings = get_current_settings()
-    if settings.api.url is not None or not settings.server.ephemeral.enabled:
+    if settings.api.url or not settings.server.ephemeral.enabled:
         _say(CONFIGURED)
         return
     threading.Thread(target=_end_with_parent, daemon=True).start()

@@ -13,7 +13,7 @@ from tests.fold import run_epochs
 
 EPOCHS = 2
 SEEDS = tuple(range(101, 113))
-# The demo's settings, and few prompts, so that two epochs teach each of them something.
+# The demo's config, and few prompts, so that two epochs teach each of them something.
 SMALL = [
     "prompts={name: prompt_list, parameters: {prompts: [a cat, a fox, a turtle, a butterfly]}}",
     "numerics.threads=1",
