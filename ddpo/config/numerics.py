@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, PositiveInt
 
 from ddpo.basics.limits import THREAD_LIMIT
-from ddpo.basics.part import Part
+from ddpo.basics.part import Part, is_off
 
 ThreadCount = Annotated[int, Field(gt=0, le=THREAD_LIMIT)]
 
@@ -33,3 +33,6 @@ class NumericsConfig(Part):
     and in rewards of this process."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward: less memory for about a third more time."""
+    compile: bool = Field(default=False, exclude_if=is_off)
+    """Compile the denoising network's blocks with torch.compile: faster, after the first forwards,
+    which need a C++ compiler (Triton on a GPU). Rounds otherwise than without it."""

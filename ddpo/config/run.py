@@ -21,7 +21,7 @@ from ddpo.basics.part import Part, check_divides, is_auto, is_off, is_one
 from ddpo.config.engine import AnyEngine, LocalEngine, is_local
 from ddpo.config.evaluation import EvaluationConfig
 from ddpo.config.fork import ForkConfig
-from ddpo.config.model import LoraConfig, ModelConfig, Trainable
+from ddpo.config.model import FullConfig, LoraConfig, ModelConfig, Trainable
 from ddpo.config.numerics import NumericsConfig
 from ddpo.config.operation import StorageConfig, TrackingConfig
 from ddpo.config.plugins import NamedConfig, RewardConfig
@@ -190,6 +190,17 @@ class RunConfig(Part):
                 log_probs_are_densities=self.sampler.log_probs_are_densities,
             )
         )
+        return self
+
+    @model_validator(mode="after")
+    def _compiles(self) -> RunConfig:
+        split = isinstance(self.trainable, FullConfig) and not isinstance(self.engine, LocalEngine)
+        if self.numerics.compile and split:
+            raise ValueError(
+                f"numerics.compile: engine.type {self.engine.type} splits the network in full "
+                "fine-tuning, layer by layer, and compiled blocks cannot be split; leave it out, "
+                "or set engine.type to local"
+            )
         return self
 
     @model_validator(mode="after")

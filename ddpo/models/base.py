@@ -22,6 +22,7 @@ from ddpo.basics.randomness import derive_seed
 from ddpo.config import FullConfig, LoraConfig, ModelConfig
 from ddpo.errors import ConfigError, ModelError
 from ddpo.models import hub
+from ddpo.models.compiled import compile_blocks
 from ddpo.models.files import ModelFiles
 from ddpo.models.full import FullWeights
 from ddpo.models.numerics import Numerics
@@ -165,6 +166,8 @@ class Policy(ABC):
         self._files = hub.file_states(self.folder, self.parts, self.vae_folder)
         self.base_digest = hub.base_digest(self.folder, self.parts, self.vae_folder)
         self._build(files, trainable, seed)
+        if numerics.compile:
+            compile_blocks(self.weights.network, numerics)
         self.check_files()
 
     def _describe(

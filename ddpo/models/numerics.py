@@ -12,8 +12,9 @@ from functools import cache
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
+from ddpo.basics.part import is_off
 from ddpo.config import NumericsConfig
 from ddpo.errors import ConfigError
 
@@ -44,6 +45,8 @@ class Numerics(BaseModel):
     """Whether CUDA uses TF32 matrix products."""
     gradient_checkpointing: bool
     """Whether activations are recomputed in the backward."""
+    compile: bool = Field(default=False, exclude_if=is_off)
+    """Whether the denoising network's blocks are compiled."""
     versions: dict[str, str]
     """Versions of the libraries that compute."""
 
@@ -133,6 +136,7 @@ def resolve_numerics(config: NumericsConfig) -> Numerics:
         threads=threads if config.threads == "auto" else config.threads,
         tf32=config.tf32,
         gradient_checkpointing=config.gradient_checkpointing,
+        compile=config.compile,
         versions={name: version(name) for name in _VERSIONED},
     )
 
@@ -173,7 +177,7 @@ def resolve_elsewhere(frozen: Numerics, device: str | None) -> Numerics:
     Args:
         frozen: The numerics of the first start.
         device: As in a config; None for the run's own. On another kind of device than the run's,
-            the arithmetic is float32.
+            the arithmetic is float32, and nothing is compiled.
 
     Raises:
         ConfigError: This machine has no such device.
@@ -191,7 +195,7 @@ def resolve_elsewhere(frozen: Numerics, device: str | None) -> Numerics:
     if resolved == frozen.device:
         return frozen
     settings = {name: getattr(frozen, name) for name in NumericsConfig.model_fields}
-    settings |= {"device": resolved, "dtype": "float32"}
+    settings |= {"device": resolved, "dtype": "float32", "compile": False}
     return resolve_numerics(NumericsConfig.model_validate(settings))
 
 

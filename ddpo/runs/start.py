@@ -199,6 +199,10 @@ def check_run(
         prompts = load_prompts(config.prompts.name, config.prompts.parameters)
         try_out(reward, prompts, config.model.size)
         _warn_of_memory(config, numerics, len(prompts))
+    if numerics.compile:
+        from ddpo.models.compiled import check_compiler  # imports torch
+
+        check_compiler(numerics.device)
     patient = store.patient(PATIENCE_S)
     plan = RunPlan(patient, run_id, config, numerics, identity, reward, awaits_parent)
     if store.exists(keys.start_key(run_id, 1)):

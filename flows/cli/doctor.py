@@ -12,6 +12,7 @@ from ddpo.basics.redaction import hide_credentials
 from ddpo.config import PreferencesConfig, RunConfig
 from ddpo.errors import DdpoError
 from ddpo.memory.advice import check_fit, free_memory
+from ddpo.models.compiled import check_compiler
 from ddpo.models.numerics import resolve_numerics
 from ddpo.prompts import load_prompts
 from ddpo.rewards import load_reward
@@ -108,7 +109,10 @@ def _model(config: RunConfig) -> str:
 
 def _device(config: RunConfig) -> str:
     numerics = resolve_numerics(config.numerics)
-    return f"{numerics.device} ({numerics.device_name}), {numerics.dtype}"
+    if numerics.compile:
+        check_compiler(numerics.device)
+    compiled = ", compiled" if numerics.compile else ""
+    return f"{numerics.device} ({numerics.device_name}), {numerics.dtype}{compiled}"
 
 
 def _memory(config: RunConfig) -> str:
