@@ -6,7 +6,7 @@ waits for few of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -63,26 +63,33 @@ def _double(tensor: Tensor) -> Tensor:
 
 
 class _Regions:
-    """How the blocks of one network compute at the moment."""
+    """How the blocks of one network compute."""
 
     def __init__(self, batches: Collection[int]) -> None:
         self.batches = batches
-        self.compiled = self.apart = False
-        """`apart`: whether each block forgets what a backward through it would need."""
+        """The batches that run kernels; decided by each block, since checkpointing runs blocks
+        again in the backward."""
+        self.apart = False
+        """Whether each block forgets what a backward through it would need."""
 
     @contextmanager
-    def computing(self, *, apart: bool) -> Iterator[None]:
-        """Let the blocks run their kernels inside the block, always those of training.
+    def forward_only(self) -> Iterator[None]:
+        """Run the kernels of training inside the block, without room for a backward.
 
         A graph for the forward alone would round otherwise than the one that saves activations,
         and the importance ratio would not start at 1.
         """
-        self.compiled, self.apart = True, apart
+        self.apart = True
         try:
             with torch.enable_grad():
                 yield
         finally:
-            self.compiled = self.apart = False
+            self.apart = False
+
+    def compiles(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+        """Return whether a call is of a batch that runs kernels."""
+        latents: Tensor = args[0] if args else kwargs["hidden_states"]
+        return len(latents) in self.batches
 
 
 def compile_blocks(network: Network, numerics: Numerics) -> None:
@@ -114,7 +121,7 @@ def _block(forward: Callable[..., Any], regions: _Regions) -> Callable[..., Any]
     compiled = _compiled(forward)
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        if not regions.compiled:
+        if not regions.compiles(args, kwargs):
             return forward(*args, **kwargs)
         output = compiled(*args, **kwargs)
         # What follows still has to see whether training would compute a gradient here.
@@ -125,13 +132,11 @@ def _block(forward: Callable[..., Any], regions: _Regions) -> Callable[..., Any]
 
 def _network(forward: Callable[..., Any], regions: _Regions) -> Callable[..., Any]:
     def run(*args: Any, **kwargs: Any) -> Any:
-        latents: Tensor = args[0] if args else kwargs["hidden_states"]
-        if len(latents) not in regions.batches:
+        if torch.is_grad_enabled() or not regions.compiles(args, kwargs):
             return forward(*args, **kwargs)
-        apart = not torch.is_grad_enabled()
-        with regions.computing(apart=apart):
+        with regions.forward_only():
             output = forward(*args, **kwargs)
-        return _each(output, Tensor.detach) if apart else output
+        return _each(output, Tensor.detach)
 
     return run
 
