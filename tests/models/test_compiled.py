@@ -142,6 +142,18 @@ def test_gradient_checkpointing_changes_no_bit(sd3: Path) -> None:
     assert_same_tensors(found[1], found[0])
 
 
+@pytest.mark.slow
+def test_gradient_checkpointing_of_a_unet_changes_rounding_alone(unet: Path) -> None:
+    """It compiles smaller blocks."""
+    found = []
+    for compiled in (True, False):
+        config = config_of(unet, compiled=compiled, gradient_checkpointing=True)
+        policy = grown(config)
+        predict(policy).square().mean().backward()
+        found.append(flat(take_gradients(policy)))
+    assert 0 < float((found[0] - found[1]).norm() / found[1].norm()) < 1e-5
+
+
 # What is promised
 
 

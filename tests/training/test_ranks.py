@@ -16,6 +16,7 @@ from ddpo_workflow.tasks.engines.pool import Pool
 from ddpo_workflow.tasks.engines.processes import process_pool
 from tests.calls import epochs_by_rank, fail_on_rank_1
 from tests.tiny import tiny_config
+from tests.tiny_families import SETTINGS, build_tiny_sd3
 
 pytestmark = pytest.mark.slow
 
@@ -52,6 +53,22 @@ def test_any_number_of_ranks_gives_the_bytes_of_one(
         raw["rollouts"] = {**raw["rollouts"], "samples_per_prompt": 4}
         raw["numerics"] = {**raw["numerics"], "micro_batch_size": 2}
     assert pool.together(epochs_by_rank, raw) == epochs_by_rank(ALONE, raw)
+
+
+def test_ranks_that_compile_give_the_bytes_of_one_that_does(pool: Pool, tmp_path: Path) -> None:
+    settings = SETTINGS["sd3"]
+    config = tiny_config(
+        tmp_path,
+        model={"path": str(build_tiny_sd3(tmp_path)), **settings["model"]},
+        sampler=settings["sampler"],
+        numerics={"compile": True},
+        algorithm={"kl_weight": 0.1},
+    )
+    raw = config.whole()
+    alone = epochs_by_rank(ALONE, raw)
+    assert pool.together(epochs_by_rank, raw) == alone
+    raw["numerics"] = {**raw["numerics"], "compile": False}
+    assert epochs_by_rank(ALONE, raw) != alone
 
 
 def test_ranks_whose_weights_differ_commit_nothing(pool: Pool, tiny_model: Path) -> None:
