@@ -36,9 +36,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Print the first calls, and then the medians and their ratios."""
     parser = argparse.ArgumentParser(prog="python -m bench.compiled", description=__doc__)
     parser.add_argument("--config", default="configs/starter.yaml")
+    parser.add_argument("--set", nargs="*", default=[], metavar="a.b=c", dest="changes")
     parser.add_argument("--rounds", type=int, default=5)
     given = parser.parse_args(arguments)
-    config = read_config(given.config, ["numerics.device=cpu", "numerics.threads=1"])
+    config = read_config(
+        given.config, ["numerics.device=cpu", "numerics.threads=1", *given.changes]
+    )
 
     def loaded(compiled: bool) -> Policy:
         numerics = resolve_numerics(config.numerics.changed(compile=compiled))

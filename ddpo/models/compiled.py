@@ -155,7 +155,7 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     # The same kernels in every process, whatever it has seen before: for each shape its own, and
     # chosen without measuring. `fullgraph` raises where torch would compute without them.
     torch._dynamo.config.accumulated_recompile_limit = _MOST_GRAPHS
-    return torch.compile(
+    return torch.compile(  # pyright: ignore[reportCallIssue]  # its overloads lack the limit
         function,
         fullgraph=True,
         dynamic=False,
