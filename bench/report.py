@@ -33,9 +33,7 @@ def timed(work: Callable[[], object]) -> Seconds:
     return Seconds(time.process_time() - cpu, time.perf_counter() - wall)
 
 
-def alternate(
-    sides: Mapping[str, Callable[[], Seconds]], rounds: int
-) -> dict[str, list[Seconds]]:
+def alternate(sides: Mapping[str, Callable[[], Seconds]], rounds: int) -> dict[str, list[Seconds]]:
     """Measure several ways in turn, each round in the opposite order of the one before.
 
     Args:
@@ -79,8 +77,9 @@ def ratios(numerator: Sequence[Seconds], denominator: Sequence[Seconds]) -> Spre
 
 def seconds_cell(rounds: Sequence[Seconds]) -> str:
     """Return a table's cell: the medians of CPU time and of wall time."""
-    cpu, wall = (statistics.median(each) for each in zip(*[(s.cpu, s.wall) for s in rounds]))
-    return f"{cpu:.2f} s ({wall:.2f} s)"
+    cpu = statistics.median([each.cpu for each in rounds])
+    wall = statistics.median([each.wall for each in rounds])
+    return f"{cpu:.3g} s ({wall:.3g} s)"
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
@@ -122,6 +121,7 @@ def write_json(
         return
     took = {name: [asdict(each) for each in rounds] for name, rounds in figures.items()}
     whole = {"bench": bench, "machine": machine(), "settings": settings, "seconds": took}
+    file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(whole, indent=2) + "\n")
 
 

@@ -222,9 +222,7 @@ class OurEpochs:
         statistics: PromptStatistics = self.state.statistics
         credit = config.algorithm.credit(Scored(texts, scores.astype(np.float64)), statistics)
         columns = {"reward": scores, **credit.columns}
-        tensors = {
-            name: torch.tensor(each, dtype=torch.float32) for name, each in columns.items()
-        }
+        tensors = {name: torch.tensor(each, dtype=torch.float32) for name, each in columns.items()}
         rollouts = Rollouts(texts, drawn.latents, drawn.log_probs)
         self.state, _ = update(
             self.policy, self.state, rollouts, tensors, credit.statistics, config

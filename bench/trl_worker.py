@@ -65,9 +65,7 @@ def main() -> None:
         train_gradient_accumulation_steps=given["accumulated"],
         train_learning_rate=given["learning_rate"],
     )
-    trainer = trl.DDPOTrainer(
-        config, reward, lambda: (draw.choice(given["prompts"]), {}), pipeline
-    )
+    trainer = trl.DDPOTrainer(config, reward, lambda: (draw.choice(given["prompts"]), {}), pipeline)
     pipeline.set_progress_bar_config(disable=True)
     for _ in sys.stdin:
         rewards.clear()
