@@ -56,7 +56,7 @@ constraints:  ## Resolve constraints.txt again in a fresh environment (then: mak
 	{ echo "# Exact versions that were installed and tested together, by \`make constraints\`."; \
 	$(FRESH)/bin/pip freeze --exclude-editable | sed 's/+cpu$$//'; } > constraints.txt
 
-bench: $(READY)  ## Measure overhead, distance to a bare loop, store and start-up (TRL: python -m bench.trl)
+bench: $(READY)  ## Measure overhead, distance to a bare loop, store and tracking (TRL: python -m bench.trl)
 	$(BIN)/python -m bench.overhead
 	$(BIN)/python -m bench.floor --json build/bench/floor.json
 	$(BIN)/python -m bench.parts --json build/bench/parts.json

@@ -1,18 +1,14 @@
 """What the parts around the model cost: ``python -m bench.parts``.
 
 The store, against a bare write and read of the same bytes on the same disk; a task run of Prefect;
-an epoch's page in MLflow, on SQLite; and what commands take to start.
+and what an epoch waits for its page in MLflow, on SQLite.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import resource
-import subprocess
-import sys
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -38,10 +34,6 @@ LEAST = 0.7
 """The share of a bare write's and read's speed that the store should reach."""
 TASKS = 50
 EPOCHS = 6
-COMMANDS = {
-    "import of the flows": ["-c", "import ddpo_workflow.flows.train"],
-    "ddpo --help": ["-m", "ddpo_workflow.flows.cli", "--help"],
-}
 
 Figures = dict[str, list[Seconds]]
 
@@ -190,18 +182,6 @@ def measure_tracking(folder: Path) -> list[Seconds]:
     return took[1:]  # the first makes the database's tables
 
 
-def measure_start(command: Sequence[str], rounds: int) -> list[Seconds]:
-    """Return what a command of Python takes, in new processes."""
-    took = []
-    for _ in range(rounds):
-        before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
-        subprocess.run([sys.executable, *command], check=True, stdout=subprocess.DEVNULL)
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-        took.append(Seconds(cpu, time.perf_counter() - began))
-    return took
-
-
 def store_rows(took: Figures, megabytes: float) -> list[list[str]]:
     """Return the store's table: MB/s of both ways by wall time, and the share that it reaches."""
     rows = []
@@ -232,10 +212,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             f"and largest, should be at least {LEAST}\n"
         )
         print(table(["", "store", "bare", "share"], store_rows(took, megabytes)), flush=True)
-        own: Figures = {name: measure_start(each, given.rounds) for name, each in COMMANDS.items()}
-        own["a task run of Prefect"] = measure_tasks(given.rounds)
-        own["an epoch's page in MLflow"] = measure_tracking(Path(name))
-    print("\nMedians, CPU time of this process or of the command (wall time):\n")
+        own: Figures = {
+            "a task run of Prefect": measure_tasks(given.rounds),
+            "an epoch's page in MLflow": measure_tracking(Path(name)),
+        }
+    print("\nMedians, CPU time of this process (wall time):\n")
     print(table(["", "takes"], [[name, seconds_cell(rounds)] for name, rounds in own.items()]))
     write_json(given.json, "parts", took | own, megabytes=megabytes)
 
