@@ -41,7 +41,7 @@ def alternate(sides: Mapping[str, Callable[[], Seconds]], rounds: int) -> dict[s
         rounds: How often each is measured, after one round that is not counted.
 
     Returns:
-        What each round took, by name.
+        What each round took, by name. A line is printed after each round.
     """
     names = list(sides)
     found: dict[str, list[Seconds]] = {name: [] for name in names}
@@ -50,6 +50,9 @@ def alternate(sides: Mapping[str, Callable[[], Seconds]], rounds: int) -> dict[s
             took = sides[name]()
             if number:
                 found[name].append(took)
+        if number:
+            last = ", ".join(f"{name} {took[-1].cpu:.2f} s" for name, took in found.items())
+            print(f"round {number} of {rounds}: {last}", flush=True)
     return found
 
 

@@ -6,6 +6,7 @@ line of JSON: what the epoch took, and its mean reward. It imports nothing of th
 
 from __future__ import annotations
 
+import importlib
 import io
 import json
 import random
@@ -44,7 +45,7 @@ def main() -> None:
     answers, sys.stdout = sys.stdout, sys.stderr  # libraries print too
     given = json.loads(sys.stdin.readline())
     torch.set_num_threads(1)
-    import trl  # pyright: ignore[reportMissingImports]  # in the other environment alone
+    trl: Any = importlib.import_module("trl")  # TRL's own: this folder is not on the path
 
     pipeline = trl.DefaultDDPOStableDiffusionPipeline(given["pipeline"], use_lora=True)
     rewards: list[float] = []
