@@ -3,13 +3,12 @@
 Loads a config's model twice, and alternates between forwards (sampling) and forwards with
 backwards (update) of its batch sizes, compiled and not, in one process. Times are CPU seconds of
 one thread, so that other work on the machine counts little; those of compilers that it starts are
-given apart. An empty TORCHINDUCTOR_CACHE_DIR shows a cold start, the same one again a warm one.
+not in them. An empty TORCHINDUCTOR_CACHE_DIR shows a cold start, the same one again a warm one.
 """
 
 from __future__ import annotations
 
 import argparse
-import resource
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -22,14 +21,11 @@ from ddpo.models import Policy, load_policy
 from ddpo.models.numerics import resolve_numerics
 
 
-def timed(work: Callable[[], object]) -> tuple[float, float]:
-    """Return the CPU seconds that some work takes in this process, and in ended children."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+def timed(work: Callable[[], object]) -> float:
+    """Return the CPU seconds that some work takes in this process."""
     began = time.process_time()
     work()
-    seconds = time.process_time() - began
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return seconds, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return time.process_time() - began
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -68,13 +64,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name, policy in policies.items():
         policy.prepare_prompts(["a cat"])
         for part, work in parts.items():
-            own, others = timed(lambda work=work, policy=policy: work(policy))
-            print(f"first {part}, {name}: {own:.1f} s, and {others:.1f} s in compilers", flush=True)
+            seconds = timed(lambda work=work, policy=policy: work(policy))
+            print(f"first {part}, {name}: {seconds:.1f} s", flush=True)
     for part, work in parts.items():
         found: dict[str, list[float]] = {name: [] for name in policies}
         for _ in range(given.rounds):
             for name, policy in policies.items():
-                found[name].append(timed(lambda work=work, policy=policy: work(policy))[0])
+                found[name].append(timed(lambda work=work, policy=policy: work(policy)))
         ratios = [e / c for e, c in zip(found["eager"], found["compiled"], strict=True)]
         print(
             f"{part}: eager {statistics.median(found['eager']):.3f} s, compiled "
