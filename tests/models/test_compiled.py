@@ -27,7 +27,6 @@ from ddpo.training.state import TrainState
 from tests.checks import check_initial_ratio_is_one, take_gradients
 from tests.configs import parse
 from tests.epochs import run_epoch
-from tests.sweeps import swept
 from tests.tiny import (
     PROMPTS,
     alternating_advantages,
@@ -84,7 +83,7 @@ def foresee(policy: Policy, **settings: Any) -> Tensor:
 # What is computed
 
 
-@pytest.mark.slow
+@pytest.mark.faults  # minutes of compilers
 @pytest.mark.parametrize("family", ["sd3", "unet"])
 def test_predictions_and_gradients_are_those_without_compiling(
     request: pytest.FixtureRequest, family: str
@@ -104,14 +103,14 @@ def test_predictions_and_gradients_are_those_without_compiling(
     assert float((gradient - expected).norm() / expected.norm()) < 1e-5
 
 
-@pytest.mark.slow
+@pytest.mark.faults  # minutes of compilers
 def test_a_batch_of_another_size_computes_as_without_compiling(sd3: Path) -> None:
     compiled, plain = (grown(config_of(sd3, compiled=each)) for each in (True, False))
     assert torch.equal(foresee(compiled, batch=3), foresee(plain, batch=3))
     assert not torch.equal(foresee(compiled), foresee(plain))
 
 
-@pytest.mark.slow
+@pytest.mark.faults  # minutes of compilers
 def test_every_set_of_weights_is_computed_with(sd3: Path) -> None:
     found = []
     for compiled in (True, False):
@@ -132,7 +131,7 @@ def test_every_set_of_weights_is_computed_with(sd3: Path) -> None:
         assert all(float((one - each).abs().max()) > 1e-3 for each in found[0][i + 1 :])
 
 
-@pytest.mark.slow
+@pytest.mark.faults  # minutes of compilers
 def test_gradient_checkpointing_changes_no_bit(sd3: Path) -> None:
     found = []
     for checkpointing in (False, True):
@@ -142,7 +141,7 @@ def test_gradient_checkpointing_changes_no_bit(sd3: Path) -> None:
     assert_same_tensors(found[1], found[0])
 
 
-@pytest.mark.slow
+@pytest.mark.faults  # minutes of compilers
 def test_gradient_checkpointing_of_a_unet_changes_rounding_alone(unet: Path) -> None:
     """It compiles smaller blocks."""
     found = []
@@ -157,7 +156,7 @@ def test_gradient_checkpointing_of_a_unet_changes_rounding_alone(unet: Path) -> 
 # What is promised
 
 
-@pytest.mark.slow
+@pytest.mark.faults  # minutes of compilers
 def test_the_initial_ratio_is_exactly_1_where_the_update_sees_the_samplers_batches(
     sd3: Path,
 ) -> None:
@@ -165,7 +164,7 @@ def test_the_initial_ratio_is_exactly_1_where_the_update_sees_the_samplers_batch
     check_initial_ratio_is_one(grown(config), config)
 
 
-@pytest.mark.slow
+@pytest.mark.faults  # minutes of compilers
 def test_the_initial_ratio_is_1_within_rounding_otherwise(sd3: Path) -> None:
     config = config_of(sd3)
     policy = grown(config)
@@ -176,7 +175,7 @@ def test_the_initial_ratio_is_1_within_rounding_otherwise(sd3: Path) -> None:
     assert 0 < metrics["initial_ratio_deviation"]["max"] < 5e-6
 
 
-@pytest.mark.slow
+@pytest.mark.faults  # minutes of compilers
 def test_weights_and_exports_have_the_names_that_they_have_without(
     sd3: Path, tmp_path: Path
 ) -> None:
@@ -193,10 +192,8 @@ def test_weights_and_exports_have_the_names_that_they_have_without(
     assert not [name for each in names[0] for name in each if "_orig_mod" in name]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "cache", swept([("warm",), ("cold",)], often=lambda cache: cache == "warm")
-)
+@pytest.mark.faults  # minutes of compilers
+@pytest.mark.parametrize("cache", ["warm", "cold"])
 def test_another_process_continues_in_the_same_bytes(
     sd3: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: str
 ) -> None:

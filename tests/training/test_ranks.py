@@ -55,6 +55,7 @@ def test_any_number_of_ranks_gives_the_bytes_of_one(
     assert pool.together(epochs_by_rank, raw) == epochs_by_rank(ALONE, raw)
 
 
+@pytest.mark.faults  # minutes of compilers
 def test_ranks_that_compile_give_the_bytes_of_one_that_does(pool: Pool, tmp_path: Path) -> None:
     settings = SETTINGS["sd3"]
     config = tiny_config(
