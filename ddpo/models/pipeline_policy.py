@@ -38,10 +38,6 @@ if TYPE_CHECKING:
 LARGE_TEXT_ENCODERS = (T5EncoderModel, Qwen3ForCausalLM)
 """Those whose weights are kept in the dtype of the arithmetic."""
 
-PIXELS_AT_ONCE_ON_CPU = 2**17
-"""What a CPU decodes at a time, 32 images of 64 px: a large batch spends an eighth of its time on
-fresh pages for its activations."""
-
 
 class PipelinePolicy(Policy):
     """A diffusers pipeline as a policy; one of its parts holds the trained weights."""
@@ -117,15 +113,9 @@ class PipelinePolicy(Policy):
         process's, and rewards that compute beside it must not see it change.
         """
         vae = self.pipeline.vae
-        at_once = len(latents)
-        if self.numerics.device == "cpu":  # also where only its memory is estimated
-            width, height = self.size
-            at_once = min(at_once, max(1, PIXELS_AT_ONCE_ON_CPU // (width * height)))
-        images: list[Image.Image] = []
-        for part in latents.split(at_once):
-            decoded = vae.decode(self._unscaled(part), return_dict=False)[0]
-            images += self.pipeline.image_processor.postprocess(decoded, output_type="pil")
-        return images
+        decoded = vae.decode(self._unscaled(latents), return_dict=False)[0]
+        images = self.pipeline.image_processor.postprocess(decoded, output_type="pil")
+        return cast(list[Image.Image], images)
 
     @torch.no_grad()
     def encode_images(self, images: Sequence[Image.Image]) -> Tensor:

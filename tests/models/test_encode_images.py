@@ -10,7 +10,6 @@ import pytest
 import torch
 from PIL import Image
 
-from ddpo.models import pipeline_policy
 from tests.tiny import build_tiny_model, load_policy, tiny_config
 from tests.tiny_families import FAMILIES, SETTINGS
 
@@ -60,32 +59,3 @@ def test_the_moments_and_the_shift_are_told_apart(tmp_path: Path, name: str) -> 
         assert vae.bn.running_mean.abs().max() > 0 and vae.bn.running_var.std() > 0
     else:
         assert vae.config.shift_factor
-
-
-@pytest.mark.parametrize(("device", "parts"), [("cpu", [2, 2, 1]), ("cuda", [5])])
-def test_a_cpu_decodes_a_large_batch_in_parts(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str, parts: list[int]
-) -> None:
-    policy: Any = load_policy(tiny_config(build_tiny_model(tmp_path / "sd")))
-    latents = torch.randn(5, *policy.latent_shape, generator=torch.Generator().manual_seed(0))
-    alone = [policy.decode(each[None])[0] for each in latents]
-    width, height = policy.size
-    monkeypatch.setattr(pipeline_policy, "PIXELS_AT_ONCE_ON_CPU", 2 * width * height + 1)
-    # What the decoder runs on stays this CPU: only the batches are looked at.
-    monkeypatch.setattr(policy, "numerics", policy.numerics.model_copy(update={"device": device}))
-    seen: list[int] = []
-    policy.pipeline.vae.decoder.register_forward_pre_hook(
-        lambda _, given: seen.append(len(given[0]))
-    )
-    images = policy.decode(latents)
-    assert seen == parts
-    for image, expected in zip(images, alone, strict=True):  # all of them, in order
-        assert abs(np.asarray(image, float) - np.asarray(expected, float)).max() <= 1
-
-
-def test_an_image_larger_than_a_part_is_decoded_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    policy: Any = load_policy(tiny_config(build_tiny_model(tmp_path / "sd")))
-    monkeypatch.setattr(pipeline_policy, "PIXELS_AT_ONCE_ON_CPU", 1)
-    assert len(policy.decode(torch.zeros(2, *policy.latent_shape))) == 2
