@@ -38,9 +38,12 @@ def checked(request: Request[Plan]) -> Iterator[Plan]:
         What the request resolves to.
     """
     say("checking model, store and tracking ...", style="dim")
-    gc.disable()  # a tenth of the time of imports; until `running`
-    with early_stop.nothing_begun(), request.resolved(beside_imports=begin_server) as plan:
-        yield plan
+    gc.disable()  # a tenth of the time of imports; `running` turns it on
+    try:
+        with early_stop.nothing_begun(), request.resolved(beside_imports=begin_server) as plan:
+            yield plan
+    finally:
+        gc.enable()
 
 
 def show_run(plan: RunPlan, train: Callable[[], object]) -> None:

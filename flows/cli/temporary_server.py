@@ -129,10 +129,13 @@ _begun: list[TemporaryServer] = []
 def begin_server() -> None:
     """Begin to start the temporary server, unless one is named; call it before Prefect is imported.
 
+    Where Prefect is imported already, as in a program that calls a command, nothing is started:
+    its settings are read, and it starts a server itself.
+
     Raises:
         ServerNotStarted: Its process has ended.
     """
-    if os.environ.get(_ADDRESS) or _begun:
+    if os.environ.get(_ADDRESS) or _begun or "prefect" in sys.modules:
         return
     server = TemporaryServer()
     _begun.append(server)
