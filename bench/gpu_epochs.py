@@ -296,13 +296,15 @@ def check_resume(model: Model, case: Case) -> dict[str, Any]:
             save_file(tensors, Path(scratch) / "state.safetensors")
             bare = replace(first, weights={}, optimizer={})
             with multiprocessing.get_context("spawn").Pool(1) as pool:
-                resumed = pool.apply(_second_epoch, (config.whole(), bare, scratch))
+                given = (config.whole(), bare, scratch, torch.get_num_threads())
+                resumed = pool.apply(_second_epoch, given)
     except (DdpoError, RuntimeError) as error:
         return {**row, "error": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
     return {**row, "equal": resumed == straight}
 
 
-def _second_epoch(raw: dict[str, Any], bare: TrainState, scratch: str) -> str:
+def _second_epoch(raw: dict[str, Any], bare: TrainState, scratch: str, threads: int) -> str:
+    torch.set_num_threads(threads)  # on the CPU, only equal threads give equal bytes
     config = parse_config(raw, "bench.gpu")
     tensors = load_file(Path(scratch) / "state.safetensors")
     weights, optimizer = (

@@ -25,7 +25,7 @@ from ddpo_workflow.flows.forms import Text
 from ddpo_workflow.flows.links import link_page
 from ddpo_workflow.flows.messages import store_command
 from ddpo_workflow.flows.prefect_server import show, watched_server
-from ddpo_workflow.flows.requests import CompareRequest, ComparisonPlan
+from ddpo_workflow.flows.run_requests import CompareRequest, ComparisonPlan
 from ddpo_workflow.flows.train import train_run
 from ddpo_workflow.tasks.commit import commit_epoch
 from ddpo_workflow.tasks.credit import credit_of

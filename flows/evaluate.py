@@ -21,7 +21,7 @@ from ddpo.store.upkeep.retention import is_retired
 from ddpo_workflow.flows.flow import artifact_key, ddpo_flow
 from ddpo_workflow.flows.forms import Text
 from ddpo_workflow.flows.links import link_page
-from ddpo_workflow.flows.requests import EvaluateRequest
+from ddpo_workflow.flows.run_requests import EvaluateRequest
 from ddpo_workflow.tasks.champion import find_champion
 from ddpo_workflow.tasks.engines import open_engine
 from ddpo_workflow.tasks.evaluate import (

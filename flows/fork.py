@@ -7,7 +7,7 @@ from typing import Literal
 
 from ddpo_workflow.flows.flow import ddpo_flow
 from ddpo_workflow.flows.forms import Parameters, Text, Whole
-from ddpo_workflow.flows.requests import ForkRequest
+from ddpo_workflow.flows.run_requests import ForkRequest
 from ddpo_workflow.flows.train import start_and_train
 
 

@@ -15,7 +15,7 @@ from ddpo.store.statistics import HoldsStatistics
 from ddpo_workflow.flows.flow import artifact_key, ddpo_flow
 from ddpo_workflow.flows.forms import Parameters, Text
 from ddpo_workflow.flows.links import link_page
-from ddpo_workflow.flows.requests import RescoreRequest, Rescoring
+from ddpo_workflow.flows.run_requests import RescoreRequest, Rescoring
 from ddpo_workflow.flows.start import scores_before
 from ddpo_workflow.tasks.credit import credit_of
 from ddpo_workflow.tasks.progress import note

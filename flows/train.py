@@ -37,7 +37,7 @@ from ddpo_workflow.flows.links import link_page
 from ddpo_workflow.flows.messages import resume_command
 from ddpo_workflow.flows.prefect_server import show, watched_server
 from ddpo_workflow.flows.report import write_run_page
-from ddpo_workflow.flows.requests import ResumeRequest, TrainRequest, run_name_stem
+from ddpo_workflow.flows.run_requests import ResumeRequest, TrainRequest, run_name_stem
 from ddpo_workflow.flows.start import first_checkpoint
 from ddpo_workflow.tasks.engines import held_gpus, open_engine
 from ddpo_workflow.tasks.export_weights import export_weights

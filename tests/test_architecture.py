@@ -193,8 +193,13 @@ def test_every_room_is_there() -> None:
 
 
 def shadowed(folder: Path) -> list[str]:
-    """Return the modules of a folder that hide an installed one once the folder is on the path."""
-    names = sorted(file.stem for file in folder.glob("*.py") if file.stem != "__init__")
+    """Return the modules and packages of a folder that hide an installed one, were it on the path.
+
+    A folder without Python files hides nothing: the one installed is preferred to it.
+    """
+    packages = (file.parent for file in folder.glob("*/__init__.py"))
+    modules = (file for file in folder.glob("*.py") if file.stem != "__init__")
+    names = sorted(path.stem for path in (*packages, *modules))
     code = "import importlib.util, sys; print(*filter(importlib.util.find_spec, sys.argv[1:]))"
     # Isolated: neither the checkout nor the folder itself is on the path.
     command = [sys.executable, "-I", "-c", code, *names]
@@ -212,7 +217,10 @@ def test_no_flow_hides_an_installed_module() -> None:
 def test_a_flow_that_hides_an_installed_module_is_found(tmp_path: Path) -> None:
     (tmp_path / "requests.py").touch()
     (tmp_path / "epoch.py").touch()
-    assert shadowed(tmp_path) == ["requests"]
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").touch()
+    (tmp_path / "numpy").mkdir()
+    assert shadowed(tmp_path) == ["requests", "torch"]
 
 
 def test_few_modules_lie_loose_in_the_library() -> None:

@@ -12,7 +12,7 @@ from ddpo_workflow.flows.cli.running import checked, running
 from ddpo_workflow.flows.cli.screen import busy, say, show
 
 if TYPE_CHECKING:
-    from ddpo_workflow.flows.requests import EvaluationPlan
+    from ddpo_workflow.flows.run_requests import EvaluationPlan
 
 app = typer.Typer()
 
@@ -31,7 +31,7 @@ def evaluate(
 ) -> None:
     """Evaluate a run's checkpoints on fixed prompts and seeds, against its first one."""
     from ddpo.runs import storage_root
-    from ddpo_workflow.flows.requests import EvaluateRequest
+    from ddpo_workflow.flows.run_requests import EvaluateRequest
 
     request = EvaluateRequest(
         run_id=run_id,

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from ddpo.analysis.comparison.plan import Comparison
     from ddpo.analysis.comparison.report import Table as Cells
     from ddpo.store.objects import Store
-    from ddpo_workflow.flows.requests import Rescoring
+    from ddpo_workflow.flows.run_requests import Rescoring
 
 app = typer.Typer()
 
@@ -42,7 +42,7 @@ def rescore(
 ) -> None:
     """Score a run's saved samples with another reward; nothing is sampled again."""
     from ddpo.runs import storage_root
-    from ddpo_workflow.flows.requests import RescoreRequest
+    from ddpo_workflow.flows.run_requests import RescoreRequest
 
     request = RescoreRequest(
         run_id=run_id,
@@ -99,7 +99,7 @@ def fork(
     Runs the code that the other run names.
     """
     from ddpo.runs import storage_root
-    from ddpo_workflow.flows.requests import ForkRequest
+    from ddpo_workflow.flows.run_requests import ForkRequest
 
     request = ForkRequest(
         run_id=run_id,
@@ -132,7 +132,7 @@ def compare(
     root: ConfigRoot = None,
 ) -> None:
     """Compare algorithms over several seeds, with shared first samples and equal reward queries."""
-    from ddpo_workflow.flows.requests import CompareRequest
+    from ddpo_workflow.flows.run_requests import CompareRequest
 
     request = CompareRequest(
         config_file=config, name=name, overrides=tuple(set_ or ()), storage=root

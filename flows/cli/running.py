@@ -20,7 +20,7 @@ from ddpo_workflow.flows.messages import as_called, resume_command, ui_command
 if TYPE_CHECKING:
     from ddpo.config import EvaluationConfig
     from ddpo.runs import Run, RunPlan
-    from ddpo_workflow.flows.requests import Request
+    from ddpo_workflow.flows.run_requests import Request
 
 Plan = TypeVar("Plan")
 

@@ -46,7 +46,7 @@ def train(
     root: ConfigRoot = None,
 ) -> None:
     """Fine-tune a model on a reward, or resume a run."""
-    from ddpo_workflow.flows.requests import TrainRequest, new_run_id
+    from ddpo_workflow.flows.run_requests import TrainRequest, new_run_id
 
     request = TrainRequest(
         config_file=config,
@@ -72,7 +72,7 @@ def resume(
     Runs the code that the run names.
     """
     from ddpo.runs import storage_root
-    from ddpo_workflow.flows.requests import ResumeRequest
+    from ddpo_workflow.flows.run_requests import ResumeRequest
 
     request = ResumeRequest(run_id=run_id, storage=storage_root(root), epochs=epochs, trust=trust)
     with checked(request) as plan:

@@ -129,7 +129,7 @@ def test_the_operation_half_may_change_under_a_run_id(tmp_path: Path):
 def test_a_request_is_resolved_once_for_the_command_and_its_flow(
     monkeypatch: pytest.MonkeyPatch,
 ):
-    from ddpo_workflow.flows.requests import TrainRequest
+    from ddpo_workflow.flows.run_requests import TrainRequest
 
     resolved: list[str] = []
 
@@ -151,7 +151,7 @@ def test_a_request_is_resolved_once_for_the_command_and_its_flow(
 
 def test_no_name_is_taken_while_mlflow_cannot_be_reached(ddpo, tmp_path: Path):
     from ddpo.errors import DdpoError
-    from ddpo_workflow.flows.requests import TrainRequest
+    from ddpo_workflow.flows.run_requests import TrainRequest
 
     form = {"tracking": "http://127.0.0.1:9", "storage": str(tmp_path / "store")}
     with pytest.raises(DdpoError, match="No MLflow server answers"):

@@ -33,7 +33,7 @@ from ddpo.store.tables import decode_rollouts
 from ddpo.store.upkeep.verify import verify_run
 from ddpo_workflow.flows.cli import app as cli
 from ddpo_workflow.flows.compare import sample_shared
-from ddpo_workflow.flows.requests import check_comparison
+from ddpo_workflow.flows.run_requests import check_comparison
 from ddpo_workflow.flows.train import resume, train
 from ddpo_workflow.tasks.repair import repair
 from ddpo_workflow.tasks.tracking.connection import (

@@ -20,7 +20,7 @@ from ddpo.store import keys, runs
 from ddpo.store.objects import Store
 from ddpo.store.upkeep.delete import begin_deletion, finish_deletion, plan_deletion
 from ddpo_workflow.flows.cli import app as cli
-from ddpo_workflow.flows.requests import new_run_id
+from ddpo_workflow.flows.run_requests import new_run_id
 from tests.faults.crashes import RUN, Crash, Night, Writes, watched
 
 

@@ -12,7 +12,7 @@ import pytest
 from ddpo.runs import Run, check_run, open_run, start_run
 from ddpo.store.keys import Partition
 from ddpo.store.kinds import CHECKPOINT, ROLLOUTS
-from ddpo_workflow.flows.requests import ForkRequest, ResumeRequest
+from ddpo_workflow.flows.run_requests import ForkRequest, ResumeRequest
 from tests.fold import as_in_a_new_process, run_epochs
 from tests.recorded import record_run
 from tests.tiny import tiny_config

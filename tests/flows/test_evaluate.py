@@ -26,7 +26,7 @@ from ddpo.store.kinds import CHECKPOINT, EVALUATION, EVALUATION_SHARD
 from ddpo.store.objects import Store
 from ddpo_workflow.flows import evaluate as flow
 from ddpo_workflow.flows.evaluate import evaluate, evaluate_checkpoint
-from ddpo_workflow.flows.requests import EvaluateRequest
+from ddpo_workflow.flows.run_requests import EvaluateRequest
 from ddpo_workflow.flows.train import train
 from ddpo_workflow.tasks.evaluate import sample_evaluation
 from ddpo_workflow.tasks.evaluated import metrics_of, summary_id

@@ -18,7 +18,7 @@ from ddpo.runs import check_run, open_run
 from ddpo.store import runs
 from ddpo.store.backends import LocalBackend
 from ddpo_workflow.flows.cli import app as cli
-from ddpo_workflow.flows.requests import ResumeRequest, TrainRequest
+from ddpo_workflow.flows.run_requests import ResumeRequest, TrainRequest
 from tests.faults.crashes import Crash
 from tests.tiny import tiny_config
 

@@ -20,7 +20,7 @@ from ddpo.prompts import load_prompts
 from ddpo.runs import open_run, start_run
 from ddpo.runs.outputs import outputs_folder, own_outputs_folder
 from ddpo.store.objects import Store
-from ddpo_workflow.flows.requests import TrainRequest
+from ddpo_workflow.flows.run_requests import TrainRequest
 from ddpo_workflow.tasks.tracking.connection import connect, sqlite_file, whole_address
 from tests.configs import MINIMAL
 from tests.tiny import tiny_config

@@ -15,7 +15,7 @@ from ddpo.store import keys
 from ddpo.store.objects import Store
 from ddpo.store.runs import RunRecord, StartRecord, list_operations, load_run
 from ddpo_workflow.flows.cli import app as cli
-from ddpo_workflow.flows.requests import ResumeRequest, TrainRequest
+from ddpo_workflow.flows.run_requests import ResumeRequest, TrainRequest
 from tests.recorded import record_run
 from tests.tiny import tiny_config
 

@@ -23,8 +23,8 @@ from ddpo.store.objects import Store
 from ddpo.store.tables import decode_advantages, decode_rollouts
 from ddpo.store.upkeep.epoch_retention import retire_epochs
 from ddpo_workflow.flows.fork import fork
-from ddpo_workflow.flows.requests import rescorable_epochs
 from ddpo_workflow.flows.rescore import rescore
+from ddpo_workflow.flows.run_requests import rescorable_epochs
 from tests.night import EPOCHS, NIGHT, Place, typed
 
 pytestmark = pytest.mark.slow

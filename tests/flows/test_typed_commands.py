@@ -14,7 +14,7 @@ from ddpo.runs import open_run
 from ddpo.store.objects import Store
 from ddpo_workflow.flows.cli import app as cli
 from ddpo_workflow.flows.cli.common import read_parameters
-from ddpo_workflow.flows.requests import TrainRequest
+from ddpo_workflow.flows.run_requests import TrainRequest
 
 STARTER = "configs/starter.yaml"
 

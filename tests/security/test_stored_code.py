@@ -23,7 +23,7 @@ from ddpo.store.objects import Store
 from ddpo_workflow.flows import fork, rescore
 from ddpo_workflow.flows.cli import app as cli
 from ddpo_workflow.flows.cli import overview
-from ddpo_workflow.flows.requests import (
+from ddpo_workflow.flows.run_requests import (
     EvaluateRequest,
     ForkRequest,
     RescoreRequest,

@@ -14,7 +14,7 @@ from ddpo.config import LocalEngine, ProcessesEngine, RayEngine
 from ddpo.errors import GpuInUse
 from ddpo.store import keys
 from ddpo.store.objects import Store
-from ddpo_workflow.flows.requests import TrainRequest
+from ddpo_workflow.flows.run_requests import TrainRequest
 from ddpo_workflow.flows.train import start_and_train
 from ddpo_workflow.tasks.engines import check_gpus, gpus, held_gpus
 from tests.tiny import tiny_config

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ddpo_workflow.flows.requests.base import Request, before_models, opened
+from ddpo_workflow.flows.run_requests.base import Request, before_models, opened
 
 if TYPE_CHECKING:
     from ddpo.config import EvaluationConfig, RewardConfig

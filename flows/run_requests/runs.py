@@ -8,7 +8,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ddpo_workflow.flows.requests.base import Request, before_models, opened
+from ddpo_workflow.flows.run_requests.base import Request, before_models, opened
 
 if TYPE_CHECKING:
     from ddpo.config import RunConfig

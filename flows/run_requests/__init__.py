@@ -1,19 +1,19 @@
 """Requests of a user, as the command line and Prefect's forms fill them in."""
 
-from ddpo_workflow.flows.requests.base import Request
-from ddpo_workflow.flows.requests.comparison import (
+from ddpo_workflow.flows.run_requests.base import Request
+from ddpo_workflow.flows.run_requests.comparison import (
     CompareRequest,
     ComparisonPlan,
     check_comparison,
 )
-from ddpo_workflow.flows.requests.runs import (
+from ddpo_workflow.flows.run_requests.runs import (
     ForkRequest,
     ResumeRequest,
     TrainRequest,
     new_run_id,
     run_name_stem,
 )
-from ddpo_workflow.flows.requests.saved import (
+from ddpo_workflow.flows.run_requests.saved import (
     EvaluateRequest,
     EvaluationPlan,
     RescoreRequest,

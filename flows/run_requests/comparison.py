@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ddpo_workflow.flows.requests.base import Request, before_models
-from ddpo_workflow.flows.requests.runs import check_surroundings
+from ddpo_workflow.flows.run_requests.base import Request, before_models
+from ddpo_workflow.flows.run_requests.runs import check_surroundings
 
 if TYPE_CHECKING:
     from ddpo.analysis.comparison.plan import Comparison
