@@ -1,9 +1,10 @@
 """How close sampling and update come to a bare loop: ``python -m bench.floor``.
 
-The library draws and trains one batch of the demo (`configs/starter.yaml`). The floor is what
+The library draws and trains one batch of a config (`configs/starter.yaml`). The floor is what
 nobody can leave out in eager PyTorch: the same forwards of the same UNet with the same adapter at
 the same batch, the decoder, and a backward for each trained step. Both are measured in turn in one
-process with one thread, by CPU time.
+process with one thread, by CPU time. The bare loop predicts each sample in each step; so with
+`--config configs/starter_fast.yaml`, the ratio is what samples with shared starts save.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from bench.report import (
 )
 from ddpo.config import RunConfig
 from ddpo.config.files import read_config
-from ddpo.diffusion.sampling import sample
+from ddpo.diffusion.sampling import Trajectories, sample
 from ddpo.diffusion.window import sampler_of_epoch, window_steps
 from ddpo.models import load_policy
 from ddpo.models.numerics import resolve_numerics
@@ -58,8 +59,10 @@ class Batch:
         self.sampler = sampler_of_epoch(policy, config, epoch=0)
         self.size = config.rollouts.samples_per_epoch
         known = load_prompts(config.prompts.name, config.prompts.parameters)
-        self.prompts = [known[row % len(known)].text for row in range(self.size)]
-        drawn = sample(policy, self.prompts, range(self.size), self.sampler)
+        groups = [row // config.rollouts.samples_per_prompt for row in range(self.size)]
+        self.prompts = [known[group % len(known)].text for group in groups]
+        self.starts = groups if config.rollouts.shared_start else None
+        drawn = self.sample()
         self.rollouts = Rollouts(self.prompts, drawn.latents, drawn.log_probs)
         self.times = drawn.times.tolist()
         # Both signs, none zero: no pair can be left out.
@@ -70,9 +73,9 @@ class Batch:
         text = policy.encode(["", *self.prompts])["text"]
         self.text = torch.cat([text[:1].expand(self.size, *text.shape[1:]), text[1:]])
 
-    def sample(self) -> None:
+    def sample(self) -> Trajectories:
         """Draw the batch with the library."""
-        sample(self.policy, self.prompts, range(self.size), self.sampler)
+        return sample(self.policy, self.prompts, range(self.size), self.sampler, starts=self.starts)
 
     def update(self) -> None:
         """Train on the batch with the library, from the same weights each time."""
@@ -160,12 +163,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arguments: Of the command line, by default this process's.
     """
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--config", type=Path, default=Path("configs/starter.yaml"))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--json", type=Path)
     given = parser.parse_args(arguments)
     config = read_config(
-        "configs/starter.yaml",
+        given.config,
         [
             f"rollouts.samples_per_epoch={given.batch}",
             f"rollouts.shard_size={given.batch}",
@@ -182,7 +186,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         f"time); the ratio, with the smallest and largest, should be at most {MOST}\n"
     )
     print(table(["", "library", "bare loop", "ratio"], floor.rows()))
-    write_json(given.json, "floor", floor.seconds, batch=given.batch)
+    write_json(given.json, "floor", floor.seconds, config=str(given.config), batch=given.batch)
 
 
 if __name__ == "__main__":

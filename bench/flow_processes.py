@@ -30,7 +30,7 @@ from ddpo.models.numerics import resolve_numerics
 from ddpo.runs import open_run
 from ddpo.store.objects import Store
 from ddpo.training.loop import initial_state, update
-from ddpo.training.trajectories import Rollouts
+from ddpo.training.samples import Rollouts
 from ddpo_workflow.flows.cli.quiet import hide_loading_bars
 
 CONFIG = "configs/starter_flow.yaml"

@@ -29,7 +29,7 @@ from ddpo.store.manifests import Ref, StoredObject
 from ddpo.store.objects import Store
 from ddpo.training.loop import initial_state, update
 from ddpo.training.optimizer import copies, make_adamw, take_step
-from ddpo.training.trajectories import TrajectoryGradient
+from ddpo.training.trajectory_gradient import TrajectoryGradient
 from ddpo_workflow.tasks.engines.base import Seat
 from ddpo_workflow.tasks.engines.seats import seated
 from ddpo_workflow.tasks.progress import report

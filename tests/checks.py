@@ -29,7 +29,7 @@ from ddpo.training.denoising import DenoisingGradient
 from ddpo.training.loop import initial_state, update
 from ddpo.training.noising import Noising
 from ddpo.training.samples import FinalLatents, Rollouts
-from ddpo.training.trajectories import TrajectoryGradient
+from ddpo.training.trajectory_gradient import TrajectoryGradient
 from tests.scored import compute_advantages, compute_weights
 from tests.tiny import alternating_advantages, as_credit, ddim_on, flat
 

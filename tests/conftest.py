@@ -28,7 +28,7 @@ import torch  # noqa: E402
 
 from ddpo.config import RunConfig  # noqa: E402
 from ddpo.models import Policy  # noqa: E402
-from ddpo.training.trajectories import Rollouts  # noqa: E402
+from ddpo.training.samples import Rollouts  # noqa: E402
 from tests.tiny import (  # noqa: E402
     build_tiny_model,
     draw,

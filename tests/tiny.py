@@ -5,7 +5,8 @@ Pictures are 16 x 16 px, latents 4 x 8 x 8: a whole epoch takes a fraction of a 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -192,6 +193,21 @@ def as_float64(rollouts: Rollouts) -> Rollouts:
         rollouts.latents.double(),
         rollouts.log_probs.double(),
     )
+
+
+@contextmanager
+def counted(policy: Policy) -> Iterator[list[int]]:
+    """Collect the images of each forward of the network within this context."""
+    seen: list[int] = []
+
+    def note(_module: Any, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+        seen.append(len(given[0] if given else named["hidden_states"]))
+
+    hook = policy.weights.network.register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        yield seen
+    finally:
+        hook.remove()
 
 
 def _scheduler(prediction_type: str) -> DDIMScheduler | PNDMScheduler:

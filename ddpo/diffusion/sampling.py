@@ -16,6 +16,7 @@ from ddpo.basics.digests import json_digest
 from ddpo.basics.randomness import generator
 from ddpo.config import SamplerConfig
 from ddpo.diffusion.base import Process
+from ddpo.diffusion.shared_rows import SharedRows, shared_starts
 from ddpo.diffusion.window import process_of, whole_process
 from ddpo.errors import NonFiniteError
 from ddpo.models import Policy
@@ -61,7 +62,8 @@ def sample(
         sampler: Process and guidance; if noise is drawn in a window only, as
             :func:`~ddpo.diffusion.window.sampler_of_epoch` resolved it.
         starts: B seeds of the starting latents, where these are not of the samples' own seeds. The
-            noise of the steps is the same with and without them.
+            noise of the steps is the same with and without them. Neighbours with equal prompts and
+            starts are predicted once until a step draws noise.
         updates: Optimizer steps behind the policy's weights, for the error's message; None if
             unknown.
         on_images: Called with the number of images that were just finished.
@@ -141,11 +143,15 @@ def _sample_batch(
         start = _noise(policy, [generator(seed) for seed in starts])
     latents = [start * process.initial_noise_scale]
     log_probs: list[Tensor] = []
-    draws_noise = bool(process.stochastic().any())
+    stochastic = process.stochastic().tolist()
+    draws_noise = any(stochastic)
     step = process.stepper()
+    every = SharedRows([1] * len(prompts))
+    rows = shared_starts(prompts, starts) if starts else every
     for number in range(process.steps):
         times = process.times[number].expand(len(prompts))
-        output = policy.predict(latents[-1], times, conditioning, guidance_scale)
+        output = rows.predict(policy, latents[-1], times, conditioning, guidance_scale)
+        rows = every if stochastic[number] else rows
         # A step's noise is the same whichever other steps draw any; plain diffusers draws none for
         # a process without noise.
         noise = _noise(policy, generators) if draws_noise else torch.zeros_like(latents[-1])

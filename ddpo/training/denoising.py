@@ -219,6 +219,7 @@ class DenoisingObjective(Objective):
         times, together = self.gradient.algorithm.times, config.algorithm.needs.samples_per_loss
         self.noiser = Noiser(policy, process, times, config.seed, state.epoch, together)
         self.items_per_sample = self.noiser.times_per_sample
+        self._items = 0
         self._measured: list[Mapping[str, float]] = []
 
     def accumulate(
@@ -227,6 +228,7 @@ class DenoisingObjective(Objective):
         """Add the gradient of one update's loss to the policy's parameters."""
         self.gradient.loss_scale = scale
         noising = self.noiser.of(update)
+        self._items += len(noising.samples)
         return self.gradient.accumulate(
             self.finals, self.credit, noising.samples, noising, on_items, self._measured.append
         )
@@ -234,9 +236,9 @@ class DenoisingObjective(Objective):
     def finish(self) -> None:
         """Train nothing beside the policy."""
 
-    def forwards(self, items: int) -> int:
+    def forwards(self) -> int:
         """Return those of the policy and of each other weight set, all without guidance."""
-        return items * (1 + len(self.gradient.algorithm.needs.policies))
+        return self._items * (1 + len(self.gradient.algorithm.needs.policies))
 
     def metrics(self) -> dict[str, Any]:
         """Return what the algorithm measures of its forwards, means over the updates, if any."""

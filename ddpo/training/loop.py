@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ddpo.algorithms.base import Algorithm, Data, PromptStatistics
 from ddpo.config import RunConfig
+from ddpo.diffusion.shared_rows import sampling_forwards
 from ddpo.errors import NonFiniteError
 from ddpo.models import Policy
 from ddpo.training.denoising import DenoisingObjective
@@ -161,19 +162,17 @@ def _updated(
         "loss": sum(losses) / len(losses) if losses else None,
         "grad_norm": sum(norms) / len(norms) if norms else None,
         "learning_rate": config.optimizer.learning_rate,
-        "forwards": objective.forwards(items),
-        "sampling_forwards": _sampling_forwards(policy, config),
+        "forwards": objective.forwards(),
+        "sampling_forwards": _sampling_forwards(policy, config, state.epoch),
         **scaling,
         **objective.metrics(),
         **algorithm.credit_metrics(credit, config.rollouts.samples_per_prompt),
     }
 
 
-def _sampling_forwards(policy: Policy, config: RunConfig) -> int:
-    if config.preferences:
-        return 0  # nothing drew the images of preference pairs
-    per_image = config.sampler.steps * policy.forwards(config.sampler.guidance_scale)
-    return config.rollouts.samples_per_epoch * per_image
+def _sampling_forwards(policy: Policy, config: RunConfig, epoch: int) -> int:
+    # Nothing drew the images of preference pairs.
+    return 0 if config.preferences else sampling_forwards(policy, config, epoch)
 
 
 def _old_after(

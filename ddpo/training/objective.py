@@ -46,12 +46,8 @@ class Objective(ABC):
         """
 
     @abstractmethod
-    def forwards(self, items: int) -> int:
-        """Return how many forwards of the network, one image each, the epoch's updates took.
-
-        Args:
-            items: Of all updates together.
-        """
+    def forwards(self) -> int:
+        """Return how many forwards of the network, one image each, the epoch's updates took."""
 
     @abstractmethod
     def metrics(self) -> dict[str, Any]:

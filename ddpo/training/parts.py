@@ -12,7 +12,8 @@ from ddpo.config import RunConfig
 from ddpo.diffusion.window import sampler_of_epoch
 from ddpo.models import Policy
 from ddpo.training.ranks import Ranks
-from ddpo.training.trajectories import TrajectoryGradient, probe_rows
+from ddpo.training.trajectories import probe_rows
+from ddpo.training.trajectory_gradient import TrajectoryGradient
 
 
 def rows_read(

@@ -14,7 +14,7 @@ from ddpo.errors import ConfigError
 from ddpo.models import Policy
 from ddpo.training.loop import initial_state, update
 from ddpo.training.samples import Rollouts
-from ddpo.training.trajectories import TrajectoryGradient
+from ddpo.training.trajectory_gradient import TrajectoryGradient
 from tests.checks import accumulated, ddim_reference, take_gradients
 from tests.tiny import (
     alternating_advantages,

@@ -20,7 +20,7 @@ from ddpo.models import Policy
 from ddpo.models.flow_schedule import FlowSchedule
 from ddpo.training.old_means import OldMeans
 from ddpo.training.samples import Rollouts
-from ddpo.training.trajectories import TrajectoryGradient
+from ddpo.training.trajectory_gradient import TrajectoryGradient
 from tests.checks import ddim, stable_diffusion_scheduler, take_gradients
 from tests.tiny import (
     alternating_advantages,

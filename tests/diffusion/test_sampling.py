@@ -15,7 +15,7 @@ from ddpo.errors import NonFiniteError
 from ddpo.models import Policy
 from ddpo.training.loop import initial_state, update
 from ddpo.training.samples import Rollouts
-from ddpo.training.trajectories import TrajectoryGradient
+from ddpo.training.trajectory_gradient import TrajectoryGradient
 from tests.tiny import (
     PROMPTS,
     alternating_advantages,

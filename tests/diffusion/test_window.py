@@ -25,7 +25,7 @@ from ddpo.store.kinds import CHECKPOINT
 from ddpo.store.tables import decode_rollouts
 from ddpo.training.loop import initial_state, update
 from ddpo.training.samples import Rollouts
-from ddpo.training.trajectories import TrajectoryGradient
+from ddpo.training.trajectory_gradient import TrajectoryGradient
 from ddpo_workflow.tasks.pictures import PictureSet, draw_pictures
 from ddpo_workflow.tasks.sample import sample_shard
 from ddpo_workflow.tasks.start import start

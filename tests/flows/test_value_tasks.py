@@ -27,7 +27,7 @@ from ddpo.store.upkeep.retention import retire_checkpoints
 from ddpo.training.critic import Critic
 from ddpo.training.loop import initial_state, update
 from ddpo.training.state import TrainState
-from ddpo.training.trajectories import TrajectoryGradient
+from ddpo.training.trajectory_gradient import TrajectoryGradient
 from ddpo_workflow.tasks.start import start
 from tests.fold import as_in_a_new_process, run_epoch, run_epochs
 from tests.states import commit_state

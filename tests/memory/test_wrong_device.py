@@ -18,7 +18,7 @@ from ddpo.models.base import Conditioning, Policy
 from ddpo.models.numerics import resolve_numerics
 from ddpo.models.schedule import NoiseSchedule
 from ddpo.training.denoising import DenoisingGradient
-from ddpo.training.trajectories import TrajectoryGradient
+from ddpo.training.trajectory_gradient import TrajectoryGradient
 from tests.sweeps import swept
 from tests.tiny import tiny_config
 from tests.tiny_families import FAMILIES, SETTINGS

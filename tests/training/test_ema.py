@@ -26,7 +26,7 @@ from ddpo.store.tables import RolloutRow, decode_rollouts
 from ddpo.store.upkeep.retention import retire_checkpoints
 from ddpo.training.ema import Ema
 from ddpo.training.loop import initial_state, update
-from ddpo.training.trajectories import TrajectoryGradient
+from ddpo.training.trajectory_gradient import TrajectoryGradient
 from ddpo_workflow.tasks import export_weights as export
 from ddpo_workflow.tasks.credit import credit_of
 from ddpo_workflow.tasks.export_weights import export_weights

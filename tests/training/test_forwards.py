@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from ddpo.models import Policy
 from ddpo.training.loop import initial_state, update
-from tests.tiny import draw, grow_adapter, load_policy, rollouts_of, tiny_config
+from tests.tiny import counted, draw, grow_adapter, load_policy, rollouts_of, tiny_config
 
 BATCH = {"advantages": {"type": "batch"}}
 ALGORITHMS: Mapping[str, dict[str, Any]] = {
@@ -26,21 +24,6 @@ ALGORITHMS: Mapping[str, dict[str, Any]] = {
     "dpo": {"type": "dpo", "inner_epochs": 2, "updates_per_epoch": 2},
 }
 SAMPLERS = [{}, {"guidance_scale": 1.0}, {"window": {"position": 1, "steps": 2}}]
-
-
-@contextmanager
-def counted(policy: Policy) -> Iterator[list[int]]:
-    """Collect the images of each forward of the network within this context."""
-    seen: list[int] = []
-
-    def note(_module: Any, given: tuple[Any, ...], named: dict[str, Any]) -> None:
-        seen.append(len(given[0] if given else named["hidden_states"]))
-
-    hook = policy.weights.network.register_forward_pre_hook(note, with_kwargs=True)
-    try:
-        yield seen
-    finally:
-        hook.remove()
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS, ids=["guided", "unguided", "window"])

@@ -12,7 +12,7 @@ from ddpo.models import Policy
 from ddpo.training.loop import initial_state, update
 from ddpo.training.pairs import micro_batches
 from ddpo.training.samples import Rollouts
-from ddpo.training.trajectories import TrajectoryGradient
+from ddpo.training.trajectory_gradient import TrajectoryGradient
 from tests.checks import accumulated, check_gradient_is_each_samples_own, take_gradients
 from tests.tiny import (
     PROMPTS,

@@ -18,7 +18,7 @@ from ddpo.training.loop import initial_state, update
 from ddpo.training.old_means import OldMeans
 from ddpo.training.pairs import Pairs, micro_batches
 from ddpo.training.samples import Rollouts
-from ddpo.training.trajectories import TrajectoryGradient
+from ddpo.training.trajectory_gradient import TrajectoryGradient
 from tests.tiny import (
     alternating_advantages,
     as_credit,

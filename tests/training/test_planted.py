@@ -39,7 +39,7 @@ from ddpo.training.loop import initial_state, update
 from ddpo.training.noising import Noising
 from ddpo.training.pairs import Pairs
 from ddpo.training.samples import FinalLatents, Rollouts
-from ddpo.training.trajectories import Accumulated, TrajectoryGradient
+from ddpo.training.trajectory_gradient import Accumulated, TrajectoryGradient
 from ddpo_workflow.tasks.credit import credit_of
 from ddpo_workflow.tasks.sample import sample_shard
 from ddpo_workflow.tasks.score import score_shard

@@ -16,7 +16,7 @@ from ddpo.training.loop import initial_state, update
 from ddpo.training.pairs import Pairs
 from ddpo.training.ratios import RatioDeviation
 from ddpo.training.samples import Rollouts
-from ddpo.training.trajectories import TrajectoryGradient
+from ddpo.training.trajectory_gradient import TrajectoryGradient
 from tests.checks import (
     check_initial_ratio_is_one,
 )

@@ -15,7 +15,7 @@ from ddpo.store.objects import Store
 from ddpo.training.loop import initial_state, update
 from ddpo.training.samples import Rollouts
 from ddpo.training.state import TrainState
-from ddpo.training.trajectories import TrajectoryGradient
+from ddpo.training.trajectory_gradient import TrajectoryGradient
 from tests.checks import accumulated
 from tests.states import commit_state
 from tests.tiny import (
