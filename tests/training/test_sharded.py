@@ -42,6 +42,11 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
         "old_log_probs": "recompute",
         "advantages": {"type": "value"},
     },
+    "guard": {
+        "type": "ddpo_is",
+        "updates_per_epoch": 2,
+        "ratio": "guard",
+    },
     "rwr": {"type": "rwr", "inner_epochs": 1, "updates_per_epoch": 2},
     "nft": {
         "type": "nft",
