@@ -136,7 +136,7 @@ def _parsed(kind: type[_Model], raw: Mapping[str, Any], refusal: str) -> _Model:
 
 def _problem(error: dict[str, Any], kind_of_config: type[BaseModel]) -> tuple[str, str]:
     """Return what is wrong with which key, and what was expected."""
-    path, model, tags = _walk(error["loc"], kind_of_config)
+    path, model, tags, siblings = _walk(error["loc"], kind_of_config)
     name = ".".join(map(shown_key, path)) or "the config"
     kind, found = error["type"], error.get("input")
     if kind == "extra_forbidden":
@@ -146,7 +146,9 @@ def _problem(error: dict[str, Any], kind_of_config: type[BaseModel]) -> tuple[st
         elif parts := _parts_with(model, path[-1]):
             hint = f"it belongs under {' or '.join(parts)}"
         else:
-            hint = f"expected one of {', '.join(known)}"
+            types = [tag for tag, kind in siblings.items() if path[-1] in kind.model_fields]
+            other = f", or type {' or '.join(types)}, which has it" if types else ""
+            hint = f"expected one of {', '.join(known)}{other}"
         return f"{name}: there is no such key", hint
     if kind == "missing":
         return f"{name}: missing", "expected a value"
@@ -162,26 +164,29 @@ def _problem(error: dict[str, Any], kind_of_config: type[BaseModel]) -> tuple[st
 
 def _walk(
     location: Sequence[int | str], root: type[BaseModel]
-) -> tuple[list[str], type[BaseModel] | None, list[str]]:
+) -> tuple[list[str], type[BaseModel] | None, list[str], dict[str, type[BaseModel]]]:
     """Follow an error's location, whose names of union members are not keys of the file.
 
     Returns:
-        The dotted path's parts; the model that should have held the last of them; and the values
-        that `type:` takes inside the last of them, where it is a discriminated union.
+        The dotted path's parts; the model that should have held the last of them; the values that
+        `type:` takes inside the last of them, where it is a discriminated union; and by their
+        `type:`, all members of the union that the holding model belongs to.
     """
     path: list[str] = []
     owner: type[BaseModel] | None = root
     inside: type[BaseModel] | None = root
     choices: dict[str, type[BaseModel]] = {}
+    members: dict[str, type[BaseModel]] = {}
+    siblings: dict[str, type[BaseModel]] = {}
     plain_union = False
     for part in map(str, location):
         if part in choices:
-            inside, choices = choices[part], {}
+            inside, members, choices = choices[part], choices, {}
             continue
         if plain_union:
             plain_union = False
             continue
-        owner = inside
+        owner, siblings, members = inside, members, {}
         path.append(part)
         field = owner.model_fields.get(part) if owner else None
         annotation = field.annotation if field else None
@@ -189,7 +194,7 @@ def _walk(
         inside = models[0] if len(models) == 1 else None
         choices = {_tag(model): model for model in models if "type" in model.model_fields}
         plain_union = not models and get_origin(annotation) in (Union, UnionType)
-    return path, owner, list(choices)
+    return path, owner, list(choices), siblings
 
 
 def _parts_with(model: type[BaseModel] | None, key: str) -> list[str]:

@@ -71,14 +71,27 @@ class LoraConfig(Part):
     """Train adapters on the attention of the CLIP text encoders too: Stable Diffusion 1.x, 2.x and
     XL. Every batch of an update then encodes its prompts again."""
 
+    @property
+    def labels(self) -> dict[str, bool]:
+        """What is worth showing of a run at a glance, beside the type."""
+        return {}
+
 
 class FullConfig(Part):
     """Train every weight of the denoising network.
 
-    Needs a learning rate near 1e-5: LoRA's makes it collapse.
+    A pretrained one needs a learning rate near 1e-5: LoRA's makes it collapse.
     """
 
     type: Literal["full"]
+    from_scratch: bool = Field(default=False, exclude_if=is_off)
+    """Start from random weights of the denoising network, derived from `seed`, in place of the
+    model's. Text encoders and autoencoder stay the model's."""
+
+    @property
+    def labels(self) -> dict[str, bool]:
+        """What is worth showing of a run at a glance, beside the type."""
+        return {"from_scratch": True} if self.from_scratch else {}
 
 
 Trainable = Annotated[LoraConfig | FullConfig, Field(discriminator="type")]

@@ -191,7 +191,8 @@ class Policy(ABC):
         # Adapters leave the network's own weights alone: they pass through no wider dtype.
         network = self._load(files, torch.float32 if whole else numerics.torch_dtype)
         if isinstance(trainable, FullConfig):
-            self.weights = FullWeights(network)
+            scratch_seed = derive_seed(seed, "network") if trainable.from_scratch else None
+            self.weights = FullWeights(network, scratch_seed=scratch_seed)
         else:
             from ddpo.models.lora import LoraWeights  # imports peft, diffusers and transformers
 

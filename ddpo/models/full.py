@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from ddpo.errors import ConfigError
@@ -20,10 +21,16 @@ class FullWeights(Weights):
 
     Args:
         network: Frozen, float32; all of it becomes trainable.
+        scratch_seed: Of random weights in place of the network's own; None keeps these.
     """
 
-    def __init__(self, network: Network) -> None:
+    def __init__(self, network: Network, *, scratch_seed: int | None = None) -> None:
         super().__init__(network)
+        if scratch_seed is not None:
+            # Layers draw from the global generator: seed it, and leave it as it was.
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(scratch_seed)
+                network.load_state_dict(type(network).from_config(network.config).state_dict())
         network.requires_grad_(True)
 
     def state(self) -> dict[str, Tensor]:

@@ -16,6 +16,7 @@ _OURS = {
     name: f"ddpo.prompts.sets:{name}"
     for name in (
         "animal_activities",
+        "colored_discs",
         "counting",
         "everyday_objects",
         "imagenet_animals",

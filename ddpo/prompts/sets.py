@@ -44,6 +44,19 @@ OBJECTS = _shipped_lines("everyday_objects.txt")
 UNSEEN_ACTIVITIES = _shipped_lines("unseen_activities.txt")
 """5 activities that are none of `ACTIVITIES`."""
 
+_COLORS: dict[str, JsonValue] = {
+    "red": [208, 48, 48],
+    "green": [48, 208, 48],
+    "blue": [48, 48, 208],
+    "yellow": [208, 208, 48],
+}
+_CENTERS: dict[str, JsonValue] = {
+    "left": [0.25, 0.5],
+    "right": [0.75, 0.5],
+    "top": [0.5, 0.25],
+    "bottom": [0.5, 0.75],
+}
+
 
 def simple_animals(article: bool = True) -> list[Prompt]:
     """Return 45 common animals: the aesthetic task.
@@ -113,6 +126,28 @@ def counting(
     if low > high:
         raise ConfigError(f"low is {low}, which is above high, {high}; swap them")
     return [_count(number, animal) for number in range(low, high + 1) for animal in ANIMALS]
+
+
+def colored_discs(
+    colors: list[Literal["red", "green", "blue", "yellow"]] | None = None,
+    places: list[Literal["left", "right", "top", "bottom"]] | None = None,
+) -> list[Prompt]:
+    """Return colors x places, such as ``"a red disc on the left"``, for the reward `disc_match`.
+
+    Metadata: ``disc``, its color in sRGB, and center and radius in sides of the image.
+
+    Args:
+        colors: By default all four.
+        places: By default all four.
+    """
+    return [
+        Prompt(
+            f"a {color} disc {'at' if place in ('top', 'bottom') else 'on'} the {place}",
+            {"disc": {"color": _COLORS[color], "center": _CENTERS[place], "radius": 0.25}},
+        )
+        for color in (colors if colors is not None else _COLORS)
+        for place in (places if places is not None else _CENTERS)
+    ]
 
 
 def starter_scenes(

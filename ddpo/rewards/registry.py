@@ -29,6 +29,7 @@ ENTRY_POINT_GROUP = "ddpo.rewards"
 BUILTIN = {
     "clip_score": "ddpo.rewards.builtin.clip_score:ClipScore",
     "colorfulness": "ddpo.rewards.builtin.colorfulness:Colorfulness",
+    "disc_match": "ddpo.rewards.builtin.disc_match:DiscMatch",
     "hps_v2": "ddpo.rewards.builtin.hps_v2:HpsV2",
     "http": "ddpo.rewards.builtin.http:HttpReward",
     "image_reward": "ddpo.rewards.builtin.image_reward:ImageReward",

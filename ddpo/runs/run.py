@@ -204,6 +204,7 @@ class Run:
         return {
             "model": config.model.path,
             "trainable": config.trainable.type,
+            **config.trainable.labels,
             "prompts": config.prompts.name,
             "reward": config.reward.name,
             **config.algorithm.labels,

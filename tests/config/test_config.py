@@ -272,6 +272,7 @@ def test_operation_changes_no_identity_and_everything_else_does() -> None:
         {"seed": 1},
         {"model": {"path": "starter", "resolution": 128}},
         {"trainable": {"type": "lora", "rank": 8}},
+        {"trainable": {"type": "full", "from_scratch": True}},
         {"prompts": {"name": "simple_animals", "parameters": {"article": False}}},
         {"sampler": {"steps": 20}},
         {"reward": {"name": "jpeg_incompressibility"}},
@@ -281,6 +282,12 @@ def test_operation_changes_no_identity_and_everything_else_does() -> None:
         {"optimizer": {"learning_rate": 1e-4}},
     ):
         assert parse(**change).identity() != before, change
+
+
+def test_a_network_that_is_not_from_scratch_has_the_identity_it_always_had() -> None:
+    known = parse(trainable={"type": "full"}).identity()
+    assert known["trainable"] == {"type": "full"}
+    assert parse(trainable={"type": "full", "from_scratch": False}).identity() == known
 
 
 def test_a_config_survives_its_own_json() -> None:

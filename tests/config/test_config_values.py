@@ -50,6 +50,11 @@ def refusal(**changes: Any) -> str:
             "trainable.ranks: there is no such key; did you mean `rank`?",
         ),
         (
+            {"trainable": {"type": "lora", "from_scratch": True}},
+            "trainable.from_scratch: there is no such key; expected one of type, rank, alpha, "
+            "target_modules, text_encoders, or type full, which has it",
+        ),
+        (
             {"tracking": {"pictures": {"seed": [1]}}},
             "tracking.pictures.seed: there is no such key; did you mean `seeds`?",
         ),
@@ -199,7 +204,7 @@ def test_regression_needs_no_noise_in_sampling() -> None:
         (
             {"type": "rwr", "clip_range": 1e-4},
             "algorithm.clip_range: there is no such key; expected one of type, inner_epochs, "
-            "updates_per_epoch, beta, weights_over",
+            "updates_per_epoch, beta, weights_over, or type ddpo_is or awm, which has it",
         ),
     ],
 )

@@ -167,6 +167,6 @@ def test_every_shipped_config_runs_one_tiny_epoch_by_the_command(
     assert len(reward_curve(open_run(Store.open(str(tmp_path / "store")), path.stem))) == 1
     outputs = tmp_path / "outputs" / path.stem
     assert (outputs / "report.png").is_file()
-    whole = path.stem.endswith("_full")
+    whole = isinstance(read_config(path).trainable, FullConfig)
     weights = "pipeline/model_index.json" if whole else "lora/pytorch_lora_weights.safetensors"
     assert (outputs / weights).is_file()

@@ -139,6 +139,7 @@ def test_rewards_are_listed_with_parameters_defaults_and_needs(ddpo):
 
 
 NEEDS = {
+    "disc_match": "prompts with a disc (`colored_discs`)",
     "http": "a running reward service",
     "openai_vlm": "a server of a vision-language model",
     "ocr_text": "the program tesseract",

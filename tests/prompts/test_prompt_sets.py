@@ -65,6 +65,23 @@ def test_counting_covers_every_number_of_every_animal():
     assert len(load_prompts("counting", {"low": 3, "high": 3})) == 45
 
 
+def test_colored_discs_describe_what_their_text_says():
+    prompts = load_prompts("colored_discs", {})
+    assert len({prompt.text for prompt in prompts}) == len(prompts) == 4 * 4
+    chosen = {"colors": ["blue"], "places": ["right", "top"]}
+    assert [(p.text, p.metadata) for p in load_prompts("colored_discs", chosen)] == [
+        (text, {"disc": {"color": [48, 48, 208], "center": center, "radius": 0.25}})
+        for text, center in (
+            ("a blue disc on the right", [0.75, 0.5]),
+            ("a blue disc at the top", [0.5, 0.25]),
+        )
+    ]
+    with pytest.raises(ConfigError, match="empty; it needs at least one"):
+        load_prompts("colored_discs", {"colors": []})
+    with pytest.raises(ConfigError, match="purple"):
+        load_prompts("colored_discs", {"colors": ["purple"]})
+
+
 @pytest.mark.parametrize(
     "plural",
     [

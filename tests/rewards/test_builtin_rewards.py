@@ -19,6 +19,7 @@ DIGESTS = [  # first 16 digits of each
     ("jpeg_compressibility", {}, "81925b6184b79d2e"),
     ("jpeg_incompressibility", {}, "59441f2713eaf6ba"),
     ("colorfulness", {}, "a5aa1163728cd288"),
+    ("disc_match", {}, "3163829dce53512c"),
     ("preference", {}, "fb3b6c1bdf6a58d7"),
     ("starter_vqa", {}, "7835cc60fa9e5855"),
     ("starter_vqa", {"questions": ["count"]}, "5b1d7d5620a6d929"),
