@@ -32,6 +32,7 @@ from ddpo.store.objects import Store
 from ddpo_workflow.flows.cli.quiet import hide_loading_bars
 
 SEEDS = (101, 102, 103, 104)
+_SCENES = {scene.prompt: scene for scene in SCENES}
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,8 @@ class Evaluation:
         diversity: Root mean square difference between two images of one prompt, in grey levels
             (0 to 255), mean over prompts and pairs of seeds.
         recognised: Share of images in which the starter's judge finds what the prompt names
-            (`Verdicts.right`), 0 to 1.
+            (`Verdicts.right`), 0 to 1; for discs, of those that score higher for their own prompt
+            than for any other.
     """
 
     rewards: NDArray[np.float64]
@@ -89,7 +91,7 @@ def evaluate(
     """Draw and score prompts with fixed seeds, and ask the judge.
 
     Args:
-        run: Gives prompts (scenes of the starter), sampler, reward.
+        run: Gives prompts (scenes of the starter, or discs), sampler, reward.
         epoch: The checkpoint; 0 is the base model.
         seeds: Noise seeds, the same for every checkpoint and run.
         prompts: What is drawn; by default the run's own set.
@@ -99,12 +101,13 @@ def evaluate(
         Rewards, diversity and the share that is recognised.
 
     Raises:
-        ValueError: The checkpoint is not committed, or a prompt names no scene of the starter.
+        ValueError: The checkpoint is not committed, or a prompt names neither a scene of the
+            starter nor a disc.
     """
     prompts = run.prompts if prompts is None else prompts
-    scenes = {scene.prompt: scene for scene in SCENES}
-    unknown = [prompt.text for prompt in prompts if prompt.text not in scenes]
-    if unknown:
+    discs = all("disc" in prompt.metadata for prompt in prompts)
+    unknown = [prompt.text for prompt in prompts if prompt.text not in _SCENES]
+    if unknown and not discs:
         raise ValueError(f"the starter's judge has no notion of the prompt {unknown[0]!r}")
     checkpoint = CHECKPOINT.commit_of(run.store, Partition(run.run_id, epoch))
     if checkpoint is None:
@@ -113,17 +116,35 @@ def evaluate(
     policy = load_policy(config.model, config.trainable, run.numerics, seed=config.seed)
     policy.weights.load(CHECKPOINT.load(run.store, checkpoint.ref).state().shown_weights)
     repeated = [prompt for prompt in prompts for _ in seeds]
-    shown = [scenes[prompt.text] for prompt in repeated]
     noise = [derive_seed(seed, "evaluate", p.text) for p in prompts for seed in seeds]
     sampler = sampler or sampler_of_epoch(policy, run.config, 0)
     images = sample(policy, [p.text for p in repeated], noise, sampler).images
     scores = score_images(run.reward, images, repeated)
     shape = (len(prompts), len(seeds))
+    recognised = _told_apart(run, images, repeated) if discs else _found(images, repeated)
     return Evaluation(
         rewards=scores.values.astype(np.float64).reshape(shape),
         diversity=_diversity(images, len(seeds)),
-        recognised=float(Judge.load(JUDGE_PATH).look(images).right(shown).mean()),
+        recognised=recognised,
     )
+
+
+def _found(images: Sequence[Image.Image], prompts: Sequence[Prompt]) -> float:
+    shown = [_SCENES[prompt.text] for prompt in prompts]
+    return float(Judge.load(JUDGE_PATH).look(images).right(shown).mean())
+
+
+def _told_apart(run: Run, images: Sequence[Image.Image], prompts: Sequence[Prompt]) -> float:
+    own = score_images(run.reward, images, prompts).values
+    others = [
+        np.where(
+            [prompt == other for prompt in prompts],
+            -np.inf,
+            score_images(run.reward, images, [other] * len(images)).values,
+        )
+        for other in dict.fromkeys(prompts)
+    ]
+    return float((own > np.max(others, axis=0)).mean())
 
 
 def _diversity(images: Sequence[Image.Image], seeds: int) -> float:

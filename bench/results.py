@@ -10,8 +10,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -21,12 +23,15 @@ import numpy as np
 
 from bench.evaluate import SEEDS, Evaluation, Gain, evaluate
 from ddpo.basics.digests import json_digest, sha256_bytes
+from ddpo.config import FullConfig
 from ddpo.config.files import read_config
 from ddpo.models.hub import STARTERS
 from ddpo.prompts import Prompt
 from ddpo.prompts.sets import starter_scenes
-from ddpo.runs import open_run
+from ddpo.runs import Run, open_run
 from ddpo.starter import JUDGE_PATH
+from ddpo.store.keys import Partition
+from ddpo.store.kinds import CHECKPOINT
 from ddpo.store.objects import Store
 from ddpo_workflow.flows.cli.quiet import hide_loading_bars
 
@@ -44,6 +49,7 @@ class Task:
         shuffle: The setting that makes a control of it.
         history: The task on whose runs' saved samples it trains, in place of its own.
         sampled_as: The config whose sampler its images are evaluated with; by default its own.
+        prediction_type: What a network from scratch predicts; by default what the starter's does.
     """
 
     config: str
@@ -52,6 +58,7 @@ class Task:
     shuffle: str = "algorithm.advantages.shuffle"
     history: str | None = None
     sampled_as: str | None = None
+    prediction_type: str | None = None
 
 
 HELD_OUT = starter_scenes(["activity"], held_out="only")
@@ -67,6 +74,9 @@ TASKS = {
     "dpo-history": Task(
         "configs/starter_dpo.yaml", SEEDS, shuffle="algorithm.shuffle", history="nft"
     ),
+    # 4 prompts, 32 images each.
+    "scratch": Task("configs/scratch.yaml", range(101, 133)),
+    "scratch-v": Task("configs/scratch.yaml", range(101, 133), prediction_type="v_prediction"),
     "incompressibility": Task("configs/starter_incompressibility.yaml", SEEDS),
     "colorfulness": Task("configs/starter_colorfulness.yaml", SEEDS),
     # 27 prompts, 16 images each: 432 pairs.
@@ -104,7 +114,24 @@ def train(trial: Trial, folder: Path, threads: int) -> None:
         epochs = open_run(Store.open(str(folder / "store")), parent).config.epochs
         saved = f"run_id: {parent}, epoch: 0, rollouts: {epochs}, off_policy: true"
         settings |= {"fork": f"{{{saved}}}", "epochs": epochs}
+    if task.prediction_type:
+        settings["model.path"] = _starter_that_predicts(task.prediction_type, folder)
     train_run(trial.run_id, task.config, settings, folder)
+
+
+_copying = threading.Lock()
+
+
+def _starter_that_predicts(prediction_type: str, folder: Path) -> Path:
+    """Return a copy of the starter that differs in what its scheduler says is predicted."""
+    copy = folder / f"starter-{prediction_type}"
+    with _copying:
+        if not copy.exists():
+            shutil.copytree(STARTERS["starter"], copy)
+            file = copy / "scheduler" / "scheduler_config.json"
+            settings = json.loads(file.read_text()) | {"prediction_type": prediction_type}
+            file.write_text(json.dumps(settings, indent=2) + "\n")
+    return copy
 
 
 def train_run(run_id: str, config: str, settings: Mapping[str, object], folder: Path) -> None:
@@ -164,9 +191,7 @@ def measure(
     """
     run = open_run(Store.open(str(folder / "store")), trial.run_id)
     found = []
-    part = "transformer" if trial.task == "flow" else "unet"
-    weights = STARTERS[run.config.model.path] / part / "diffusion_pytorch_model.safetensors"
-    base = sha256_bytes(weights.read_bytes())[:8]
+    base = _base(run)
     # Of other weights or settings, or judged otherwise, it would be another evaluation.
     judge = sha256_bytes((JUDGE_PATH / "model.safetensors").read_bytes())[:8]
     task = TASKS[trial.task]
@@ -193,6 +218,17 @@ def measure(
         stored = json.loads(file.read_text())
         found.append(Evaluation(**stored | {"rewards": np.asarray(stored["rewards"])}))
     return found[0], found[1]
+
+
+def _base(run: Run) -> str:
+    """Return eight digits of the network that a run starts from, which may be its own."""
+    trainable = run.config.trainable
+    if isinstance(trainable, FullConfig) and trainable.from_scratch:
+        first = CHECKPOINT.require(run.store, Partition(run.run_id, 0))
+        return first.digests["policy_digest"][:8]
+    part = "transformer" if run.config.model.path == "starter_flow" else "unet"
+    weights = STARTERS[run.config.model.path] / part / "diffusion_pytorch_model.safetensors"
+    return sha256_bytes(weights.read_bytes())[:8]
 
 
 def table(task: str, folder: Path, beyond: str = "") -> str:
@@ -235,8 +271,9 @@ def table(task: str, folder: Path, beyond: str = "") -> str:
         f"Mean gain over seeds: real {real:+.4f} (spread between seeds "
         f"{np.std(gains[False], ddof=1):.4f}), shuffled {shuffled:+.4f} (spread "
         f"{np.std(gains[True], ddof=1):.4f}), which is {shuffled / real:+.0%} of the real one. "
-        f"For the base, diversity is {bases[0].diversity:.1f} grey levels, and "
-        f"{bases[0].recognised:.1%} of its images show what the prompt names.",
+        f"For the base, diversity is {np.mean([each.diversity for each in bases]):.1f} grey "
+        f"levels, and {np.mean([each.recognised for each in bases]):.1%} of its images show what "
+        "the prompt names.",
         "",
     ]
     return "\n".join(lines)
