@@ -103,10 +103,12 @@ def load_policy(
         model: Path or Hub id, and the size of its images.
         trainable: Weights to train.
         numerics: Device, dtype, batch sizes; applied to the whole process.
-        seed: The run's seed; an adapter's initial weights are derived from it.
+        seed: The run's seed; initial weights of an adapter, or of a network from scratch, are
+            derived from it.
 
     Returns:
-        The policy: the base model as far as its output goes, since a fresh adapter adds nothing.
+        The policy: the base model as far as its output goes, since a fresh adapter adds nothing;
+        from scratch, one with random weights.
 
     Raises:
         ConfigError: This machine lacks the device; or size or trainable weights do not fit the

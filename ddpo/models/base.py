@@ -116,7 +116,8 @@ class Policy(ABC):
         model: Path or Hub id, and the size of its images.
         trainable: Weights to train.
         numerics: Device, dtype, batch sizes; applied to the whole process.
-        seed: The run's seed; an adapter's initial weights are derived from it.
+        seed: The run's seed; initial weights of an adapter, or of a network from scratch, are
+            derived from it.
 
     Raises:
         ConfigError: Size or trainable weights do not fit the model.
