@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
@@ -30,7 +30,8 @@ class FullWeights(Weights):
             # Layers draw from the global generator: seed it, and leave it as it was.
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(scratch_seed)
-                network.load_state_dict(type(network).from_config(network.config).state_dict())
+                fresh = cast("Network", type(network).from_config(network.config))
+                network.load_state_dict(fresh.state_dict())
         network.requires_grad_(True)
 
     def state(self) -> dict[str, Tensor]:
