@@ -52,10 +52,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     @torch.no_grad()
     def forward(policy: Policy) -> None:
-        predict(policy, config.numerics.sample_batch_size)
+        predict(policy, policy.numerics.sample_batch_size)
 
     def both(policy: Policy) -> None:
-        predict(policy, config.numerics.micro_batch_size).square().mean().backward()
+        predict(policy, policy.numerics.micro_batch_size).square().mean().backward()
         for parameter in policy.weights.parameters().values():
             parameter.grad = None
 

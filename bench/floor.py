@@ -96,7 +96,7 @@ class Batch:
 
     def bare_backwards(self) -> None:
         """Run the forwards and backwards that training on the batch takes."""
-        size = self.config.numerics.micro_batch_size
+        size = self.policy.numerics.micro_batch_size
         for step in window_steps(self.sampler):
             for start in range(0, self.size, size):
                 self._forward(step, slice(start, start + size)).square().mean().backward()

@@ -26,7 +26,7 @@ from ddpo_workflow.flows.links import link_page
 from ddpo_workflow.flows.messages import store_command
 from ddpo_workflow.flows.prefect_server import show, watched_server
 from ddpo_workflow.flows.run_requests import CompareRequest, ComparisonPlan
-from ddpo_workflow.flows.train import train_run
+from ddpo_workflow.flows.train import note_batch_sizes, train_run
 from ddpo_workflow.tasks.commit import commit_epoch
 from ddpo_workflow.tasks.credit import credit_of
 from ddpo_workflow.tasks.engines import held_gpus
@@ -121,6 +121,7 @@ def _run_members(plan: ComparisonPlan, first: Run, command: str) -> None:
     comparison, before = plan.comparison, 0
     for number, member in enumerate(comparison.members, start=1):
         note(f"run {number} of {len(comparison.members)}: {member.run_id}")
+        note_batch_sizes(plan.runs[member.run_id])
         with as_part(before, plan.epochs), held_lease(plan.store, member.run_id):
             run = first if member.run_id == first.run_id else plan.runs[member.run_id].start()
             if member is comparison.shared[member.seed]:

@@ -42,7 +42,7 @@ from ddpo_workflow.flows.start import first_checkpoint
 from ddpo_workflow.tasks.engines import held_gpus, open_engine
 from ddpo_workflow.tasks.export_weights import export_weights
 from ddpo_workflow.tasks.pictures import draw_pictures, picture_set
-from ddpo_workflow.tasks.progress import begin_stage, finished_epoch, logged
+from ddpo_workflow.tasks.progress import begin_stage, finished_epoch, logged, note
 from ddpo_workflow.tasks.stops import recognise_stop
 from ddpo_workflow.tasks.tracking.catch_up import track_missing
 from ddpo_workflow.tasks.tracking.metrics import track_pictures
@@ -135,7 +135,14 @@ def start_and_train(plan: RunPlan) -> str:
     """
     gpus = held_gpus(plan.config.engine, plan.numerics.device, plan.run_id)
     with held_lease(plan.store, plan.run_id), gpus:
+        note_batch_sizes(plan)
         return train_run(plan.start())
+
+
+def note_batch_sizes(plan: RunPlan) -> None:
+    """Log the batch sizes that were found for a start, and what was measured, if they were."""
+    if plan.batch_sizes is not None:
+        note(plan.batch_sizes.message)
 
 
 def fresh_seed(run_id: str | None, seed: int | None) -> int:

@@ -13,6 +13,7 @@ from ddpo.errors import PolicyMismatch
 from ddpo.models import Policy, WeightSet, load_policy
 from ddpo.rewards import load_reward
 from ddpo.runs import Run, RunHandle, RunPlan, Scorer
+from ddpo.runs.batch_search import BatchSearch
 from ddpo.store.checkpoints import Checkpoint
 from ddpo.store.kinds import CHECKPOINT
 from ddpo.store.manifests import Ref
@@ -106,23 +107,36 @@ def release_model() -> None:
         _loaded = None
 
 
-def check_model(plans: Sequence[RunPlan]) -> None:
+def check_model(plans: Sequence[RunPlan]) -> list[RunPlan]:
     """Check those runs that have no checkpoint yet against their model, before they start.
+
+    Batch sizes that are `auto` are found by measuring it.
 
     Args:
         plans: Runs of one model, such as those of a comparison. It is loaded once, and kept for the
-            first of them.
+            first of them, unless it was measured, which changes it.
+
+    Returns:
+        The runs, with their batch sizes.
 
     Raises:
         DdpoError: The model cannot be loaded; or as `RunPlan.check_model`.
     """
-    new = [plan for plan in plans if not plan.has_checkpoint]
+    global _loaded
+    new = [plan for plan in plans if plan.awaits_sizes or not plan.has_checkpoint]
     if not new:
-        return
+        return list(plans)
     with _device:
-        policy = _load(new[0], fresh=True).policy
+        first = next((plan for plan in new if plan.awaits_sizes), new[0])
+        policy = _load(first, fresh=True).policy
         for plan in new:
             plan.check_model(policy)
+        if not first.awaits_sizes:
+            return list(plans)
+        search = BatchSearch(policy)
+        sized = [plan.sized(search) for plan in plans]
+        _loaded = None
+        return sized
 
 
 @contextmanager

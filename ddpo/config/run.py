@@ -136,12 +136,13 @@ class RunConfig(Part):
                 f"rollouts.shard_size {self.rollouts.shard_size} makes {shards} shards per epoch; "
                 f"set it to at least {math.ceil(samples / EPOCH_LIMIT)}"
             )
-        check_divides(
-            "numerics.sample_batch_size",
-            self.numerics.sample_batch_size,
-            "rollouts.shard_size",
-            self.rollouts.shard_size,
-        )
+        if self.numerics.sample_batch_size != "auto":
+            check_divides(
+                "numerics.sample_batch_size",
+                self.numerics.sample_batch_size,
+                "rollouts.shard_size",
+                self.rollouts.shard_size,
+            )
         return self
 
     @model_validator(mode="after")
@@ -172,7 +173,7 @@ class RunConfig(Part):
     @model_validator(mode="after")
     def _algorithm_fits(self) -> RunConfig:
         together, size = self.algorithm.needs.samples_per_loss, self.numerics.micro_batch_size
-        if size % together:
+        if size != "auto" and size % together:
             raise ValueError(
                 f"numerics.micro_batch_size {size} is not a multiple of {together}: "
                 f"algorithm.type {self.algorithm.type} compares {together} samples in one forward; "
@@ -230,6 +231,16 @@ class RunConfig(Part):
         if self.rollouts.store_trajectories != "auto":
             return self.rollouts.store_trajectories
         return "final" if self.algorithm.needs.data == "final_latents" else "full"
+
+    @property
+    def smallest_batches(self) -> NumericsConfig:
+        """The numerics, with the smallest batch that is allowed in place of each `auto`."""
+        smallest = {
+            "sample_batch_size": 1,
+            "micro_batch_size": self.algorithm.needs.samples_per_loss,
+        }
+        sought = {n: size for n, size in smallest.items() if getattr(self.numerics, n) == "auto"}
+        return self.numerics.changed(**sought)
 
     def whole(self) -> dict[str, JsonValue]:
         """Return all settings as plain JSON, from which the config can be read again."""

@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +18,7 @@ from ddpo.memory.counting import LiveBytes, Peaks, Phase
 from ddpo.memory.kernels import GpuKernels, checkpointed
 from ddpo.models.numerics import Numerics
 from ddpo.models.outline import Outline, outline
+from ddpo.training.dry_run import shortened
 from ddpo.training.loop import initial_state, update
 from ddpo.training.samples import FinalLatents, Rollouts, Samples
 from ddpo.training.state import TrainState
@@ -153,18 +153,9 @@ def _sample(policy: Outline, config: RunConfig, counter: LiveBytes) -> None:
 def _update(policy: Outline, config: RunConfig, state: TrainState) -> None:
     """Take one optimizer step of two micro-batches: the second has the first's gradient beside."""
     size = policy.numerics.micro_batch_size
-    changes: dict[str, Any] = {"updates_per_epoch": 1, "inner_epochs": 1}
-    if config.rollouts.samples_per_prompt > 1:  # what is run here is smaller than a group
-        changes["advantages"] = {"type": "batch"}
-    algorithm = config.algorithm.changed(
-        **{
-            name: value
-            for name, value in changes.items()
-            if name in type(config.algorithm).model_fields
-        }
-    )
-    sampler = config.sampler.changed(steps=_STEPS, window=None)
+    shorter = shortened(config, _STEPS)
     samples: Samples
+    algorithm = shorter.algorithm
     if algorithm.needs.data == "trajectories":
         count = size
         latents = _zeros(count, _STEPS + 1, *policy.latent_shape)
@@ -173,8 +164,7 @@ def _update(policy: Outline, config: RunConfig, state: TrainState) -> None:
         count = 2 * size
         samples = FinalLatents([_PROMPT] * count, _zeros(count, *policy.latent_shape))
     credit = algorithm.credit_of_all(count)
-    shortened = config.changed(algorithm=algorithm, sampler=sampler, fork=None)
-    update(policy, state, samples, credit, {}, shortened)
+    update(policy, state, samples, credit, {}, shorter)
 
 
 def _trained_state(policy: Outline, config: RunConfig) -> TrainState:

@@ -112,12 +112,18 @@ class Numerics(BaseModel):
 
 
 def resolve_numerics(config: NumericsConfig) -> Numerics:
-    """Resolve every ``auto`` on this machine.
+    """Resolve every ``auto`` on this machine, except batch sizes, which are measured.
 
     Raises:
-        ConfigError: The configured device is missing.
+        ConfigError: The configured device is missing, or a batch size is ``auto``.
     """
     import torch
+
+    if config.sample_batch_size == "auto" or config.micro_batch_size == "auto":
+        raise ConfigError(
+            "numerics.sample_batch_size or numerics.micro_batch_size is `auto`, which the first "
+            "start of a run resolves by measuring; outside of a run, set a number"
+        )
 
     device = resolve_device(config.device)
     threads = _default_threads()

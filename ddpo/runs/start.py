@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from threading import Event
 from typing import TYPE_CHECKING
@@ -19,7 +19,7 @@ from ddpo.basics.version import VERSION
 from ddpo.config import EvaluationConfig, RunConfig
 from ddpo.config.model import size_of
 from ddpo.errors import ConfigError, RunIdentityMismatch
-from ddpo.models import check_family, check_model
+from ddpo.models import check_family, check_model, load_policy
 from ddpo.models.numerics import Numerics, changes_since, resolve_again, resolve_numerics
 from ddpo.prompts import load_prompts
 from ddpo.rewards import Reward, load_reward
@@ -46,6 +46,7 @@ from ddpo.store.upkeep.probe import probe
 
 if TYPE_CHECKING:
     from ddpo.models import ModelFacts, Policy
+    from ddpo.runs.batch_search import BatchSearch, BatchSizes
 
 _logger = logging.getLogger(__name__)
 
@@ -63,13 +64,18 @@ class RunPlan:
     config: RunConfig
     """The config of this start."""
     numerics: Numerics
-    """The numerics: those frozen by the first start, if the run exists."""
+    """The numerics: those frozen by the first start, if the run exists. Until `sized`, a new run's
+    batches that are `auto` are the smallest."""
     identity: dict[str, JsonValue]
     """The settings and digests that must be the same at every start."""
     reward: Reward
     """The reward, kept so that it is not built again for the run."""
     awaits_parent: bool = False
     """Whether a fork's parent has not run yet; what is inherited is then checked by `start`."""
+    awaits_sizes: bool = False
+    """Whether it is a new run with batch sizes that are still to be found (`auto`)."""
+    batch_sizes: BatchSizes | None = None
+    """The batch sizes that were found for this start, if they were."""
     begun: Event = field(default_factory=Event, compare=False)
     """Set once the run and a start of it are in the store, so that it can be resumed."""
 
@@ -104,14 +110,34 @@ class RunPlan:
         if self.fork and not self.awaits_parent:
             check_policy(self.fork, policy)
 
+    def sized(self, search: BatchSearch) -> RunPlan:
+        """Return the plan with the batch sizes that are `auto` found by measuring.
+
+        Args:
+            search: Of the run's model.
+        """
+        if not self.awaits_sizes:
+            return self
+        found = search.sizes(self.config)
+        settings = {
+            "sample_batch_size": found.sample,
+            "micro_batch_size": found.micro,
+            "compile": self.config.numerics.compile,
+        }
+        numerics = self.numerics.model_copy(update=settings)
+        return replace(self, numerics=numerics, awaits_sizes=False, batch_sizes=found)
+
     def start(self) -> Run:
         """Create the run, or resume the one in the store; this machine trusts it from now on.
+
+        Its batch sizes are known by now; see `sized`.
 
         Raises:
             RunIdentityMismatch: Another process has just created the run with another config.
             RunBeingDeleted: The run's deletion has begun since it was checked.
             DdpoError: As `check_fork`, if the parent had yet to run.
         """
+        assert not self.awaits_sizes
         if self.fork and self.awaits_parent and not self.has_checkpoint:
             check_fork(self.fork)
         record = runs.create_or_check_run(
@@ -151,7 +177,13 @@ def start_run(config: RunConfig, run_id: str) -> Run:
     Raises:
         DdpoError: As `check_run`.
     """
-    return check_run(config, run_id).start()
+    plan = check_run(config, run_id)
+    if plan.awaits_sizes:
+        from ddpo.runs.batch_search import BatchSearch
+
+        policy = load_policy(config.model, config.trainable, plan.numerics, seed=config.seed)
+        plan = plan.sized(BatchSearch(policy))
+    return plan.start()
 
 
 def check_run(
@@ -189,22 +221,28 @@ def check_run(
     identity = _identity(config, reward)
     before_models()
     check_denoising(config)
-    if store.exists(keys.run_key(run_id)):
+    exists = store.exists(keys.run_key(run_id))
+    awaits_sizes = not exists and config.numerics.searches
+    if exists:
         numerics = _check_stored(store, run_id, config, identity, reward)
     else:
-        numerics = resolve_numerics(config.numerics)
+        # Sizes are measured without compiling, which takes longer than the search.
+        compiles = config.numerics.compile and not awaits_sizes
+        numerics = resolve_numerics(config.smallest_batches.changed(compile=compiles))
         fork = fork_of(store, config)
         if fork and not awaits_parent:
             check_fork(fork)
         prompts = load_prompts(config.prompts.name, config.prompts.parameters)
         try_out(reward, prompts, config.model.size)
         _warn_of_memory(config, numerics, len(prompts))
-    if numerics.compile:
+    if config.numerics.compile:
         from ddpo.models.compiled import check_compiler  # imports torch
 
         check_compiler(numerics.device)
     patient = store.patient(PATIENCE_S)
-    plan = RunPlan(patient, run_id, config, numerics, identity, reward, awaits_parent)
+    plan = RunPlan(
+        *(patient, run_id, config, numerics, identity, reward, awaits_parent, awaits_sizes)
+    )
     if store.exists(keys.start_key(run_id, 1)):
         plan.begun.set()
     return plan

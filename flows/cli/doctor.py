@@ -108,7 +108,7 @@ def _model(config: RunConfig) -> str:
 
 
 def _device(config: RunConfig) -> str:
-    numerics = resolve_numerics(config.numerics)
+    numerics = resolve_numerics(config.smallest_batches)
     if numerics.compile:
         check_compiler(numerics.device)
     compiled = ", compiled" if numerics.compile else ""
@@ -116,7 +116,7 @@ def _device(config: RunConfig) -> str:
 
 
 def _memory(config: RunConfig) -> str:
-    numerics = resolve_numerics(config.numerics)
+    numerics = resolve_numerics(config.smallest_batches)
     try:
         prompts = len(load_prompts(config.prompts.name, config.prompts.parameters))
     except DdpoError:  # which is another check's finding
@@ -128,6 +128,8 @@ def _memory(config: RunConfig) -> str:
     fit = check_fit(config, numerics, free_memory(numerics), prompts=prompts)
     if not fit.fits:
         raise SetupError(fit.message)
+    if config.numerics.searches:
+        return f"{fit.message}, with the smallest batches: the first start measures which are fast"
     return fit.message
 
 

@@ -91,5 +91,5 @@ def check_comparison(comparison: Comparison) -> ComparisonPlan:
                 f"settings:{lines}\nExisting runs stay as they are: give the changed comparison "
                 "another name (--name), or undo the change"
             ) from error
-    check_surroundings(list(plans.values()))
-    return ComparisonPlan(comparison, plans)
+    ready = check_surroundings(list(plans.values()))
+    return ComparisonPlan(comparison, {plan.run_id: plan for plan in ready})

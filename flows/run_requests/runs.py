@@ -136,8 +136,12 @@ def run_name_stem(config_file: str) -> str:
     return Path(config_file).stem.replace("_", "-")
 
 
-def check_surroundings(plans: Sequence[RunPlan]) -> None:
-    """Check each run's engine, GPUs and lease, MLflow, and their model, which is loaded last."""
+def check_surroundings(plans: Sequence[RunPlan]) -> list[RunPlan]:
+    """Check each run's engine, GPUs and lease, MLflow, and their model, which is loaded last.
+
+    Returns:
+        The runs, with batch sizes that were `auto` found.
+    """
     from ddpo.runs.lease import wait_until_free
     from ddpo_workflow.tasks.engines import check_engine, check_gpus
     from ddpo_workflow.tasks.tracking.connection import connect
@@ -148,7 +152,7 @@ def check_surroundings(plans: Sequence[RunPlan]) -> None:
         check_gpus(plan.config.engine, plan.numerics.device)
         wait_until_free(plan.store, plan.run_id)
     connect(plans[0].config.tracking.uri)
-    check_model(plans)
+    return check_model(plans)
 
 
 def _check_start(config: RunConfig, run_id: str) -> RunPlan:
@@ -158,5 +162,5 @@ def _check_start(config: RunConfig, run_id: str) -> RunPlan:
 
     plan = check_run(config, run_id, before_models=before_models)
     check_not_shared(plan.store, plan.run_id)
-    check_surroundings([plan])
+    (plan,) = check_surroundings([plan])
     return plan
