@@ -56,9 +56,10 @@ constraints:  ## Resolve constraints.txt again in a fresh environment (then: mak
 	{ echo "# Exact versions that were installed and tested together, by \`make constraints\`."; \
 	$(FRESH)/bin/pip freeze --exclude-editable | sed 's/+cpu$$//'; } > constraints.txt
 
-bench: $(READY)  ## Measure overhead, distance to a bare loop, store and tracking (TRL: python -m bench.trl)
-	$(BIN)/python -m bench.overhead
+bench: $(READY)  ## Measure overhead, distance to a bare loop, memory, store and tracking (TRL: python -m bench.trl)
+	$(BIN)/python -m bench.overhead --json build/bench/overhead.json
 	$(BIN)/python -m bench.floor --json build/bench/floor.json
+	$(BIN)/python -m bench.peaks --json build/bench/peaks.json
 	$(BIN)/python -m bench.parts --json build/bench/parts.json
 
 starter-report: $(READY)  ## Measure the starter model's images with its judge (five minutes)

@@ -44,13 +44,14 @@ MOST = 1.1
 
 
 class Batch:
-    """One sampler batch of a run on a UNet, drawn and trained by the library, and by a bare loop.
+    """An epoch's samples of a run on a UNet, drawn and trained by the library, and by a bare loop.
 
     Args:
-        config: A run with guidance whose epoch is one sampler batch; its model is loaded.
+        config: A run with guidance; its model is loaded.
+        drawn: Samples to train on, repeated until they are an epoch's; by default they are drawn.
     """
 
-    def __init__(self, config: RunConfig) -> None:
+    def __init__(self, config: RunConfig, drawn: Trajectories | None = None) -> None:
         policy = load_policy(
             config.model, config.trainable, resolve_numerics(config.numerics), seed=config.seed
         )
@@ -62,8 +63,9 @@ class Batch:
         groups = [row // config.rollouts.samples_per_prompt for row in range(self.size)]
         self.prompts = [known[group % len(known)].text for group in groups]
         self.starts = groups if config.rollouts.shared_start else None
-        drawn = self.sample()
-        self.rollouts = Rollouts(self.prompts, drawn.latents, drawn.log_probs)
+        drawn = drawn or self.sample()
+        rows = torch.arange(self.size) % len(drawn.latents)
+        self.rollouts = Rollouts(self.prompts, drawn.latents[rows], drawn.log_probs[rows])
         self.times = drawn.times.tolist()
         # Both signs, none zero: no pair can be left out.
         signs = torch.tensor([1.0, -1.0]).repeat(self.size)[: self.size]
@@ -74,28 +76,42 @@ class Batch:
         self.text = torch.cat([text[:1].expand(self.size, *text.shape[1:]), text[1:]])
 
     def sample(self) -> Trajectories:
-        """Draw the batch with the library."""
+        """Draw the samples with the library."""
         return sample(self.policy, self.prompts, range(self.size), self.sampler, starts=self.starts)
 
-    def update(self) -> None:
-        """Train on the batch with the library, from the same weights each time."""
+    def update(self, rollouts: Rollouts | None = None) -> None:
+        """Train on the samples with the library, from the same weights each time."""
         self.policy.weights.load(self.state.weights)
-        update(self.policy, self.state, self.rollouts, self.credit, {}, self.config)
+        update(self.policy, self.state, rollouts or self.rollouts, self.credit, {}, self.config)
+
+    def epoch(self) -> None:
+        """Draw samples with the library, and train on them."""
+        drawn = self.sample()
+        self.update(Rollouts(self.prompts, drawn.latents, drawn.log_probs))
+
+    def bare_sampling(self) -> None:
+        """Run the forwards that drawing the samples takes, and decode, batch by batch."""
+        for rows in self._batches():
+            self.bare_forwards(rows)
+            self.bare_decoder(rows)
 
     @torch.no_grad()
-    def bare_forwards(self) -> None:
-        """Run the forwards that drawing the batch takes."""
-        for step in range(len(self.times)):
-            self._forward(step, slice(0, self.size))
+    def bare_forwards(self, rows: slice | None = None) -> None:
+        """Run the forwards that drawing a sampler batch takes; by default every batch's."""
+        for batch in [rows] if rows else self._batches():
+            for step in range(len(self.times)):
+                self._forward(step, batch)
 
     @torch.no_grad()
-    def bare_decoder(self) -> None:
-        """Decode the batch."""
+    def bare_decoder(self, rows: slice | None = None) -> None:
+        """Decode a sampler batch; by default every batch."""
         vae: Any = self.policy.pipeline.vae
-        vae.decode(self.rollouts.latents[:, -1] / vae.config.scaling_factor, return_dict=False)
+        for batch in [rows] if rows else self._batches():
+            latents = self.rollouts.latents[batch, -1].to(self.policy.device)
+            vae.decode(latents / vae.config.scaling_factor, return_dict=False)
 
     def bare_backwards(self) -> None:
-        """Run the forwards and backwards that training on the batch takes."""
+        """Run the forwards and backwards that training on the samples takes."""
         size = self.policy.numerics.micro_batch_size
         for step in window_steps(self.sampler):
             for start in range(0, self.size, size):
@@ -103,11 +119,15 @@ class Batch:
         for parameter in self.policy.weights.parameters().values():
             parameter.grad = None
 
+    def _batches(self) -> list[slice]:
+        size = self.policy.numerics.sample_batch_size
+        return [slice(start, start + size) for start in range(0, self.size, size)]
+
     def _forward(self, step: int, rows: slice) -> Tensor:
-        latents = self.rollouts.latents[rows, step]
+        latents = self.rollouts.latents[rows, step].to(self.policy.device)
         both = torch.cat([latents, latents])
         text = torch.cat([self.text[: self.size][rows], self.text[self.size :][rows]])
-        times = torch.full((len(both),), self.times[step])
+        times = torch.full((len(both),), self.times[step], device=both.device)
         return self.policy.network(both, times, text, return_dict=False)[0]
 
 

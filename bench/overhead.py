@@ -12,12 +12,14 @@ import resource
 import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import ddpo_workflow.flows.train
 import ddpo_workflow.tasks.pictures
 import ddpo_workflow.tasks.sample
 import ddpo_workflow.tasks.update
+from bench.report import write_record
 
 
 class Stopwatch:
@@ -45,6 +47,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--samples", type=int, default=256)
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     model, epoch = Stopwatch(), Stopwatch()
     ddpo_workflow.tasks.sample.sample = model.around(ddpo_workflow.tasks.sample.sample)
@@ -52,12 +55,14 @@ def main() -> None:
     ddpo_workflow.tasks.update.update = model.around(ddpo_workflow.tasks.update.update)
     one_epoch = ddpo_workflow.flows.train.run_epoch
     shares: list[float] = []
+    epochs: list[dict[str, float]] = []
 
     def measured(*given: Any) -> Any:
         computed, passed = model.seconds, epoch.seconds
         outcome = epoch.around(one_epoch)(*given)
         computed, passed = model.seconds - computed, epoch.seconds - passed
         shares.append(1 - computed / passed)
+        epochs.append({"epoch": passed, "model": computed})
         print(
             f"epoch {given[2]}: {passed:.1f} s, of which {computed:.1f} s model compute; "
             f"the rest is {shares[-1]:.1%}",
@@ -84,6 +89,8 @@ def main() -> None:
     print(
         f"mean: {sum(shares) / len(shares):.1%} is not model compute; peak memory {peak_gb:.2f} GB"
     )
+    settings = {"samples": arguments.samples, "steps": arguments.steps}
+    write_record(arguments.json, "overhead", settings, seconds=epochs, peak_gb=peak_gb)
 
 
 if __name__ == "__main__":

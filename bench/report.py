@@ -120,10 +120,24 @@ def write_json(
         figures: What the rounds of each way took.
         **settings: What was measured: sizes, batches.
     """
+    took = {name: [asdict(each) for each in rounds] for name, rounds in figures.items()}
+    write_record(file, bench, settings, seconds=took)
+
+
+def write_record(
+    file: Path | None, bench: str, settings: Mapping[str, JsonValue], **measured: object
+) -> None:
+    """Write figures of any kind as JSON, with the machine's description.
+
+    Args:
+        file: Created or replaced; None writes nothing.
+        bench: The bench's name.
+        settings: What was measured: sizes, batches.
+        **measured: The figures by what they are, such as ``seconds``; plain JSON.
+    """
     if file is None:
         return
-    took = {name: [asdict(each) for each in rounds] for name, rounds in figures.items()}
-    whole = {"bench": bench, "machine": machine(), "settings": settings, "seconds": took}
+    whole = {"bench": bench, "machine": machine(), "settings": dict(settings), **measured}
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(whole, indent=2) + "\n")
 
