@@ -1,7 +1,8 @@
 """What the shipped configs need of a GPU's memory, estimated: ``python -m bench.memory_table``.
 
-Prints the table of docs/models.md. Nothing is downloaded, and no GPU is needed: the models are the
-published shapes of `bench/published.py`. With names as arguments, only those models.
+Prints the tables of docs/models.md: of the configs as they are, and with the smallest batches.
+Nothing is downloaded, and no GPU is needed: the models are the published shapes of
+`bench/published.py`. With names as arguments, only those models.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from bench.published import write_outline
@@ -26,30 +28,50 @@ ROWS = (
     ("FLUX.1-dev", "configs/flux_pickscore_lora.yaml", 512),
     ("FLUX.1-dev", "configs/flux_pickscore_lora.yaml", 1024),
 )
+SMALLEST_ROWS = (
+    ("Stable Diffusion 1.5", "configs/sd14_aesthetic_lora.yaml", 512),
+    ("Stable Diffusion 1.5", "configs/sd14_compressibility_full.yaml", 512),
+    ("Stable Diffusion XL", "configs/sdxl_aesthetic_lora.yaml", 1024),
+)
+SMALLEST = (
+    "numerics.sample_batch_size=1",
+    "numerics.micro_batch_size=1",
+    "numerics.gradient_checkpointing=true",
+)
+"""Settings with which a config needs the least memory and computes the same, up to rounding."""
 GIB = 2**30
 CARDS = (24, 80)
+SMALL_CARDS = (10, 24)
 RESERVED = 1
 """GiB of a card that the CUDA context and kernels take."""
 
 
-def row(name: str, config_file: str, side: int) -> str:
+def row(
+    name: str,
+    config_file: str,
+    side: int,
+    changes: Sequence[str] = (),
+    cards: Sequence[int] = CARDS,
+) -> str:
     """Return a row of the table.
 
     Args:
         name: A published model.
         config_file: A shipped config of its family.
         side: Width and height of its images in pixels.
+        changes: Settings to change, as ``a.b=value``.
+        cards: GB of the GPUs that it may fit into.
     """
     with tempfile.TemporaryDirectory() as folder:
         path = write_outline(name, Path(folder))
         settings = [f"model.path={path}", "model.revision=null", f"model.resolution={side}"]
-        config = read_config(config_file, settings, {})
+        config = read_config(config_file, [*settings, *changes], {})
         numerics = _on_a_gpu(resolve_numerics(config.numerics.changed(device="cpu")))
         prompts = len(load_prompts(config.prompts.name, config.prompts.parameters))
         needs = estimate(config, numerics, prompts=prompts)
         fits = [
             check_fit(config, numerics, (card - RESERVED) * GIB, prompts=prompts, needs=needs)
-            for card in CARDS
+            for card in cards
         ]
     weights = needs.frozen + needs.trained
     sizes = [weights, *(needs.peaks[phase] for phase in ("encode", "sample", "decode", "update"))]
@@ -72,16 +94,17 @@ def _verdict(fit: Fit) -> str:
 
 
 def main() -> None:
-    """Print the table."""
-    cards = [f"{card} GB" for card in CARDS]
-    head = ["model", "config", "px", "weights", "encode", "sample", "decode", "update", *cards]
-    print(f"| {' | '.join(head)} |\n|{'---|' * len(head)}")
+    """Print the tables."""
     wanted = sys.argv[1:] or [name for name, *_ in ROWS]
-    for each in ROWS:
-        if each[0] in wanted:
-            began = time.process_time()
-            print(row(*each), flush=True)
-            print(f"{each[0]}: {time.process_time() - began:.0f} s of CPU", file=sys.stderr)
+    for rows, changes, cards in ((ROWS, (), CARDS), (SMALLEST_ROWS, SMALLEST, SMALL_CARDS)):
+        head = ["model", "config", "px", "weights", "encode", "sample", "decode", "update"]
+        head += [f"{card} GB" for card in cards]
+        print(f"\n{' '.join(changes)}\n\n| {' | '.join(head)} |\n|{'---|' * len(head)}")
+        for each in rows:
+            if each[0] in wanted:
+                began = time.process_time()
+                print(row(*each, changes, cards), flush=True)
+                print(f"{each[0]}: {time.process_time() - began:.0f} s of CPU", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from ddpo.training.dry_run import shortened
 from ddpo.training.loop import initial_state, update
 from ddpo.training.noising import Noiser
 from ddpo.training.samples import FinalLatents, Rollouts, Samples
-from ddpo.training.trajectories import TrajectoryGradient
+from ddpo.training.trajectory_gradient import TrajectoryGradient
 
 _PROMPT = "a prompt"
 _STEPS = 2
@@ -159,12 +159,12 @@ class _Updates:
         credit = self.config.algorithm.credit_of_all(count)
         samples = self._samples(count)
         self.policy.weights.load(self.weights)
-        ended = began = time.perf_counter()
+        ended = began = _clock_s(self.policy)
 
         def note(_: float) -> None:
             nonlocal ended
             _wait_for(self.policy)
-            ended = time.perf_counter()  # the optimizer's step, which comes after, is no item's
+            ended = _clock_s(self.policy)  # the optimizer's step, which comes after, is no item's
 
         state, _ = update(
             *(self.policy, self.state, samples, credit, {}, self.config), on_progress=note
@@ -223,13 +223,13 @@ def _sampling(policy: Policy, config: RunConfig, size: int) -> _Cost:
     noise = torch.randn((size, *policy.latent_shape), device=policy.device)
     latents, times = noise * process.initial_noise_scale, process.times[0].expand(size)
     _wait_for(policy)
-    began = time.perf_counter()
+    began = _clock_s(policy)
     with torch.no_grad():
         policy.predict(latents, times, conditioning, sampler.guidance_scale)
     _wait_for(policy)
-    predicted = time.perf_counter()
+    predicted = _clock_s(policy)
     policy.decode(latents)
-    forward, decoding = predicted - began, time.perf_counter() - predicted
+    forward, decoding = predicted - began, _clock_s(policy) - predicted
     return _Cost((process.steps * forward + decoding) / size, forward / size)
 
 
@@ -238,22 +238,22 @@ def _measured(
 ) -> dict[int, _Cost]:
     """Return what sizes take, up to where larger ones gain nothing or do not fit into memory."""
     found: dict[int, _Cost] = {}
-    room, began = _Room(policy), time.perf_counter()
+    room, began = _Room(policy), _clock_s(policy)
     for size in sizes:
-        if found and time.perf_counter() - began > _BUDGET_S:
+        if found and _clock_s(policy) - began > _BUDGET_S:
             break
         if not room.may_fit(size) or not room.fits(size, measure):
             break
-        found[size] = min(_repeated(partial(measure, size)), key=lambda cost: cost.whole)
+        found[size] = min(_repeated(partial(measure, size), policy), key=lambda cost: cost.whole)
         if no_longer_gains([cost.whole for cost in found.values()]):
             break
     return found
 
 
-def _repeated(measure: Callable[[], _Cost]) -> list[_Cost]:
-    began = time.perf_counter()
+def _repeated(measure: Callable[[], _Cost], policy: Policy) -> list[_Cost]:
+    began = _clock_s(policy)
     costs = [measure()]
-    while len(costs) < _REPETITIONS and time.perf_counter() - began < _LONG_S:
+    while len(costs) < _REPETITIONS and _clock_s(policy) - began < _LONG_S:
         costs.append(measure())
     return costs
 
@@ -297,6 +297,16 @@ def _workers(engine: AnyEngine, device: str) -> int:
     if isinstance(engine, LocalEngine):
         return 1
     return engine.workers or (torch.cuda.device_count() if device == "cuda" else 1)
+
+
+def _clock_s(policy: Policy) -> float:
+    """Return the time in seconds that batches are compared by.
+
+    On a CPU that of this process, per thread, since other processes may keep the cores busy.
+    """
+    if policy.numerics.device == "cpu":
+        return time.process_time() / policy.numerics.threads
+    return time.perf_counter()
 
 
 def _wait_for(policy: Policy) -> None:

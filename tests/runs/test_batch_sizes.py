@@ -14,12 +14,13 @@ import torch
 
 from ddpo.config import RunConfig
 from ddpo.config.files import read_config
-from ddpo.errors import ConfigError
+from ddpo.errors import ConfigError, RunIdentityMismatch
 from ddpo.models import Policy
 from ddpo.models.numerics import resolve_numerics
 from ddpo.runs import Run, batch_search, check_run, open_run, start_run
 from ddpo.runs.batch_choice import TOLERANCE, candidates, choose, no_longer_gains
 from ddpo.runs.batch_search import BatchSearch, BatchSizes
+from ddpo.runs.forks.plan import fork_config
 from ddpo.store.objects import Store
 from ddpo.training import loop as training
 from ddpo_workflow.flows.cli import app as cli
@@ -144,7 +145,10 @@ def test_a_run_keeps_what_its_first_start_found(
     assert sizes(again) == sizes(resumed) == sizes(first) and len(searches) == 1
     assert run_epochs(resumed, 1) == last
 
-    with pytest.raises(Exception, match="micro_batch_size"):  # a number still has to be the same
+    assert fork_config(resumed, 1).numerics == first.config.numerics
+    with pytest.raises(
+        RunIdentityMismatch, match="micro_batch_size"
+    ):  # a number still has to be the same
         other = {**AUTO, "micro_batch_size": found.micro * 2}
         start_run(config.changed(numerics=config.numerics.changed(**other)), "r")
 
@@ -227,6 +231,28 @@ def test_runs_that_are_measured_alike_are_measured_once(
     assert len(searches) == 1
     search.sizes(auto.changed(algorithm={"type": "ddpo_sf", "updates_per_epoch": 1}))
     assert len(searches) == 2
+
+
+def test_runs_that_start_together_are_measured_by_one_model(
+    tiny_model: Path, tmp_path: Path, searches: list[BatchSizes]
+) -> None:
+    """As those of a comparison."""
+    as_in_a_new_process()
+    config = auto_config(tiny_model, tmp_path)
+    given = {"sample_batch_size": 2, "micro_batch_size": 2}
+    configs = {
+        "numbers": config.changed(numerics=config.numerics.changed(**given)),
+        "first": config,
+        "second": config.changed(seed=1),
+    }
+    plans = worker.check_model([check_run(each, name) for name, each in configs.items()])
+    (found,) = searches
+    runs = {plan.run_id: plan.start() for plan in plans}
+    assert [*runs] == [*configs] and sizes(runs["numbers"]) == (2, 2)
+    assert sizes(runs["first"]) == sizes(runs["second"]) == (found.sample, found.micro)
+    for run in runs.values():
+        with worker.fresh_policy(run) as policy:
+            assert policy.digest == load_policy(run.config).digest
 
 
 def test_no_batch_is_tried_that_memory_has_no_room_for(
