@@ -1,8 +1,8 @@
 """What sampling and update cost by batch size: ``python -m bench.batch_sizes``.
 
 The library draws and trains the same samples of a config in batches of each size, in turn in one
-process with one thread, by CPU time. At the end, it says what `auto` takes here
-(`ddpo/runs/batch_search.py`), which goes by the time that passes.
+process with one thread, by CPU time. At the end, it says what `auto` takes here, and what it
+measured (`ddpo/runs/batch_search.py`).
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bench.published import write_outline
+from ddpo.config import LoraConfig
 from ddpo.config.files import read_config
 from ddpo.memory.advice import Fit, check_fit
 from ddpo.memory.estimate import estimate
@@ -89,7 +90,9 @@ def _verdict(fit: Fit) -> str:
         return "as it is"
     if fit.then.peak > fit.free:
         return f"no ({fit.then.peak / GIB:.1f})"
-    settings = ", ".join(f"`{k.rpartition('.')[2]}: {v}`" for k, v in fit.settings.items())
+    short = {k.rpartition(".")[2]: v for k, v in fit.settings.items()}
+    shown = {k: "{type: lora}" if isinstance(v, LoraConfig) else v for k, v in short.items()}
+    settings = ", ".join(f"`{k}: {v}`" for k, v in shown.items())
     return f"{settings} ({fit.then.peak / GIB:.1f})"
 
 

@@ -146,10 +146,8 @@ def test_a_run_keeps_what_its_first_start_found(
     assert run_epochs(resumed, 1) == last
 
     assert fork_config(resumed, 1).numerics == first.config.numerics
-    with pytest.raises(
-        RunIdentityMismatch, match="micro_batch_size"
-    ):  # a number still has to be the same
-        other = {**AUTO, "micro_batch_size": found.micro * 2}
+    other = {**AUTO, "micro_batch_size": found.micro * 2}  # a number has to be the same
+    with pytest.raises(RunIdentityMismatch, match="micro_batch_size"):
         start_run(config.changed(numerics=config.numerics.changed(**other)), "r")
 
 
