@@ -158,7 +158,9 @@ def _update(policy: Outline, config: RunConfig, state: TrainState) -> None:
     algorithm = shorter.algorithm
     if algorithm.needs.data == "trajectories":
         count = size
-        latents = _zeros(count, _STEPS + 1, *policy.latent_shape)
+        # No two alike, which would be predicted once; and they take no room.
+        numbers = torch.arange(float(count)).view(-1, 1, *(1 for _ in policy.latent_shape))
+        latents = numbers.expand(-1, _STEPS + 1, *policy.latent_shape)
         samples = Rollouts([_PROMPT] * count, latents, torch.zeros(count, _STEPS))
     else:
         count = 2 * size

@@ -148,8 +148,9 @@ class _Updates:
         self.per_image = _items_of(policy, self.config).per_pass
         self.state = initial_state(policy, ema=ema, old=needs.keeps_old)
         self.weights = self.state.weights
-        prompts, seeds = [_PROMPT] * self.together, range(self.together)
-        self.drawn = sample(policy, prompts, seeds, self.config.sampler)
+        # No item is its neighbour's, which would be predicted with it.
+        number = max(self.together, 2)
+        self.drawn = sample(policy, [_PROMPT] * number, range(number), self.config.sampler)
 
     def measure(self, size: int) -> _Cost:
         """Run an update of about two micro-batches."""
@@ -173,7 +174,7 @@ class _Updates:
         return _Cost((ended - began) / (count * self.per_image))
 
     def _samples(self, count: int) -> Samples:
-        rows = torch.arange(count) % self.together
+        rows = torch.arange(count) % len(self.drawn.latents)
         latents, prompts = self.drawn.latents[rows], [_PROMPT] * count
         if self.config.algorithm.needs.data == "final_latents":
             return FinalLatents(prompts, latents[:, -1])
