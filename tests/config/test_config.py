@@ -17,6 +17,7 @@ from pydantic import BaseModel
 from ddpo import config as config_module
 from ddpo.algorithms import ALGORITHMS
 from ddpo.algorithms.advantages import ADVANTAGES
+from ddpo.analysis.comparison.plan import read_comparison
 from ddpo.config import OPERATION_FIELDS, FullConfig, RunConfig
 from ddpo.config.files import parse_config, read_config
 from ddpo.errors import ConfigError
@@ -32,6 +33,22 @@ def minimal_file(folder: Path) -> Path:
 
 
 # What ships, and the defaults
+
+
+@pytest.mark.parametrize("file", COMPARISONS, ids=lambda file: file.name)
+def test_every_shipped_comparison_is_read(file: Path) -> None:
+    comparison = read_comparison(file)
+    assert len(comparison.members) == 5 * (len(comparison.config.variants) + 1)
+
+
+def test_the_comparison_of_all_algorithms_has_them_all_and_fits_the_flow_starter() -> None:
+    flow = (
+        "model={path: starter_flow, t5: false, text_tokens: 0}",
+        "sampler={type: flow_sde, steps: 5, window: {position: 0, steps: 2}}",
+    )
+    for overrides in ((), flow):
+        comparison = read_comparison(SHIPPED / "starter_all_compare.yaml", overrides=overrides)
+        assert {type(m.config.algorithm) for m in comparison.members} == set(ALGORITHMS)
 
 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.name)
