@@ -50,6 +50,17 @@ class Numerics(BaseModel):
     versions: dict[str, str]
     """Versions of the libraries that compute."""
 
+    def batched(self, sample: int, micro: int, *, compiled: bool) -> Numerics:
+        """Return the same with other batches.
+
+        Args:
+            sample: Images per forward while sampling.
+            micro: Items per forward in the update.
+            compiled: Whether the denoising network's blocks are compiled.
+        """
+        sizes = {"sample_batch_size": sample, "micro_batch_size": micro, "compile": compiled}
+        return Numerics.model_validate({**dict(self), **sizes})
+
     @property
     def torch_dtype(self) -> torch.dtype:
         """The denoising network's dtype as a torch dtype."""

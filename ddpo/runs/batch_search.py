@@ -154,8 +154,7 @@ class _Updates:
 
     def measure(self, size: int) -> _Cost:
         """Run an update of about two micro-batches."""
-        both = {"sample_batch_size": size, "micro_batch_size": size}
-        self.policy.numerics = self.policy.numerics.model_copy(update=both)
+        self.policy.numerics = self.policy.numerics.batched(size, size, compiled=False)
         count = self.together * -(-2 * size // (self.together * self.per_image))
         credit = self.config.algorithm.credit_of_all(count)
         samples = self._samples(count)

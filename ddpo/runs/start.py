@@ -119,12 +119,8 @@ class RunPlan:
         if not self.awaits_sizes:
             return self
         found = search.sizes(self.config)
-        settings = {
-            "sample_batch_size": found.sample,
-            "micro_batch_size": found.micro,
-            "compile": self.config.numerics.compile,
-        }
-        numerics = self.numerics.model_copy(update=settings)
+        compiled = self.config.numerics.compile
+        numerics = self.numerics.batched(found.sample, found.micro, compiled=compiled)
         return replace(self, numerics=numerics, awaits_sizes=False, batch_sizes=found)
 
     def start(self) -> Run:
