@@ -121,9 +121,9 @@ def _run_members(plan: ComparisonPlan, first: Run, command: str) -> None:
     comparison, before = plan.comparison, 0
     for number, member in enumerate(comparison.members, start=1):
         note(f"run {number} of {len(comparison.members)}: {member.run_id}")
-        note_batch_sizes(plan.runs[member.run_id])
         with as_part(before, plan.epochs), held_lease(plan.store, member.run_id):
             run = first if member.run_id == first.run_id else plan.runs[member.run_id].start()
+            note_batch_sizes(plan.runs[member.run_id], run)
             if member is comparison.shared[member.seed]:
                 # The flow around it has heartbeats.
                 with (

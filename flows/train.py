@@ -135,13 +135,19 @@ def start_and_train(plan: RunPlan) -> str:
     """
     gpus = held_gpus(plan.config.engine, plan.numerics.device, plan.run_id)
     with held_lease(plan.store, plan.run_id), gpus:
-        note_batch_sizes(plan)
-        return train_run(plan.start())
+        run = plan.start()
+        note_batch_sizes(plan, run)
+        return train_run(run)
 
 
-def note_batch_sizes(plan: RunPlan) -> None:
-    """Log the batch sizes that were found for a start, and what was measured, if they were."""
-    if plan.batch_sizes is not None:
+def note_batch_sizes(plan: RunPlan, run: Run) -> None:
+    """Log the batch sizes that were found for a start, and what was measured, if they were.
+
+    Args:
+        plan: The start.
+        run: What it started, with other sizes if another start of the run came first.
+    """
+    if plan.batch_sizes is not None and run.numerics == plan.numerics:
         note(plan.batch_sizes.message)
 
 

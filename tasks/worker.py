@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
+
+import torch
 
 from ddpo.config import RewardConfig
 from ddpo.errors import PolicyMismatch
@@ -105,6 +108,14 @@ def release_model() -> None:
     global _loaded
     with _device:
         _loaded = None
+        _free_memory()
+
+
+def _free_memory() -> None:
+    """Give back what a model that nobody refers to any more has had, to other processes too."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def check_model(plans: Sequence[RunPlan]) -> list[RunPlan]:
@@ -134,9 +145,12 @@ def check_model(plans: Sequence[RunPlan]) -> list[RunPlan]:
         if not first.awaits_sizes:
             return list(plans)
         search = BatchSearch(policy)
-        sized = [plan.sized(search) for plan in plans]
-        _loaded = None
-        return sized
+        try:
+            return [plan.sized(search) for plan in plans]
+        finally:  # measuring has changed the model, and taken room that workers may need
+            _loaded = None
+            del policy, search
+            _free_memory()
 
 
 @contextmanager

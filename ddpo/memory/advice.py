@@ -116,7 +116,10 @@ def _next(
     config: RunConfig, numerics: Numerics, found: MemoryEstimate, free: int
 ) -> tuple[str, Any] | None:
     """Return the next setting to change, and its value; None if all have been."""
-    phase, whole = found.largest, isinstance(config.trainable, FullConfig)
+    trainable = config.trainable
+    # An adapter would train the pretrained network: without pretraining, that is another run.
+    whole = isinstance(trainable, FullConfig) and not trainable.from_scratch
+    phase = found.largest
     if phase == "update":
         fixed = found.frozen + 4 * found.trained
         if whole and fixed > free:

@@ -29,7 +29,7 @@ class FullWeights(Weights):
         if scratch_seed is not None:
             # Layers draw from the global generator: seed it, and leave it as it was.
             with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(scratch_seed)
+                torch.random.default_generator.manual_seed(scratch_seed)
                 fresh = cast("Network", type(network).from_config(network.config))
                 network.load_state_dict(fresh.state_dict())
         network.requires_grad_(True)

@@ -9,7 +9,9 @@ TOLERANCE = 0.05
 that much by themselves, and a larger batch takes more memory."""
 
 
-def candidates(shard_size: int, most: int, together: int = 1) -> list[int]:
+def candidates(
+    shard_size: int, most: int, together: int = 1, given: int | str = "auto"
+) -> list[int]:
     """Return the sizes to try, about a factor of two apart, from the smallest.
 
     Up to the shard's size, they divide it, as the sampler's batches must: for a shard of 64 images
@@ -19,6 +21,7 @@ def candidates(shard_size: int, most: int, together: int = 1) -> list[int]:
         shard_size: Images per shard.
         most: No size is larger, unless it is the only one.
         together: All sizes are multiples of it.
+        given: The other batch's size, if it is a number: equal sizes may be worth it.
     """
     divisors = [size for size in range(1, shard_size + 1) if shard_size % size == 0]
     sizes, power = {together}, 1
@@ -29,6 +32,8 @@ def candidates(shard_size: int, most: int, together: int = 1) -> list[int]:
     while size <= most:
         sizes.add(size)
         size *= 2
+    if given in divisors:
+        sizes.add(int(given))
     fitting = (size for size in sizes if size <= most and size % together == 0)
     return sorted(fitting) or [together]
 

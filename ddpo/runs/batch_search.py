@@ -14,9 +14,11 @@ import torch
 
 from ddpo.algorithms.denoising import DenoisingAlgorithm
 from ddpo.algorithms.policy_gradient import PolicyGradient
-from ddpo.config import AnyEngine, LocalEngine, RunConfig
+from ddpo.config import AnyEngine, LocalEngine, RayEngine, RunConfig, SamplerConfig
+from ddpo.config.model import size_of
 from ddpo.diffusion.sampling import sample
 from ddpo.diffusion.window import process_of, sampler_of_epoch, whole_process
+from ddpo.errors import ConfigError
 from ddpo.memory.counting import LiveBytes
 from ddpo.models import Policy
 from ddpo.models.numerics import Numerics
@@ -93,10 +95,11 @@ class BatchSearch:
             config: The run's; one of its batch sizes or both are `auto`.
 
         Raises:
+            ConfigError: The number of workers is not known.
             NonFiniteError: The model's samples or losses are NaN or infinite.
         """
-        parts = {"trainable", "rollouts", "sampler", "algorithm", "optimizer", "numerics", "engine"}
-        key = config.model_dump_json(include=parts)
+        parts = {"trainable", "rollouts", "sampler", "algorithm", "optimizer", "numerics"}
+        key = config.model_dump_json(include={*parts, "engine", "evaluation"})
         if key not in self._found:
             self._found[key] = self._search(config)
         return self._found[key]
@@ -108,14 +111,18 @@ class BatchSearch:
         policy.prepare_prompts([_PROMPT])
         sampling: dict[int, _Cost] = {}
         training: dict[int, _Cost] = {}
-        smallest = config.smallest_batches
-        if config.numerics.sample_batch_size == "auto":
-            measure = partial(_sampling, policy, config)
-            sampling = _measured(candidates(shard_size, shard_size), measure, policy)
-        if config.numerics.micro_batch_size == "auto":
-            most = -(-items.largest_step // _workers(config.engine, policy.numerics.device))
-            measure = _Updates(policy, config).measure
-            training = _measured(candidates(shard_size, most, together), measure, policy)
+        smallest, numerics = config.smallest_batches, config.numerics
+        workers = _workers(config.engine, policy.numerics.device)
+        room = _Room(policy, workers)
+        if numerics.sample_batch_size == "auto":
+            measure = partial(_sampling, policy, sampler_of_epoch(policy, config, 0))
+            sizes = candidates(shard_size, shard_size, given=numerics.micro_batch_size)
+            evaluate = partial(_evaluating, policy, config)
+            sampling = _measured(sizes, measure, room, evaluate)
+        if numerics.micro_batch_size == "auto":
+            most = -(-items.largest_step // workers)
+            sizes = candidates(shard_size, most, together, given=numerics.sample_batch_size)
+            training = _measured(sizes, _Updates(policy, config).measure, room)
         images = {size: cost.whole for size, cost in sampling.items()}
         trained = {size: cost.whole for size, cost in training.items()}
         sample_size, micro_size = choose(
@@ -128,6 +135,10 @@ class BatchSearch:
             f"numerics.sample_batch_size {sample_size}{_shown(images, 'image')}, "
             f"numerics.micro_batch_size {micro_size}{_shown(trained, 'item')}"
         )
+        if (numerics.sample_batch_size == "auto" and not sampling) or (
+            numerics.micro_batch_size == "auto" and not training
+        ):
+            message += "; not even the smallest seems to fit into memory"
         if config.algorithm.needs.data == "trajectories" and sample_size != micro_size:
             message += "; as they differ, importance ratios start at 1 up to rounding only"
         return BatchSizes(sample_size, micro_size, message)
@@ -148,6 +159,7 @@ class _Updates:
         self.per_image = _items_of(policy, self.config).per_pass
         self.state = initial_state(policy, ema=ema, old=needs.keeps_old)
         self.weights = self.state.weights
+        policy.numerics = policy.numerics.batched(1, self.together, compiled=False)
         # No item is its neighbour's, which would be predicted with it.
         number = max(self.together, 2)
         self.drawn = sample(policy, [_PROMPT] * number, range(number), self.config.sampler)
@@ -185,15 +197,21 @@ class _Room:
 
     Args:
         policy: On its device.
+        workers: Processes that run such batches at once, each on a GPU of its own.
     """
 
-    def __init__(self, policy: Policy) -> None:
+    def __init__(self, policy: Policy, workers: int) -> None:
+        self.policy = policy
         self.on_cuda = policy.numerics.device == "cuda"
         if self.on_cuda:
             torch.cuda.empty_cache()
             self.limit = torch.cuda.memory_allocated() + _SHARE * torch.cuda.mem_get_info()[0]
         else:
-            self.limit = _SHARE * psutil.virtual_memory().available
+            self.limit = _SHARE * psutil.virtual_memory().available / workers
+        self._each = 0.0
+
+    def clear(self) -> None:
+        """Forget what batches of another kind took."""
         self._each = 0.0
 
     def may_fit(self, size: int) -> bool:
@@ -215,9 +233,16 @@ class _Room:
         return True
 
 
-def _sampling(policy: Policy, config: RunConfig, size: int) -> _Cost:
+def _evaluating(policy: Policy, config: RunConfig, size: int) -> None:
+    """Predict and decode a batch of an evaluation, if the run has any."""
+    if config.evaluation:
+        sampler = config.evaluation.sampler_of(config.sampler).changed(window=None)
+        with policy.sized(size_of(config.evaluation.resolution)):
+            _sampling(policy, sampler, size)
+
+
+def _sampling(policy: Policy, sampler: SamplerConfig, size: int) -> _Cost:
     """Predict and decode a batch once."""
-    sampler = sampler_of_epoch(policy, config, 0)
     process = process_of(policy, sampler)
     conditioning = policy.encode([_PROMPT] * size)
     noise = torch.randn((size, *policy.latent_shape), device=policy.device)
@@ -234,15 +259,32 @@ def _sampling(policy: Policy, config: RunConfig, size: int) -> _Cost:
 
 
 def _measured(
-    sizes: Sequence[int], measure: Callable[[int], _Cost], policy: Policy
+    sizes: Sequence[int],
+    measure: Callable[[int], _Cost],
+    room: _Room,
+    beside: Callable[[int], object] = lambda size: None,
 ) -> dict[int, _Cost]:
-    """Return what sizes take, up to where larger ones gain nothing or do not fit into memory."""
+    """Return what sizes take, up to where larger ones gain nothing or do not fit into memory.
+
+    Args:
+        sizes: From the smallest.
+        measure: Runs a batch.
+        room: Of the device.
+        beside: Runs what has to fit as well, and is not measured.
+    """
+
+    def run(size: int) -> None:
+        beside(size)
+        measure(size)
+
     found: dict[int, _Cost] = {}
-    room, began = _Room(policy), _clock_s(policy)
+    room.clear()
+    policy = room.policy
+    began = _clock_s(policy)
     for size in sizes:
         if found and _clock_s(policy) - began > _BUDGET_S:
             break
-        if not room.may_fit(size) or not room.fits(size, measure):
+        if not room.may_fit(size) or not room.fits(size, run):
             break
         found[size] = min(_repeated(partial(measure, size), policy), key=lambda cost: cost.whole)
         if no_longer_gains([cost.whole for cost in found.values()]):
@@ -293,9 +335,18 @@ def _forward(costs: Mapping[int, _Cost]) -> float:
 
 
 def _workers(engine: AnyEngine, device: str) -> int:
-    """Return how many processes share the micro-batches of an update."""
+    """Return how many processes share the micro-batches of an update.
+
+    Raises:
+        ConfigError: Nobody knows before Ray has started them.
+    """
     if isinstance(engine, LocalEngine):
         return 1
+    if isinstance(engine, RayEngine) and not engine.workers:
+        raise ConfigError(
+            "numerics: batch sizes that are `auto` depend on the number of workers; set "
+            "engine.workers, or numbers for both sizes"
+        )
     return engine.workers or (torch.cuda.device_count() if device == "cuda" else 1)
 
 
@@ -312,6 +363,8 @@ def _clock_s(policy: Policy) -> float:
 def _wait_for(policy: Policy) -> None:
     if policy.numerics.device == "cuda":
         torch.cuda.synchronize()
+    elif policy.numerics.device == "mps":
+        torch.mps.synchronize()
 
 
 def _shown(seconds: Mapping[int, float], unit: str) -> str:

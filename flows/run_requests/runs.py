@@ -143,7 +143,7 @@ def check_surroundings(plans: Sequence[RunPlan]) -> list[RunPlan]:
         The runs, with batch sizes that were `auto` found.
     """
     from ddpo.runs.lease import wait_until_free
-    from ddpo_workflow.tasks.engines import check_engine, check_gpus
+    from ddpo_workflow.tasks.engines import check_engine, check_gpus, held_gpus
     from ddpo_workflow.tasks.tracking.connection import connect
     from ddpo_workflow.tasks.worker import check_model
 
@@ -152,7 +152,11 @@ def check_surroundings(plans: Sequence[RunPlan]) -> list[RunPlan]:
         check_gpus(plan.config.engine, plan.numerics.device)
         wait_until_free(plan.store, plan.run_id)
     connect(plans[0].config.tracking.uri)
-    return check_model(plans)
+    measured = next((plan for plan in plans if plan.awaits_sizes), None)
+    if measured is None:
+        return check_model(plans)
+    with held_gpus(measured.config.engine, measured.numerics.device, measured.run_id):
+        return check_model(plans)
 
 
 def _check_start(config: RunConfig, run_id: str) -> RunPlan:

@@ -75,6 +75,12 @@ def test_sizes_are_powers_of_two_or_the_divisors_nearest(
     assert candidates(shard, most, together) == expected
 
 
+def test_a_given_size_is_tried_if_the_other_batch_can_have_it() -> None:
+    assert candidates(60, 384, given=20) == [1, 2, 4, 6, 15, 20, 30, 60, 120, 240]
+    assert candidates(64, 64, given=128) == candidates(64, 64)
+    assert candidates(60, 60, given=7) == candidates(60, 60, given="auto")
+
+
 @pytest.mark.parametrize(
     ("sampling", "update", "apart", "expected"),
     [
@@ -281,6 +287,50 @@ def test_a_batch_that_runs_out_of_memory_is_dropped_and_no_larger_one_tried(
     found = BatchSearch(policy).sizes(auto)
     assert updated == sorted(updated) and updated[-1] == 4 and updated.count(4) == 1
     assert found.micro in (1, 2)
+
+
+def test_batches_of_evaluations_have_to_fit_too(
+    policy: Policy, config: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown: list[tuple[int, int, float]] = []
+    predict = type(policy).predict
+
+    def seen(self: Policy, latents: torch.Tensor, times: Any, given: Any, scale: float) -> Any:
+        shown.append((len(latents), latents.shape[-1], scale))
+        if scale == 7.0 and len(latents) > 2:
+            raise torch.OutOfMemoryError("planted")
+        return predict(self, latents, times, given, scale)
+
+    monkeypatch.setattr(type(policy), "predict", seen)
+    monkeypatch.setattr(batch_search, "no_longer_gains", lambda seconds: False)
+    auto = config.changed(
+        numerics=config.numerics.changed(sample_batch_size="auto"),
+        evaluation={"every": 1, "guidance_scale": 7.0, "resolution": 32},
+    )
+    assert BatchSearch(policy).sizes(auto).sample <= 2
+    assert (2, 16, 7.0) in shown and (4, 16, 7.0) in shown  # of 32 pixels
+    assert not [size for size, _, scale in shown if scale != 7.0 and size > 2]
+
+
+def test_a_model_that_a_failed_search_has_changed_is_not_trained_on(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    as_in_a_new_process()
+
+    def fail(self: BatchSearch, config: RunConfig) -> BatchSizes:
+        raise torch.OutOfMemoryError("planted")
+
+    monkeypatch.setattr(BatchSearch, "_search", fail)
+    config = auto_config(tiny_model, tmp_path)
+    with pytest.raises(torch.OutOfMemoryError):
+        worker.check_model([check_run(config, "r")])
+    assert worker._loaded is None
+
+
+def test_ray_has_to_be_given_a_number_of_workers(policy: Policy, config: RunConfig) -> None:
+    auto = config.changed(numerics=config.numerics.changed(**AUTO), engine={"type": "ray"})
+    with pytest.raises(ConfigError, match=r"set engine\.workers"):
+        BatchSearch(policy).sizes(auto)
 
 
 def test_configs_without_auto_are_the_same_as_before() -> None:
