@@ -33,8 +33,7 @@ def measure(batch: Batch, rounds: int) -> dict[str, list[Seconds]]:
     """
 
     def in_batches(part: str, size: int) -> Seconds:
-        sizes = {"sample_batch_size": size, "micro_batch_size": size}
-        batch.policy.numerics = batch.policy.numerics.model_copy(update=sizes)
+        batch.policy.numerics = batch.policy.numerics.batched(size, size, compiled=False)
         return timed(batch.sample if part == "sample" else batch.update)
 
     sides = {
