@@ -55,6 +55,10 @@ class Backend(Protocol):
         """
         ...
 
+    def flush(self, file: Path) -> None:
+        """Begin what writing such a file will wait for; the file does not change any more."""
+        ...
+
     def write_file(self, path: str, file: Path) -> None:
         """Write an object from such a file atomically; replace an existing one."""
         ...
@@ -88,6 +92,10 @@ class LocalBackend:
         finally:
             temporary.unlink(missing_ok=True)
         _fsync(folder)
+
+    def flush(self, file: Path) -> None:
+        """Write the file to the disk."""
+        _fsync(file)
 
     def write_file(self, path: str, file: Path) -> None:
         """Rename the file to `path` once it is durable."""
@@ -131,6 +139,9 @@ class MemoryBackend:
         """Make a file in the folder for temporary files."""
         return made_file(make)
 
+    def flush(self, file: Path) -> None:
+        """Do nothing: the bytes go elsewhere."""
+
     def write_file(self, path: str, file: Path) -> None:
         """Replace the object."""
         with self._lock:
@@ -159,6 +170,9 @@ class ConditionalPutBackend:
     def made(self, path: str, make: Maker) -> AbstractContextManager[Path]:
         """Make a file in the folder for temporary files."""
         return made_file(make)
+
+    def flush(self, file: Path) -> None:
+        """Do nothing: the bytes go elsewhere."""
 
     def write_file(self, path: str, file: Path) -> None:
         """Put the object, as the filesystem uploads files."""

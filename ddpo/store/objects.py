@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -35,6 +36,9 @@ REFRESH_AFTER = timedelta(hours=1)
 """An existing object that is older than this is rewritten before it is committed."""
 
 BLOCK_BYTES = 8 * 2**20
+"""How much of an object is requested from a server at once."""
+READ_BYTES = 2 * 2**20
+"""How much of it is hashed and copied at once."""
 _SLOW_AFTER_S = 5.0
 
 T = TypeVar("T")
@@ -158,8 +162,11 @@ class Store:
             named_call("write", stem, self.root, writes=True),
             self._backend.made(self._full(stem), named) as file,
         ):
-            with file.open("rb") as opened:
-                digest = hashlib.file_digest(opened, "sha256").hexdigest()
+            with ThreadPoolExecutor(1) as beside:
+                flushed = beside.submit(self._backend.flush, file)
+                with file.open("rb") as opened:
+                    digest = hashlib.file_digest(opened, "sha256").hexdigest()
+                flushed.result()
             stored = _stored(stem, suffix, file.stat().st_size, digest)
             key, full = stored.key, self._full(stored.key)
             if not self._is_fresh(stored):
@@ -221,15 +228,23 @@ class Store:
         """Return the digest of an object, and copy it to a file, if there is one."""
         full = self._full(key)
 
-        def hashed() -> str:
+        def digested() -> str:
             digest = hashlib.sha256()
             if copy is not None:
                 copy.seek(0)  # a second try begins anew
                 copy.truncate()
             file: Any  # typed as text or bytes
-            with self._fs.open(full, "rb", block_size=BLOCK_BYTES) as file:
-                while block := read_on(file, BLOCK_BYTES):
-                    digest.update(block)
+            with (
+                self._fs.open(full, "rb", block_size=BLOCK_BYTES) as file,
+                ThreadPoolExecutor(1) as beside,
+            ):
+                # A block is hashed while it is copied and the next one is read; no more than two
+                # are in memory.
+                hashed: Future[None] | None = None
+                while block := read_on(file, READ_BYTES):
+                    if hashed is not None:
+                        hashed.result()
+                    hashed = beside.submit(digest.update, block)
                     if copy is not None:
                         with named_call("read", key, tempfile.gettempdir(), writes=True):
                             copy.write(block)
@@ -237,7 +252,7 @@ class Store:
             return digest.hexdigest()
 
         try:
-            return self._call("read", key, hashed)
+            return self._call("read", key, digested)
         except FileNotFoundError:
             raise self._missing(key) from None
 

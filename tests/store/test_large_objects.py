@@ -19,6 +19,7 @@ import torch
 
 from ddpo.errors import CorruptObject, MissingObject, StoreCallFailed
 from ddpo.store import backends, objects
+from ddpo.store.backends import LocalBackend
 from ddpo.store.objects import Store
 from ddpo.store.tensors import read_tensors, write_tensors
 from ddpo.store.upkeep.sweep import sweep
@@ -88,6 +89,24 @@ def test_others_may_read_a_file_as_they_may_any_object(local_store: Store) -> No
     plain = local_store.put(STEM, ".json", b"{}")
     root = Path(local_store.root.removeprefix("file://"))
     assert (root / stored.key).stat().st_mode == (root / plain.key).stat().st_mode
+
+
+def test_a_disk_that_fails_while_the_digest_is_computed_is_named(
+    local_store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fsync = os.fsync
+
+    def fails_for_files(descriptor: int) -> None:
+        if backends.TEMPORARY_PREFIX in os.readlink(f"/proc/self/fd/{descriptor}"):
+            raise OSError(errno.EIO, "Input/output error")
+        fsync(descriptor)
+
+    monkeypatch.setattr(backends.os, "fsync", fails_for_files)
+    # It fails once: the error is not reported again when the file is renamed.
+    monkeypatch.setattr(LocalBackend, "write_file", lambda _, path, file: file.replace(path))
+    with pytest.raises(StoreCallFailed, match=f"could not write {STEM}.*Input/output error"):
+        local_store.put(STEM, ".safetensors", make)
+    assert local_store.list(hidden=True) == []
 
 
 # In parts
