@@ -56,12 +56,20 @@ def machine(device: str) -> dict[str, Any]:
 def cases_of(given: argparse.Namespace, family: str) -> Iterator[Case]:
     """Return the cases of a family: all combinations of what was asked for."""
     switches = {"off": False, "on": True}
-    for batch, dtype, compiled, checkpointing, tf32 in itertools.product(
-        given.batch, given.dtype, given.compile, given.checkpointing, given.tf32
+    for batch, dtype, *options, tf32 in itertools.product(
+        given.batch,
+        given.dtype,
+        given.compile,
+        given.checkpointing,
+        given.offloading,
+        given.tf32,
     ):
+        compiled, checkpointing, offloading = (switches[option] for option in options)
+        if compiled and offloading:  # refused together
+            continue
         if tf32 == given.tf32[0] or dtype == "float32":  # which rounds float32 alone
             rounded = switches[tf32] and given.device == "cuda"
-            yield Case(family, batch, dtype, switches[compiled], switches[checkpointing], rounded)
+            yield Case(family, batch, dtype, compiled, checkpointing, offloading, rounded)
 
 
 def run(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -121,7 +129,7 @@ def _key(row: Mapping[str, Any]) -> tuple[Any, ...]:
 
 def _line(row: Mapping[str, Any], resumed: Mapping[str, Any] | None = None) -> str:
     options = [row["dtype"]]
-    options += [name for name in ("compile", "checkpointing") if row[name]]
+    options += [name for name in ("compile", "checkpointing", "offloading") if row[name]]
     options += ["TF32"] if row["tf32"] and row["dtype"] == "float32" else []
     start = f"| {row['family']} | {row['batch']} | {', '.join(options)} | "
     if "error" in row:
@@ -145,7 +153,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch", nargs="+", type=int, default=[8])
     dtypes = ["bfloat16", "float16", "float32"]
     parser.add_argument("--dtype", nargs="+", choices=dtypes, default=["bfloat16"])
-    for option, default in (("compile", "off"), ("checkpointing", "off"), ("tf32", "on")):
+    for option in ("compile", "checkpointing", "offloading", "tf32"):
+        default = "on" if option == "tf32" else "off"
         parser.add_argument(f"--{option}", nargs="+", choices=["off", "on"], default=[default])
     parser.add_argument("--steps", type=int, default=10, help="denoising steps")
     parser.add_argument("--resolution", type=int, help="pixels; by default the model's own")

@@ -46,6 +46,8 @@ class Case:
     """`numerics.compile`."""
     checkpointing: bool
     """`numerics.gradient_checkpointing`."""
+    offloading: bool
+    """`numerics.offload_activations`."""
     tf32: bool
     """`numerics.tf32`."""
 
@@ -97,6 +99,7 @@ class Model:
                     "dtype": case.dtype,
                     "compile": case.compile,
                     "gradient_checkpointing": case.checkpointing,
+                    "offload_activations": case.offloading,
                     "tf32": case.tf32,
                     "sample_batch_size": case.batch,
                     "micro_batch_size": case.batch,
@@ -177,7 +180,13 @@ def count_flops(model: Model) -> tuple[float, float]:
         Those of an image's sampling and of its update, in units of 10^12.
     """
     plain = Case(
-        model.family, 1, "float32" if model.device == "cpu" else "bfloat16", False, False, True
+        model.family,
+        batch=1,
+        dtype="float32" if model.device == "cpu" else "bfloat16",
+        compile=False,
+        checkpointing=False,
+        offloading=False,
+        tf32=True,
     )
     config = model.config(plain, samples=1)
     changed = config.algorithm.model_copy(update={"old_log_probs": "stored"})

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bench.published import write_outline
-from ddpo.config import LoraConfig
+from ddpo.config import LoraConfig, NumericsConfig
 from ddpo.config.files import read_config
 from ddpo.memory.advice import Fit, check_fit
 from ddpo.memory.estimate import estimate
@@ -40,6 +40,14 @@ SMALLEST = (
     "numerics.gradient_checkpointing=true",
 )
 """Settings with which a config needs the least memory and computes the same, up to rounding."""
+OFFLOADED_ROWS = (SMALLEST_ROWS[0], SMALLEST_ROWS[2])
+OFFLOADED = (
+    "numerics.sample_batch_size=1",
+    "numerics.micro_batch_size=4",
+    "numerics.gradient_checkpointing=false",
+    "numerics.offload_activations=true",
+)
+"""Activations in the host's memory, and none recomputed."""
 GIB = 2**30
 CARDS = (24, 80)
 SMALL_CARDS = (10, 24)
@@ -67,7 +75,7 @@ def row(
         path = write_outline(name, Path(folder))
         settings = [f"model.path={path}", "model.revision=null", f"model.resolution={side}"]
         config = read_config(config_file, [*settings, *changes], {})
-        numerics = _on_a_gpu(resolve_numerics(config.numerics.changed(device="cpu")))
+        numerics = _on_a_gpu(config.numerics)
         prompts = len(load_prompts(config.prompts.name, config.prompts.parameters))
         needs = estimate(config, numerics, prompts=prompts)
         fits = [
@@ -81,8 +89,11 @@ def row(
     return f"| {' | '.join(cells)} |"
 
 
-def _on_a_gpu(numerics: Numerics) -> Numerics:
-    return Numerics.model_validate({**dict(numerics), "device": "cuda", "dtype": "bfloat16"})
+def _on_a_gpu(config: NumericsConfig) -> Numerics:
+    here = resolve_numerics(config.changed(device="cpu", offload_activations=False))
+    there = {"device": "cuda", "dtype": "bfloat16"}
+    there |= {"offload_activations": config.offload_activations}
+    return Numerics.model_validate({**dict(here), **there})
 
 
 def _verdict(fit: Fit) -> str:
@@ -99,7 +110,12 @@ def _verdict(fit: Fit) -> str:
 def main() -> None:
     """Print the tables."""
     wanted = sys.argv[1:] or [name for name, *_ in ROWS]
-    for rows, changes, cards in ((ROWS, (), CARDS), (SMALLEST_ROWS, SMALLEST, SMALL_CARDS)):
+    tables = (
+        (ROWS, (), CARDS),
+        (SMALLEST_ROWS, SMALLEST, SMALL_CARDS),
+        (OFFLOADED_ROWS, OFFLOADED, SMALL_CARDS),
+    )
+    for rows, changes, cards in tables:
         head = ["model", "config", "px", "weights", "encode", "sample", "decode", "update"]
         head += [f"{card} GB" for card in cards]
         print(f"\n{' '.join(changes)}\n\n| {' | '.join(head)} |\n|{'---|' * len(head)}")

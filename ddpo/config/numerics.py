@@ -40,6 +40,9 @@ class NumericsConfig(Part):
     compile: bool = Field(default=False, exclude_if=is_off)
     """Compile the denoising network's blocks with torch.compile: faster, after the first forwards,
     which need a C++ compiler (Triton on a GPU). Rounds otherwise than without it."""
+    offload_activations: bool = Field(default=False, exclude_if=is_off)
+    """On a GPU: keep activations in this machine's memory until the backward. Less memory of the
+    GPU for the time of the copies; with gradient checkpointing, little of either."""
 
     @property
     def searches(self) -> bool:

@@ -195,14 +195,30 @@ class RunConfig(Part):
 
     @model_validator(mode="after")
     def _compiles(self) -> RunConfig:
-        split = isinstance(self.trainable, FullConfig) and not isinstance(self.engine, LocalEngine)
-        if self.numerics.compile and split:
+        if self.numerics.compile and self.splits_network:
             raise ValueError(
                 f"numerics.compile: engine.type {self.engine.type} splits the network in full "
                 "fine-tuning, layer by layer, and compiled blocks cannot be split; leave it out, "
                 "or set engine.type to local"
             )
         return self
+
+    @model_validator(mode="after")
+    def _offloads(self) -> RunConfig:
+        if self.numerics.offload_activations and (self.numerics.compile or self.splits_network):
+            other = "engine.type" if self.splits_network else "numerics.compile"
+            raise ValueError(
+                f"numerics.offload_activations: not with {other} as it is set here: tensors that "
+                "compiled or split layers save have not been tried; leave one of the two out, or "
+                "use numerics.gradient_checkpointing"
+            )
+        return self
+
+    @property
+    def splits_network(self) -> bool:
+        """Whether several processes split the network between them."""
+        full = isinstance(self.trainable, FullConfig)
+        return full and not isinstance(self.engine, LocalEngine)
 
     @model_validator(mode="after")
     def _preferences_fit(self) -> RunConfig:

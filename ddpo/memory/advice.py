@@ -108,6 +108,7 @@ _PARTS: Mapping[str, tuple[Phase, ...]] = {
     "numerics.sample_batch_size": ("sample",),
     "numerics.micro_batch_size": ("update",),
     "numerics.gradient_checkpointing": ("update",),
+    "numerics.offload_activations": ("update",),
 }
 """What a setting changes; any other changes all."""
 
@@ -139,6 +140,9 @@ def _next(
         return "model.t5", False
     if not numerics.low_precision and phase != "decode" and numerics.device != "cpu":
         return "numerics.dtype", "bfloat16"
+    offloads = numerics.device == "cuda" and not (numerics.compile or config.splits_network)
+    if phase == "update" and offloads and not numerics.offload_activations:
+        return "numerics.offload_activations", True
     return ("trainable", LoraConfig()) if whole else None
 
 

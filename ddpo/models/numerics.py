@@ -47,6 +47,8 @@ class Numerics(BaseModel):
     """Whether activations are recomputed in the backward."""
     compile: bool = Field(default=False, exclude_if=is_off)
     """Whether the denoising network's blocks are compiled."""
+    offload_activations: bool = Field(default=False, exclude_if=is_off)
+    """Whether activations wait for the backward in the host's memory."""
     versions: dict[str, str]
     """Versions of the libraries that compute."""
 
@@ -126,7 +128,8 @@ def resolve_numerics(config: NumericsConfig) -> Numerics:
     """Resolve every ``auto`` on this machine, except batch sizes, which are measured.
 
     Raises:
-        ConfigError: The configured device is missing, or a batch size is ``auto``.
+        ConfigError: The configured device is missing, or has no memory of its own to offload
+            activations from; or a batch size is ``auto``.
     """
     import torch
 
@@ -137,6 +140,11 @@ def resolve_numerics(config: NumericsConfig) -> Numerics:
         )
 
     device = resolve_device(config.device)
+    if config.offload_activations and device != "cuda":
+        raise ConfigError(
+            "numerics.offload_activations moves activations from a GPU into this machine's memory, "
+            f"where on {device!r} they are already; leave it out"
+        )
     threads = _default_threads()
     dtype = config.dtype
     if dtype == "auto":
@@ -154,6 +162,7 @@ def resolve_numerics(config: NumericsConfig) -> Numerics:
         tf32=config.tf32,
         gradient_checkpointing=config.gradient_checkpointing,
         compile=config.compile,
+        offload_activations=config.offload_activations,
         versions={name: version(name) for name in _VERSIONED},
     )
 
@@ -194,7 +203,7 @@ def resolve_elsewhere(frozen: Numerics, device: str | None) -> Numerics:
     Args:
         frozen: The numerics of the first start.
         device: As in a config; None for the run's own. On another kind of device than the run's,
-            the arithmetic is float32, and nothing is compiled.
+            the arithmetic is float32, and nothing is compiled or offloaded.
 
     Raises:
         ConfigError: This machine has no such device.
@@ -212,7 +221,8 @@ def resolve_elsewhere(frozen: Numerics, device: str | None) -> Numerics:
     if resolved == frozen.device:
         return frozen
     settings = {name: getattr(frozen, name) for name in NumericsConfig.model_fields}
-    settings |= {"device": resolved, "dtype": "float32", "compile": False}
+    settings |= {"device": resolved, "dtype": "float32"}
+    settings |= {"compile": False, "offload_activations": False}
     return resolve_numerics(NumericsConfig.model_validate(settings))
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import shutil
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
@@ -31,6 +31,7 @@ from ddpo.models import exports, hub, lora_files
 from ddpo.models.base import Conditioning, Policy
 from ddpo.models.files import ModelFiles
 from ddpo.models.lora import LoraWeights, by_part, text_state
+from ddpo.models.offloading import offloaded
 
 if TYPE_CHECKING:
     from ddpo.models.weights import Network
@@ -92,14 +93,16 @@ class PipelinePolicy(Policy):
         self, latents: Tensor, times: Tensor, conditioning: Conditioning, guidance_scale: float
     ) -> Tensor:
         """Predict what the model predicts; with guidance, both predictions share one forward."""
-        if guidance_scale == 1.0:
-            return self._forward(latents, times, conditioning)
-        empty = self._unconditional().expand(len(conditioning))
-        output = self._forward(
-            torch.cat([latents, latents]),
-            torch.cat([times, times]),
-            Conditioning.cat([empty, conditioning]),
-        )
+        offloads = self.numerics.offload_activations
+        with offloaded(self.network) if offloads else nullcontext():
+            if guidance_scale == 1.0:
+                return self._forward(latents, times, conditioning)
+            empty = self._unconditional().expand(len(conditioning))
+            output = self._forward(
+                torch.cat([latents, latents]),
+                torch.cat([times, times]),
+                Conditioning.cat([empty, conditioning]),
+            )
         unconditional, conditional = output.chunk(2)
         return unconditional + guidance_scale * (conditional - unconditional)
 

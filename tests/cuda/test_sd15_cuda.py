@@ -84,16 +84,17 @@ def test_low_precision_trains_on_ratios_near_1(sd15: Path, dtype: str, micro: in
 
 @pytest.mark.cuda
 @pytest.mark.slow
-def test_gradient_checkpointing_saves_memory(sd15: Path) -> None:
+@pytest.mark.parametrize("setting", ["gradient_checkpointing", "offload_activations"])
+def test_activations_that_do_not_stay_save_memory(sd15: Path, setting: str) -> None:
     peaks = []
-    for checkpointing in (False, True):
+    for switch in (False, True):
         config = config_on(sd15, "cuda", "bfloat16")
-        changed = {"gradient_checkpointing": checkpointing}
+        changed = {setting: switch}
         numerics = config.numerics.model_copy(update=changed)
         config = config.model_copy(update={"numerics": numerics})
         policy = load_policy(config)
         epoch = run_epoch(policy, initial_state(policy), config)
-        print(f"\nSD 1.5 at 512 px, bfloat16, checkpointing {checkpointing}: {epoch}")
+        print(f"\nSD 1.5 at 512 px, bfloat16, {setting} {switch}: {epoch}")
         peaks.append(epoch.update_peak_bytes)
         del policy
     assert peaks[1] < 0.7 * peaks[0]

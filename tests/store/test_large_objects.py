@@ -97,7 +97,7 @@ def test_a_disk_that_fails_while_the_digest_is_computed_is_named(
     fsync = os.fsync
 
     def fails_for_files(descriptor: int) -> None:
-        if backends.TEMPORARY_PREFIX in os.readlink(f"/proc/self/fd/{descriptor}"):
+        if backends.TEMPORARY_PREFIX in str(Path(f"/proc/self/fd/{descriptor}").readlink()):
             raise OSError(errno.EIO, "Input/output error")
         fsync(descriptor)
 
