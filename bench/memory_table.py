@@ -40,6 +40,10 @@ SMALLEST = (
     "numerics.gradient_checkpointing=true",
 )
 """Settings with which a config needs the least memory and computes the same, up to rounding."""
+WHOLE_ROWS = (
+    ("Stable Diffusion 1.5", "configs/sd14_compressibility_full.yaml", 512),
+    ("Stable Diffusion XL", "configs/sd14_compressibility_full.yaml", 1024),
+)
 OFFLOADED_ROWS = (SMALLEST_ROWS[0], SMALLEST_ROWS[2])
 OFFLOADED = (
     "numerics.sample_batch_size=1",
@@ -114,6 +118,8 @@ def main() -> None:
         (ROWS, (), CARDS),
         (SMALLEST_ROWS, SMALLEST, SMALL_CARDS),
         (OFFLOADED_ROWS, OFFLOADED, SMALL_CARDS),
+        (WHOLE_ROWS, SMALLEST, CARDS),
+        (WHOLE_ROWS, (*SMALLEST, "optimizer.eight_bit=true"), CARDS),
     )
     for rows, changes, cards in tables:
         head = ["model", "config", "px", "weights", "encode", "sample", "decode", "update"]

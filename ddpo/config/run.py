@@ -68,6 +68,10 @@ class OptimizerConfig(Part):
     """Keep an exponential moving average of the trained weights: after each optimizer step ema =
     decay * ema + (1 - decay) * weights. Images of fixed prompts and exports use the average;
     rollouts use the trained weights. By default there is none."""
+    eight_bit: bool = Field(default=False, exclude_if=is_off)
+    """Keep AdamW's moments in 8 bits, a scale for each 256 of them (arXiv 2110.02861): 2 bytes a
+    trained weight in place of 8, for full fine-tuning. Needs the package bitsandbytes, the extra
+    `eight-bit`."""
 
 
 OPERATION_FIELDS = frozenset({"engine", "epochs", "evaluation", "storage", "tracking", "outputs"})
@@ -211,6 +215,16 @@ class RunConfig(Part):
                 f"numerics.offload_activations: not with {other} as it is set here: tensors that "
                 "compiled or split layers save have not been tried; leave one of the two out, or "
                 "use numerics.gradient_checkpointing"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _keeps_whole_moments(self) -> RunConfig:
+        if self.optimizer.eight_bit and self.splits_network:
+            raise ValueError(
+                f"optimizer.eight_bit: engine.type {self.engine.type} splits moments in full "
+                "fine-tuning, and bitsandbytes keeps them whole; leave it out, or set engine.type "
+                "to local"
             )
         return self
 

@@ -122,7 +122,8 @@ def _next(
     whole = isinstance(trainable, FullConfig) and not trainable.from_scratch
     phase = found.largest
     if phase == "update":
-        fixed = found.frozen + 4 * found.trained
+        copies = 2.5 if config.optimizer.eight_bit else 4  # with gradient and moments
+        fixed = int(found.frozen + copies * found.trained)
         if whole and fixed > free:
             return "trainable", LoraConfig()
         size = _smaller(numerics.micro_batch_size, found.peak, fixed, free)

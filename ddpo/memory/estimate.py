@@ -20,6 +20,7 @@ from ddpo.models.numerics import Numerics
 from ddpo.models.outline import Outline, outline
 from ddpo.training.dry_run import shortened
 from ddpo.training.loop import initial_state, update
+from ddpo.training.optimizer import make_adamw, optimizer_state
 from ddpo.training.samples import FinalLatents, Rollouts, Samples
 from ddpo.training.state import TrainState
 
@@ -36,7 +37,8 @@ class MemoryEstimate:
     frozen: int
     """Weights that are not trained, of network and autoencoder."""
     trained: int
-    """Trained weights; during an update their gradient is as large, and AdamW's moments twice."""
+    """Trained weights; during an update their gradient is as large, and AdamW's moments twice,
+    or half of it in 8 bits."""
     text_encoders: int
     """Weights of the text encoders; on a GPU only while they encode."""
     peaks: Mapping[Phase, int]
@@ -171,11 +173,16 @@ def _update(policy: Outline, config: RunConfig, state: TrainState) -> None:
 
 def _trained_state(policy: Outline, config: RunConfig) -> TrainState:
     """Return a state after some epoch, with AdamW's moments."""
-    moments: dict[str, Tensor] = {}
-    for name, parameter in policy.weights.parameters().items():
-        moments[f"step/{name}"] = torch.tensor(1.0)
-        moments[f"exp_avg/{name}"] = _zeros(*parameter.shape)
-        moments[f"exp_avg_sq/{name}"] = _zeros(*parameter.shape)
+    parameters = policy.weights.parameters()
+    adamw = make_adamw(parameters, config.optimizer, {})
+    for parameter in parameters.values():
+        parameter.grad = torch.empty_like(parameter)
+    adamw.step()
+    adamw.zero_grad(set_to_none=True)
+    moments = {
+        name: _zeros(*value.shape, dtype=value.dtype)
+        for name, value in optimizer_state(adamw, parameters).items()
+    }
     start = initial_state(policy, ema=config.optimizer.ema_decay is not None)
     kept = config.algorithm.needs.keeps_old
     old = {name: _zeros(*value.shape) for name, value in start.weights.items() if kept}
@@ -188,6 +195,6 @@ def _bytes_of(state: TrainState) -> int:
     return sum(each.numel() * each.element_size() for each in tensors.values())
 
 
-def _zeros(*shape: int) -> Tensor:
+def _zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Return zeros that take no room."""
-    return torch.zeros(()).expand(shape)
+    return torch.zeros((), dtype=dtype).expand(shape)

@@ -231,6 +231,10 @@ def check_run(
         prompts = load_prompts(config.prompts.name, config.prompts.parameters)
         try_out(reward, prompts, config.model.size)
         _warn_of_memory(config, numerics, len(prompts))
+    if config.optimizer.eight_bit:
+        from ddpo.training.eight_bit import adamw_class  # imports torch
+
+        adamw_class()
     if config.numerics.compile:
         from ddpo.models.compiled import check_compiler  # imports torch
 

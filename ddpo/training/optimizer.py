@@ -16,7 +16,7 @@ def make_adamw(
     parameters: Mapping[str, torch.nn.Parameter],
     settings: OptimizerConfig,
     state: Mapping[str, Tensor],
-) -> torch.optim.AdamW:
+) -> torch.optim.Optimizer:
     """Return AdamW in the state of a checkpoint.
 
     Args:
@@ -26,9 +26,18 @@ def make_adamw(
 
     Returns:
         The optimizer, with its moments on the devices of their parameters.
+
+    Raises:
+        MissingPackage: 8-bit moments need bitsandbytes.
     """
-    adamw = torch.optim.AdamW(
-        parameters.values(),
+    if settings.eight_bit:
+        from ddpo.training.eight_bit import adamw_class  # imports bitsandbytes
+
+        kind = adamw_class()
+    else:
+        kind = torch.optim.AdamW
+    adamw = kind(
+        list(parameters.values()),
         lr=settings.learning_rate,
         betas=settings.betas,
         weight_decay=settings.weight_decay,
@@ -45,7 +54,7 @@ def make_adamw(
 
 
 def optimizer_state(
-    adamw: torch.optim.AdamW, parameters: Mapping[str, torch.nn.Parameter]
+    adamw: torch.optim.Optimizer, parameters: Mapping[str, torch.nn.Parameter]
 ) -> dict[str, Tensor]:
     """Return AdamW's state as ``moment/parameter``; views, not copies."""
     return {
@@ -56,7 +65,7 @@ def optimizer_state(
 
 
 def take_step(
-    adamw: torch.optim.AdamW,
+    adamw: torch.optim.Optimizer,
     parameters: Mapping[str, torch.nn.Parameter],
     settings: OptimizerConfig,
 ) -> float:

@@ -207,6 +207,9 @@ def test_a_fork_with_samples_of_its_own_may_sample_otherwise(place: Place) -> No
     with pytest.raises(ConfigError, match=r"trainable is .*, but the checkpoint has"):
         trainable = ["fork.rollouts=0", "trainable={type: lora, rank: 2}"]
         fork(NIGHT, 1, fork_id="trained", overrides=trainable, storage=root)
+    with pytest.raises(ConfigError, match=r"eight_bit is true, but the checkpoint's .* 32 bits"):
+        narrow = ["fork.rollouts=0", "optimizer.eight_bit=true"]
+        fork(NIGHT, 1, fork_id="trained", overrides=narrow, storage=root)
     assert not place.store.exists(keys.run_key("trained"))
 
 

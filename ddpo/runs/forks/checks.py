@@ -265,6 +265,12 @@ def _check_unchanged(fork: Fork) -> None:
     problems: list[str] = []
     if own.trainable != theirs.trainable:
         problems.append(f"trainable is {own.trainable}, but the checkpoint has {theirs.trainable}")
+    if own.optimizer.eight_bit != theirs.optimizer.eight_bit and fork.epoch > 0:
+        there = f"{8 if theirs.optimizer.eight_bit else 32} bits"
+        problems.append(
+            f"optimizer.eight_bit is {str(own.optimizer.eight_bit).lower()}, but the checkpoint's "
+            f"moments have {there}"
+        )
     if fork.inherited_epochs:
         problems += _changes_of_samples(own, theirs)
     if problems:

@@ -1,0 +1,54 @@
+"""AdamW with moments in 8 bits, as bitsandbytes computes it (arXiv 2110.02861)."""
+
+from __future__ import annotations
+
+import logging
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ddpo.errors import MissingPackage
+
+if TYPE_CHECKING:
+    from bitsandbytes.optim import AdamW8bit
+
+_MAPS = {"qmap1": "dynamic", "qmap2": "udynamic"}
+"""The tables of what a moment's 256 values mean: the same for all weights, and never saved."""
+
+
+@cache
+def adamw_class() -> type[AdamW8bit]:
+    """Return AdamW with moments in 8 bits.
+
+    Weights of fewer than 4,096 numbers have moments in float32. Between steps, an optimizer's state
+    holds nothing but tensors: `step`, `state1` and `state2` (uint8, of the weight's shape), and
+    `absmax1` and `absmax2` (float32, the scale of each 256 numbers).
+
+    Raises:
+        MissingPackage: bitsandbytes is not installed.
+    """
+    # On a CPU it warns that kernels for 4-bit products are missing, which nothing here computes.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError:
+        raise MissingPackage("bitsandbytes", "optimizer.eight_bit", "eight-bit") from None
+
+    class EightBit(AdamW8bit):
+        """Keeps the step as a tensor, as torch does, and tables to itself."""
+
+        @torch.no_grad()
+        def update_step(self, group: Any, p: Tensor, gindex: int, pindex: int) -> None:
+            """Step one weight."""
+            state = self.state[p]
+            for name, kind in _MAPS.items():
+                state[name] = self.name2qmap[kind] = self.name2qmap[kind].to(p.device)
+            state["step"] = int(state["step"])
+            super().update_step(group, p, gindex, pindex)
+            state["step"] = torch.tensor(float(state["step"]))
+            for name in _MAPS:
+                del state[name]
+
+    return EightBit
