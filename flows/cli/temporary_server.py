@@ -93,6 +93,7 @@ class TemporaryServer:
             while time.monotonic() < deadline and self._process.poll() is None:
                 with suppress(httpx.HTTPError):
                     if client.get(f"{os.environ[_ADDRESS]}/health").is_success:
+                        self._needed = False  # it says nothing more
                         return
                 time.sleep(_POLL_S)
         raise self._not_started(f"it did not answer within {seconds} s")

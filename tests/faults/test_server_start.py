@@ -21,6 +21,7 @@ from ddpo_workflow.flows.cli.quiet import set_defaults
 set_defaults()
 from ddpo_workflow.flows.cli.temporary_server import start_server
 start_server()
+start_server()  # as a second command of one process does
 from prefect.client.orchestration import get_client
 print("problem:", get_client(sync_client=True).api_healthcheck())
 """
