@@ -16,7 +16,9 @@ from ddpo.errors import ModelError
 from ddpo.models.numerics import Numerics, resolve_device
 
 if TYPE_CHECKING:
-    from ddpo.models.base import Conditioning, ModelFacts, Policy, policy_digest
+    from ddpo.models.base import Policy, policy_digest
+    from ddpo.models.conditioning import Conditioning
+    from ddpo.models.facts import ModelFacts
     from ddpo.models.weights import WeightSet
 
 FAMILIES: Mapping[str, str] = {
@@ -29,8 +31,8 @@ FAMILIES: Mapping[str, str] = {
 """The registry: the family of a pipeline's class, as ``model_index.json`` names it."""
 
 _HEAVY = {
-    "Conditioning": "ddpo.models.base",
-    "ModelFacts": "ddpo.models.base",
+    "Conditioning": "ddpo.models.conditioning",
+    "ModelFacts": "ddpo.models.facts",
     "Policy": "ddpo.models.base",
     "WeightSet": "ddpo.models.weights",
     "policy_digest": "ddpo.models.base",

@@ -1,6 +1,6 @@
 """What a model family has to provide: a text-to-image pipeline as policy p_theta(x_{t-1} | x_t, c).
 
-Shapes: B images, C latent channels, h x w latent pixels, L tokens, D text features.
+Shapes: B images, C latent channels, h x w latent pixels.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -23,6 +22,8 @@ from ddpo.config import FullConfig, LoraConfig, ModelConfig
 from ddpo.errors import ConfigError, ModelError
 from ddpo.models import hub
 from ddpo.models.compiled import compile_blocks
+from ddpo.models.conditioning import Conditioning
+from ddpo.models.facts import ModelFacts, resized
 from ddpo.models.files import ModelFiles
 from ddpo.models.full import FullWeights
 from ddpo.models.numerics import Numerics
@@ -35,78 +36,6 @@ if TYPE_CHECKING:
     from ddpo.models.weights import Network
 
 _logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class ModelFacts:
-    """What a model's small files say of it, before it is loaded."""
-
-    schedule: Schedule
-    """How its training mixed images with noise; all that a denoising process knows of it."""
-    size: tuple[int, int]
-    """Width and height of an image in pixels."""
-    latent_shape: tuple[int, ...]
-    """Shape of one image's latents, [C, h, w]."""
-
-
-def resized(
-    own: tuple[int, int], latent_shape: tuple[int, ...], size: tuple[int, int], patch: int
-) -> tuple[tuple[int, int], tuple[int, ...]]:
-    """Return another size of a model's images, and the shape of their latents.
-
-    Args:
-        own: The model's own width and height in pixels.
-        latent_shape: Shape of the latents of such an image, [C, h, w].
-        size: Width and height in pixels.
-        patch: Latent pixels along one side of what the network takes together.
-
-    Raises:
-        ConfigError: The network does not take such images.
-    """
-    channels, height, _ = latent_shape
-    scale = own[1] // height
-    if any(pixels % (scale * patch) for pixels in size):
-        raise ConfigError(
-            f"resolution {size[0]}x{size[1]} is not a multiple of {scale * patch}, the pixels "
-            "along one side of what the network takes together"
-        )
-    return size, (channels, size[1] // scale, size[0] // scale)
-
-
-@dataclass(frozen=True)
-class Conditioning:
-    """Encoded prompts: named tensors with one row per prompt.
-
-    Every family provides ``text``, [B, L, D], the text encoder's output per token; any other tensor
-    is private to the family.
-    """
-
-    tensors: Mapping[str, Tensor]
-    """[B, ...] each."""
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self.tensors[name]
-
-    def __len__(self) -> int:
-        return len(next(iter(self.tensors.values())))
-
-    def rows(self, index: int | slice | Sequence[int] | Tensor) -> Conditioning:
-        """Return some of the rows; a single index gives one row."""
-        if isinstance(index, int):
-            index = [index]
-        return Conditioning({name: value[index] for name, value in self.tensors.items()})
-
-    def expand(self, count: int) -> Conditioning:
-        """Repeat a single row ``count`` times, without copying it."""
-        return Conditioning(
-            {name: value.expand(count, *value.shape[1:]) for name, value in self.tensors.items()}
-        )
-
-    @classmethod
-    def cat(cls, parts: Sequence[Conditioning]) -> Conditioning:
-        """Concatenate rows; all parts have the same names."""
-        names = parts[0].tensors
-        return cls({name: torch.cat([part.tensors[name] for part in parts]) for name in names})
 
 
 class Policy(ABC):

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from ddpo.config import FullConfig, LoraConfig, ModelConfig
 from ddpo.errors import ModelError
-from ddpo.models.base import ModelFacts
+from ddpo.models.facts import ModelFacts
 from ddpo.models.files import INDEX, ModelFiles
 from ddpo.models.flow_schedule import FlowSchedule
 from ddpo.models.inspection import (

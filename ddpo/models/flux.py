@@ -14,7 +14,8 @@ from torch import Tensor
 from transformers import CLIPTextModel, PreTrainedModel, T5EncoderModel
 
 from ddpo.config import FullConfig, LoraConfig, ModelConfig
-from ddpo.models.base import Conditioning, ModelFacts
+from ddpo.models.conditioning import Conditioning
+from ddpo.models.facts import ModelFacts
 from ddpo.models.files import ModelFiles
 from ddpo.models.flow_inspection import inspect_flux
 from ddpo.models.pipeline_policy import PipelinePolicy

@@ -18,7 +18,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, Qwen3ForCausalLM
 
 from ddpo.config import FullConfig, LoraConfig, ModelConfig
-from ddpo.models.base import Conditioning, ModelFacts
+from ddpo.models.conditioning import Conditioning
+from ddpo.models.facts import ModelFacts
 from ddpo.models.files import ModelFiles
 from ddpo.models.flow_inspection import inspect_flux_2
 from ddpo.models.pipeline_policy import PipelinePolicy

@@ -28,7 +28,8 @@ from transformers import PreTrainedModel, Qwen3ForCausalLM, T5EncoderModel
 from ddpo.basics.tensors import detach_from_files
 from ddpo.errors import ModelError
 from ddpo.models import exports, hub, lora_files
-from ddpo.models.base import Conditioning, Policy
+from ddpo.models.base import Policy
+from ddpo.models.conditioning import Conditioning
 from ddpo.models.files import ModelFiles
 from ddpo.models.lora import LoraWeights, by_part, text_state
 from ddpo.models.offloading import offloaded

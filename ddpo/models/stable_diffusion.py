@@ -12,7 +12,8 @@ from transformers import CLIPTextModel, PreTrainedModel
 
 from ddpo.config import FullConfig, LoraConfig, ModelConfig
 from ddpo.models import lora_files
-from ddpo.models.base import Conditioning, ModelFacts
+from ddpo.models.conditioning import Conditioning
+from ddpo.models.facts import ModelFacts
 from ddpo.models.files import ModelFiles
 from ddpo.models.pipeline_policy import PipelinePolicy
 from ddpo.models.schedule import ddim_scheduler

@@ -8,7 +8,7 @@ import diffusers
 
 from ddpo.config import FullConfig, LoraConfig, ModelConfig
 from ddpo.errors import ModelError
-from ddpo.models.base import ModelFacts
+from ddpo.models.facts import ModelFacts
 from ddpo.models.files import INDEX, ModelFiles
 from ddpo.models.inspection import (
     Config,

@@ -280,7 +280,7 @@ def check_denoising(config: RunConfig) -> ModelFacts:
     facts = check_model(config.model, config.trainable)
     # These import torch: once the model is there.
     from ddpo.diffusion.window import check_sampler, check_steps
-    from ddpo.models.base import resized
+    from ddpo.models.facts import resized
 
     check_sampler(facts.schedule, config)
     if config.evaluation:

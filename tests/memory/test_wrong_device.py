@@ -14,7 +14,8 @@ import torch
 from ddpo.diffusion import window
 from ddpo.memory.counting import LiveBytes, WrongDevice
 from ddpo.memory.estimate import estimate
-from ddpo.models.base import Conditioning, Policy
+from ddpo.models.base import Policy
+from ddpo.models.conditioning import Conditioning
 from ddpo.models.numerics import resolve_numerics
 from ddpo.models.schedule import NoiseSchedule
 from ddpo.training.denoising import DenoisingGradient
