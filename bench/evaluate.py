@@ -41,7 +41,7 @@ class Evaluation:
 
     Attributes:
         rewards: [P, S], prompts by seeds.
-        diversity: Root mean square difference between two images of one prompt, in grey levels
+        diversity: Root mean square difference between two images of one prompt, in gray levels
             (0 to 255), mean over prompts and pairs of seeds.
         recognised: Share of images in which the starter's judge finds what the prompt names
             (`Verdicts.right`), 0 to 1; for discs, of those that score higher for their own prompt

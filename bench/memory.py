@@ -69,18 +69,18 @@ def _anonymous_mb() -> float:
 
 
 def shrink_compute() -> None:
-    """Let the model see a corner of its latents, and draw small grey images."""
+    """Let the model see a corner of its latents, and draw small gray images."""
     predict = StableDiffusion.predict
 
     def of_corner(policy: StableDiffusion, latents: Tensor, *given: Any) -> Tensor:
         corner = predict(policy, latents[..., :8, :8], *given)
         return torch.zeros_like(latents) + corner.mean(dim=(2, 3), keepdim=True)
 
-    def grey(_: StableDiffusion, latents: Tensor) -> list[Image.Image]:
-        return [Image.new("RGB", (64, 64), "grey") for _ in latents]
+    def gray(_: StableDiffusion, latents: Tensor) -> list[Image.Image]:
+        return [Image.new("RGB", (64, 64), "gray") for _ in latents]
 
     # By name: the types of what replaces a method differ in the names of its parameters.
-    for name, replacement in {"predict": of_corner, "decode": grey}.items():
+    for name, replacement in {"predict": of_corner, "decode": gray}.items():
         setattr(StableDiffusion, name, replacement)
 
 

@@ -271,7 +271,7 @@ def table(task: str, folder: Path, beyond: str = "") -> str:
         f"Mean gain over seeds: real {real:+.4f} (spread between seeds "
         f"{np.std(gains[False], ddof=1):.4f}), shuffled {shuffled:+.4f} (spread "
         f"{np.std(gains[True], ddof=1):.4f}), which is {shuffled / real:+.0%} of the real one. "
-        f"For the base, diversity is {np.mean([each.diversity for each in bases]):.1f} grey "
+        f"For the base, diversity is {np.mean([each.diversity for each in bases]):.1f} gray "
         f"levels, and {np.mean([each.recognised for each in bases]):.1%} of its images show what "
         "the prompt names.",
         "",
