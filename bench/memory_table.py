@@ -1,6 +1,7 @@
 """What the shipped configs need of a GPU's memory, estimated: ``python -m bench.memory_table``.
 
-Prints the tables of docs/models.md: of the configs as they are, and with the smallest batches.
+Prints the tables of docs/models.md: of the configs as they are, with the smallest batches, with
+activations offloaded, and of whole UNets without and with moments in 8 bits.
 Nothing is downloaded, and no GPU is needed: the models are the published shapes of
 `bench/published.py`. With names as arguments, only those models.
 """

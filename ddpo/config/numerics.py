@@ -42,7 +42,7 @@ class NumericsConfig(Part):
     which need a C++ compiler (Triton on a GPU). Rounds otherwise than without it."""
     offload_activations: bool = Field(default=False, exclude_if=is_off)
     """On a GPU: keep activations in this machine's memory until the backward. Less memory of the
-    GPU for the time of the copies; with gradient checkpointing, little of either."""
+    GPU for the time of the copies, of which gradient checkpointing leaves few."""
 
     @property
     def searches(self) -> bool:

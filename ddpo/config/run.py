@@ -209,12 +209,23 @@ class RunConfig(Part):
 
     @model_validator(mode="after")
     def _offloads(self) -> RunConfig:
-        if self.numerics.offload_activations and (self.numerics.compile or self.splits_network):
-            other = "engine.type" if self.splits_network else "numerics.compile"
+        numerics = self.numerics
+        if not numerics.offload_activations:
+            return self
+        if numerics.compile or self.splits_network:
+            cause = (
+                "compiled blocks, with numerics.compile: true"
+                if numerics.compile
+                else f"layers that processes split, with engine.type {self.engine.type}"
+            )
             raise ValueError(
-                f"numerics.offload_activations: not with {other} as it is set here: tensors that "
-                "compiled or split layers save have not been tried; leave one of the two out, or "
-                "use numerics.gradient_checkpointing"
+                f"numerics.offload_activations: it has not been tried on {cause}; use "
+                "numerics.gradient_checkpointing instead"
+            )
+        if numerics.micro_batch_size == "auto":
+            raise ValueError(
+                "numerics.offload_activations: micro_batch_size: auto would fill this machine's "
+                "memory, since the GPU's hardly grows with the batch; set a number"
             )
         return self
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from typing import Any
 
 import psutil
@@ -68,7 +69,8 @@ def check_fit(
     """Estimate what a config needs and, if that is not free, look for settings that need less.
 
     Settings that change no result but its rounding come first: smaller batches, then gradient
-    checkpointing. The others are a 16-bit dtype, an adapter in place of all weights, and no T5.
+    checkpointing, then offloaded activations. The others are a 16-bit dtype, moments in 8 bits if
+    bitsandbytes is installed, an adapter in place of all weights, and no T5.
 
     Args:
         config: The run's.
@@ -125,12 +127,18 @@ def _next(
         copies = 2.5 if config.optimizer.eight_bit else 4  # with gradient and moments
         fixed = int(found.frozen + copies * found.trained)
         if whole and fixed > free:
+            steps = numerics.device == "cuda" and not config.splits_network
+            if steps and not config.optimizer.eight_bit and find_spec("bitsandbytes"):
+                return "optimizer.eight_bit", True
             return "trainable", LoraConfig()
         size = _smaller(numerics.micro_batch_size, found.peak, fixed, free)
         if size := size - size % config.algorithm.needs.samples_per_loss:
             return "numerics.micro_batch_size", size
         if not numerics.gradient_checkpointing:
             return "numerics.gradient_checkpointing", True
+        offloads = numerics.device == "cuda" and not (numerics.compile or config.splits_network)
+        if offloads and not numerics.offload_activations:
+            return "numerics.offload_activations", True
     elif phase in ("sample", "decode"):
         size = _smaller(numerics.sample_batch_size, found.peak, found.frozen + found.trained, free)
         while size and config.rollouts.shard_size % size:
@@ -141,9 +149,6 @@ def _next(
         return "model.t5", False
     if not numerics.low_precision and phase != "decode" and numerics.device != "cpu":
         return "numerics.dtype", "bfloat16"
-    offloads = numerics.device == "cuda" and not (numerics.compile or config.splits_network)
-    if phase == "update" and offloads and not numerics.offload_activations:
-        return "numerics.offload_activations", True
     return ("trainable", LoraConfig()) if whole else None
 
 

@@ -37,8 +37,8 @@ class MemoryEstimate:
     frozen: int
     """Weights that are not trained, of network and autoencoder."""
     trained: int
-    """Trained weights; during an update their gradient is as large, and AdamW's moments twice,
-    or half of it in 8 bits."""
+    """Trained weights; during an update their gradient is as large, and AdamW's moments are twice
+    as large, or half as large in 8 bits."""
     text_encoders: int
     """Weights of the text encoders; on a GPU only while they encode."""
     peaks: Mapping[Phase, int]

@@ -27,6 +27,7 @@ from ddpo.models.facts import ModelFacts, resized
 from ddpo.models.files import ModelFiles
 from ddpo.models.full import FullWeights
 from ddpo.models.numerics import Numerics
+from ddpo.models.offloading import offload_activations
 from ddpo.models.schedule import Schedule
 from ddpo.models.weights import Weights
 
@@ -136,6 +137,8 @@ class Policy(ABC):
             )
         if numerics.gradient_checkpointing:
             network.enable_gradient_checkpointing()
+        if numerics.offload_activations:
+            offload_activations(network)
         self._move(numerics.torch_device)
 
     def check_files(self) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import shutil
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
@@ -32,7 +32,6 @@ from ddpo.models.base import Policy
 from ddpo.models.conditioning import Conditioning
 from ddpo.models.files import ModelFiles
 from ddpo.models.lora import LoraWeights, by_part, text_state
-from ddpo.models.offloading import offloaded
 
 if TYPE_CHECKING:
     from ddpo.models.weights import Network
@@ -94,16 +93,14 @@ class PipelinePolicy(Policy):
         self, latents: Tensor, times: Tensor, conditioning: Conditioning, guidance_scale: float
     ) -> Tensor:
         """Predict what the model predicts; with guidance, both predictions share one forward."""
-        offloads = self.numerics.offload_activations
-        with offloaded(self.network) if offloads else nullcontext():
-            if guidance_scale == 1.0:
-                return self._forward(latents, times, conditioning)
-            empty = self._unconditional().expand(len(conditioning))
-            output = self._forward(
-                torch.cat([latents, latents]),
-                torch.cat([times, times]),
-                Conditioning.cat([empty, conditioning]),
-            )
+        if guidance_scale == 1.0:
+            return self._forward(latents, times, conditioning)
+        empty = self._unconditional().expand(len(conditioning))
+        output = self._forward(
+            torch.cat([latents, latents]),
+            torch.cat([times, times]),
+            Conditioning.cat([empty, conditioning]),
+        )
         unconditional, conditional = output.chunk(2)
         return unconditional + guidance_scale * (conditional - unconditional)
 

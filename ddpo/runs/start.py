@@ -221,24 +221,18 @@ def check_run(
     awaits_sizes = not exists and config.numerics.searches
     if exists:
         numerics = _check_stored(store, run_id, config, identity, reward)
+        _check_kernels(config, numerics)
     else:
         # Sizes are measured without compiling, which takes longer than the search.
         compiles = config.numerics.compile and not awaits_sizes
         numerics = resolve_numerics(config.smallest_batches.changed(compile=compiles))
+        _check_kernels(config, numerics)
         fork = fork_of(store, config)
         if fork and not awaits_parent:
             check_fork(fork)
         prompts = load_prompts(config.prompts.name, config.prompts.parameters)
         try_out(reward, prompts, config.model.size)
         _warn_of_memory(config, numerics, len(prompts))
-    if config.optimizer.eight_bit:
-        from ddpo.training.eight_bit import adamw_class  # imports torch
-
-        adamw_class()
-    if config.numerics.compile:
-        from ddpo.models.compiled import check_compiler  # imports torch
-
-        check_compiler(numerics.device)
     patient = store.patient(PATIENCE_S)
     plan = RunPlan(
         *(patient, run_id, config, numerics, identity, reward, awaits_parent, awaits_sizes)
@@ -246,6 +240,18 @@ def check_run(
     if store.exists(keys.start_key(run_id, 1)):
         plan.begun.set()
     return plan
+
+
+def _check_kernels(config: RunConfig, numerics: Numerics) -> None:
+    """Check that what computes otherwise than plain torch works on the device."""
+    if config.optimizer.eight_bit:
+        from ddpo.training.eight_bit import check_eight_bit  # imports torch
+
+        check_eight_bit(numerics.device)
+    if config.numerics.compile:
+        from ddpo.models.compiled import check_compiler  # likewise
+
+        check_compiler(numerics.device)
 
 
 def _warn_of_memory(config: RunConfig, numerics: Numerics, prompts: int) -> None:

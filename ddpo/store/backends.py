@@ -56,7 +56,7 @@ class Backend(Protocol):
         ...
 
     def flush(self, file: Path) -> None:
-        """Begin what writing such a file will wait for; the file does not change any more."""
+        """Do ahead what `write_file` would wait for; the file does not change any more."""
         ...
 
     def write_file(self, path: str, file: Path) -> None:

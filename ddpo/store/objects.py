@@ -249,6 +249,8 @@ class Store:
                         with named_call("read", key, tempfile.gettempdir(), writes=True):
                             copy.write(block)
                             copy.flush()
+                if hashed is not None:
+                    hashed.result()
             return digest.hexdigest()
 
         try:

@@ -9,13 +9,33 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ddpo.errors import MissingPackage
+from ddpo.errors import ConfigError, MissingPackage
 
 if TYPE_CHECKING:
     from bitsandbytes.optim import AdamW8bit
 
 _MAPS = {"qmap1": "dynamic", "qmap2": "udynamic"}
 """The tables of what a moment's 256 values mean: the same for all weights, and never saved."""
+
+
+def check_eight_bit(device: str) -> None:
+    """Check that bitsandbytes is installed, and steps on a kind of device of this machine.
+
+    Raises:
+        MissingPackage: It is not installed.
+        ConfigError: It has no kernels for the device, or cannot load them.
+    """
+    adamw = adamw_class()
+    weight = torch.nn.Parameter(torch.zeros(4096, device=device))
+    weight.grad = torch.ones_like(weight)
+    try:
+        adamw([weight]).step()
+    except Exception as error:  # of many kinds, none of them public
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ConfigError(
+            f"optimizer.eight_bit is true, but bitsandbytes cannot step on {device!r} here "
+            f"({reason}). `python -m bitsandbytes` says more; or leave it out"
+        ) from error
 
 
 @cache

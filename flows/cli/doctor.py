@@ -22,6 +22,7 @@ from ddpo.runs.run import pair_files
 from ddpo.runs.start import check_denoising
 from ddpo.store.objects import Store
 from ddpo.store.upkeep.probe import probe
+from ddpo.training.eight_bit import check_eight_bit
 from ddpo_workflow.tasks.tracking.connection import connect
 from ddpo_workflow.tasks.tracking.experiment import find_or_create_experiment
 
@@ -111,6 +112,8 @@ def _device(config: RunConfig) -> str:
     numerics = resolve_numerics(config.smallest_batches)
     if numerics.compile:
         check_compiler(numerics.device)
+    if config.optimizer.eight_bit:
+        check_eight_bit(numerics.device)
     compiled = ", compiled" if numerics.compile else ""
     return f"{numerics.device} ({numerics.device_name}), {numerics.dtype}{compiled}"
 

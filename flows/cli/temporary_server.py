@@ -58,6 +58,7 @@ class TemporaryServer:
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         self._needed = True
+        self._opened = False
         atexit.register(self.stop)
 
     def adopt(self) -> None:
@@ -81,9 +82,11 @@ class TemporaryServer:
         """
         if not self._needed:
             return
-        said = self._next_line()
-        if said.startswith(FAILED):
-            raise ServerNotStarted(said.removeprefix(FAILED).strip())
+        if not self._opened:
+            said = self._next_line()
+            if said.startswith(FAILED):
+                raise ServerNotStarted(said.removeprefix(FAILED).strip())
+            self._opened = True  # it says nothing more
         import httpx
         from prefect.settings import get_current_settings
 
@@ -93,7 +96,6 @@ class TemporaryServer:
             while time.monotonic() < deadline and self._process.poll() is None:
                 with suppress(httpx.HTTPError):
                     if client.get(f"{os.environ[_ADDRESS]}/health").is_success:
-                        self._needed = False  # it says nothing more
                         return
                 time.sleep(_POLL_S)
         raise self._not_started(f"it did not answer within {seconds} s")

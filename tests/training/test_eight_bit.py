@@ -5,16 +5,18 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
 
 from ddpo.config import OptimizerConfig
-from ddpo.errors import MissingPackage
+from ddpo.errors import ConfigError, MissingPackage
+from ddpo.memory.advice import check_fit
 from ddpo.memory.estimate import estimate
 from ddpo.models import Policy
 from ddpo.models.numerics import Numerics, resolve_numerics
-from ddpo.training.eight_bit import adamw_class
+from ddpo.training.eight_bit import adamw_class, check_eight_bit
 from ddpo.training.loop import initial_state, update
 from ddpo.training.optimizer import copies, make_adamw, optimizer_state
 from ddpo.training.state import TrainState
@@ -138,6 +140,23 @@ def test_without_the_package_its_name_and_extra_are_told(monkeypatch: pytest.Mon
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
     with pytest.raises(MissingPackage, match=r"eight_bit needs .* bitsandbytes.*eight-bit"):
         make_adamw(weights(), SETTINGS.changed(eight_bit=True), {})
+
+
+def test_a_device_that_it_cannot_step_on_is_told_before_the_run() -> None:
+    check_eight_bit("cpu")
+    failing = patch.object(adamw_class(), "update_step", side_effect=RuntimeError("no kernel\nat"))
+    with failing, pytest.raises(ConfigError, match=r"cannot step on 'cpu' here \(no kernel\)"):
+        check_eight_bit("cpu")
+
+
+def test_doctor_offers_it_before_an_adapter(tiny_model: Path) -> None:
+    config = tiny_config(tiny_model, trainable={"type": "full"})
+    smallest = {"gradient_checkpointing": True, "offload_activations": True}
+    numerics = Numerics.model_validate(
+        {**dict(resolve_numerics(config.numerics)), "device": "cuda", **smallest}
+    )
+    fixed = 3 * sum(p.numel() * 4 for p in load_policy(config).weights.parameters().values())
+    assert "optimizer.eight_bit" in check_fit(config, numerics, fixed).settings
 
 
 def test_processes_that_split_moments_refuse_it(tiny_model: Path) -> None:
