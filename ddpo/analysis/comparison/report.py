@@ -196,7 +196,7 @@ def _draw(comparison: Comparison, result: Result, path: Path) -> Path:
     axes.set_ylabel(f"{comparison.members[0].config.reward.name}: mean{band}")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", alpha=0.25)
-    axes.legend(frameon=False)
+    figure.legend(frameon=False, loc="outside right center")  # beside any number of curves
     figure.savefig(path, dpi=110, facecolor="white")
     return path
 
