@@ -226,10 +226,10 @@ def check_run(
         # Sizes are measured without compiling, which takes longer than the search.
         compiles = config.numerics.compile and not awaits_sizes
         numerics = resolve_numerics(config.smallest_batches.changed(compile=compiles))
-        _check_kernels(config, numerics)
         fork = fork_of(store, config)
         if fork and not awaits_parent:
             check_fork(fork)
+        _check_kernels(config, numerics)
         prompts = load_prompts(config.prompts.name, config.prompts.parameters)
         try_out(reward, prompts, config.model.size)
         _warn_of_memory(config, numerics, len(prompts))
