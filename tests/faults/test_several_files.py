@@ -71,7 +71,7 @@ def test_a_crash_at_some_writes_changes_no_byte(
     assert parts(Store.open(str(tmp_path / "whole" / "store")), 2)["optimizer"] > 2
 
 
-@pytest.mark.faults  # two minutes; the crashes above are as many in `make test`
+@pytest.mark.faults  # two minutes; `make test` has the crashes above
 def test_a_run_killed_between_two_files_of_a_checkpoint_goes_on_and_can_be_used(
     tiny_model: Path, tmp_path: Path, mlflow_database: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
