@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict
 from ddpo.store.artefacts import RolloutShard, Scores
 from ddpo.store.checkpoints import Checkpoint
 from ddpo.store.keys import Partition
-from ddpo.store.kinds import EPOCH
+from ddpo.store.kinds import CHECKPOINT, EPOCH
 from ddpo.store.manifests import Ref
 from ddpo_workflow.flows.flow import artifact_key, ddpo_flow
 from ddpo_workflow.flows.laps import Laps
@@ -63,15 +63,24 @@ def run_epoch(plan: EpochPlan, checkpoint: Ref[Checkpoint], epoch: int) -> Epoch
         The checkpoint after the epoch, and its metrics.
     """
     run = opened(plan.run)
+    drawn_by = run.drawn_by(epoch)
+    own = drawn_by == Partition(run.run_id, epoch)
+    ahead = run.config.rollouts.sample_ahead and epoch + 1 < run.config.epochs
     # A resumed run logs its last committed epoch again; how fast that is found means nothing.
     resumed = EPOCH.exists(run.store, Partition(run.run_id, epoch))
     laps = Laps()
     with laps("epoch"):
         pictures = draw_pictures(plan.run, checkpoint, plan.pictures, epoch)
         shown = track_pictures.submit(plan.run, plan.tracking, pictures, epoch)
-        sampling, scoring = submit_shards(plan.run, checkpoint, epoch)
+        drew = checkpoint if own else CHECKPOINT.require_ref(run.store, drawn_by)
+        sampling, scoring = submit_shards(plan.run, drew, epoch)
+        next_sampling, next_scoring = (
+            submit_shards(plan.run, checkpoint, epoch + 1) if ahead else ([], [])
+        )
         with laps("sample"):
             rollouts = [shard.result() for shard in sampling]
+            for shard in next_sampling:
+                shard.result()
         with laps("score_wait"):
             if not resumed:
                 begin_stage("score")
@@ -80,6 +89,9 @@ def run_epoch(plan: EpochPlan, checkpoint: Ref[Checkpoint], epoch: int) -> Epoch
         with laps("update"):
             next_checkpoint = update_policy(plan.run, checkpoint, rollouts, advantages, epoch)
         commit_epoch(plan.run, rollouts, scores, advantages, next_checkpoint, epoch)
+        with laps("score_wait"):
+            for shard in next_scoring:
+                shard.result()
     metrics = track_epoch(
         plan.run,
         plan.tracking,

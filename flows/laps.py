@@ -15,14 +15,14 @@ class Laps:
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
-        """Time a stage.
+        """Time a stage, or more of it.
 
         Args:
             stage: Its name.
         """
         start = time.monotonic()
         yield
-        self._seconds[stage] = time.monotonic() - start
+        self._seconds[stage] = self._seconds.get(stage, 0.0) + time.monotonic() - start
 
     def timings(self, samples: int) -> dict[str, float]:
         """Return the seconds of each stage, and the rate over sampling, scoring and training.

@@ -19,15 +19,13 @@ from prefect.runtime import flow_run
 
 from ddpo.analysis.evaluation.champion import gate_reason
 from ddpo.analysis.report import write_report
-from ddpo.errors import ConfigError, MissingObject, StoreError
+from ddpo.errors import ConfigError, StoreError
 from ddpo.runs import Run, RunPlan
 from ddpo.runs.forks.records import record_fork
 from ddpo.runs.lease import held_lease
 from ddpo.runs.outputs import own_outputs_folder
-from ddpo.store.checkpoints import Checkpoint
 from ddpo.store.keys import Partition
 from ddpo.store.kinds import CHECKPOINT, EPOCH, GATE_DECISION
-from ddpo.store.manifests import Ref
 from ddpo_workflow.flows.endings import recording_end
 from ddpo_workflow.flows.epoch import EpochPlan, run_epoch
 from ddpo_workflow.flows.evaluate import Evaluations
@@ -203,7 +201,11 @@ def train_run(run: Run) -> str:
         first = first_unfinished_epoch(run)
         resumed = first > run.first_epoch
         track_missing(run.handle, page.handle, pictures, first)
-        checkpoint = committed_checkpoint(run, first) if resumed else first_checkpoint(run)
+        checkpoint = (
+            CHECKPOINT.require_ref(run.store, Partition(run.run_id, first))
+            if resumed
+            else first_checkpoint(run)
+        )
         evaluations.catch_up(first)
         last, ended = first, None
         for epoch in range(first, epochs):
@@ -235,7 +237,8 @@ def train_run(run: Run) -> str:
             page.backlog.log(partial(page.set_gate, ending.early))
             roll_back = GATE_DECISION.load(run.store, ended).then == "roll_back"
             if roll_back and champion is not None:
-                exported, at = committed_checkpoint(run, champion), champion
+                exported = CHECKPOINT.require_ref(run.store, Partition(run.run_id, champion))
+                at = champion
             elif roll_back:
                 get_run_logger().warning("there is no champion; checkpoint %d is exported", last)
         outputs = own_outputs_folder(run.config, run.run_id, run.uid)
@@ -268,15 +271,6 @@ def _saying_how_to_resume(command: str) -> Iterator[None]:
         if recognise_stop(error):
             get_run_logger().warning("Stopped. Committed work is kept. Resume with: %s", command)
         raise
-
-
-def committed_checkpoint(run: Run, epoch: int) -> Ref[Checkpoint]:
-    """Return a checkpoint that must exist, since a later epoch is committed."""
-    where = Partition(run.run_id, epoch)
-    checkpoint = CHECKPOINT.find(run.store, where)
-    if checkpoint is None:
-        raise MissingObject(CHECKPOINT.key(where), run.store.root)
-    return checkpoint
 
 
 def first_unfinished_epoch(run: Run) -> int:

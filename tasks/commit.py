@@ -56,7 +56,7 @@ def commit_epoch(
             run.run_id,
             keep_newest=storage.keep_newest_checkpoints,
             keep_every=storage.keep_every_checkpoint,
-            needed_from=epoch + 1,
+            needed_from=run.drawn_by(epoch + 1).epoch,
             also=_may_be_champion(run, epoch),
         )
     retention = storage.retention

@@ -89,14 +89,14 @@ def _rebuild(run: Run, manifest: str, damages: list[Damage], kind: Kind, where: 
             raise _belongs_to(fork.parent_id)
         inherit_shard(aside, epoch, shard)
     elif kind is ROLLOUTS:
-        shard_of(aside, _made_with(aside, known, epoch), epoch, shard)
+        shard_of(aside, _made_with(aside, known, run.drawn_by(epoch)), epoch, shard)
     elif kind is SCORES:
         scores_of(aside, run.scorer, _rollouts(aside, epoch, shard), epoch, shard)
     else:
         shards = range(run.shards_per_epoch)
         rollouts = [_rollouts(aside, epoch, number) for number in shards]
         scores = [_scores(aside, epoch, number) for number in shards]
-        before = _made_with(aside, known, epoch)
+        before = _made_with(aside, known, Partition(run.run_id, epoch))
         committed_credit(aside, run.scorer, before, rollouts, scores, epoch)
     # The digest of a manifest without references is unknown: undamaged objects must match too.
     differs = any(
@@ -122,13 +122,14 @@ def _belongs_to(run_id: str) -> NotRepaired:
     return NotRepaired(f"it belongs to run {run_id!r}: `ddpo verify {run_id} --repair` rebuilds it")
 
 
-def _made_with(run: Run, known: Committed | None, epoch: int) -> Ref:
+def _made_with(run: Run, known: Committed | None, otherwise: Partition) -> Ref:
     """Return the checkpoint, or other holder of the statistics, that a part was made from.
 
     The part's manifest names it: a comparison's shared samples all come from one checkpoint.
+    Without a manifest it is the one given.
     """
     if known is None:
-        return _found(run, CHECKPOINT, Partition(run.run_id, epoch))
+        return _found(run, CHECKPOINT, otherwise)
     ref = Ref.model_validate(known.manifest.inputs["checkpoint"])
     if find(run.store, ref.key) is None:
         raise _is_missing(ref.key)

@@ -46,7 +46,7 @@ def sample_shard(
 
     Args:
         handle: The run.
-        checkpoint: The checkpoint before the epoch.
+        checkpoint: The checkpoint that draws the epoch.
         epoch: The epoch.
         shard: The shard, from 0.
     """

@@ -48,7 +48,7 @@ def update_policy(
 
     Args:
         handle: The run.
-        checkpoint: The checkpoint before the epoch, which generated the rollouts.
+        checkpoint: The checkpoint before the epoch.
         rollouts: The epoch's shards, in order.
         advantages: The epoch's advantages.
         epoch: The epoch.
@@ -80,7 +80,10 @@ def _updated(
     digests = dict(before.digests)
     shards = [ROLLOUTS.load(run.store, ref) for ref in rollouts]
     rows = [shard.samples() for shard in shards]
-    _check_origin(run, list(chain(*rows)), before, epoch)
+    drawn_by = run.drawn_by(epoch)
+    own = drawn_by == Partition(run.run_id, epoch)
+    drew = before if own else CHECKPOINT.require(run.store, drawn_by)
+    _check_origin(run, list(chain(*rows)), drew, epoch)
     scored = ADVANTAGES.load(run.store, advantages)
     credit = _credit_table(scored.rows(), [row.sample_id for row in chain(*rows)])
     statistics = scored.statistics()
@@ -134,7 +137,7 @@ def _credit_table(rows: Sequence[AdvantageRow], sample_ids: Sequence[str]) -> di
 
 
 def _check_origin(run: Run, rows: Sequence[SampleRow], checkpoint: Checkpoint, epoch: int) -> None:
-    """Refuse samples of another policy or sampler."""
+    """Refuse samples of another policy or sampler than those of the checkpoint that drew them."""
     off_policy = run.fork is not None and run.fork.is_off_policy(epoch)
     expected = {
         "policy_digest": checkpoint.policy_digest(run.config.algorithm.needs.samples_from),

@@ -66,8 +66,8 @@ class RunSettings:
     """Whether the config says to store nothing but final latents."""
     keeps_base_model: bool
     """Whether the base model's weights remain available during training, as with adapters."""
-    off_policy: bool
-    """Whether a fork trains on samples of another policy."""
+    off_policy: str | None
+    """The setting by which the run trains on samples of another policy; None if there is none."""
     log_probs_are_densities: bool = True
     """Whether log-probs are log-densities, and not squared distances alone."""
 

@@ -112,8 +112,8 @@ class DdpoIs(PolicyGradient):
         option = "ratio: guard" if self.ratio == "guard" else "clip: kl_mask"
         if run.off_policy and self.needs.old_means:
             raise ValueError(
-                f"algorithm has `{option}` with fork.off_policy: it compares with the means of the "
-                "policy that sampled, which the policy being updated cannot compute; remove it"
+                f"algorithm has `{option}` with {run.off_policy}: it compares with the means of "
+                "the policy that sampled, which the policy being updated cannot compute; remove it"
             )
         if self.old_log_probs == "stored" and self.needs.old_means:
             raise ValueError(
@@ -128,7 +128,7 @@ class DdpoIs(PolicyGradient):
             )
         if run.off_policy and self.old_log_probs == "recompute":
             raise ValueError(
-                "algorithm.old_log_probs is recompute with fork.off_policy: the policy being "
+                f"algorithm.old_log_probs is recompute with {run.off_policy}: the policy being "
                 "updated cannot compute the log-probs of the policy that sampled, and every ratio "
                 "would be 1; leave it at auto or stored"
             )

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import field_validator
 
+from ddpo.algorithms.base import RunSettings
 from ddpo.algorithms.policy_gradient import PairBatch, PolicyGradient
 
 if TYPE_CHECKING:
@@ -29,6 +30,16 @@ class DdpoSf(PolicyGradient):
                 "set it to 1, or use `type: ddpo_is`"
             )
         return value
+
+    def check_run(self, run: RunSettings) -> None:
+        """Check as every policy gradient, and that samples are the policy's own."""
+        super().check_run(run)
+        if run.off_policy:
+            raise ValueError(
+                f"ddpo_sf with {run.off_policy}: the estimator holds only for samples of the "
+                "policy being updated, and nothing corrects for those of another; leave it out, "
+                "or use `type: ddpo_is`"
+            )
 
     def policy_losses(self, batch: PairBatch) -> Tensor:
         """Return -A log p, whose gradient is the policy gradient at the sampling policy only."""

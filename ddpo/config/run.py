@@ -40,6 +40,10 @@ class RolloutsConfig(Part):
     shared_start: bool = Field(default=False, exclude_if=is_off)
     """Start all samples of a group from the same noise (DanceGRPO, arXiv 2505.07818), so that their
     rewards differ by the noise of their steps alone, which is what log-probs are of."""
+    sample_ahead: bool = Field(default=False, exclude_if=is_off)
+    """Sample an epoch before the one before it is trained on, so that a slow reward scores it while
+    the model is trained. Its samples are then from weights that are one epoch older, and
+    importance ratios are relative to those. Uses one checkpoint more of the past."""
     shard_size: PositiveInt = 64
     """Images per task: the unit that is committed, scored and retried."""
     store_trajectories: Literal["auto", "full", "final"] = Field(default="auto", exclude_if=is_auto)
@@ -166,6 +170,14 @@ class RunConfig(Part):
         return self
 
     @model_validator(mode="after")
+    def _samples_ahead(self) -> RunConfig:
+        if self.rollouts.sample_ahead and self.preferences is not None:
+            raise ValueError(
+                "rollouts.sample_ahead: with preferences, the run draws no samples; leave it out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _fork_has_epochs(self) -> RunConfig:
         if self.fork and self.epochs <= self.fork.epoch:
             raise ValueError(
@@ -191,7 +203,7 @@ class RunConfig(Part):
                 deterministic_because=self.sampler.deterministic_because,
                 final_latents_only=self.rollouts.store_trajectories == "final",
                 keeps_base_model=isinstance(self.trainable, LoraConfig),
-                off_policy=self.fork is not None and self.fork.off_policy,
+                off_policy=self._off_policy_setting,
                 log_probs_are_densities=self.sampler.log_probs_are_densities,
             )
         )
@@ -238,6 +250,18 @@ class RunConfig(Part):
                 "to local"
             )
         return self
+
+    @property
+    def _off_policy_setting(self) -> str | None:
+        """The setting by which samples may come from another policy; None if none does."""
+        if self.rollouts.sample_ahead:
+            return "rollouts.sample_ahead"
+        return "fork.off_policy" if self.fork and self.fork.off_policy else None
+
+    def is_off_policy(self, epoch: int) -> bool:
+        """Return whether an epoch's samples may come from another policy than the one trained."""
+        inherits = self.fork is not None and self.fork.off_policy and self.fork.inherits(epoch)
+        return inherits or self.rollouts.sample_ahead
 
     @property
     def splits_network(self) -> bool:

@@ -31,6 +31,7 @@ from ddpo.prompts import Prompt, load_prompts, prompt_set_digest
 from ddpo.rewards import Reward, load_reward
 from ddpo.runs.pins import Pins
 from ddpo.store import keys, runs
+from ddpo.store.keys import Partition
 from ddpo.store.objects import Store
 from ddpo.store.runs import RunRecord
 
@@ -243,6 +244,19 @@ class Run:
         """What the run inherits from its parent; None unless it is a fork."""
         return fork_of(self.store, self.config)
 
+    def drawn_by(self, epoch: int) -> Partition:
+        """Return the checkpoint that draws an epoch's samples.
+
+        It is the one before the epoch; with `rollouts.sample_ahead` the one before that, except in
+        the first epoch.
+        """
+        if self.config.rollouts.sample_ahead:
+            if epoch > self.first_epoch:
+                return Partition(self.run_id, epoch - 1)
+            if self.fork and self.fork.inherits(epoch):
+                return self.fork.drawn_by(epoch)
+        return Partition(self.run_id, epoch)
+
     @property
     def first_epoch(self) -> int:
         """The run's first epoch: 0, unless it is a fork."""
@@ -296,6 +310,15 @@ class Fork:
     def is_off_policy(self, epoch: int) -> bool:
         """Return whether an epoch may train on samples of another policy than the checkpoint's."""
         return self.settings.off_policy and self.inherits(epoch)
+
+    def drawn_by(self, epoch: int) -> Partition:
+        """Return the parent's checkpoint whose samples an inherited epoch is to be trained on.
+
+        They are on-policy: of the checkpoint before the epoch or, with `rollouts.sample_ahead`, of
+        the one that the parent drew them with.
+        """
+        ahead = self.config.rollouts.sample_ahead
+        return self.parent.drawn_by(epoch) if ahead else Partition(self.parent_id, epoch)
 
     @property
     def rebuilds_statistics(self) -> bool:

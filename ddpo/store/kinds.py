@@ -146,6 +146,17 @@ class Kind(Generic[T]):
         found = self.commit_of(store, where, inputs)
         return None if found is None else found.ref
 
+    def require_ref(self, store: Store, where: Partition) -> Ref[T]:
+        """Return a reference to a partition's artefact, which must be committed.
+
+        Raises:
+            MissingObject: It is not committed.
+        """
+        ref = self.find(store, where)
+        if ref is None:
+            raise MissingObject(self.key(where), store.root)
+        return ref
+
     def get(self, store: Store, where: Partition) -> T | None:
         """Open a partition's artefact; None if it is not committed."""
         found = self.commit_of(store, where)

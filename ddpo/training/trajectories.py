@@ -35,7 +35,7 @@ class TrajectoryObjective(Objective):
     Args:
         policy: Its weights are updated in place.
         state: Before the epoch.
-        samples: Sampled by this very policy, unless the epoch is a fork's off-policy one.
+        samples: Sampled by this very policy, unless the epoch is an off-policy one.
         credit: The epoch's credit table: ``reward`` (NaN where scoring failed) and ``advantage``,
             [S] each. With a value function, ``advantage`` is the normalised reward.
         updates: The epoch's updates.
@@ -68,11 +68,10 @@ class TrajectoryObjective(Objective):
         self.gradient = TrajectoryGradient(policy, sampler, self.algorithm, ranks)
         self.steps = self.gradient.trained_steps()
         self.items_per_sample = len(self.steps)
-        fork = config.fork
-        off_policy = fork is not None and fork.off_policy and fork.inherits(state.epoch)
         self.rows = sorted(row for each in updates for row in each.samples)
         self._probed = 0
         self.old_means = self._empty_means(updates) if self.algorithm.needs.old_means else None
+        off_policy = config.is_off_policy(state.epoch)
         self.old = samples.log_probs if off_policy else self._old_log_probs(updates)
         self.rewards, self.scored = credit["advantage"], torch.isfinite(credit["reward"])
         critic = self.algorithm.advantages.critic

@@ -125,7 +125,9 @@ def test_options_that_are_off_are_no_part_of_a_runs_identity() -> None:
     assert "window" not in plain["sampler"]
     assert "ema_decay" not in plain["optimizer"]
     assert "kl_weight" not in plain["algorithm"]
-    assert plain["rollouts"].keys().isdisjoint({"samples_per_prompt", "shared_start"})
+    assert (
+        plain["rollouts"].keys().isdisjoint({"samples_per_prompt", "shared_start", "sample_ahead"})
+    )
     off = {
         "rollouts": {"samples_per_prompt": 1},
         "sampler": {"window": None},
@@ -153,10 +155,11 @@ def test_options_that_are_off_are_no_part_of_a_runs_identity() -> None:
         {"algorithm": {"type": "ddpo_sf", "advantages": {"type": "value", "value_epochs": 3}}},
         {"rollouts": {"samples_per_prompt": 4}},
         {"rollouts": {"samples_per_prompt": 4, "shared_start": True}},
+        {"rollouts": {"sample_ahead": True}},
     ],
     ids=[
         *("window", "random window", "ema", "kl, is", "kl, sf", "leave one out", "value"),
-        *("groups", "shared start"),
+        *("groups", "shared start", "sample ahead"),
     ],
 )
 def test_options_that_are_on_are_remembered(option: dict[str, Any]) -> None:

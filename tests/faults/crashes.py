@@ -21,8 +21,10 @@ from ddpo.config import RunConfig
 from ddpo.runs import start_run
 from ddpo.store import keys
 from ddpo.store.backends import LocalBackend, MemoryBackend, S3Backend
+from ddpo.store.keys import Partition
+from ddpo.store.kinds import CHECKPOINT
 from ddpo.store.objects import Store
-from ddpo_workflow.flows.train import committed_checkpoint, first_unfinished_epoch
+from ddpo_workflow.flows.train import first_unfinished_epoch
 from ddpo_workflow.tasks.start import start
 from ddpo_workflow.tasks.tracking.page import open_page
 from ddpo_workflow.tasks.tracking.tracker import RunTracker
@@ -145,7 +147,11 @@ class Night:
         run = start_run(self.config, RUN)
         page = open_page(run)
         first = first_unfinished_epoch(run)
-        checkpoint = committed_checkpoint(run, first) if first else start.fn(run.handle)
+        checkpoint = (
+            CHECKPOINT.require_ref(run.store, Partition(RUN, first))
+            if first
+            else start.fn(run.handle)
+        )
         for epoch in range(first, run.config.epochs):
             checkpoint = run_epoch(run, checkpoint, epoch, page.handle)
         page.finish("FINISHED")

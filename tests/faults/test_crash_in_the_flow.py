@@ -92,13 +92,15 @@ NFT = {
     "old_decay": {"per_step": 0.3, "most": 0.9},
 }
 DPO = {"type": "dpo", "beta": 100.0}
-PAIRS = {"samples_per_epoch": 4, "shard_size": 2, "samples_per_prompt": 2}
+SHARDS = {"samples_per_epoch": 4, "shard_size": 2}
+PAIRS = {**SHARDS, "samples_per_prompt": 2}
 
 
 RUNS: dict[str, dict[str, Any]] = {
     "ddpo_is": {},
     "nft": {"algorithm": NFT},
     "dpo": {"algorithm": DPO, "rollouts": PAIRS},
+    "ahead": {"rollouts": {**SHARDS, "sample_ahead": True}, "epochs": 3},
 }
 
 
@@ -106,7 +108,7 @@ RUNS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize(
     ("name", "crashes"),
     swept(
-        [("ddpo_is", 2), ("nft", 1), *((name, 8) for name in RUNS)],
+        [("ddpo_is", 2), ("nft", 1), ("ahead", 2), *((name, 8) for name in RUNS)],
         often=lambda _, crashes: crashes < 8,
     ),
 )

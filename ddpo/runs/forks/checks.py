@@ -221,7 +221,8 @@ def check_on_policy(fork: Fork) -> None:
     """Refuse an epoch whose samples are not those of the weights that the fork would sample with.
 
     Either the parent itself inherited it off-policy, so that they are not from the checkpoint that
-    the fork would start from; or only one of both algorithms samples with old weights.
+    the fork would start from; or only one of both runs samples ahead; or only one of both
+    algorithms samples with old weights.
 
     Args:
         fork: The fork.
@@ -237,14 +238,22 @@ def check_on_policy(fork: Fork) -> None:
     own = fork.config.algorithm.needs.samples_from
     theirs = parent.config.algorithm.needs.samples_from
     inherited = parent.fork if parent.fork and parent.fork.is_off_policy(epoch) else None
-    if inherited is None and own == theirs:
+    drawn_by = fork.drawn_by(epoch)
+    if inherited is None and own == theirs and drawn_by == parent.drawn_by(epoch):
         return
-    checkpoint = CHECKPOINT.require(parent.store, Partition(parent.run_id, epoch))
-    expected = checkpoint.policy_digest(own)
+    expected = CHECKPOINT.require(parent.store, drawn_by).policy_digest(own)
     shard = ROLLOUTS.load(parent.store, saved_rollouts(parent, epoch)[0])
     sampled = shard.samples()[0].policy_digest
     if sampled == expected:
         return
+    if inherited is None and own == theirs:
+        raise PolicyMismatch(
+            f"epoch {epoch} of run {parent.run_id!r} was sampled by checkpoint "
+            f"{parent.drawn_by(epoch).epoch}, and this fork trains on samples of checkpoint "
+            f"{drawn_by.epoch}, because rollouts.sample_ahead differs: their policy_digest is "
+            f"{sampled}, expected {expected}. Train on them anyway with fork.off_policy: true, or "
+            "sample anew with fork.rollouts: 0"
+        )
     if inherited is None:
         raise PolicyMismatch(
             f"epoch {epoch} of run {parent.run_id!r} was sampled with its {theirs} weights, as "
