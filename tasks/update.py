@@ -152,9 +152,9 @@ def _check_origin(run: Run, rows: Sequence[SampleRow], checkpoint: Checkpoint, e
             if getattr(row, name) != digest:
                 raise PolicyMismatch(
                     f"sample {row.sample_id} has {name} {getattr(row, name)}, expected "
-                    f"{digest}: it comes from another policy or sampler than the one being "
-                    "updated, so importance ratios would be wrong. A fork can train on samples of "
-                    "another policy with fork.off_policy: true"
+                    f"{digest}: it comes from another policy or sampler than the one that draws "
+                    f"epoch {epoch}, so importance ratios would be wrong. A fork can train on "
+                    "samples of another policy with fork.off_policy: true"
                 )
 
 

@@ -68,6 +68,8 @@ class RunSettings:
     """Whether the base model's weights remain available during training, as with adapters."""
     off_policy: str | None
     """The setting by which the run trains on samples of another policy; None if there is none."""
+    samples_ahead: bool = False
+    """Whether samples come from weights that are one epoch older, in every epoch."""
     log_probs_are_densities: bool = True
     """Whether log-probs are log-densities, and not squared distances alone."""
 

@@ -32,13 +32,13 @@ class DdpoSf(PolicyGradient):
         return value
 
     def check_run(self, run: RunSettings) -> None:
-        """Check as every policy gradient, and that samples are the policy's own."""
+        """Check as every policy gradient, and that samples are not made to be another policy's."""
         super().check_run(run)
-        if run.off_policy:
+        if run.samples_ahead:
             raise ValueError(
-                f"ddpo_sf with {run.off_policy}: the estimator holds only for samples of the "
-                "policy being updated, and nothing corrects for those of another; leave it out, "
-                "or use `type: ddpo_is`"
+                "ddpo_sf with rollouts.sample_ahead: the estimator holds only for samples of the "
+                "policy being updated, and nothing corrects for those of an older one; leave it "
+                "out, or use `type: ddpo_is`"
             )
 
     def policy_losses(self, batch: PairBatch) -> Tensor:

@@ -42,8 +42,9 @@ class RolloutsConfig(Part):
     rewards differ by the noise of their steps alone, which is what log-probs are of."""
     sample_ahead: bool = Field(default=False, exclude_if=is_off)
     """Sample an epoch before the one before it is trained on, so that a slow reward scores it while
-    the model is trained. Its samples are then from weights that are one epoch older, and
-    importance ratios are relative to those. Uses one checkpoint more of the past."""
+    the model is trained. Its samples are then from weights that are one epoch older, for
+    which the importance ratios of `ddpo_is` correct and no other algorithm does. Retention keeps
+    one checkpoint more."""
     shard_size: PositiveInt = 64
     """Images per task: the unit that is committed, scored and retried."""
     store_trajectories: Literal["auto", "full", "final"] = Field(default="auto", exclude_if=is_auto)
@@ -204,6 +205,7 @@ class RunConfig(Part):
                 final_latents_only=self.rollouts.store_trajectories == "final",
                 keeps_base_model=isinstance(self.trainable, LoraConfig),
                 off_policy=self._off_policy_setting,
+                samples_ahead=self.rollouts.sample_ahead,
                 log_probs_are_densities=self.sampler.log_probs_are_densities,
             )
         )

@@ -323,7 +323,7 @@ def _cost_of_difference(config: RunConfig, numerics: Numerics, forwards: float) 
         forwards: Seconds to compute an image's log-probs once more.
     """
     algorithm = config.algorithm
-    if algorithm.needs.data != "trajectories":
+    if algorithm.needs.data != "trajectories" or config.rollouts.sample_ahead:
         return None
     if cast(PolicyGradient, algorithm).tolerated_deviation in (0.0, float("inf")):
         return None  # they are always computed again, or never

@@ -188,6 +188,15 @@ def test_offline_all_epochs_but_the_last_are_shared_and_ratios_are_to_who_drew(
     assert config.fork is not None
     assert (config.fork.rollouts, config.fork.off_policy) == (3, True)
     assert config.algorithm.model_dump()["old_log_probs"] == "stored"
+    uncorrected = {"is": {}, "sf": {"algorithm": {"type": "ddpo_sf"}}}
+    comparison(tmp_path, offline=True, variants=uncorrected)
+
+
+def test_samples_that_are_drawn_ahead_are_refused(tmp_path: Path) -> None:
+    comparison(tmp_path)
+    ahead = ["rollouts.sample_ahead=true"]
+    with pytest.raises(ConfigError, match=r"has rollouts\.sample_ahead, but a comparison measures"):
+        read_comparison(tmp_path / "my_comparison.yaml", overrides=ahead)
 
 
 def test_a_part_with_a_type_replaces_and_one_without_changes(tmp_path: Path) -> None:

@@ -192,6 +192,19 @@ def test_an_adopted_epochs_log_probs_are_never_made_again_by_another_policy(
     assert recomputed == [False, False, True]
 
 
+@pytest.mark.slow
+def test_log_probs_of_samples_drawn_ahead_are_never_made_again_by_another_policy(
+    tiny_model: Path,
+) -> None:
+    policy, config, rollouts = bfloat16_run(tiny_model, "auto", 4, _STILL)
+    ahead = config.rollouts.model_copy(update={"sample_ahead": True})
+    config = config.model_copy(update={"rollouts": ahead})
+    state = initial_state(policy)
+    _, metrics = update(policy, state, other_order(rollouts), as_credit(ADVANTAGES), {}, config)
+    assert not metrics["recomputed_log_probs"]
+    assert metrics["ratio_min"] < 1 - 5e-4 and metrics["ratio_max"] > 1 + 5e-4
+
+
 @pytest.mark.filterwarnings("ignore:User provided device_type")
 def test_auto_measures_float32_on_a_gpu(
     policy: Policy, rollouts: Rollouts, monkeypatch: pytest.MonkeyPatch

@@ -159,6 +159,12 @@ def plan(name: str, config: CompareConfig, base: Mapping[str, Any], source: str)
             run_id = keys.validate_run_id(_run_id(name, seed, variant))
             raw = _changed(base, changes) | {"seed": seed, "epochs": epochs, "fork": fork}
             resolved = parse_config(_nested_under(raw, name), f"variant {variant!r} of {name}")
+            if resolved.rollouts.sample_ahead:
+                raise ConfigError(
+                    f"{source} has rollouts.sample_ahead, but a comparison measures the weights "
+                    "before an epoch by the epoch's samples; leave it out, and compare such runs "
+                    "by `ddpo evaluate`"
+                )
             if config.offline:
                 algorithm = resolved.algorithm.off_policy()
                 resolved = resolved.changed(algorithm=algorithm)
