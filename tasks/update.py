@@ -189,8 +189,9 @@ def _read_samples(
         for start, shard in read:
             tensors = shard.trajectories()
             if "log_probs" in tensors:
-                log_probs.append((start, tensors["log_probs"].clone()))  # not the file with it
+                log_probs.append((start, tensors["log_probs"].clone()))  # not the shard with it
             yield tensors["latents"]
+            del tensors  # before the next shard is read
 
     tensors = {"latents": stack_on_disk(latents(), done)}
     if log_probs:

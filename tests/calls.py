@@ -7,6 +7,7 @@ import os
 import signal
 import time
 import warnings
+import weakref
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -211,6 +212,8 @@ def update_noting_reads(
 ) -> Ref[Checkpoint]:
     """Run the update of epoch 0 as one of several ranks; each notes which trajectories it reads.
 
+    They may be in memory one shard at a time.
+
     Args:
         seat: This rank's place.
         folder: Gets a file per rank, of a key a line.
@@ -219,13 +222,17 @@ def update_noting_reads(
         rollouts: As for the task.
         advantages: As for the task.
     """
-    fetch, read = Store.fetch, []
+    load, read = Store.load, []
+    before: list[weakref.ref[Any]] = []
 
     def noting(store: Store, stored: StoredObject) -> Any:
+        assert all(shard() is None for shard in before), "another shard is still in memory"
         read.append(stored.key)
-        return fetch(store, stored)
+        data = load(store, stored)
+        before.append(weakref.ref(data))
+        return data
 
-    with patch.object(Store, "fetch", noting):
+    with patch.object(Store, "load", noting):
         done = _updated(seat, handle, checkpoint, rollouts, advantages, 0)
     keys = [key for key in read if key.startswith("trajectories/")]
     (Path(folder) / f"rank-{seat.rank}").write_text("\n".join(keys))

@@ -35,6 +35,7 @@ def stack_on_disk(parts: Iterable[Tensor], rows: int) -> Tensor:
             whole = mapped_tensor((rows, *part.shape[1:]), part.dtype, "an epoch's trajectories")
         whole[done : done + len(part)] = part
         done += len(part)
+        del part  # before the next one is made
     if whole is None or done != rows:
         raise ValueError(f"the parts have {done} rows, expected {rows}")
     return whole

@@ -25,7 +25,7 @@ from ddpo.store.tables import (
     decode_rollouts,
     decode_samples,
 )
-from ddpo.store.tensors import read_tensors
+from ddpo.store.tensors import tensors_in
 from ddpo.training.state import PromptStatistics
 
 if TYPE_CHECKING:
@@ -48,11 +48,11 @@ class RolloutShard(Artefact):
         """Return the tensors of B samples in T steps, on the CPU, in the order of `sample_id`.
 
         Full: ``latents`` [B, T+1, C, h, w] from noise to clean, ``log_probs`` [B, T] and
-        ``timesteps`` [T]. Final only: ``latents`` [B, 1, C, h, w], the clean ones. They are mapped
-        from a temporary file, whose room is free again when none of them is left.
+        ``timesteps`` [T]. Final only: ``latents`` [B, 1, C, h, w], the clean ones. They share
+        memory, which is free again when none of them is left: drop those of one shard before the
+        next one is read.
         """
-        with self.store.fetch(self.objects["trajectories"]) as file:
-            return read_tensors(file)[0]
+        return tensors_in(self.store.load(self.objects["trajectories"]))
 
 
 @dataclass(frozen=True)

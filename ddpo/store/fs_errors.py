@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from fsspec.exceptions import FSTimeoutError
 
@@ -49,19 +49,22 @@ def read_whole(read: Callable[[], _T]) -> _T:
     raise AssertionError("the last round returns or raises")
 
 
-def read_on(file: Any, size: int) -> bytes:
-    """Return up to `size` more bytes of an open file, none at its end; retry if interrupted."""
+def read_on(read: Callable[[], _T]) -> _T:
+    """Call `read`, which reads more of an open file, and retry it if the transfer is interrupted.
 
-    def read() -> bytes:
+    A file of s3fs remains where it was when a read fails.
+    """
+
+    def read_once() -> _T:
         try:
-            return file.read(size)
+            return read()
         except IndexError as error:
             # s3fs indexes the arguments of every error, and a timeout error has none.
             if isinstance(error.__context__, FSTimeoutError):
                 raise error.__context__ from error.__context__.__cause__
             raise
 
-    return read_whole(read)
+    return read_whole(read_once)
 
 
 @contextmanager

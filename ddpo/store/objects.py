@@ -9,8 +9,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import IO, Annotated, Any, TypeVar
+from typing import IO, TYPE_CHECKING, Annotated, Any, TypeVar
 
+import numpy as np
 from fsspec import AbstractFileSystem
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
@@ -32,13 +33,16 @@ from ddpo.store.fs_listing import files_below, folders_in, written_at
 from ddpo.store.fs_open import open_filesystem
 from ddpo.store.nameless import empty_file
 
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
 REFRESH_AFTER = timedelta(hours=1)
 """An existing object that is older than this is rewritten before it is committed."""
 
 BLOCK_BYTES = 8 * 2**20
-"""How much of an object is requested from a server at once."""
+"""How much of an object is requested from a server, or read into memory, at once."""
 READ_BYTES = 2 * 2**20
-"""How much of it is hashed and copied at once."""
+"""How much of it is hashed and copied to a file at once."""
 _SLOW_AFTER_S = 5.0
 
 T = TypeVar("T")
@@ -198,6 +202,23 @@ class Store:
             raise CorruptObject(stored.key, stored.sha256, found)
         return data
 
+    def load(self, stored: StoredObject) -> NDArray[np.uint8]:
+        """Read an object into memory of its own, and verify it meanwhile; return its bytes, [size].
+
+        For what is large, but fits into memory: it takes half the time of `fetch`. The memory is
+        free again when the array and all its views are gone. Changing it changes nothing else.
+
+        Raises:
+            MissingObject: As `get`.
+            CorruptObject: As `get`.
+        """
+        self._check_size(stored)
+        data = np.empty(stored.size, np.uint8)
+        found = self._read_into(stored.key, data.data)
+        if found != stored.sha256:
+            raise CorruptObject(stored.key, stored.sha256, found)
+        return data
+
     @contextmanager
     def fetch(self, stored: StoredObject) -> Iterator[Path]:
         """Copy an object block by block to a local file, verified, until the context is left.
@@ -241,7 +262,7 @@ class Store:
                 # A block is hashed while it is copied and the next one is read; no more than two
                 # are in memory.
                 hashed: Future[None] | None = None
-                while block := read_on(file, READ_BYTES):
+                while block := read_on(lambda: file.read(READ_BYTES)):
                     if hashed is not None:
                         hashed.result()
                     hashed = beside.submit(digest.update, block)
@@ -253,8 +274,32 @@ class Store:
                     hashed.result()
             return digest.hexdigest()
 
+        return self._read(key, digested)
+
+    def _read_into(self, key: str, space: memoryview) -> str:
+        """Fill memory with the beginning of an object; return the digest of what was read."""
+        full = self._full(key)
+
+        def digested() -> str:
+            digest, done = hashlib.sha256(), 0
+            file: Any  # typed as text or bytes
+            with (
+                self._fs.open(full, "rb", block_size=BLOCK_BYTES) as file,
+                ThreadPoolExecutor(1) as beside,
+            ):
+                while block := space[done : done + BLOCK_BYTES]:
+                    count = read_on(lambda block=block: file.readinto(block))
+                    if not count:
+                        break
+                    beside.submit(digest.update, block[:count])
+                    done += count
+            return digest.hexdigest()
+
+        return self._read(key, digested)
+
+    def _read(self, key: str, do: Callable[[], T]) -> T:
         try:
-            return self._call("read", key, digested)
+            return self._call("read", key, do)
         except FileNotFoundError:
             raise self._missing(key) from None
 
@@ -265,10 +310,7 @@ class Store:
             MissingObject: As `get`.
         """
         full = self._full(key)
-        try:
-            data: Any = self._call("read", key, lambda: read_whole(lambda: self._fs.cat_file(full)))
-        except FileNotFoundError:
-            raise self._missing(key) from None
+        data: Any = self._read(key, lambda: read_whole(lambda: self._fs.cat_file(full)))
         return data  # typed as str | bytes
 
     def size(self, key: str) -> int:

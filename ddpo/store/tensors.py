@@ -16,7 +16,9 @@ from ddpo.basics.digests import canonical_json
 from ddpo.errors import UnreadableData
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
+    from numpy.typing import NDArray
 
 HEADER_LIMIT_BYTES = 16 * 2**20
 TENSOR_LIMIT = 100_000
@@ -24,6 +26,23 @@ TENSOR_LIMIT = 100_000
 
 METADATA_KEY = "ddpo"
 """The one metadata key: with several, the order in the header differs from process to process."""
+
+_DTYPES = {
+    "U64": "uint64",
+    "I64": "int64",
+    "F64": "float64",
+    "F32": "float32",
+    "U32": "uint32",
+    "I32": "int32",
+    "BF16": "bfloat16",
+    "F16": "float16",
+    "U16": "uint16",
+    "I16": "int16",
+    "I8": "int8",
+    "U8": "uint8",
+    "BOOL": "bool",
+}
+"""Torch's names of safetensors' dtypes, in the order in which a file has the tensors."""
 
 
 def write_tensors(
@@ -76,12 +95,7 @@ def read_tensors(file: Path) -> tuple[dict[str, torch.Tensor], JsonValue]:
 
     try:
         with file.open("rb") as opened:
-            header_size = int.from_bytes(opened.read(8), "little")
-            if header_size > HEADER_LIMIT_BYTES:
-                raise ValueError(
-                    f"its header claims {header_size} bytes, {HEADER_LIMIT_BYTES} at most"
-                )
-            header = json.loads(opened.read(header_size))
+            header = json.loads(opened.read(_header_size(opened.read(8))))
         if len(header) > TENSOR_LIMIT:
             raise ValueError(f"it lists {len(header)} tensors, {TENSOR_LIMIT} at most")
         tensors = load_file(file)
@@ -89,3 +103,42 @@ def read_tensors(file: Path) -> tuple[dict[str, torch.Tensor], JsonValue]:
         return tensors, None if text is None else json.loads(text)
     except (SafetensorError, ValueError, KeyError, AttributeError) as error:
         raise UnreadableData("a safetensors file", str(error)) from error
+
+
+def tensors_in(data: NDArray[np.uint8]) -> dict[str, torch.Tensor]:
+    """Return the tensors of a safetensors file in memory, on the CPU and by name.
+
+    They are views: each of them keeps all of the memory.
+
+    Args:
+        data: The file's bytes, as `write_tensors` wrote them.
+
+    Raises:
+        UnreadableData: It is not a safetensors file.
+    """
+    import torch
+
+    try:
+        start = 8 + _header_size(data[:8].tobytes())
+        header = json.loads(data[8:start].tobytes())
+        header.pop("__metadata__", None)
+        whole, tensors = torch.from_numpy(data[start:]), {}
+        for name, entry in header.items():
+            first, end = entry["data_offsets"]
+            dtype = getattr(torch, _DTYPES[entry["dtype"]])
+            tensors[name] = whole[first:end].view(dtype).view(entry["shape"])
+        return tensors
+    except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UnreadableData("a safetensors file", str(error)) from error
+
+
+def _header_size(first: bytes) -> int:
+    """Return the size of a file's header in bytes.
+
+    Args:
+        first: The file's first eight bytes.
+    """
+    size = int.from_bytes(first, "little")
+    if size > HEADER_LIMIT_BYTES:
+        raise ValueError(f"its header claims {size} bytes, {HEADER_LIMIT_BYTES} at most")
+    return size

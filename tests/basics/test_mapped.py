@@ -7,6 +7,8 @@ import os
 import subprocess
 import sys
 import tempfile
+import weakref
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -50,6 +52,20 @@ def test_a_gigabyte_needs_the_memory_of_one_part() -> None:
     size_mb, grown_mb, total = map(float, done.stdout.split())
     assert size_mb == 1024.0 and total == sum(range(16))
     assert grown_mb < 200.0  # two parts, while one follows the other
+
+
+def test_a_part_is_gone_before_the_next_one_is_made() -> None:
+    before: list[weakref.ref[torch.Tensor]] = []
+
+    def parts() -> Iterator[torch.Tensor]:
+        for _ in range(3):
+            assert all(part() is None for part in before)
+            part = torch.ones(2, 3)
+            before.append(weakref.ref(part))
+            yield part
+            del part
+
+    assert torch.equal(stack_on_disk(parts(), 6), torch.ones(6, 3))
 
 
 def test_without_room_for_the_file_the_stack_is_in_memory(

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import ddpo_workflow.tasks.sample
@@ -108,6 +109,9 @@ def manifest_first(monkeypatch: pytest.MonkeyPatch) -> None:
 def trust_what_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     """Read objects without comparing digests."""
     monkeypatch.setattr(Store, "get", lambda self, stored: self.read(stored.key))
+    monkeypatch.setattr(
+        Store, "load", lambda self, stored: np.frombuffer(bytearray(self.read(stored.key)), "u1")
+    )
     monkeypatch.setattr(Store, "fetch", _unverified)
 
 

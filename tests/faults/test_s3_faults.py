@@ -19,6 +19,7 @@ import pytest
 from botocore.retries.standard import ExponentialBackoff
 
 from ddpo.basics import outages
+from ddpo.basics.digests import sha256_bytes
 from ddpo.config import s3
 from ddpo.config.s3 import S3Options
 from ddpo.errors import StoreCallFailed, StoreRefused, StoreUnavailable
@@ -28,7 +29,7 @@ from ddpo.store import fs_errors as calls
 from ddpo.store.keys import Partition
 from ddpo.store.kinds import ROLLOUTS
 from ddpo.store.manifests import Manifest
-from ddpo.store.objects import Store
+from ddpo.store.objects import Store, StoredObject
 from ddpo.store.tables import decode_advantages, decode_rewards, decode_rollouts
 from tests.faults.proxy import Fault, Plan, fault_proxy
 from tests.fold import as_in_a_new_process, run_epochs
@@ -378,7 +379,13 @@ def test_wrong_keys_are_refused_at_the_first_request(
 # Answers that break off, or do not come
 
 
-@pytest.mark.parametrize("read", [Store.read, Store.digest])
+def loaded(store: Store, key: str) -> bytes:
+    expected = b"all of it" * 1000
+    stored = StoredObject(key=key, size=len(expected), sha256=sha256_bytes(expected))
+    return store.load(stored).tobytes()
+
+
+@pytest.mark.parametrize("read", [Store.read, Store.digest, loaded])
 @pytest.mark.parametrize("stall_s", [0.0, 3.0], ids=["ends", "stands still"])
 def test_bytes_that_break_off_are_read_again(
     behind: StoreBehind,

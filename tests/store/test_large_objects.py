@@ -16,12 +16,14 @@ from typing import Any
 
 import pytest
 import torch
+from fsspec.exceptions import FSTimeoutError
 
+from ddpo.basics import outages
 from ddpo.errors import CorruptObject, MissingObject, StoreCallFailed
 from ddpo.store import backends, objects
 from ddpo.store.backends import LocalBackend
 from ddpo.store.objects import Store
-from ddpo.store.tensors import read_tensors, write_tensors
+from ddpo.store.tensors import read_tensors, tensors_in, write_tensors
 from ddpo.store.upkeep.sweep import sweep
 from ddpo.store.upkeep.uploads import abort_uploads
 from tests.store.conftest import opened
@@ -66,9 +68,22 @@ def test_what_is_fetched_is_verified(store: Store, damage: bytes) -> None:
     store.replace(stored.key, damage)
     with pytest.raises(CorruptObject, match="expected sha256"), store.fetch(stored):
         raise AssertionError("nobody reads it")
+    with pytest.raises(CorruptObject, match="expected sha256"):
+        store.load(stored)
     store.delete(stored.key)
     with pytest.raises(MissingObject), store.fetch(stored):
         raise AssertionError("nobody reads it")
+    with pytest.raises(MissingObject):
+        store.load(stored)
+
+
+def test_what_is_loaded_belongs_to_its_reader(store: Store, temporary: Path) -> None:
+    stored = store.put(STEM, ".safetensors", make)
+    loaded = store.load(stored)
+    assert loaded.tobytes() == DATA and not list(temporary.iterdir())
+    loaded[:] = 0
+    assert store.get(stored) == DATA
+    assert store.load(store.put(STEM, ".bin", b"")).size == 0
 
 
 def test_what_is_mapped_outlives_file_and_object(local_store: Store, temporary: Path) -> None:
@@ -78,16 +93,66 @@ def test_what_is_mapped_outlives_file_and_object(local_store: Store, temporary: 
         found, _ = read_tensors(file)
     # Cut in place, which would end a process that had mapped the object itself.
     local_store.replace(stored.key, b"")
-    os.truncate(local_store.root.removeprefix("file://") + "/" + stored.key, 0)
+    os.truncate(local_root(local_store) / stored.key, 0)
     assert torch.equal(found["a"], tensors["a"])
     found["a"][0] = 5  # a private page: no error, and no file changes
+
+
+@pytest.mark.parametrize("left", [DATA[: 2**20], b"x" * len(DATA)], ids=["cut", "overwritten"])
+def test_what_changes_in_place_while_it_is_loaded_is_an_error(
+    local_store: Store, monkeypatch: pytest.MonkeyPatch, left: bytes
+) -> None:
+    stored = local_store.put(STEM, ".safetensors", make)
+    monkeypatch.setattr(objects, "BLOCK_BYTES", 4 * 2**20)
+    tries: list[int] = []
+
+    def change_after_the_first(read: Callable[[], int]) -> int:
+        tries.append(count := read())
+        (local_root(local_store) / stored.key).write_bytes(left)
+        return count
+
+    monkeypatch.setattr(objects, "read_on", change_after_the_first)
+    with pytest.raises(CorruptObject):
+        local_store.load(stored)
+    assert tries[0] == 4 * 2**20 and len(tries) > 1
+
+
+def test_tensors_that_were_loaded_outlive_the_object(local_store: Store) -> None:
+    tensors = {"a": torch.arange(1_000_000), "b": torch.ones(3)}
+    stored = local_store.put(STEM, ".safetensors", lambda file: write_tensors(tensors, file))
+    found = tensors_in(local_store.load(stored))
+    os.truncate(local_root(local_store) / stored.key, 0)
+    assert torch.equal(found["a"], tensors["a"]) and torch.equal(found["b"], tensors["b"])
+
+
+def test_loading_begins_anew_after_an_outage(
+    local_store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stored = local_store.put(STEM, ".safetensors", make)
+    monkeypatch.setattr(objects, "BLOCK_BYTES", 4 * 2**20)
+    monkeypatch.setattr(outages, "_FIRST_WAITS_S", (0.0,))
+    reads: list[int] = []
+
+    def lost_once(read: Callable[[], int]) -> int:
+        reads.append(read())
+        if len(reads) == 2:
+            raise FSTimeoutError
+        return reads[-1]
+
+    monkeypatch.setattr(objects, "read_on", lost_once)
+    assert local_store.patient(60.0).load(stored).tobytes() == DATA
+    assert len(reads) == 2 + 4
+
+
+def local_root(store: Store) -> Path:
+    return Path(store.root.removeprefix("file://"))
 
 
 def test_others_may_read_a_file_as_they_may_any_object(local_store: Store) -> None:
     tensors = {"a": torch.ones(3)}
     stored = local_store.put(STEM, ".safetensors", lambda file: write_tensors(tensors, file))
     plain = local_store.put(STEM, ".json", b"{}")
-    root = Path(local_store.root.removeprefix("file://"))
+    root = local_root(local_store)
     assert (root / stored.key).stat().st_mode == (root / plain.key).stat().st_mode
 
 
