@@ -42,7 +42,10 @@ WRITER = "ddpo-writer"
 
 
 Maker = Callable[[Path], object]
-"""Writes an object's bytes to an empty file, or replaces the file."""
+"""Writes an object's bytes to an empty file, or replaces the file.
+
+If it returns a future, that is of the file's SHA-256, in hex digits.
+"""
 
 
 class Backend(Protocol):

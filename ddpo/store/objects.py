@@ -158,9 +158,11 @@ class Store:
         return stored
 
     def _put_file(self, stem: str, suffix: str, make: Maker) -> StoredObject:
+        told: list[object] = []
+
         def named(file: Path) -> None:
             with named_call("write", stem, str(file.parent), writes=True):
-                make(file)
+                told.append(make(file))
 
         with (
             named_call("write", stem, self.root, writes=True),
@@ -168,8 +170,11 @@ class Store:
         ):
             with ThreadPoolExecutor(1) as beside:
                 flushed = beside.submit(self._backend.flush, file)
-                with file.open("rb") as opened:
-                    digest = hashlib.file_digest(opened, "sha256").hexdigest()
+                if isinstance(told[0], Future):
+                    digest: str = told[0].result()
+                else:
+                    with file.open("rb") as opened:
+                        digest = hashlib.file_digest(opened, "sha256").hexdigest()
                 flushed.result()
             stored = _stored(stem, suffix, file.stat().st_size, digest)
             key, full = stored.key, self._full(stored.key)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pydantic import JsonValue
 from safetensors import SafetensorError
@@ -23,6 +25,9 @@ if TYPE_CHECKING:
 HEADER_LIMIT_BYTES = 16 * 2**20
 TENSOR_LIMIT = 100_000
 """Full fine-tuning of Stable Diffusion has 686 tensors, about 2,800 with the optimizer."""
+
+HASHED_BYTES = 256 * 2**10
+"""How much of a tensor is copied and hashed at once."""
 
 METADATA_KEY = "ddpo"
 """The one metadata key: with several, the order in the header differs from process to process."""
@@ -47,7 +52,7 @@ _DTYPES = {
 
 def write_tensors(
     tensors: Mapping[str, torch.Tensor], file: Path, metadata: JsonValue | None = None
-) -> None:
+) -> Future[str] | None:
     """Write named tensors to a safetensors file; equal inputs give equal bytes.
 
     Args:
@@ -55,6 +60,10 @@ def write_tensors(
             unless they are strided or share memory.
         file: An existing file, which is replaced.
         metadata: A JSON value to store in the header.
+
+    Returns:
+        The file's SHA-256, which a thread computes from the tensors meanwhile and a little longer:
+        they must not change before. None if only the file can tell it.
 
     Raises:
         OSError: The file cannot be written.
@@ -71,6 +80,10 @@ def write_tensors(
         storages.add(storage)
     header = None if metadata is None else {METADATA_KEY: canonical_json(metadata).decode()}
     mode = file.stat().st_mode
+    beginning, ordered = _beginning(plain, header)
+    beside = ThreadPoolExecutor(1)
+    digest = beside.submit(_digest, beginning, ordered)
+    beside.shutdown(wait=False)
     try:
         save_file(plain, file, metadata=header)
     except SafetensorError as error:
@@ -79,6 +92,45 @@ def write_tensors(
             raise OSError(int(found[1]), os.strerror(int(found[1]))) from error
         raise
     file.chmod(mode)  # it renames a file of its own, which only its owner can read
+    with file.open("rb") as opened:
+        return digest if opened.read(len(beginning)) == beginning else None
+
+
+def _beginning(
+    tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None
+) -> tuple[bytes, list[torch.Tensor]]:
+    """Return a file's header, as safetensors writes it, and the tensors in the file's order.
+
+    Another version of safetensors may write another one, as it does for dtypes not in `_DTYPES`.
+    """
+    dtypes = {f"torch.{ours}": theirs for theirs, ours in _DTYPES.items()}
+    order = {dtype: rank for rank, dtype in enumerate(dtypes)}
+    header: dict[str, Any] = {} if metadata is None else {"__metadata__": metadata}
+    names = sorted(tensors, key=lambda name: (order.get(str(tensors[name].dtype), -1), name))
+    start = 0
+    for name in names:
+        tensor = tensors[name]
+        header[name] = {
+            "dtype": dtypes.get(str(tensor.dtype)),
+            "shape": list(tensor.shape),
+            "data_offsets": [start, start := start + tensor.nbytes],
+        }
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text, [tensors[name] for name in names]
+
+
+def _digest(beginning: bytes, tensors: Sequence[torch.Tensor]) -> str:
+    """Return the SHA-256 of a file that begins so and goes on with the tensors."""
+    import torch
+
+    digest = hashlib.sha256(beginning)
+    for tensor in tensors:
+        data = tensor.reshape(-1).view(torch.uint8).numpy().data
+        for start in range(0, len(data), HASHED_BYTES):
+            # A copy, in the processor's cache: with it, this takes less time than without.
+            digest.update(bytes(data[start : start + HASHED_BYTES]))
+    return digest.hexdigest()
 
 
 def read_tensors(file: Path) -> tuple[dict[str, torch.Tensor], JsonValue]:
