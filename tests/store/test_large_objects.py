@@ -24,6 +24,7 @@ from ddpo.store import backends, objects
 from ddpo.store.backends import LocalBackend
 from ddpo.store.objects import Store
 from ddpo.store.tensors import read_tensors, tensors_in, write_tensors
+from ddpo.store.upkeep.scratch import ScratchStore
 from ddpo.store.upkeep.sweep import sweep
 from ddpo.store.upkeep.uploads import abort_uploads
 from tests.store.conftest import opened
@@ -142,6 +143,16 @@ def test_loading_begins_anew_after_an_outage(
     monkeypatch.setattr(objects, "read_on", lost_once)
     assert local_store.patient(60.0).load(stored).tobytes() == DATA
     assert len(reads) == 2 + 4
+
+
+def test_a_store_that_keeps_its_writes_loads_them_too(local_store: Store) -> None:
+    below, hidden = (local_store.put(STEM, suffix, make) for suffix in (".bin", ".safetensors"))
+    scratch = ScratchStore(local_store, [hidden.key])
+    kept = scratch.put(STEM, ".json", b"kept")
+    assert not local_store.exists(kept.key)
+    assert scratch.load(kept).tobytes() == b"kept" and scratch.load(below).tobytes() == DATA
+    with pytest.raises(MissingObject):
+        scratch.load(hidden)
 
 
 def local_root(store: Store) -> Path:
