@@ -20,7 +20,10 @@ import pytest
 
 from ddpo.config import ProcessesEngine, RayEngine
 from ddpo.errors import ConfigError, MissingObject
+from ddpo.runs import open_run
 from ddpo.store import keys
+from ddpo.store.keys import Partition
+from ddpo.store.kinds import CHECKPOINT
 from ddpo.store.objects import Store
 from ddpo_workflow.flows.evaluate import evaluate
 from ddpo_workflow.flows.train import train
@@ -54,7 +57,14 @@ ENGINES: dict[str, Any] = {
 
 
 def train_by(
-    engine: Any, model: Path, database: Path, folder: Path, *, epochs: int = 2, **changes: Any
+    engine: Any,
+    model: Path,
+    database: Path,
+    folder: Path,
+    *,
+    epochs: int = 2,
+    sizes: tuple[Any, Any] = (2, 2),
+    **changes: Any,
 ) -> Store:
     """Train a run with epochs of four shards each; returns its store."""
     if not folder.exists():
@@ -65,7 +75,7 @@ def train_by(
         engine=engine,
         sampler={"steps": 2},
         rollouts={"samples_per_epoch": 8, "shard_size": 2},
-        numerics={"sample_batch_size": 2, "micro_batch_size": 2},
+        numerics={"sample_batch_size": sizes[0], "micro_batch_size": sizes[1]},
         optimizer={"learning_rate": 1e-2},
         storage={"root": str(folder / "store")},
         tracking={
@@ -319,3 +329,20 @@ def test_a_number_of_workers_that_is_missing_or_too_high_is_refused() -> None:
         ray_pool(RayEngine(type="ray"), "cpu", ())
     with pytest.raises(ConfigError, match=r"the Ray cluster has \d+ CPUs"):
         ray_pool(RayEngine(type="ray", workers=10_000), "cpu", ())
+
+
+@pytest.mark.parametrize(
+    "engine", swept([("processes",), ("ray",)], often=lambda engine: engine == "processes")
+)
+def test_batch_sizes_that_the_first_start_finds_hold_for_all_workers(
+    tiny_model: Path, mlflow_database: Path, tmp_path: Path, engine: str
+) -> None:
+    auto = ("auto", "auto")
+    store = train_by(ENGINES[engine], tiny_model, mlflow_database, tmp_path / "auto", sizes=auto)
+    found = open_run(store, RUN).numerics
+    sizes = (found.sample_batch_size, found.micro_batch_size)
+    assert all(isinstance(size, int) for size in sizes)
+    given = train_by("local", tiny_model, mlflow_database, tmp_path / "given", sizes=sizes)
+    last = Partition(RUN, 2)
+    digests = [CHECKPOINT.require(each, last).digests["policy_digest"] for each in (store, given)]
+    assert digests[0] == digests[1]
