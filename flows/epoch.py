@@ -79,7 +79,7 @@ def run_epoch(plan: EpochPlan, checkpoint: Ref[Checkpoint], epoch: int) -> Epoch
         )
         with laps("sample"):
             rollouts = [shard.result() for shard in sampling]
-            for shard in next_sampling:
+            for shard in next_sampling:  # before the update, which takes all devices
                 shard.result()
         with laps("score_wait"):
             if not resumed:
