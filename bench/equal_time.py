@@ -76,6 +76,10 @@ STUDIES = {
             "all-steps": {"sampler.window": "null"},
             "window": {},
             "ahead": {"rollouts.sample_ahead": "true"},
+            "ahead-clipped": {
+                "rollouts.sample_ahead": "true",
+                "algorithm.clip_range": "0.001",
+            },
             "first-step": {"sampler.window": "{position: 0, steps: 1}"},
             "three-steps": {"sampler.steps": "3", "sampler.window": "{position: 0, steps: 2}"},
             "shared-start": {

@@ -42,8 +42,8 @@ class RolloutsConfig(Part):
     rewards differ by the noise of their steps alone, which is what log-probs are of."""
     sample_ahead: bool = Field(default=False, exclude_if=is_off)
     """Sample an epoch before the one before it is trained on, so that a slow reward scores it while
-    the model is trained. Its samples are then from weights that are one epoch older, for
-    which the importance ratios of `ddpo_is` correct and no other algorithm does. Retention keeps
+    the model is trained. Its samples are then from weights that are one epoch older: `ddpo_is`
+    needs a small `clip_range` for that, and other algorithms do not correct for it. Retention keeps
     one checkpoint more."""
     shard_size: PositiveInt = 64
     """Images per task: the unit that is committed, scored and retried."""
