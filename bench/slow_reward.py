@@ -1,8 +1,8 @@
 """What `rollouts.sample_ahead` saves with a slow reward: ``python -m bench.slow_reward``.
 
-Trains by configs/starter.yaml with a reward that computes nothing and answers
-late, as one on another machine does: an epoch's take as long as its sampling, or a multiple of
-that. Each run is made with samples of the newest weights, and with samples that are drawn ahead.
+Trains by configs/starter.yaml with a reward that hardly computes and answers late, as one on
+another machine does: an epoch's scores take as long as its sampling, or a multiple of that. Each
+run is made with samples of the newest weights, and with samples that are drawn ahead.
 """
 
 from __future__ import annotations
