@@ -334,7 +334,7 @@ def test_a_number_of_workers_that_is_missing_or_too_high_is_refused() -> None:
 @pytest.mark.parametrize(
     "engine", swept([("processes",), ("ray",)], often=lambda engine: engine == "processes")
 )
-def test_batch_sizes_that_the_first_start_finds_hold_for_all_workers(
+def test_a_run_whose_batch_sizes_are_auto_ends_as_one_that_is_given_them(
     tiny_model: Path, mlflow_database: Path, tmp_path: Path, engine: str
 ) -> None:
     auto = ("auto", "auto")
